@@ -1,7 +1,7 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
 An index server (this module: aiohttp, SQLite) knows where each key lives; volume servers (stock nginx with WebDAV, or
-the embedded volume at the end of this file) hold the bytes as plain files.
+the embedded volume near the end) hold the bytes as plain files. Whoever reads the bytes never passes through Python.
 
     PUT /key  -- body --> index server --> volume A   (blob, then .key sidecar)
                               |      '---> volume B
@@ -22,7 +22,7 @@ sidecar is an unfinished write; a sidecar without a blob is nothing. The index c
     HEAD /key     200 from the index alone   304 404 412
     DELETE /key   204                        404 412
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
-    GET /-/livez /-/readyz /-/status /-/metrics
+    GET /-/livez /-/readyz /-/status /-/metrics          (everywhere, with tokens: 401 403)
 
 Invariants (the tests cite them):
 
@@ -80,16 +80,16 @@ import tomllib
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, web
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
 from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDictProxy
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
@@ -101,97 +101,37 @@ Answer = TypeVar("Answer")
 Item = TypeVar("Item")
 
 # == Errors ===========================================================================================================
-# Everything mkv refuses on purpose, each class with its HTTP answer. Operations raise these, one middleware renders them.
-#
-#   MkvError
-#    +-- BadRequest 400, Unauthorized 401, Forbidden 403, NotFound 404, MethodNotAllowed 405, SlowBody 408, Gone 410,
-#    |   PreconditionFailed 412, TooLarge 413, UnsupportedEncoding 415, WrongDigest 422, TooManyRequests 429,
-#    |   Unavailable 503, Full 507
-#    +-- ConfigError                                        what is wrong with a configuration, every fault at once
-#    +-- VolumeError: VolumeDown, VolumeTimeout, VolumeFull, VolumeUnexpected      what one volume did to one request
+# Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
 
 
 class MkvError(Exception):
-    """Base of all errors raised on purpose; `status` and `title` are the HTTP answer, str() is its detail."""
+    """Base of all errors raised on purpose: `status`, `title` and `headers` of the HTTP answer; str() is its detail."""
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal Server Error"
+    headers: Mapping[str, str] = {}
 
-    def __init__(self, detail: str = "", *, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, detail: str = "", **headers: str) -> None:
         super().__init__(detail or self.title)
-        self.headers: Mapping[str, str] = headers or {}
+        self.headers = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
 
 
-class BadRequest(MkvError):
-    status, title = 400, "Bad Request"
-
-
-class Unauthorized(MkvError):
-    status, title = 401, "Unauthorized"
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail, headers={"WWW-Authenticate": 'Bearer realm="mkv"'})
-
-
-class Forbidden(MkvError):
-    status, title = 403, "Forbidden"
-
-
-class NotFound(MkvError):
-    status, title = 404, "Not Found"
-
-
-class MethodNotAllowed(MkvError):
-    status, title = 405, "Method Not Allowed"
-
-    def __init__(self, allowed: Iterable[str]) -> None:
-        allow = ", ".join(sorted(allowed))
-        super().__init__(f"this resource answers {allow}", headers={"Allow": allow})
-
-
-class SlowBody(MkvError):
-    status, title = 408, "Request Timeout"
-
-
-class Gone(MkvError):
-    status, title = 410, "Gone"
-
-
-class PreconditionFailed(MkvError):
-    status, title = 412, "Precondition Failed"
-
-
-class TooLarge(MkvError):
-    status, title = 413, "Content Too Large"
-
-
+# fmt: off
+class BadRequest(MkvError): status, title = 400, "Bad Request"
+class Unauthorized(MkvError): status, title, headers = 401, "Unauthorized", {"WWW-Authenticate": 'Bearer realm="mkv"'}
+class Forbidden(MkvError): status, title = 403, "Forbidden"
+class NotFound(MkvError): status, title = 404, "Not Found"
+class MethodNotAllowed(MkvError): status, title = 405, "Method Not Allowed"
+class SlowBody(MkvError): status, title = 408, "Request Timeout"
+class PreconditionFailed(MkvError): status, title = 412, "Precondition Failed"
+class TooLarge(MkvError): status, title = 413, "Content Too Large"
 class UnsupportedEncoding(MkvError):
-    status, title = 415, "Unsupported Media Type"
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail, headers={"Accept-Encoding": "identity"})
-
-
-class WrongDigest(MkvError):
-    status, title = 422, "Unprocessable Content"
-
-
-class TooManyRequests(MkvError):
-    status, title = 429, "Too Many Requests"
-
-    def __init__(self, detail: str, retry_after_s: int) -> None:
-        super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
-
-
-class Unavailable(MkvError):
-    status, title = 503, "Service Unavailable"
-
-    def __init__(self, detail: str) -> None:
-        super().__init__(detail, headers={"Retry-After": "2"})
-
-
-class Full(MkvError):
-    status, title = 507, "Insufficient Storage"
+    status, title, headers = 415, "Unsupported Media Type", {"Accept-Encoding": "identity"}
+class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
+class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
+class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
+class Full(MkvError): status, title = 507, "Insufficient Storage"
+# fmt: on
 
 
 class ConfigError(MkvError):
@@ -202,75 +142,56 @@ class ConfigError(MkvError):
         super().__init__("\n".join(self.faults))
 
 
-class VolumeError(MkvError):
+class VolumeError(Unavailable):
     """One request to one volume failed; `volume` is its name."""
 
-    status, title = 503, "Service Unavailable"
-
     def __init__(self, volume: str, detail: str) -> None:
-        super().__init__(f"volume {volume}: {detail}", headers={"Retry-After": "2"})
+        super().__init__(f"volume {volume}: {detail}")
         self.volume = volume
 
 
-class VolumeDown(VolumeError):
-    """Nobody answers there, or the connection broke."""
-
-
-class VolumeTimeout(VolumeError):
-    """No progress within `volume_timeout`. Never to be read as absence."""
-
-
-class VolumeFull(VolumeError):
-    """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
-
-
-class VolumeUnexpected(VolumeError):
-    """An answer that a volume should not give, such as 403."""
-
+# fmt: off
+class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
+class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
+class VolumeFull(VolumeError): """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
+class VolumeUnexpected(VolumeError): """An answer that a volume should not give, such as 403."""
+# fmt: on
 
 # == Configuration ====================================================================================================
 # One frozen Config, checked as a whole: whatever is wrong is named at once. A field below is at the same time a TOML
 # key, a flag (dashes for underscores) and a row of the README's table.
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
+URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!-~]*)?")
+SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 OPERATIONS = ("read", "write", "delete", "list", "admin")
+EMBEDDED_VOLUMES = 3
+RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")  # what a reload cannot change
 
 
 def setting(default: T, help: str, low: float = 0, high: float = float("inf"), secret: bool = False) -> T:
     """Declare a setting: its default, what it means (with its unit) and its bounds."""
-    return cast(T, field(default=default, repr=not secret, metadata={"help": help, "low": low, "high": high}))
+    made: T = field(default=default, repr=not secret, metadata={"help": help, "low": low, "high": high})
+    return made
 
 
 def check_fields(value: Any) -> list[str]:
     """Name each field whose type or bounds are wrong; a whole number is taken for a float."""
     faults = []
     for spec in fields(value):
-        kind, given = type(spec.default), getattr(value, spec.name)
+        kind, given, bounds = type(spec.default), getattr(value, spec.name), spec.metadata
         if kind is float and type(given) is int:
             object.__setattr__(value, spec.name, given := float(given))
-        if type(given) is not kind:
+        if type(given) is not kind and bounds:
             faults.append(f"{spec.name}: must be {kind.__name__}, not {given!r}")
-        elif kind in (int, float) and not spec.metadata["low"] <= given <= spec.metadata["high"]:
-            faults.append(f"{spec.name}: must be {spec.metadata['low']} to {spec.metadata['high']}, not {given}")
+        elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
+            faults.append(f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}")
     return faults
-
-
-def check_url(url: object) -> bool:
-    try:
-        parts = urlsplit(cast(str, url))
-        return (
-            parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and not (parts.query or parts.fragment or "@" in parts.netloc or re.search(r"[^!-~]", cast(str, url)))
-        )
-    except (ValueError, AttributeError, TypeError):
-        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Volume:
-    """One volume server: `url` is for us, `public_url` for clients; raises ConfigError."""
+    """One volume server; raises ConfigError."""
 
     name: str = setting("", "what records and the ring call it; never reuse a name for another disk")
     url: str = setting("", "where the index server reaches it")
@@ -280,16 +201,13 @@ class Volume:
 
     def __post_init__(self) -> None:
         faults = check_fields(self)
-        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
-            faults.append(
-                f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with a letter or digit, not {self.name!r}"
-            )
+        if not NAME.fullmatch(str(self.name)):
+            faults.append(f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}")
         for which in ("url", "public_url"):
-            url = getattr(self, which) or self.url
-            if not check_url(url):
+            url = str(getattr(self, which) or self.url)
+            if not URL.fullmatch(url) or int(url.split("/")[2].rpartition("]")[2].rpartition(":")[2] or 1) > 65535:
                 faults.append(f"{which}: must be http(s)://host[:port][/path], not {url!r}")
-            else:
-                object.__setattr__(self, which, url.rstrip("/"))
+            object.__setattr__(self, which, url.rstrip("/"))
         if faults:
             raise ConfigError(faults)
 
@@ -299,21 +217,25 @@ class Token:
     """Who shows the secret with this SHA-256 may do what `allow` lists, on keys that begin with `prefix`."""
 
     name: str = setting("", "who it is, for the log")
-    sha256: str = field(default="", repr=False)
+    sha256: str = setting("", "of the secret, in hex", secret=True)
     allow: tuple[str, ...] = ()
     prefix: str = setting("", "the keys it is confined to (default: all)")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allow", tuple(self.allow) if isinstance(self.allow, list) else self.allow)
         faults = check_fields(self)
         if not self.name:
             faults.append("name: is missing")
         if not re.fullmatch(r"[0-9a-f]{64}", str(self.sha256)) and self.name != "anonymous":
             faults.append("sha256: must be the 64 hex digits of the secret's SHA-256 (mkv_tools.py token makes one)")
-        if not self.allow or not set(self.allow) <= set(OPERATIONS):
+        if (
+            not isinstance(self.allow, list | tuple)
+            or not self.allow
+            or not all(one in OPERATIONS for one in self.allow)
+        ):
             faults.append(f"allow: must list some of {', '.join(OPERATIONS)}, not {self.allow!r}")
         if faults:
             raise ConfigError(faults)
+        object.__setattr__(self, "allow", tuple(self.allow))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,9 +274,8 @@ class Config:
     anonymous: Token | None = None
 
     def __post_init__(self) -> None:
-        simple = [f for f in check_fields(self) if not f.startswith("anonymous:")]
-        if simple:
-            raise ConfigError(simple)
+        if faults := check_fields(self):
+            raise ConfigError(faults)
         object.__setattr__(self, "db", self.db or f"{self.data}/index.db")
         object.__setattr__(self, "min_replicas", self.min_replicas or self.replicas)
         if faults := list(self._contradictions()):
@@ -367,24 +288,17 @@ class Config:
         writable = sum(v.weight > 0 for v in self.volumes) if self.volumes else EMBEDDED_VOLUMES
         if writable < self.min_replicas:
             yield f"replicas: {self.min_replicas} needed for a PUT, but only {writable} volume(s) take new blobs"
-        for what in ("name", "url"):
-            given = [getattr(v, what) for v in self.volumes]
+        for things, what in ((self.volumes, "name"), (self.volumes, "url"), (self.tokens, "name")):
+            given = [getattr(thing, what) for thing in cast(Sequence[object], things)]
             if twice := sorted({one for one in given if given.count(one) > 1}):
-                yield f"volume: {what} {', '.join(twice)} is given twice"
-        names = [t.name for t in self.tokens]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
-            yield f"token: name {', '.join(twice)} is given twice"
+                yield f"{'volume' if things is self.volumes else 'token'}: {what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
         for secret in ("volume_secret", "link_secret"):
-            if not re.fullmatch(r"[!#%-Z^-z|~]*", getattr(self, secret)):
+            if not SECRET.fullmatch(getattr(self, secret)):
                 yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
         if not (self.tokens or self.insecure or is_loopback(self.host)):
             yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
-
-
-EMBEDDED_VOLUMES = 3
-RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")  # what a reload cannot change
 
 
 def is_loopback(host: str) -> bool:
@@ -403,63 +317,61 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 
 
 def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | None = None) -> Config:
-    """Make a Config from TOML `text` and `flags` (setting -> string or bool; flags win); raises ConfigError.
+    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError.
 
-    Each fault names its place: `place` and the TOML key, or the flag.
+    Each fault names its place: the flag, or `place` and the TOML key.
     """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{place}: {error}"]) from None
     faults: list[str] = []
-    flags = dict(flags or {})
 
-    def build(kind: type[T], where: str, given: object) -> list[T]:
-        if not isinstance(given, dict):
-            faults.append(f"{where}: must be a table, not {given!r}")
-            return []
-        known = [spec.name for spec in fields(cast(Any, kind))]
-        faults.extend(f"{where}.{name}: there is no such setting" for name in given if name not in known)
+    def build(kind: Callable[..., T], known: Collection[str], where: str, given: object) -> list[T]:
+        """Return [kind(**given)], or [] and note the faults."""
+        given = given if isinstance(given, dict) else {str(given): "is no table"}
+        faults.extend(f"{where}{name}: there is no such setting" for name in given if name not in known)
         try:
-            return [kind(**{name: given[name] for name in known if name in given})]
+            return [kind(**{name: value for name, value in given.items() if name in known})]
         except ConfigError as error:
-            faults.extend(f"{where}.{fault}" for fault in error.faults)
+            faults.extend(f"{where}{fault}" for fault in error.faults)
             return []
 
-    values: dict[str, Any] = {"volumes": [], "tokens": []}
-    for plural, singular, kind in (("volumes", "volume", Volume), ("tokens", "token", Token)):
-        listed = table.pop(singular, [])
+    flags, values = dict(flags or {}), dict[str, Any]()
+    kinds: dict[str, Any] = {spec.name: type(spec.default) for spec in fields(Config) if spec.metadata}
+    entries: tuple[tuple[str, type[Volume | Token]], ...] = (("volume", Volume), ("token", Token))
+    for singular, kind in entries:
+        listed, known = table.pop(singular, []), [spec.name for spec in fields(kind)]
         if not isinstance(listed, list):
             faults.append(f"{place}: {singular}: must be [[{singular}]], an array of tables")
             listed = []
-        for number, given in enumerate(listed, 1):
-            values[plural] += build(kind, f"{place}: {singular}[{number}]", given)
-    if "anonymous" in table:
-        rule = table.pop("anonymous")
-        values["anonymous"] = next(
-            iter(build(Token, f"{place}: anonymous", rule | {"name": "anonymous"} if isinstance(rule, dict) else rule)),
-            None,
-        )
+        numbered = enumerate(listed, 1)
+        values[f"{singular}s"] = [
+            t for i, one in numbered for t in build(kind, known, f"{place}: {singular}[{i}].", one)
+        ]
+    if isinstance(rule := table.pop("anonymous", {}), dict) and rule:
+        named = build(partial(Token, name="anonymous"), ("allow", "prefix"), f"{place}: anonymous.", rule)
+        values["anonymous"] = named[0] if named else None
     if chosen := flags.pop("volume", None):
-        values["volumes"] = [v for flag in chosen for v in build(Volume, f"--volume {flag}", parse_volume_flag(flag))]
-    kinds = {spec.name: type(spec.default) for spec in fields(Config) if spec.name not in (*values, "anonymous")}
-    for name in table:
-        if name not in kinds:
-            faults.append(f"{place}: {name}: there is no such setting")
+        parsed = [(flag, parse_volume_flag(flag)) for flag in chosen]
+        values["volumes"] = [v for flag, one in parsed for v in build(Volume, one, f"--volume {flag}: ", one)]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    faults += [f"{place}: {name}: there is no such setting" for name in table if name not in kinds]
     values |= {name: value for name, value in table.items() if name in kinds}
     for name, given in flags.items():
         try:
             values[name] = kinds[name](given)
         except ValueError:
-            values[name] = given  # Config itself says what is wrong with it
-    values["volumes"], values["tokens"] = tuple(values["volumes"]), tuple(values["tokens"])
+            values[name] = given  # Config says what is wrong with it
     try:
         config = Config(**values)
     except ConfigError as error:
         for fault in error.faults:
             name = fault.partition(":")[0]
-            flag = f"--{name.replace('_', '-')}{fault.removeprefix(name)}"
-            faults.append(flag if name in flags else f"{place}: {fault}" if name in table else fault)
+            in_file = name in table or name in ("volume", "token")
+            faults.append(
+                f"--{fault.replace('_', '-', 2)}" if name in flags else f"{place}: {fault}" if in_file else fault
+            )
     if faults:
         raise ConfigError(faults)
     return config
@@ -471,27 +383,24 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
 MAX_KEY_BYTES = 1024
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
-
+BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+DEFAULT_TYPE = "application/octet-stream"
 # Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with the blob's own type.
 EXTENSIONS = {
     "text/html": "html", "text/css": "css", "text/plain": "txt", "text/xml": "xml", "application/json": "json",
     "application/javascript": "js", "application/wasm": "wasm", "application/pdf": "pdf", "application/zip": "zip",
-    "application/rtf": "rtf", "application/msword": "doc", "application/x-7z-compressed": "7z",
-    "application/java-archive": "jar", "application/vnd.apple.mpegurl": "m3u8", "application/xhtml+xml": "xhtml",
-    "application/atom+xml": "atom", "application/rss+xml": "rss", "application/vnd.ms-excel": "xls",
-    "application/vnd.ms-powerpoint": "ppt", "application/vnd.oasis.opendocument.text": "odt",
+    "application/x-7z-compressed": "7z", "application/java-archive": "jar", "application/xhtml+xml": "xhtml",
+    "application/vnd.apple.mpegurl": "m3u8", "application/atom+xml": "atom", "application/rss+xml": "rss",
+    "application/rtf": "rtf", "application/msword": "doc", "application/vnd.ms-excel": "xls",
     "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
     "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
-    "application/vnd.openxmlformats-officedocument.presentationml.presentation": "pptx",
     "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif", "image/webp": "webp", "image/avif": "avif",
     "image/svg+xml": "svg", "image/tiff": "tif", "image/x-icon": "ico", "image/x-ms-bmp": "bmp",
-    "font/woff": "woff", "font/woff2": "woff2",
-    "audio/mpeg": "mp3", "audio/ogg": "ogg", "audio/midi": "mid", "audio/x-m4a": "m4a",
+    "font/woff": "woff", "font/woff2": "woff2", "audio/mpeg": "mp3", "audio/ogg": "ogg", "audio/x-m4a": "m4a",
     "video/mp4": "mp4", "video/webm": "webm", "video/mpeg": "mpeg", "video/quicktime": "mov", "video/mp2t": "ts",
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv", "video/x-ms-wmv": "wmv",
 }  # fmt: skip
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {"jpeg": "image/jpeg", "htm": "text/html"}
-DEFAULT_TYPE = "application/octet-stream"
 
 
 def check_key(key: str) -> str:
@@ -500,10 +409,8 @@ def check_key(key: str) -> str:
         size = len(key.encode())
     except UnicodeEncodeError:
         raise BadRequest("the key is not valid UTF-8") from None
-    if not 1 <= size <= MAX_KEY_BYTES:
-        raise BadRequest(f"a key has 1 to {MAX_KEY_BYTES} bytes, this one {size}")
-    if "\0" in key:
-        raise BadRequest("a key holds no NUL")
+    if not 1 <= size <= MAX_KEY_BYTES or "\0" in key:
+        raise BadRequest(f"a key has 1 to {MAX_KEY_BYTES} bytes and no NUL; this one has {size}")
     if key.startswith("-/"):
         raise BadRequest("keys that begin with -/ are refused: /-/ has only livez, readyz, status and metrics")
     return key
@@ -521,7 +428,7 @@ def split_target(target: str, prefix: str = "") -> tuple[str, str]:
 
 def key_of_path(raw_path: str) -> str:
     """Decode the raw path of a request into its key: `//`, `..`, `%2F` and `+` are just characters."""
-    if re.search(r"%(?![0-9A-Fa-f]{2})", raw_path):
+    if "%" in raw_path and BAD_ESCAPE.search(raw_path):
         raise BadRequest("a % in the path is not followed by two hex digits")
     try:
         return check_key(unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()[1:])
@@ -565,8 +472,7 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
 
 def after_prefix(prefix: str) -> str | None:
     """Return the first string that sorts after all that begin with `prefix`; None if there is none."""
-    while prefix and prefix[-1] == "\U0010ffff":
-        prefix = prefix[:-1]
+    prefix = prefix.rstrip("\U0010ffff")
     if not prefix:
         return None
     last = ord(prefix[-1]) + 1
@@ -576,23 +482,21 @@ def after_prefix(prefix: str) -> str | None:
 # == Ring =============================================================================================================
 # Consistent hashing with virtual nodes. It depends on names, weights and zones, never on the order of the list.
 
-VIRTUAL_NODES = 256  # for weight 1.0: the fullest of 10 equal volumes gets about 1.15 times its share
+VIRTUAL_NODES = 256  # for weight 1.0
 
 
 class Ring:
-    """Where a key belongs. Immutable; volumes of weight 0 are not on it."""
+    """Where a key belongs. Immutable; volumes of weight 0 are not on it. `zones` is volume name -> zone."""
 
     def __init__(self, volumes: Iterable[Volume]) -> None:
-        self.zones = {v.name: v.zone or f"volume {v.name}" for v in volumes if v.weight > 0}
         nodes = {v.name: max(1, round(VIRTUAL_NODES * v.weight)) for v in volumes if v.weight > 0}
         points = sorted((hash_key(f"{name}#{i}")[:16], name) for name, n in nodes.items() for i in range(n))
-        self._points = [point for point, _ in points]
-        self._names = [name for _, name in points]
+        self.zones = {v.name: v.zone or f"volume {v.name}" for v in volumes if v.weight > 0}
+        self._points, self._names = [point for point, _ in points], [name for _, name in points]
 
     def order(self, key: str) -> Iterator[str]:
         """Yield all volumes clockwise from the key's point, each once."""
-        start = bisect.bisect_right(self._points, hash_key(key)[:16])
-        seen = set()
+        start, seen = bisect.bisect_right(self._points, hash_key(key)[:16]), set()
         for i in range(len(self._names)):
             name = self._names[(start + i) % len(self._names)]
             if name not in seen:
@@ -602,10 +506,8 @@ class Ring:
                     return
 
     def place(self, key: str, replicas: int, among: Collection[str] | None = None) -> tuple[str, ...]:
-        """Return the first `replicas` volumes in ring order (only those in `among`), in distinct zones while zones last."""
-        chosen: list[str] = []
-        spare: list[str] = []
-        taken: set[str] = set()
+        """Return the first `replicas` volumes (of those in `among`) in ring order, in distinct zones while zones last."""
+        chosen, spare, taken = list[str](), list[str](), set[str]()
         for name in self.order(key):
             if among is None or name in among:
                 (spare if self.zones[name] in taken else chosen).append(name)
@@ -619,7 +521,7 @@ class Ring:
 # A key's row in the index, and its sidecar: the same facts as JSON.
 
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
-VERSION = re.compile(r"[0-9a-f]{20}")
+SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -649,26 +551,25 @@ class Record:
 
 
 def encode_sidecar(record: Record) -> bytes:
-    names = ("key", "version", "size", "digest", "content_type", "ext")
-    return json.dumps({name: getattr(record, name) for name in names}, ensure_ascii=False).encode()
+    return json.dumps({name: getattr(record, name) for name in SIDECAR_FIELDS}, ensure_ascii=False).encode()
 
 
 def decode_sidecar(data: bytes, path: str) -> Record:
     """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
     try:
         facts = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise ValueError("it is not JSON" if data else "it is empty") from None
-    kinds = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
-    if not isinstance(facts, dict) or any(type(facts.get(name)) is not kind for name, kind in kinds.items()):
+    if not isinstance(facts, dict) or any(type(facts.get(name)) is not kind for name, kind in SIDECAR_FIELDS.items()):
         raise ValueError("a field is missing or of the wrong type")
-    record = Record(volumes=(), **{name: facts[name] for name in kinds})
+    record = Record(volumes=(), **{name: facts[name] for name in SIDECAR_FIELDS})
     try:
         check_key(record.key)
+        media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
-    if record.size < 0 or not HEX_DIGEST.fullmatch(record.digest) or not VERSION.fullmatch(record.version):
-        raise ValueError("size, digest or version is malformed")
+    if record.size < 0 or not HEX_DIGEST.fullmatch(record.digest):
+        raise ValueError("size or digest is malformed")
     if parse_path(record.path) is None or sidecar_path(record.path) != path:
         raise ValueError("it names another key or version than its path")
     return record
@@ -701,56 +602,48 @@ def parse_etags(header: str) -> tuple[str, ...]:
     """Read If-Match or If-None-Match; raises BadRequest."""
     if header.strip() == "*":
         return ("*",)
-    tags = [tag.strip() for tag in re.split(r',(?=(?:[^"]*"[^"]*")*[^"]*$)', header) if tag.strip()]
-    if not tags or not all(re.fullmatch(r'(?:W/)?"[!#-~\x80-\uffff]*"', tag) for tag in tags):
+    if not re.fullmatch(r'[\s,]*((W/)?"[^"]*"\s*(,[\s,]*|$))+', header):
         raise BadRequest(f"{header!r} is neither * nor a list of quoted ETags")
-    return tuple(tags)
+    return tuple(re.findall(r'(?:W/)?"[^"]*"', header))
 
 
 def decide_conditions(conditions: Conditions, record: Record | None, reading: bool = False) -> Verdict:
     """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2."""
-    etag = record.etag if record else None
-    if conditions.if_match is not None:
-        if etag is None or not {"*", etag} & set(conditions.if_match):  # strong comparison: W/ never matches
+    c, etag, modified_s = conditions, record.etag if record else None, int(record.modified_s) if record else None
+    if c.if_match is not None:
+        if etag is None or not {"*", etag} & {*c.if_match}:  # strong comparison: W/ never matches
             return Verdict.FAILED
-    elif (
-        conditions.unmodified_since_s is not None and record and int(record.modified_s) > conditions.unmodified_since_s
-    ):
+    elif c.unmodified_since_s is not None and modified_s is not None and modified_s > c.unmodified_since_s:
         return Verdict.FAILED
-    if conditions.if_none_match is not None:
-        if etag is not None and {"*", etag, f"W/{etag}"} & set(conditions.if_none_match):
+    if c.if_none_match is not None:
+        if etag is not None and {"*", etag, f"W/{etag}"} & {*c.if_none_match}:
             return Verdict.NOT_MODIFIED if reading else Verdict.FAILED
-    elif reading and conditions.modified_since_s is not None and record:
-        if int(record.modified_s) <= conditions.modified_since_s:
-            return Verdict.NOT_MODIFIED
+    elif reading and c.modified_since_s is not None and modified_s is not None and modified_s <= c.modified_since_s:
+        return Verdict.NOT_MODIFIED
     return Verdict.PROCEED
 
 
 def parse_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
     """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and Content-MD5 (RFC 1864)."""
     expected: dict[str, bytes] = {}
-    sizes = {"sha256": 32, "sha512": 64, "md5": 16}
-
-    def expect(algorithm: str, value: str, header: str) -> None:
-        try:
-            digest = base64.b64decode(value, validate=True)
-        except ValueError:
-            digest = b""
-        if len(digest) != sizes[algorithm]:
-            raise BadRequest(f"{header}: no {algorithm} digest in base64: {value!r}")
-        if expected.setdefault(algorithm, digest) != digest:
-            raise WrongDigest(f"{header}: contradicts another digest header")
-
-    for header in ("Repr-Digest", "Content-Digest"):
-        if header in headers:
-            items = re.findall(r"\s*([a-z0-9-]+)=:([^:]*):\s*(?:,|$)", headers[header])
-            known = [(name.replace("sha-", "sha"), value) for name, value in items if name in ("sha-256", "sha-512")]
-            if not known:
-                raise BadRequest(f"{header}: needs sha-256=:BASE64: or sha-512=:BASE64:, not {headers[header]!r}")
-            for algorithm, value in known:
-                expect(algorithm, value, header)
-    if "Content-MD5" in headers:
-        expect("md5", headers["Content-MD5"].strip(), "Content-MD5")
+    for header in ("Repr-Digest", "Content-Digest", "Content-MD5"):
+        if header not in headers:
+            continue
+        items = re.findall(r"(?:^|,)\s*([a-z0-9-]+)=:([^:]*):\s*(?=,|$)", headers[header])
+        given = {name.replace("sha-", "sha"): value for name, value in items if name in ("sha-256", "sha-512")}
+        if header == "Content-MD5":
+            given = {"md5": headers[header].strip()}
+        if not given:
+            raise BadRequest(f"{header}: needs sha-256=:BASE64: or sha-512=:BASE64:, not {headers[header]!r}")
+        for algorithm, value in given.items():
+            try:
+                digest = base64.b64decode(value, validate=True)
+            except ValueError:
+                digest = b""
+            if len(digest) != hashlib.new(algorithm, usedforsecurity=False).digest_size:
+                raise BadRequest(f"{header}: {value!r} is no {algorithm} digest in base64")
+            if expected.setdefault(algorithm, digest) != digest:
+                raise WrongDigest(f"{header}: contradicts another digest header")
     return expected
 
 
@@ -765,24 +658,21 @@ class State(enum.Enum):
 class Event(enum.Enum):
     ANSWERED = "answered"  # a HEAD, a DELETE: it is there, which says nothing of writes
     STORED = "stored"  # a PUT succeeded
-    REFUSED = "refused"  # a PUT was answered with an error
+    REFUSED = "refused"  # a PUT or DELETE was answered with an error
     UNREACHABLE = "unreachable"  # no connection, no answer in time, or an answer that a volume never gives
 
 
-STATE_AFTER = {
-    (State.UP, Event.ANSWERED): State.UP,
-    (State.UP, Event.STORED): State.UP,
-    (State.UP, Event.REFUSED): State.READONLY,
-    (State.UP, Event.UNREACHABLE): State.DOWN,
-    (State.READONLY, Event.ANSWERED): State.READONLY,
-    (State.READONLY, Event.STORED): State.UP,
-    (State.READONLY, Event.REFUSED): State.READONLY,
-    (State.READONLY, Event.UNREACHABLE): State.DOWN,
-    (State.DOWN, Event.ANSWERED): State.READONLY,  # it reads; the write probe that follows says whether it writes
-    (State.DOWN, Event.STORED): State.UP,
-    (State.DOWN, Event.REFUSED): State.READONLY,
-    (State.DOWN, Event.UNREACHABLE): State.DOWN,
-}
+STATE_AFTER: Mapping[State, Mapping[Event, State]] = {
+    State.UP: {
+        Event.ANSWERED: State.UP, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
+    },
+    State.READONLY: {
+        Event.ANSWERED: State.READONLY, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
+    },
+    State.DOWN: {  # an answer to a HEAD says that it reads; the write probe that follows says whether it writes
+        Event.ANSWERED: State.READONLY, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
+    },
+}  # fmt: skip
 
 
 class Step(enum.Enum):
@@ -810,17 +700,13 @@ def explain_refusal(
     states: Mapping[str, State], ring: Ring, needed: int, failed: Mapping[str, VolumeError]
 ) -> MkvError:
     """Say why a PUT finds too few volumes: Full if enough are alive but refuse writes, else Unavailable."""
-    refusing = {n for n, s in states.items() if s is State.READONLY} | {
-        n for n, error in failed.items() if isinstance(error, VolumeFull | VolumeUnexpected)
-    }
-    up = {n for n, s in states.items() if s is State.UP and n not in failed}
-    seen = ", ".join(
-        f"{n} {states[n].value if n in states else 'gone'}{' (drained)' * (n not in ring.zones)}" for n in states
-    )
-    detail = f"{needed} replicas needed, too few volumes take writes: {seen}"
+    refusing = {name for name, state in states.items() if state is State.READONLY}
+    refusing |= {name for name, error in failed.items() if isinstance(error, VolumeFull | VolumeUnexpected)}
+    alive = refusing | {name for name, state in states.items() if state is State.UP and name not in failed}
+    seen = [f"{name} {state.value}{'' if name in ring.zones else ' (drained)'}" for name, state in states.items()]
+    detail = f"{needed} replicas needed, too few volumes take writes: {', '.join(seen)}"
     detail += "".join(f"; {error}" for error in failed.values())
-    alive = len((up | refusing) & set(ring.zones))
-    return Full(detail) if refusing and alive >= needed else Unavailable(detail)
+    return Full(detail) if refusing and len(alive & ring.zones.keys()) >= needed else Unavailable(detail)
 
 
 def choose_replica(record: Record, states: Mapping[str, State], turn: int) -> str | None:
@@ -839,26 +725,24 @@ def authorize(
 ) -> str:
     """Return the name of who may do `operation` on `key` (for a list: its prefix); raises Unauthorized or Forbidden.
 
-    Every token is compared, in constant time (hmac.compare_digest), so that an answer's delay tells nothing.
+    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing.
     """
-    if not tokens and anonymous is None:
-        return ""
     rule = anonymous
-    if authorization is not None:
+    if authorization is not None and tokens:
         scheme, _, secret = authorization.partition(" ")
         shown = hashlib.sha256(secret.strip().encode("utf-8", "surrogateescape")).hexdigest()
-        matching = [t for t in tokens if hmac.compare_digest(shown, t.sha256)]
+        matching = [token for token in tokens if hmac.compare_digest(shown, token.sha256)]
         if scheme.lower() != "bearer" or not matching:
             raise Unauthorized("this token is not known here")
         rule = matching[0]
-    if rule is None:
-        raise Unauthorized("a token is needed: Authorization: Bearer SECRET")
+    elif rule is None:
+        if tokens:
+            raise Unauthorized("a token is needed: Authorization: Bearer SECRET")
+        return ""
     if operation in rule.allow and (operation == "admin" or key.startswith(rule.prefix)):
         return rule.name
-    if rule is anonymous:
-        raise Unauthorized(f"a token is needed to {operation} here")
     where = f" keys that begin with {rule.prefix!r}" if rule.prefix else ""
-    raise Forbidden(f"token {rule.name} may only {', '.join(rule.allow)}{where}")
+    raise (Unauthorized if rule is anonymous else Forbidden)(f"{rule.name} may only {', '.join(rule.allow)}{where}")
 
 
 def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tuple[float, float]:
@@ -885,16 +769,19 @@ def parse_list_query(query: str) -> ListQuery:
     """Read the query of a list request strictly; raises BadRequest."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict") if query else []
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         raise BadRequest("the query is malformed or not UTF-8") from None
     given = dict(pairs)
     if len(given) < len(pairs) or not given.keys() <= {"prefix", "delimiter", "start", "limit"}:
         raise BadRequest("a list takes prefix, delimiter, start and limit, each once")
-    if any("\0" in value or len(value) > 4 * MAX_KEY_BYTES for value in given.values()):
-        raise BadRequest("a value in the query is too long or holds NUL")
     limit = given.pop("limit", "1000")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 10000:
         raise BadRequest(f"limit must be 1 to 10000, not {limit!r}")
+    try:
+        if any("\0" in value or len(value.encode()) > MAX_KEY_BYTES for value in given.values()):
+            raise BadRequest(f"no value in the query has more than {MAX_KEY_BYTES} bytes, or NUL")
+    except UnicodeEncodeError:
+        raise BadRequest("the query is not UTF-8") from None
     return ListQuery(**given, limit=int(limit))
 
 
@@ -904,14 +791,10 @@ def parse_list_query(query: str) -> ListQuery:
 
 SCHEMA_VERSION = 1
 SCHEMA = f"""
-CREATE TABLE record (
-    key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
-    digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE garbage (
-    path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL, since REAL NOT NULL,
-    PRIMARY KEY (path, volume)
-) STRICT, WITHOUT ROWID;
+CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
+    digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL,
+    since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE INDEX garbage_due ON garbage (volume, due);
 CREATE INDEX garbage_since ON garbage (since);
 CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
@@ -924,22 +807,16 @@ BUSY_TIMEOUT_S = 30.0  # another process writes to the same index
 
 
 def record_of_row(row: Sequence[Any]) -> Record:
-    return Record(
-        key=row[0],
-        version=row[1],
-        volumes=tuple(row[2].split()),
-        size=row[3],
-        digest=row[4],
-        content_type=row[5],
-        ext=row[6],
-    )
+    key, version, volumes, size, digest, content_type, ext = row
+    names = tuple(volumes.split())
+    return Record(key=key, version=version, volumes=names, size=size, digest=digest, content_type=content_type, ext=ext)
 
 
 class Transaction:
     """What a mutation may do: the records, the garbage, and with both, always, the totals."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+        self._db, self._now = db, time.time()
         self._totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def get(self, key: str) -> Record | None:
@@ -958,16 +835,15 @@ class Transaction:
 
     def _count(self, record: Record, sign: int) -> None:
         for name in (ALL_KEYS, *record.volumes):
-            total = self._totals[name]
-            total[0] += sign
-            total[1] += sign * record.size
+            self._totals[name][0] += sign
+            self._totals[name][1] += sign * record.size
 
-    def add_garbage(self, path: str, volumes: Iterable[str], now: float, delay_s: float) -> None:
+    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0) -> None:
+        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
         for volume in volumes:
-            row = (path, volume, now + delay_s, 0, now)
-            self._totals[GARBAGE][0] += self._db.execute(
-                "INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)", row
-            ).rowcount
+            row = (path, volume, self._now + delay_s, 0, self._now)
+            added = self._db.execute("INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)", row).rowcount
+            self._totals[GARBAGE][0] += added
 
     def garbage_of(self, key: str) -> list[tuple[str, str]]:
         """Return (volume, path) of all garbage, of any version, that `key` has left."""
@@ -975,16 +851,14 @@ class Transaction:
         query = "SELECT volume, path FROM garbage WHERE path >= ? AND path < ?"
         return list(self._db.execute(query, (start, after_prefix(start))))
 
-    def settle_garbage(
-        self, gone: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]], now: float
-    ) -> None:
+    def settle_garbage(self, gone: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]]) -> None:
         """Forget the (volume, path) that are gone; put off the (volume, path, attempts) that failed."""
         for volume, path in gone:
             query = "DELETE FROM garbage WHERE path = ? AND volume = ?"
             self._totals[GARBAGE][0] -= self._db.execute(query, (path, volume)).rowcount
         for volume, path, attempts in failed:
             query = "UPDATE garbage SET due = ?, attempts = ? WHERE path = ? AND volume = ?"
-            self._db.execute(query, (now + retry_delay_s(attempts), attempts, path, volume))
+            self._db.execute(query, (self._now + retry_delay_s(attempts), attempts, path, volume))
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -993,33 +867,29 @@ class Transaction:
         self._db.executemany(query, [(name, *total) for name, total in self._totals.items()])
 
 
-def commit_put(
-    tx: Transaction, record: Record, conditions: Conditions, stray: Collection[str], now: float, delay_s: float
-) -> bool:
+def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: Collection[str], delay_s: float) -> bool:
     """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new.
 
     Whichever version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold.
     A write that began before the current version is answered as if it had come just before it.
-    Raises PreconditionFailed, which then still commits the garbage.
+    Raises PreconditionFailed; the garbage is committed all the same.
     """
     current = tx.get(record.key)
-    tx.add_garbage(record.path, stray, now, delay_s)
+    tx.add_garbage(record.path, stray, delay_s)
     failed = decide_conditions(conditions, current) is not Verdict.PROCEED
     if failed or (current and current.version >= record.version):
-        tx.add_garbage(record.path, record.volumes, now, delay_s)
+        tx.add_garbage(record.path, record.volumes, delay_s)
         if failed:
             raise PreconditionFailed("the key has changed meanwhile")
         return False
     if current:
         tx.remove(current)
-        tx.add_garbage(current.path, current.volumes, now, delay_s)
+        tx.add_garbage(current.path, current.volumes, delay_s)
     tx.insert(record)
     return current is None
 
 
-def commit_delete(
-    tx: Transaction, key: str, conditions: Conditions, now: float, delay_s: float
-) -> list[tuple[str, str]]:
+def commit_delete(tx: Transaction, key: str, conditions: Conditions, delay_s: float) -> list[tuple[str, str]]:
     """Move the key's replicas to the garbage; return (volume, path) of all versions whose sidecars must go now."""
     current = tx.get(key)
     if current is None:
@@ -1027,59 +897,42 @@ def commit_delete(
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         raise PreconditionFailed("the key is not what the condition asks for")
     tx.remove(current)
-    tx.add_garbage(current.path, current.volumes, now, delay_s)
+    tx.add_garbage(current.path, current.volumes, delay_s)
     return tx.garbage_of(key)
 
 
-def commit_discard(tx: Transaction, key: str, path: str, volumes: Collection[str], now: float, delay_s: float) -> bool:
-    """Put what a failed PUT wrote into the garbage, unless it was committed after all; return whether it was not."""
+def commit_discard(tx: Transaction, key: str, path: str, volumes: Collection[str], delay_s: float) -> None:
+    """Put what a failed PUT wrote into the garbage, unless it was committed after all."""
     current = tx.get(key)
-    if current and current.path == path:
-        return False
-    tx.add_garbage(path, volumes, now, delay_s)
-    return True
+    if current is None or current.path != path:
+        tx.add_garbage(path, volumes, delay_s)
 
 
 def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
     """Return one page of keys and common prefixes: a range scan that seeks past each common prefix."""
-    keys: list[dict[str, Any]] = []
-    prefixes: list[str] = []
-    start, end = max(query.prefix, query.start), after_prefix(query.prefix)
+    page: dict[str, Any] = {"keys": [], "prefixes": [], "next": None}
+    start: str | None = max(query.prefix, query.start)
+    end = after_prefix(query.prefix)
     sql = f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
-    while True:
-        for row in db.execute(sql, (start, end) if end else (start,)):
-            if len(keys) + len(prefixes) == query.limit:
-                return {"keys": keys, "prefixes": prefixes, "next": row[0]}
-            cut = row[0].find(query.delimiter, len(query.prefix)) if query.delimiter else -1
+    while start is not None:
+        rows, start = db.execute(sql, (start, end) if end else (start,)), None
+        for record in map(record_of_row, rows):
+            if len(page["keys"]) + len(page["prefixes"]) == query.limit:
+                return page | {"next": record.key}
+            cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
             if cut >= 0:
-                prefixes.append(row[0][: cut + len(query.delimiter)])
+                page["prefixes"].append(record.key[: cut + len(query.delimiter)])
+                start = after_prefix(page["prefixes"][-1])
                 break
-            record = record_of_row(row)
-            keys.append(
-                {
-                    "key": record.key,
-                    "size": record.size,
-                    "etag": record.etag,
-                    "content_type": record.content_type,
-                    "modified": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s)),
-                }
-            )
-        else:
-            return {"keys": keys, "prefixes": prefixes, "next": None}
-        following = after_prefix(prefixes[-1])
-        if following is None:
-            return {"keys": keys, "prefixes": prefixes, "next": None}
-        start = following
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s))
+            facts = {"key": record.key, "size": record.size, "etag": record.etag}
+            page["keys"].append(facts | {"content_type": record.content_type, "modified": when})
+    return page
 
 
 def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and GARBAGE."""
     return {name: (blobs, size) for name, blobs, size in db.execute("SELECT name, blobs, bytes FROM total")}
-
-
-def read_due_garbage(db: sqlite3.Connection, volume: str, now: float, limit: int) -> list[tuple[str, int]]:
-    query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT ?"
-    return list(db.execute(query, (volume, now, limit)))
 
 
 class SqliteThread:
@@ -1116,10 +969,10 @@ class Batch(Generic[Item, Answer]):
     def __init__(
         self,
         thread: SqliteThread,
-        carry_out: Callable[[list[Item], sqlite3.Connection], list[Answer | Exception]],
+        work: Callable[[list[Item], sqlite3.Connection], list[Any]],
         observe: Callable[[int], None],
     ) -> None:
-        self._thread, self._carry_out, self._observe = thread, carry_out, observe
+        self._thread, self._carry_out, self._observe = thread, work, observe
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._worker: asyncio.Task[None] | None = None
 
@@ -1135,18 +988,13 @@ class Batch(Generic[Item, Answer]):
         while self._waiting:
             batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
             self._observe(len(batch))
-            answers: Sequence[Answer | Exception]
             try:
                 answers = await self._thread.run(partial(self._carry_out, [item for item, _ in batch]))
             except Exception as error:  # the whole hop failed, say on a full disk: nobody's call was carried out
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
-                if future.done():
-                    continue  # cancelled meanwhile; the call was carried out all the same
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
+                if not future.done():  # else it was cancelled meanwhile, and carried out all the same
+                    (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
         self._worker = None
 
     async def drain(self) -> None:
@@ -1154,17 +1002,20 @@ class Batch(Generic[Item, Answer]):
             await asyncio.wait([self._worker])
 
 
-def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None | Exception]:
-    tx = Transaction(db)
-    return [tx.get(key) for key in keys]
+def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
+    """Look all keys up in one step of SQLite: each step gives up the GIL, and a busy event loop is slow to return it."""
+    query = f"SELECT json_group_array(json_array({COLUMNS})) FROM record WHERE key IN (SELECT value FROM json_each(?))"
+    rows = json.loads(db.execute(query, (json.dumps(keys),)).fetchone()[0])
+    found = {row[0]: record_of_row(row) for row in rows}
+    return [found.get(key) for key in keys]
 
 
 def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
     """Carry all mutations out in one transaction; an MkvError is one mutation's answer, anything else undoes them all."""
-    tx = Transaction(db)
     answers: list[Any] = []
     with db:
         db.execute("BEGIN IMMEDIATE")
+        tx = Transaction(db)
         for mutation in mutations:
             try:
                 answers.append(mutation(tx))
@@ -1175,7 +1026,7 @@ def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connect
 
 
 def prepare_index(db: sqlite3.Connection) -> None:
-    """Make the tables of a new index; raises sqlite3.DatabaseError if another mkv made it."""
+    """Make the tables of a new index; raises sqlite3.DatabaseError if it is of another schema."""
     db.execute("PRAGMA journal_mode = WAL")
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
@@ -1194,14 +1045,11 @@ class Index:
     """
 
     def __init__(self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None) -> None:
-        self.path = path
+        self.path, self._lock = path, -1
         self._writer, self._getter = SqliteThread(path, False), SqliteThread(path, True)
         self._readers = [SqliteThread(path, True) for _ in range(2)]
-        self._writes: Batch[Callable[[Transaction], Any], Any] = Batch(
-            self._writer, write_all, partial(observe, "write")
-        )
-        self._gets: Batch[str, Record | None] = Batch(self._getter, get_all, partial(observe, "get"))
-        self._lock: int | None = None
+        self._writes = Batch[Callable[[Transaction], Any], Any](self._writer, write_all, partial(observe, "write"))
+        self._gets = Batch[str, Record | None](self._getter, get_all, partial(observe, "get"))
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
@@ -1211,10 +1059,8 @@ class Index:
             await self._writer.run(prepare_index)
         except BlockingIOError:
             raise ConfigError([f"db: {self.path} is being rebuilt by mkv_tools.py"]) from None
-        except OSError as error:
-            raise ConfigError([f"db: {error}"]) from None
-        except sqlite3.Error as error:
-            raise ConfigError([f"db: {self.path}: {error} (mkv_tools.py rebuild makes a new index)"]) from None
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError([f"db: {self.path}: {error}"]) from None
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
@@ -1233,14 +1079,14 @@ class Index:
         return await thread.run(query)
 
     async def close(self) -> None:
-        """Finish what is queued, checkpoint (SQLite does when the last connection closes), close. May be called twice."""
+        """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
         await self._writes.drain()
         await self._gets.drain()
         for thread in (self._getter, *self._readers, self._writer):
             await thread.close()
-        if self._lock is not None:
+        if self._lock >= 0:
             os.close(self._lock)
-            self._lock = None
+            self._lock = -1
 
 
 def lock_file(path: str, exclusive: bool) -> int:
@@ -1263,30 +1109,27 @@ SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and anoth
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 FINISH_TIMEOUT_S = 60.0  # a volume that has all bytes of a large blob may still be writing them to disk
 IDLE_CONNECTIONS = 64  # kept to each volume
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 
 
 class Wire:
     """One connection to a volume: requests written, statuses read in the same order (HTTP/1.1 pipelining)."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self.writer = reader, writer
-        self.reusable = True
+        self._reader, self.writer, self.reusable = reader, writer, True
 
     async def read_status(self, head_only: bool = False) -> int:
-        """Read one answer, drop its body, return its status; raises ConnectionError or asyncio.IncompleteReadError."""
-        while True:
-            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-            if not re.match(rb"http/1\.[01] [1-5]\d\d", head):
-                raise ConnectionResetError("the answer is not HTTP")
-            if (status := int(head[9:12])) >= 200:
-                break
-        length = re.search(rb"\r\ncontent-length: *(\d+)", head)
-        bodyless = head_only or status in (204, 304)
+        """Read one answer, drop its body, return its status; raises OSError or asyncio.IncompleteReadError."""
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        if not head.startswith(b"http/1.") or not head[9:12].isdigit():
+            raise ConnectionResetError("the answer is not HTTP")
+        if head[9:10] == b"1":  # 100 Continue
+            return await self.read_status(head_only)
+        length, bodyless = CONTENT_LENGTH.search(head), head_only or head[9:12] in (b"204", b"304")
         if length and not bodyless:
             await self._reader.readexactly(int(length[1]))
-        if not (length or bodyless) or b"\r\nconnection: close" in head:
-            self.reusable = False
-        return status
+        self.reusable = bool(length or bodyless) and b"\r\nconnection: close" not in head
+        return int(head[9:12])
 
     @property
     def usable(self) -> bool:
@@ -1300,92 +1143,85 @@ class VolumeClient:
     """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds, error)` how long."""
 
     def __init__(
-        self,
-        volume: Volume,
-        secret: str,
-        timeout_s: float,
-        notice: Callable[[Event, str], None],
+        self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.volume, self.secret, self.timeout_s = volume, secret, timeout_s
         self._notice, self._measure = notice, measure
         parts = urlsplit(volume.url)
-        self._address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-        self._ssl = True if parts.scheme == "https" else None
-        self._base = parts.path
+        self._ssl = parts.scheme == "https" or None
+        self._address, self._base = (parts.hostname, parts.port or (443 if self._ssl else 80)), parts.path
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
         self._headers = {"Mkv-Volume-Secret": secret} if secret else {}
-        self._idle: list[Wire] = []
-        self._keep = IDLE_CONNECTIONS
+        self._idle, self._keep = list[Wire](), IDLE_CONNECTIONS
 
     def _request(self, method: str, path: str, trail: str, framing: str) -> bytes:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     async def _connect(self) -> Wire:
         reader, writer = await asyncio.open_connection(*self._address, ssl=self._ssl)
-        cast(asyncio.WriteTransport, writer.transport).set_write_buffer_limits(high=UPLOAD_BUFFER)
+        writer.transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
         return Wire(reader, writer)
 
     @contextlib.contextmanager
-    def _watch(self, method: str) -> Iterator[None]:
+    def watch(self, method: str) -> Iterator[None]:
         """Turn what can happen to a request into a VolumeError, and tell health and metrics."""
-        began, name, failure = time.perf_counter(), self.volume.name, ""
+        began, failure = time.perf_counter(), cast(VolumeError | None, None)
+        event: Event | None = Event.STORED if method == "PUT" else Event.ANSWERED
         try:
             yield
-            self._notice(Event.STORED if method == "PUT" else Event.ANSWERED, "")
         except VolumeError as error:
-            failure = type(error).__name__
-            self._notice(Event.REFUSED if method in ("PUT", "DELETE") else Event.UNREACHABLE, str(error))
+            failure, event = error, Event.UNREACHABLE if method in ("GET", "HEAD") else Event.REFUSED
             raise
         except TimeoutError:
-            failure = "VolumeTimeout"
-            self._notice(Event.UNREACHABLE, "no progress in time")
-            raise VolumeTimeout(name, f"{method}: no progress in time") from None
+            failure, event = VolumeTimeout(self.volume.name, f"{method}: no progress in time"), Event.UNREACHABLE
+            raise failure from None
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ClientError) as error:
-            failure = "VolumeDown"
-            self._notice(Event.UNREACHABLE, str(error) or type(error).__name__)
-            raise VolumeDown(name, f"{method}: {error or type(error).__name__}") from None
+            failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
+            event = Event.UNREACHABLE
+            raise failure from None
+        except BaseException:
+            event = None  # cancelled: says nothing of the volume
+            raise
         finally:
-            self._measure(method, time.perf_counter() - began, failure)
+            if event:
+                self._notice(event, str(failure or ""))
+            if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
+                self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
 
-    def _check(self, method: str, path: str, status: int) -> None:
-        if status in (200, 201, 204) or (method == "DELETE" and status == 404):
-            return
-        kind = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
-        raise kind(self.volume.name, f"{method} {path} was answered {status}")
+    def check(self, method: str, path: str, status: int) -> None:
+        """Raise the VolumeError that `status` means, if any."""
+        if status not in (200, 201, 204) and not (method == "DELETE" and status == 404):
+            kind = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+            raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
     async def _exchange(self, method: str, bodies: Mapping[str, bytes], trail: str, timeout_s: float) -> None:
         """Send `method` for each path, pipelined, and check every answer."""
-        data = b"".join(
-            self._request(method, path, trail, f"Content-Length: {len(body)}\r\n" if method == "PUT" else "") + body
-            for path, body in bodies.items()
-        )
-        with self._watch(method):
+        frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
+        data = [self._request(method, path, trail, frame(len(body))) + body for path, body in bodies.items()]
+        with self.watch(method):
             async with asyncio.timeout(timeout_s):
-                statuses = await self._converse(data, len(bodies), head_only=method == "HEAD")
+                statuses = await self._converse(b"".join(data), len(bodies), method == "HEAD")
             for path, status in zip(bodies, statuses, strict=True):
-                self._check(method, path, status)
+                self.check(method, path, status)
 
     async def _converse(self, data: bytes, answers: int, head_only: bool) -> list[int]:
-        """Write `data`, read the statuses. A kept connection that the volume had closed meanwhile is replaced once."""
+        """Write `data`, read the statuses. A kept connection that the volume had closed meanwhile is replaced."""
         while True:
             kept = self._idle.pop() if self._idle else None
-            if kept is not None and not kept.usable:
+            if kept and not kept.usable:
                 kept.abort()
                 continue
-            wire = kept or await self._connect()
-            statuses: list[int] = []
+            wire, statuses = kept or await self._connect(), list[int]()
             try:
                 wire.writer.write(data)
                 for _ in range(answers):
                     statuses.append(await wire.read_status(head_only))
             except (OSError, asyncio.IncompleteReadError):
                 wire.abort()
-                if kept is None or statuses:
-                    raise
-                while self._idle:  # the others are as stale; a repeat is harmless: the path names one version
-                    self._idle.pop().abort()
-                continue
+                if kept and not statuses:
+                    continue  # a repeat is harmless: the path names one version
+                raise
             except BaseException:
                 wire.abort()
                 raise
@@ -1395,41 +1231,36 @@ class VolumeClient:
                 wire.abort()
             return statuses
 
-    async def put(self, bodies: Mapping[str, bytes], trail: str = "", timeout_s: float = 0) -> None:
+    async def put(self, bodies: Mapping[str, bytes], trail: str = "") -> None:
         """Store small files, path -> bytes, in that order; raises VolumeError unless the volume has answered for all."""
-        await self._exchange("PUT", bodies, trail, timeout_s or self.timeout_s)
+        await self._exchange("PUT", bodies, trail, self.timeout_s)
 
     async def delete(self, paths: Iterable[str], trail: str = "", timeout_s: float = 0) -> None:
         """Delete files in that order; one that is not there is no error. Raises VolumeError."""
         await self._exchange("DELETE", dict.fromkeys(paths, b""), trail, timeout_s or self.timeout_s)
 
-    async def probe(self, write: bool, timeout_s: float) -> None:
+    async def probe(self, write: bool) -> None:
         """See whether the volume answers, or takes writes; raises VolumeError."""
-        method, path, body = ("PUT", PROBE_PATH, PROBE_BODY) if write else ("HEAD", "/", b"")
-        await self._exchange(method, {path: body}, "", timeout_s)
+        method, files = ("PUT", {PROBE_PATH: PROBE_BODY}) if write else ("HEAD", {"/": b""})
+        await self._exchange(method, files, "", min(PROBE_TIMEOUT_S, self.timeout_s))
 
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
-        framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
-        try:
+        with self.watch("CONNECT"):
             async with asyncio.timeout(self.timeout_s):
                 wire = await self._connect()
-        except (OSError, TimeoutError):
-            with self._watch("PUT"):  # tells health, makes the VolumeError
-                raise
+        framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         wire.writer.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
 
     @contextlib.asynccontextmanager
-    async def read(self, session: ClientSession, path: str) -> AsyncIterator[Any]:
+    async def read(self, session: ClientSession, path: str) -> AsyncIterator[ClientResponse]:
         """GET `path` and yield aiohttp's response, 200 or 404; raises VolumeError, also from reading the body."""
-        with self._watch("GET"):
-            timeout = ClientTimeout(total=None, connect=self.timeout_s, sock_read=self.timeout_s)
-            async with session.get(
-                self.volume.url + path, headers=self._headers, timeout=timeout, allow_redirects=False
-            ) as response:
-                if response.status not in (200, 404):
-                    raise VolumeUnexpected(self.volume.name, f"GET {path} was answered {response.status}")
+        url, timeout = self.volume.url + path, ClientTimeout(None, self.timeout_s, self.timeout_s)
+        with self.watch("GET"):
+            async with session.get(url, headers=self._headers, timeout=timeout, allow_redirects=False) as response:
+                if response.status != 404:
+                    self.check("GET", path, response.status)
                 yield response
 
     def close(self) -> None:
@@ -1443,39 +1274,35 @@ class Upload:
     """One large blob on its way to one volume."""
 
     def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
-        self.client, self._wire, self._path, self._chunked = client, wire, path, chunked
+        self._client, self._wire, self._path, self._chunked = client, wire, path, chunked
         self._answer = asyncio.ensure_future(wire.read_status())
 
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
-        if self._answer.done():
-            with self.client._watch("PUT"):
-                self.client._check("PUT", self._path, await self._answer)
-                raise VolumeUnexpected(self.client.volume.name, "answered before it had the whole blob")
-        if self._chunked:
-            chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
-        self._wire.writer.write(chunk)
-        if cast(asyncio.WriteTransport, self._wire.writer.transport).get_write_buffer_size() > UPLOAD_BUFFER:
-            try:
-                async with asyncio.timeout(self.client.timeout_s):
-                    await self._wire.writer.drain()
-            except (OSError, TimeoutError):
-                with self.client._watch("PUT"):
-                    raise
+        if not self._answer.done():
+            self._wire.writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
+            if self._wire.writer.transport.get_write_buffer_size() <= UPLOAD_BUFFER:
+                return
+        with self._client.watch("SEND"):
+            async with asyncio.timeout(self._client.timeout_s):
+                if self._answer.done():
+                    self._client.check("PUT", self._path, await self._answer)
+                    raise VolumeUnexpected(self._client.volume.name, "answered before it had the whole blob")
+                await self._wire.writer.drain()
 
     async def finish(self) -> None:
         """End the blob and wait for the volume's word that it has it; raises VolumeError."""
-        with self.client._watch("PUT"):
+        with self._client.watch("PUT"):
             if self._chunked and not self._answer.done():
                 self._wire.writer.write(b"0\r\n\r\n")
-            async with asyncio.timeout(max(FINISH_TIMEOUT_S, self.client.timeout_s)):
-                self.client._check("PUT", self._path, await self._answer)
+            async with asyncio.timeout(max(FINISH_TIMEOUT_S, self._client.timeout_s)):
+                self._client.check("PUT", self._path, await self._answer)
         self.abort()
 
     def abort(self) -> None:
         """Drop the connection; unfinished, the volume keeps nothing. May be called twice."""
         if not self._answer.cancel() and not self._answer.cancelled():
-            self._answer.exception()  # has been, or need not be, looked at
+            self._answer.exception()  # it has been, or need not be, looked at
         self._wire.abort()
 
 
@@ -1494,44 +1321,36 @@ class Health:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.states: dict[str, State] = {}
-        self._clock = clock
-        self._next_write: dict[str, float] = {}
+        self._clock, self._next_write = clock, dict[str, float]()
+
+    def is_down(self, name: str) -> bool:
+        return self.states.get(name, State.DOWN) is State.DOWN
 
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
-        after = self.states[name] = STATE_AFTER[before or State.DOWN, event]
+        after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
         if after is not before:
-            log.log(
-                logging.INFO if after is State.UP else logging.WARNING,
-                "volume %s is %s%s",
-                name,
-                after.value,
-                reason and f": {reason}",
-            )
+            level = logging.INFO if after is State.UP else logging.WARNING
+            log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
 
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down, whether it writes."""
         name, now = client.volume.name, self._clock()
-        write = self.states.get(name, State.DOWN) is State.DOWN or now >= self._next_write.get(name, 0.0)
+        write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
         if write:
             self._next_write[name] = now + WRITE_PROBE_EVERY_S
         with contextlib.suppress(VolumeError):
-            await client.probe(write, min(PROBE_TIMEOUT_S, client.timeout_s))
-        self.states.setdefault(name, State.DOWN)
+            await client.probe(write)
 
     async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
         """Probe all, for ever; a volume that hangs does not delay the others' probes."""
-        running: dict[str, asyncio.Task[None]] = {}
-        try:
+        async with asyncio.TaskGroup() as group:
+            running: dict[str, asyncio.Task[None]] = {}
             while True:
                 for client in clients():
-                    if client.volume.name not in running or running[client.volume.name].done():
-                        running[client.volume.name] = asyncio.create_task(self.probe(client))
+                    if (last := running.get(client.volume.name)) is None or last.done():
+                        running[client.volume.name] = group.create_task(self.probe(client))
                 await asyncio.sleep(PROBE_EVERY_S)
-        finally:
-            for task in running.values():
-                task.cancel()
-            await asyncio.gather(*running.values(), return_exceptions=True)
 
 
 # == Metrics ==========================================================================================================
@@ -1545,7 +1364,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FAMILIES = {
     "mkv_build_info": ("gauge", "Version of mkv and of Python; always 1."),
     "mkv_http_requests_total": ("counter", "Requests answered."),
-    "mkv_http_request_duration_seconds": ("histogram", "Time from a request's headers to the end of its answer."),
+    "mkv_http_request_duration_seconds": ("histogram", "Time from a request's headers to its answer."),
     "mkv_http_requests_in_flight": ("gauge", "Requests being answered."),
     "mkv_received_bytes_total": ("counter", "Bytes of blobs received from clients."),
     "mkv_volume_requests_total": ("counter", "Requests sent to a volume."),
@@ -1563,71 +1382,59 @@ FAMILIES = {
 
 
 class Metrics:
-    """Counters and histograms of this process in region `mine` of `shared` memory."""
+    """Counters and histograms of this process, in region `mine` of `shared` memory."""
 
     def __init__(self, shared: mmap.mmap | None = None, mine: int = 0) -> None:
         self._shared = shared or mmap.mmap(-1, REGION)
         self._doubles = memoryview(self._shared).cast("d")
-        self._next, self._end = mine * REGION, (mine + 1) * REGION
-        self._cells: dict[str, int] = {}
+        self._region, self._cells = mine * REGION, dict[str, int]()
         self._histograms: dict[tuple[str, str], list[int]] = {}
-        while name := self._name(self._next):  # a predecessor in this region died: go on where it was
-            self._cells[name] = self._next // 8
-            self._next += CELL
+        for name, cell in self._samples(self._region):  # a predecessor in this region died: go on where it was
+            self._cells[name] = cell
         self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
 
-    def _name(self, offset: int) -> str:
-        return self._shared[offset + 8 : offset + CELL].rstrip(b"\0").decode() if offset < self._end else ""
+    def _samples(self, region: int) -> Iterator[tuple[str, int]]:
+        for offset in range(region, region + REGION, CELL):
+            if name := self._shared[offset + 8 : offset + CELL].rstrip(b"\0").decode():
+                yield name, offset // 8
+            else:
+                return
 
     def _cell(self, name: str) -> int:
         if name not in self._cells:
-            if self._next == self._end:  # labels are bounded, so this takes a thousand volumes
-                return self._cells.setdefault("", self._next // 8 - CELL // 8)
-            self._shared[self._next + 8 : self._next + 8 + len(name)] = name.encode()
-            self._cells[name] = self._next // 8
-            self._next += CELL
+            used = min(len(self._cells), REGION // CELL - 1)  # labels are bounded: never full in practice
+            offset = self._region + used * CELL
+            self._shared[offset + 8 : offset + 8 + len(name)] = name.encode()
+            self._cells[name] = offset // 8
         return self._cells[name]
 
     def add(self, name: str, amount: float = 1.0) -> None:
         self._doubles[self._cell(name)] += amount
 
     def observe(self, name: str, labels: str, value: float, bounds: Sequence[float] = SECONDS) -> None:
-        """Add `value` to a histogram; `labels` as in the text format, without braces, or empty."""
+        """Add `value` to a histogram; `labels` are as in the text format, without braces."""
         cells = self._histograms.get((name, labels))
         if cells is None:
-            separator = labels and labels + ","
-            names = [f'{name}_bucket{{{separator}le="{float(bound)}"}}' for bound in bounds]
-            braced = f"{{{labels}}}" if labels else ""
-            names += [f'{name}_bucket{{{separator}le="+Inf"}}', f"{name}_sum{braced}", f"{name}_count{braced}"]
+            names = [f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")]
+            names += [f"{name}_count{{{labels}}}", f"{name}_sum{{{labels}}}"]
             cells = self._histograms[name, labels] = [self._cell(one) for one in names]
-        doubles = self._doubles
-        for cell in cells[bisect.bisect_left(bounds, value) : -2]:
-            doubles[cell] += 1.0
-        doubles[cells[-2]] += value
-        doubles[cells[-1]] += 1.0
+        for cell in cells[bisect.bisect_left(bounds, value) : -1]:
+            self._doubles[cell] += 1.0
+        self._doubles[cells[-1]] += value
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Return the Prometheus text format: the sums over all processes, and `gauges` (name with labels -> value)."""
         samples: dict[str, float] = defaultdict(float)
         for region in range(0, len(self._shared), REGION):
-            for offset in range(region, region + REGION, CELL):
-                name = self._shared[offset + 8 : offset + CELL].rstrip(b"\0").decode()
-                if not name:
-                    break
-                samples[name] += self._doubles[offset // 8]
-        samples |= gauges
-        lines: dict[str, list[str]] = {family: [] for family in FAMILIES}
-        for name, value in samples.items():
+            for name, cell in self._samples(region):
+                samples[name] += self._doubles[cell]
+        lines: dict[str, list[str]] = {
+            name: [f"# HELP {name} {h}", f"# TYPE {name} {t}"] for name, (t, h) in FAMILIES.items()
+        }
+        for name, value in {**samples, **gauges}.items():
             bare = name.partition("{")[0]
-            family = bare if bare in FAMILIES else bare.rpartition("_")[0]
-            lines[family].append(f"{name} {value:.10g}")
-        return "".join(
-            f"# HELP {family} {FAMILIES[family][1]}\n# TYPE {family} {FAMILIES[family][0]}\n"
-            + "\n".join(samples_of)
-            + "\n"
-            for family, samples_of in lines.items()
-            if samples_of
-        )
+            lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}")
+        return "\n".join(line for family in lines.values() if len(family) > 2 for line in family) + "\n"
 
 
 # == Store ============================================================================================================
@@ -1635,7 +1442,8 @@ class Metrics:
 
 GARBAGE_EVERY_S = 1.0
 GARBAGE_AT_ONCE = 500  # replicas of a volume in one pass
-DELETE_PATIENCE_S = 1.0  # how long an acknowledgement of DELETE waits for the volumes
+DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
+CLIENTS_REMEMBERED = 10_000  # by the rate limit of lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1663,11 +1471,10 @@ class Hasher:
     """SHA-256 of a blob, and whatever else the client wants verified, in one pass."""
 
     def __init__(self, expected: Mapping[str, bytes]) -> None:
-        self._expected = expected
+        self._expected, self.size = expected, 0
         self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}}
-        self.size = 0
 
-    def update(self, chunk: bytes) -> None:
+    def update(self, chunk: bytes | bytearray) -> None:
         self.size += len(chunk)
         for one in self._hashes.values():
             one.update(chunk)
@@ -1688,9 +1495,7 @@ class Write:
     def __init__(self, view: View, states: Mapping[str, State], draft: Draft, version: str, trail: str) -> None:
         self._view, self._states, self._draft, self._version, self._trail = view, states, draft, version, trail
         self.path = blob_path(draft.key, version, draft.ext)
-        self.touched: set[str] = set()
-        self.done: list[str] = []
-        self.failed: dict[str, VolumeError] = {}
+        self.touched, self.done, self.failed = set[str](), list[str](), dict[str, VolumeError]()
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
@@ -1706,132 +1511,103 @@ class Write:
 
     async def run(self, body: AsyncIterator[bytes]) -> Record:
         """Write `body` and its sidecars; return the record to commit. Raises MkvError."""
-        held = bytearray()
+        hasher, held = Hasher(self._draft.digests), bytearray()
         small = self._draft.size is None or self._draft.size <= SMALL_BLOB
-        if small:
-            async for chunk in body:
-                held += chunk
-                if len(held) > SMALL_BLOB:
-                    small = False
-                    break
-        return await (self._write_small(bytes(held)) if small else self._write_large(bytes(held), body))
+        while small and (chunk := await anext(body, b"")):
+            held += chunk
+            small = len(held) <= SMALL_BLOB
+        hasher.update(held)
+        record = await (self._write_small if small else self._write_large)(bytes(held), body, hasher)
+        return replace(record, volumes=tuple(sorted(self.done)))
 
-    def _record(self, hasher: Hasher, volumes: Iterable[str] = ()) -> Record:
-        draft = self._draft
-        if draft.size is not None and draft.size != hasher.size:
-            raise BadRequest(f"the body has {hasher.size} bytes, Content-Length says {draft.size}")
-        return Record(
-            key=draft.key,
-            version=self._version,
-            volumes=tuple(sorted(volumes)),
-            size=hasher.size,
-            digest=hasher.finish(),
-            content_type=draft.content_type,
-            ext=draft.ext,
-        )
+    def _record(self, hasher: Hasher) -> Record:
+        d, size = self._draft, hasher.size
+        if d.size not in (None, size):
+            raise BadRequest(f"the body has {size} bytes, Content-Length says {d.size}")
+        facts = {"key": d.key, "version": self._version, "content_type": d.content_type, "ext": d.ext}
+        return Record(volumes=(), size=size, digest=hasher.finish(), **facts)
 
-    async def _each(self, names: Sequence[str], act: Callable[[str], Awaitable[T]]) -> list[tuple[str, T]]:
-        """Act on all volumes at once; note the failures, return (name, result) of the others."""
+    async def _each(self, names: Collection[str], act: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+        """Act on all volumes at once; note the failures, return name -> result of the others."""
         self.touched.update(names)
         results = await asyncio.gather(*(act(name) for name in names), return_exceptions=True)
-        good = []
+        good = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, VolumeError):
                 self.failed[name] = result
             elif isinstance(result, BaseException):
                 raise result
             else:
-                good.append((name, result))
+                good[name] = result
         return good
 
-    async def _write_small(self, blob: bytes) -> Record:
+    async def _write_small(self, blob: bytes, body: AsyncIterator[bytes], hasher: Hasher) -> Record:
         """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
-        hasher = Hasher(self._draft.digests)
-        hasher.update(blob)
         record = self._record(hasher)
         files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
         while names := self.plan(self.done):
-            self.done += [
-                n for n, _ in await self._each(names, lambda n: self._view.clients[n].put(files, self._trail))
-            ]
-        return replace(record, volumes=tuple(sorted(self.done)))
+            self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
+        return record
 
-    async def _write_large(self, held: bytes, body: AsyncIterator[bytes]) -> Record:
+    async def _write_large(self, held: bytes, body: AsyncIterator[bytes], hasher: Hasher) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
-        uploads: dict[str, Upload] = {}
-        hasher = Hasher(self._draft.digests)
+        clients, uploads = self._view.clients, dict[str, Upload]()
         try:
             while names := self.plan(uploads):
-                start = lambda n: self._view.clients[n].start_upload(self.path, self._draft.size, self._trail)  # noqa: E731
-                uploads |= dict(await self._each(names, start))
-            if held:
-                await self._send(uploads, held, hasher)
-            async for chunk in body:
-                await self._send(uploads, chunk, hasher)
+                starts = await self._each(
+                    names, lambda n: clients[n].start_upload(self.path, self._draft.size, self._trail)
+                )
+                uploads |= starts
+            while held:
+                for name in list(uploads):
+                    try:
+                        await uploads[name].send(held)
+                    except VolumeError as error:
+                        self._give_up(uploads, {name: error})
+                if held := await anext(body, b""):
+                    hasher.update(held)
             record = self._record(hasher)
-            await self._keep_good(uploads, lambda n: uploads[n].finish())
             sidecar = {sidecar_path(self.path): encode_sidecar(record)}
-            await self._keep_good(uploads, lambda n: self._view.clients[n].put(sidecar, self._trail))
-            self.done = list(uploads)
-            return replace(record, volumes=tuple(sorted(self.done)))
+            await self._each(uploads, lambda name: uploads[name].finish())
+            self._give_up(uploads, self.failed)
+            self.done = list(await self._each(uploads, lambda name: clients[name].put(sidecar, self._trail)))
+            self._give_up(uploads, self.failed)
+            return record
         finally:
             for upload in uploads.values():
                 upload.abort()
 
-    async def _send(self, uploads: dict[str, Upload], chunk: bytes, hasher: Hasher) -> None:
-        hasher.update(chunk)
-        for name in list(uploads):
-            try:
-                await uploads[name].send(chunk)
-            except VolumeError as error:
-                self._give_up(uploads, name, error)
-
-    async def _keep_good(self, uploads: dict[str, Upload], act: Callable[[str], Awaitable[None]]) -> None:
-        """Let `act` run for every upload; go on without those that fail."""
-        good = {name for name, _ in await self._each(list(uploads), act)}
-        for name in set(uploads) - good:
-            self._give_up(uploads, name, self.failed[name])
-
-    def _give_up(self, uploads: dict[str, Upload], name: str, error: VolumeError) -> None:
-        """Go on without this volume if the others are enough; raises Unavailable."""
-        self.failed[name] = error
-        uploads.pop(name).abort()
+    def _give_up(self, uploads: dict[str, Upload], failed: Mapping[str, VolumeError]) -> None:
+        """Go on without these if the others are enough; raises Unavailable."""
+        self.failed |= failed
+        for name in failed.keys() & uploads.keys():
+            uploads.pop(name).abort()
         config = self._view.config
         if decide_write(len(uploads), 0, config.replicas, config.min_replicas) is Step.ROLL_BACK:
-            raise Unavailable(f"{error}; the blob is too large to begin anew elsewhere: send it again")
+            why = "; ".join(map(str, self.failed.values()))
+            raise Unavailable(f"{why}; a large blob cannot begin anew elsewhere: send it again")
 
 
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
     def __init__(self, config: Config, metrics: Metrics | None = None, leader: bool = True) -> None:
-        self.metrics = metrics or Metrics()
-        self.health = Health()
+        self.metrics, self.health, self._leader = metrics or Metrics(), Health(), leader
         self.index = Index(
-            config.db, lambda kind, size: self.metrics.observe("mkv_index_batch_size", f'kind="{kind}"', size, SIZES)
+            config.db, lambda kind, n: self.metrics.observe("mkv_index_batch_size", f'kind="{kind}"', n, SIZES)
         )
-        self.stopping = False
-        self.uploads = self.in_flight = 0
-        self._list_tokens: dict[str, tuple[float, float]] = {}
+        self.stopping, self.uploads, self.in_flight = False, 0, 0
+        self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
         self.view = self._make_view(config, {})
-        self._leader = leader
-        self._tasks: list[asyncio.Task[None]] = []
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
         for volume in config.volumes:
-            old = before.get(volume.name)
-            if (
-                old
-                and old.volume == volume
-                and (old.secret, old.timeout_s) == (config.volume_secret, config.volume_timeout)
-            ):
-                clients[volume.name] = old
-            else:
-                notice, measure = partial(self.health.notice, volume.name), partial(self._measure, volume.name)
-                clients[volume.name] = VolumeClient(
-                    volume, config.volume_secret, config.volume_timeout, notice, measure
-                )
+            name, old = volume.name, before.get(volume.name)
+            kept = (volume, config.volume_secret, config.volume_timeout)
+            if old is None or (old.volume, old.secret, old.timeout_s) != kept:
+                old = VolumeClient(*kept, partial(self.health.notice, name), partial(self._measure, name))
+            clients[name] = old
         return View(config=config, ring=Ring(config.volumes), clients=clients)
 
     def _measure(self, volume: str, method: str, seconds: float, failure: str) -> None:
@@ -1843,10 +1619,9 @@ class Store:
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
         await self.index.open()
-        await asyncio.gather(*(self.health.probe(client) for client in self.view.clients.values()))
-        self._tasks.append(asyncio.create_task(self.health.run(lambda: self.view.clients.values())))
-        if self._leader:
-            self._tasks.append(asyncio.create_task(self._collect_for_ever()))
+        await asyncio.gather(*map(self.health.probe, self.view.clients.values()))
+        loops = [self.health.run(lambda: self.view.clients.values())] + [self._collect_for_ever()] * self._leader
+        self._tasks = [asyncio.create_task(one) for one in loops]
 
     async def close(self) -> None:
         """Stop the tasks, flush and close the index."""
@@ -1859,14 +1634,12 @@ class Store:
 
     async def reload(self, config: Config) -> None:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
-        old = self.view
+        old, asked = self.view, config
         stays: dict[str, Any] = {name: getattr(old.config, name) for name in RESTART_ONLY}
-        if not config.volumes:  # the embedded ones go on
-            stays["volumes"] = old.config.volumes
-        asked, config = config, replace(config, **stays)
+        config = replace(config, volumes=config.volumes or old.config.volumes, **stays)  # embedded volumes go on
         new = self._make_view(config, old.clients)
         await asyncio.gather(
-            *(self.health.probe(c) for c in new.clients.values() if c.volume.name not in self.health.states)
+            *(self.health.probe(c) for name, c in new.clients.items() if old.clients.get(name) is not c)
         )
         self.view = new
         for name, client in old.clients.items():
@@ -1876,11 +1649,8 @@ class Store:
                 self.health.states.pop(name, None)
         changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(old.config, f.name)]
         refused = [name for name in RESTART_ONLY if getattr(asked, name) != stays[name]]
-        log.info(
-            "configuration reloaded, changed: %s%s",
-            ", ".join(changed) or "nothing",
-            f"; needs a restart: {', '.join(refused)}" if refused else "",
-        )
+        more = f"; needs a restart: {', '.join(refused)}" if refused else ""
+        log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
 
     # -- what clients ask for --
 
@@ -1896,15 +1666,13 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        view = self.view
-        name = choose_replica(record, self.health.states, random.getrandbits(16))
-        if name is None or name not in view.clients:
+        config, name = self.view.config, choose_replica(record, self.health.states, random.getrandbits(16))
+        if name is None or name not in self.view.clients:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        config, path = view.config, record.path
-        base = view.clients[name].volume.public_url
-        if config.link_secret:  # nginx checks the path it is asked for, so the path of public_url counts
-            path += sign_link(urlsplit(base).path + path, config.link_secret, int(time.time() + config.link_ttl))
-        return base + path
+        url = self.view.clients[name].volume.public_url + record.path
+        if config.link_secret:  # the volume checks the path that it is asked for, so that of public_url counts
+            url += sign_link("/" + url.split("/", 3)[3], config.link_secret, int(time.time() + config.link_ttl))
+        return url
 
     async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
         """Store `body` under the key; return its record and whether the key is new.
@@ -1912,70 +1680,72 @@ class Store:
         Durable when it returns: blobs and sidecars are on their volumes and the record is on disk (I1). If it raises,
         or is cancelled before the commit, the key is as it was and what was written is garbage (I2).
         """
-        view, now = self.view, time.time()
-        current = await self.index.get(draft.key)
+        view, current = self.view, await self.index.get(draft.key)
         if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
         version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(16))
-        write = Write(view, self.health.states, draft, version, trail)
+        write, delay_s = Write(view, self.health.states, draft, version, trail), view.config.garbage_delay
         write.plan(())  # says no before the body is asked for
         try:
             record = await write.run(body)
-            now, delay_s, stray = time.time(), view.config.garbage_delay, write.touched - set(write.done)
-            return record, await self.index.write(
-                lambda tx: commit_put(tx, record, draft.conditions, stray, now, delay_s)
-            )
+            stray = write.touched - set(write.done)
+            return record, await self.index.write(lambda tx: commit_put(tx, record, draft.conditions, stray, delay_s))
         except BaseException:
             if write.touched:
-                await self._discard(draft.key, write.path, write.touched)
+                await self._discard(view, draft.key, write)
             raise
 
-    async def _discard(self, key: str, path: str, volumes: Collection[str]) -> None:
+    async def _discard(self, view: View, key: str, write: Write) -> None:
         """Make garbage of what a failed PUT wrote; if not even the index can be written, delete it right here."""
-        now, delay_s = time.time(), self.view.config.garbage_delay
+        path, names, delay_s = write.path, write.touched, view.config.garbage_delay
         try:
-            await self.index.write(lambda tx: commit_discard(tx, key, path, volumes, now, delay_s))
+            await self.index.write(lambda tx: commit_discard(tx, key, path, names, delay_s))
         except sqlite3.Error as error:
             log.error("index: %s; deleting what was written for %r at once", error, key)
             current = await self.index.get(key)
             if current is None or current.path != path:  # else the commit that seemed to fail did not
-                clients = [self.view.clients[name] for name in volumes if name in self.view.clients]
-                await asyncio.gather(*(c.delete([sidecar_path(path), path]) for c in clients), return_exceptions=True)
+                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in names)
+                await asyncio.gather(*deletes, return_exceptions=True)
 
     async def delete(self, key: str, conditions: Conditions, trail: str) -> None:
         """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer (I4)."""
-        now, delay_s = time.time(), self.view.config.garbage_delay
-        sidecars = defaultdict(list)
-        for volume, path in await self.index.write(lambda tx: commit_delete(tx, key, conditions, now, delay_s)):
-            if volume in self.view.clients and self.health.states[volume] is not State.DOWN:
-                sidecars[volume].append(sidecar_path(path))
-        patience_s = min(DELETE_PATIENCE_S, self.view.config.volume_timeout)
-        await asyncio.gather(
-            *(self.view.clients[volume].delete(paths, trail, patience_s) for volume, paths in sidecars.items()),
-            return_exceptions=True,  # what was not reached waits in the garbage
-        )
+        config, sidecars = self.view.config, defaultdict[str, list[str]](list)
+        for name, path in await self.index.write(lambda tx: commit_delete(tx, key, conditions, config.garbage_delay)):
+            if name in self.view.clients and not self.health.is_down(name):
+                sidecars[name].append(sidecar_path(path))
+        patience_s = min(DELETE_PATIENCE_S, config.volume_timeout)
+        deletes = (self.view.clients[name].delete(paths, trail, patience_s) for name, paths in sidecars.items())
+        await asyncio.gather(*deletes, return_exceptions=True)  # what was not reached waits in the garbage
 
     async def list(self, query: ListQuery) -> bytes:
         """Return one page as JSON, made on the reader's thread."""
         return await self.index.read(lambda db: json.dumps(list_keys(db, query)).encode())
 
+    def limit_lists(self, client: str, now: float) -> None:
+        """Count a list request of `client`; raises TooManyRequests."""
+        config, known = self.view.config, self._list_tokens
+        if config.list_rate:
+            if len(known) > CLIENTS_REMEMBERED:
+                known.clear()  # which only forgives
+            tokens, then = known.get(client, (float(config.list_burst), now))
+            tokens, wait_s = take_token(tokens, now - then, config.list_rate, config.list_burst)
+            known[client] = tokens, now
+            if wait_s:
+                raise TooManyRequests("too many list requests", Retry_After=str(max(1, round(wait_s))))
+
+    async def check_ready(self) -> None:
+        """Raise Unavailable unless the index answers and some volume is alive."""
+        await self.index.get("")
+        if self.stopping or all(map(self.health.is_down, self.view.clients)):
+            raise Unavailable("shutting down" if self.stopping else "no volume is up")
+
     async def status(self) -> dict[str, Any]:
-        totals = await self.index.read(read_totals)
-        keys, size = totals.get(ALL_KEYS, (0, 0))
-        volumes = []
+        totals, volumes = await self.index.read(read_totals), []
         for name, client in self.view.clients.items():
-            blobs, stored = totals.get(name, (0, 0))
-            v, state = client.volume, self.health.states.get(name, State.DOWN).value
-            facts = {
-                "name": name,
-                "url": v.url,
-                "public_url": v.public_url,
-                "weight": v.weight,
-                "zone": v.zone,
-                "state": state,
-            }
-            volumes.append(facts | {"blobs": blobs, "bytes": stored})
-        garbage = totals.get(GARBAGE, (0, 0))[0]
+            blobs, size = totals.get(name, (0, 0))
+            state = self.health.states.get(name, State.DOWN).value
+            volumes.append(asdict(client.volume) | {"state": state, "blobs": blobs, "bytes": size})
+        (keys, size), (garbage, _) = totals.get(ALL_KEYS, (0, 0)), totals.get(GARBAGE, (0, 0))
         return {"version": __version__, "keys": keys, "bytes": size, "garbage": garbage, "volumes": volumes}
 
     async def render_metrics(self) -> str:
@@ -1989,75 +1759,49 @@ class Store:
             "mkv_garbage_oldest_age_seconds": max(0.0, time.time() - oldest) if oldest else 0,
         }
         for volume in status["volumes"]:
-            name = volume["name"]
-            gauges |= {f'mkv_volume_{what}{{volume="{name}"}}': volume[what] for what in ("blobs", "bytes")}
-            gauges |= {
-                f'mkv_volume_state{{volume="{name}",state="{s.value}"}}': s.value == volume["state"] for s in State
-            }
+            label = f'volume="{volume["name"]}"'
+            gauges |= {f"mkv_volume_{what}{{{label}}}": volume[what] for what in ("blobs", "bytes")}
+            gauges |= {f'mkv_volume_state{{{label},state="{s.value}"}}': s.value == volume["state"] for s in State}
         return self.metrics.render(gauges)
-
-    def limit_lists(self, client: str, now: float) -> None:
-        """Count a list request of `client`; raises TooManyRequests."""
-        config = self.view.config
-        if config.list_rate:
-            if len(self._list_tokens) > 10000:  # bounded: forget everybody, which only forgives
-                self._list_tokens.clear()
-            tokens, then = self._list_tokens.get(client, (float(config.list_burst), now))
-            tokens, wait_s = take_token(tokens, now - then, config.list_rate, config.list_burst)
-            self._list_tokens[client] = (tokens, now)
-            if wait_s:
-                raise TooManyRequests("too many list requests", max(1, round(wait_s)))
-
-    async def check_ready(self) -> None:
-        """Raise Unavailable unless the index answers and some volume is alive."""
-        if self.stopping:
-            raise Unavailable("shutting down")
-        await self.index.get("")
-        if all(state is State.DOWN for state in self.health.states.values()):
-            raise Unavailable("no volume is up")
 
     # -- garbage --
 
     async def _collect_for_ever(self) -> None:
         while True:
             try:
-                deleted = await self.collect_garbage()
+                while await self.collect_garbage():
+                    pass
             except sqlite3.Error as error:
                 log.error("index: %s; garbage waits", error)
-                deleted = 0
-            if not deleted:
-                await asyncio.sleep(GARBAGE_EVERY_S)
+            await asyncio.sleep(GARBAGE_EVERY_S)
 
     async def collect_garbage(self) -> int:
         """Delete what is due on every volume that is not down; return how many replicas. Killed at any step, it goes on."""
-        alive = [
-            c for c in self.view.clients.values() if self.health.states.get(c.volume.name, State.DOWN) is not State.DOWN
-        ]
-        return sum(await asyncio.gather(*(self._collect_on(client) for client in alive)))
+        alive = [client for name, client in self.view.clients.items() if not self.health.is_down(name)]
+        return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
-        name = client.volume.name
-        due = await self.index.read(lambda db: read_due_garbage(db, name, time.time(), GARBAGE_AT_ONCE))
-        gone: list[tuple[str, str]] = []
-        failed: list[tuple[str, str, int]] = []
+        name, query = (
+            client.volume.name,
+            "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT ?",
+        )
+        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time(), GARBAGE_AT_ONCE)).fetchall()))
+        gone, failed = list[tuple[str, str]](), list[tuple[str, str, int]]()
 
-        async def collect(rows: Iterator[tuple[str, int]]) -> None:
-            for path, attempts in rows:
-                if self.health.states.get(name, State.DOWN) is State.DOWN:
+        async def collect() -> None:
+            for path, attempts in due:
+                if self.health.is_down(name):
                     return
                 try:
-                    await client.delete(
-                        [sidecar_path(path)]
-                    )  # first, and alone: a blob without it is an unfinished write
+                    await client.delete([sidecar_path(path)])  # first: a blob without it is an unfinished write
                     await client.delete([path])
                     gone.append((name, path))
                 except VolumeError:
                     failed.append((name, path, attempts + 1))
 
-        rows = iter(due)
-        await asyncio.gather(*(collect(rows) for _ in range(4)))
+        await asyncio.gather(*(collect() for _ in range(4)))
         if gone or failed:
-            await self.index.write(lambda tx: tx.settle_garbage(gone, failed, time.time()))
+            await self.index.write(lambda tx: tx.settle_garbage(gone, failed))
         return len(gone)
 
 
@@ -2071,41 +1815,53 @@ TRACEPARENT = re.compile(
 )  # W3C Trace Context
 RATE_GRACE_S = 30.0  # a body may start slowly
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+CONDITIONAL = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since")
+CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
 
 
-@dataclass(slots=True, kw_only=True)
 class Call:
-    """One request on its way through: what its handler and its log line need. `trail` is header lines for volumes."""
+    """One request on its way: what its handler and its log line need. `trail` is header lines for the volumes."""
 
-    request_id: str
-    trail: str
-    trace: str
-    raw_path: str = ""
-    query: str = ""
-    key: str = ""
-    who: str = ""
-    size: int = 0
-    volumes: tuple[str, ...] = ()
+    def __init__(self, request: web.Request) -> None:
+        self.request, self.store = request, request.app[STORE]
+        self.id, self.trace = (request.headers.get(name, "") for name in ("X-Request-ID", "traceparent"))
+        if not REQUEST_ID.fullmatch(self.id):
+            self.id = f"{random.getrandbits(64):016x}"
+        self.trail = f"X-Request-ID: {self.id}\r\n"
+        if TRACEPARENT.fullmatch(self.trace):
+            self.trail += f"traceparent: {self.trace}\r\n"
+        else:
+            self.trace = ""
+        self.raw_path = self.query = self.key = self.who = ""
+        self.volumes: tuple[str, ...] = ()
+        self.size = 0
+
+    def finish(self, status: int, seconds: float) -> None:
+        """Count the request and write its line."""
+        request, store = self.request, self.store
+        labels = f'method="{request.method if request.method in METHODS else "other"}",status="{status}"'
+        store.metrics.add(f"mkv_http_requests_total{{{labels}}}")
+        store.metrics.observe("mkv_http_request_duration_seconds", labels, seconds)
+        if store.view.config.access_log:
+            facts: dict[str, Any] = {"id": self.id, "client": request.remote or "", "method": request.method}
+            facts |= {
+                "key": self.key or self.raw_path,
+                "status": status,
+                "bytes": self.size,
+                "ms": round(seconds * 1000, 2),
+            }
+            more = {"volumes": ",".join(self.volumes), "token": self.who, "trace": self.trace}
+            access_log.info("request", extra={"facts": facts | {name: value for name, value in more.items() if value}})
 
 
-def begin_call(request: web.Request) -> Call:
-    request_id = request.headers.get("X-Request-ID", "")
-    if not REQUEST_ID.fullmatch(request_id):
-        request_id = f"{random.getrandbits(64):016x}"
-    trace = request.headers.get("traceparent", "")
-    if not TRACEPARENT.fullmatch(trace):
-        trace = ""
-    trail = f"X-Request-ID: {request_id}\r\n" + (f"traceparent: {trace}\r\n" if trace else "")
-    return Call(request_id=request_id, trail=trail, trace=trace)
+CALL = web.RequestKey("call", Call)
 
 
 def render_error(error: MkvError, request_id: str) -> web.Response:
     """Render an error as problem details (RFC 9457)."""
     facts = {"title": error.title, "status": error.status, "detail": str(error), "request_id": request_id}
-    headers = {**error.headers, "X-Request-ID": request_id}
-    return web.Response(
-        status=error.status, body=json.dumps(facts).encode(), content_type="application/problem+json", headers=headers
-    )
+    headers = {**error.headers, "X-Request-ID": request_id, "Content-Type": "application/problem+json"}
+    return web.Response(status=error.status, body=json.dumps(facts).encode(), headers=headers)
 
 
 @web.middleware
@@ -2113,114 +1869,54 @@ async def answer(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Give every request its ID, every error its answer, and every answer its line in log and metrics."""
-    store, began = request.app[STORE], time.perf_counter()
+    began, call = time.perf_counter(), Call(request)
+    request[CALL], store = call, call.store
     if isinstance(request.protocol, Connection):
         request.protocol.heard = True
-    call = request["call"] = begin_call(request)
     store.in_flight += 1
     store.metrics.add("mkv_http_requests_in_flight")
-    response: web.StreamResponse
     try:
         response = await handler(request)
-        response.headers["X-Request-ID"] = call.request_id
+        response.headers["X-Request-ID"] = call.id
     except MkvError as error:
-        response = render_error(error, call.request_id)
+        response = render_error(error, call.id)
     except sqlite3.Error as error:
         log.error("index: %s", error)
-        response = render_error(Unavailable(f"the index: {error}"), call.request_id)
+        response = render_error(Unavailable(f"the index: {error}"), call.id)
     except Exception:
-        log.exception("unexpected error, request %s", call.request_id)
-        response = render_error(
-            MkvError("this is a bug in mkv; its log has more under this request_id"), call.request_id
-        )
+        log.exception("unexpected error, request %s", call.id)
+        response = render_error(MkvError("this is a bug in mkv; its log has more under this request_id"), call.id)
     finally:
         store.in_flight -= 1
         store.metrics.add("mkv_http_requests_in_flight", -1.0)
     response.headers["Server"] = "mkv"
     if store.stopping:
         response.force_close()
-    record_answer(store, request, call, response.status, time.perf_counter() - began)
+    call.finish(response.status, time.perf_counter() - began)
     return response
-
-
-def record_answer(store: Store, request: web.Request, call: Call, status: int, seconds: float) -> None:
-    labels = f'method="{request.method if request.method in METHODS else "other"}",status="{status}"'
-    store.metrics.add(f"mkv_http_requests_total{{{labels}}}")
-    store.metrics.observe("mkv_http_request_duration_seconds", labels, seconds)
-    if store.view.config.access_log:
-        facts = {"id": call.request_id, "client": request.remote or "", "method": request.method}
-        facts |= {
-            "key": call.key or call.raw_path,
-            "status": status,
-            "bytes": call.size,
-            "ms": round(seconds * 1000, 2),
-        }
-        facts |= {
-            name: value
-            for name, value in (("volumes", ",".join(call.volumes)), ("token", call.who), ("trace", call.trace))
-            if value
-        }
-        access_log.info("request", extra={"facts": facts})
 
 
 def parse_conditions(headers: CIMultiDictProxy[str]) -> Conditions:
     """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
-
-    def etags(name: str) -> tuple[str, ...] | None:
-        return parse_etags(", ".join(headers.getall(name))) if name in headers else None
-
-    def date_s(name: str) -> float | None:
-        try:
-            return parsedate_to_datetime(headers[name]).timestamp()
-        except (KeyError, ValueError, OverflowError):
-            return None
-
-    if not any(name in headers for name in ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since")):
+    if not any(name in headers for name in CONDITIONAL):
         return UNCONDITIONAL
-    return Conditions(
-        if_match=etags("If-Match"),
-        if_none_match=etags("If-None-Match"),
-        modified_since_s=date_s("If-Modified-Since"),
-        unmodified_since_s=date_s("If-Unmodified-Since"),
-    )
-
-
-async def read_body(request: web.Request, store: Store) -> AsyncIterator[bytes]:
-    """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
-    config, size, began = store.view.config, 0, time.monotonic()
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
-    while True:
+    tags = [parse_etags(", ".join(headers.getall(name))) if name in headers else None for name in CONDITIONAL[:2]]
+    dates: list[float | None] = []
+    for name in CONDITIONAL[2:]:
         try:
-            async with asyncio.timeout(config.body_timeout):
-                chunk = await request.content.readany()
-        except TimeoutError:
-            raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
-        except (OSError, ClientError, HttpProcessingError, web.PayloadAccessError) as error:
-            raise BadRequest(f"the body was cut short: {error}") from None
-        if not chunk:
-            break
-        size += len(chunk)
-        store.metrics.add("mkv_received_bytes_total", len(chunk))
-        if config.max_blob_size and size > config.max_blob_size:
-            raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
-        elapsed_s = time.monotonic() - began
-        if elapsed_s > RATE_GRACE_S and size < config.min_body_rate * elapsed_s:
-            raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
-        yield chunk
-    if isinstance(request.protocol, Connection) and request.protocol.garbled:
-        raise BadRequest("the body is longer than its Content-Length")
+            dates.append(parsedate_to_datetime(headers[name]).timestamp())
+        except (KeyError, ValueError, OverflowError):
+            dates.append(None)
+    return Conditions(if_match=tags[0], if_none_match=tags[1], modified_since_s=dates[0], unmodified_since_s=dates[1])
 
 
 def parse_draft(request: web.Request, key: str, max_size: int) -> Draft:
     """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
-    headers = request.headers
+    headers, size = request.headers, request.content_length
     if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
     if "Content-Range" in headers:
         raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
-    size = request.content_length
     if size is None and "Transfer-Encoding" not in headers:
         size = 0
     if max_size and size and size > max_size:
@@ -2230,106 +1926,115 @@ def parse_draft(request: web.Request, key: str, max_size: int) -> Draft:
     return Draft(key=key, content_type=content_type, ext=ext, size=size, conditions=conditions, digests=digests)
 
 
-async def put_key(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    draft = parse_draft(request, call.key, store.view.config.max_blob_size)
+async def read_body(call: Call) -> AsyncIterator[bytes]:
+    """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
+    request, config, began = call.request, call.store.view.config, time.monotonic()
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer proper has not begun
+    while True:
+        try:
+            async with asyncio.timeout(config.body_timeout):
+                chunk = await request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
+        except CUT_SHORT as error:
+            raise BadRequest(f"the body was cut short: {error}") from None
+        if not chunk:
+            break
+        call.size += len(chunk)
+        call.store.metrics.add("mkv_received_bytes_total", len(chunk))
+        if config.max_blob_size and call.size > config.max_blob_size:
+            raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
+        elapsed_s = time.monotonic() - began
+        if elapsed_s > RATE_GRACE_S and call.size < config.min_body_rate * elapsed_s:
+            raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
+        yield chunk
+    if isinstance(request.protocol, Connection) and request.protocol.garbled:
+        raise BadRequest("the body is longer than its Content-Length")
+
+
+async def put_key(call: Call) -> web.StreamResponse:
+    store = call.store
+    draft = parse_draft(call.request, call.key, store.view.config.max_blob_size)
     if store.uploads >= store.view.config.max_uploads:
         raise Unavailable("too many uploads at once")
     store.uploads += 1
     try:
-        record, created = await store.put(draft, read_body(request, store), call.trail)
+        record, created = await store.put(draft, read_body(call), call.trail)
     finally:
         store.uploads -= 1
-    call.size, call.volumes = record.size, record.volumes
+    call.volumes = record.volumes
     return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
 
 
-async def get_key(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    record, verdict = await store.find(call.key, parse_conditions(request.headers))
+async def read_key(call: Call) -> web.StreamResponse:
+    record, verdict = await call.store.find(call.key, parse_conditions(call.request.headers))
     call.volumes = record.volumes
-    if verdict is Verdict.NOT_MODIFIED:
-        return web.Response(status=304, headers={"ETag": record.etag})
-    headers = {"Location": store.locate(record), "ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
-    return web.Response(status=302, headers=headers)
-
-
-async def head_key(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    record, verdict = await store.find(call.key, parse_conditions(request.headers))
-    headers = CIMultiDict({"ETag": record.etag, "Last-Modified": formatdate(record.modified_s, usegmt=True)})
+    headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
     if verdict is Verdict.NOT_MODIFIED:
         return web.Response(status=304, headers=headers)
-    headers["Content-Length"], headers["Content-Type"] = str(record.size), record.content_type
+    if call.request.method == "GET":
+        return web.Response(status=302, headers=headers | {"Location": call.store.locate(record)})
+    headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
+    headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
     headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
-    headers["Mkv-Volumes"] = ",".join(record.volumes)
-    call.volumes = record.volumes
     return web.Response(headers=headers)
 
 
-async def delete_key(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    await store.delete(call.key, parse_conditions(request.headers), call.trail)
+async def delete_key(call: Call) -> web.StreamResponse:
+    await call.store.delete(call.key, parse_conditions(call.request.headers), call.trail)
     return web.Response(status=204)
 
 
-async def get_list(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    store.limit_lists(request.remote or "", time.monotonic())
-    body = await store.list(parse_list_query(call.query))
+async def get_list(call: Call) -> web.StreamResponse:
+    call.store.limit_lists(call.request.remote or "", time.monotonic())
+    body = await call.store.list(parse_list_query(call.query))
     call.size = len(body)
     return web.Response(body=body, content_type="application/json")
 
 
-async def get_livez(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    return web.Response(text="alive\n")
-
-
-async def get_readyz(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    await store.check_ready()
-    return web.Response(text="ready\n")
-
-
-async def get_status(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    return web.json_response(await store.status())
-
-
-async def get_metrics(store: Store, request: web.Request, call: Call) -> web.StreamResponse:
-    body = (await store.render_metrics()).encode()
+async def get_report(call: Call) -> web.StreamResponse:
+    match call.raw_path:
+        case "/-/livez":
+            return web.Response(text="alive\n")
+        case "/-/readyz":
+            await call.store.check_ready()
+            return web.Response(text="ready\n")
+        case "/-/status":
+            return web.json_response(await call.store.status())
+    body = (await call.store.render_metrics()).encode()
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-Handler = Callable[[Store, web.Request, Call], Awaitable[web.StreamResponse]]
-# method -> (handler, the operation that a token must allow; none: open to all)
-ON_KEY: Mapping[str, tuple[Handler, str]] = {
-    "GET": (get_key, "read"),
-    "HEAD": (head_key, "read"),
-    "PUT": (put_key, "write"),
-    "DELETE": (delete_key, "delete"),
-}
-ON_PATH: Mapping[str, tuple[Handler, str]] = {
-    "/": (get_list, "list"),
-    "/-/livez": (get_livez, ""),
-    "/-/readyz": (get_readyz, ""),
-    "/-/status": (get_status, "admin"),
-    "/-/metrics": (get_metrics, "admin"),
-}
+Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
+ON_PATH: Mapping[str, Route] = {
+    "/": (get_list, "list"), "/-/livez": (get_report, ""), "/-/readyz": (get_report, ""),
+    "/-/status": (get_report, "admin"), "/-/metrics": (get_report, "admin"),
+}  # fmt: skip
+ON_KEY: Mapping[str, Route] = {
+    "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (put_key, "write"), "DELETE": (delete_key, "delete"),
+}  # fmt: skip
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
     """Find the handler by the raw request target, check who asks, call it."""
-    store, call, method = request.app[STORE], cast(Call, request["call"]), request.method
+    call, config, method = request[CALL], request.app[STORE].view.config, request.method
     prefix = cast(web.Resource, request.match_info.route.resource).canonical.removesuffix("/{key}")
     call.raw_path, call.query = split_target(request.raw_path, prefix)
     if call.raw_path in ON_PATH and not (call.raw_path == "/" and method in ("PUT", "DELETE")):
-        handler, operation = ON_PATH[call.raw_path]
-        if method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(("GET", "HEAD"))
-        scope = parse_list_query(call.query).prefix if handler is get_list else ""
+        (handler, operation), allowed = ON_PATH[call.raw_path], ["GET", "HEAD"]
     else:
-        if method not in ON_KEY:
-            raise MethodNotAllowed(ON_KEY)
-        handler, operation = ON_KEY[method]
-        scope = call.key = key_of_path(call.raw_path)
+        (handler, operation), allowed = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY)
+    if method not in allowed:
+        raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
+    if handler is get_list:
+        scope = parse_list_query(call.query).prefix
+    else:
+        scope = call.key = "" if handler is get_report else key_of_path(call.raw_path)
     if operation:
-        config = store.view.config
         call.who = authorize(config.tokens, config.anonymous, request.headers.get("Authorization"), operation, scope)
-    return await handler(store, request, call)
+    return await handler(call)
 
 
 async def expect_nothing(request: web.Request) -> None:
@@ -2342,6 +2047,7 @@ def create_app(config: Config, *, metrics: Metrics | None = None, leader: bool =
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
     Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the index cannot be used.
+    Of several processes that share an index, one alone is the leader, which deletes the garbage.
     """
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
@@ -2362,16 +2068,10 @@ class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
     def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
-        config = store.view.config
-        super().__init__(
-            manager,
-            loop=asyncio.get_running_loop(),
-            keepalive_timeout=config.keepalive_timeout,
-            access_log=None,
-            auto_decompress=False,
-        )
-        self._store, self._opened, self._client = store, opened, ""
-        self.heard = self._refused = False
+        keepalive_s = store.view.config.keepalive_timeout
+        loop = asyncio.get_running_loop()
+        super().__init__(manager, loop=loop, keepalive_timeout=keepalive_s, access_log=None, auto_decompress=False)  # type: ignore[arg-type]
+        self._store, self._opened, self._client, self.heard, self._refused = store, opened, "", False, False
 
     @property
     def garbled(self) -> bool:
@@ -2379,15 +2079,18 @@ class Connection(web.RequestHandler):
         return any(hasattr(message, "exc") for message, _ in self._messages)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._client = (transport.get_extra_info("peername") or ("",))[0]
+        config, self._client = self._store.view.config, (transport.get_extra_info("peername") or ("",))[0]
         self._opened[self._client] += 1
-        config = self._store.view.config
-        if self._opened[self._client] > config.max_connections:
-            self._refused = True
-            transport.abort()  # type: ignore[attr-defined]
-            return
-        super().connection_made(transport)
-        asyncio.get_running_loop().call_later(config.header_timeout, lambda: self.heard or self.force_close())
+        self._refused = self._opened[self._client] > config.max_connections
+        if self._refused:
+            transport.close()
+        else:
+            super().connection_made(transport)
+            asyncio.get_running_loop().call_later(config.header_timeout, self._expect_heard)
+
+    def _expect_heard(self) -> None:
+        if not self.heard:
+            self.force_close()
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
@@ -2424,47 +2127,18 @@ class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
     def __init__(self, folder: Path, volume_secret: str = "", link_secret: str = "") -> None:
-        self._root = folder.resolve()
-        self._secret, self._link_secret = volume_secret.encode(), link_secret
+        self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
-
-    def make_app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_route("*", "/{path:[\\s\\S]*}", self._serve)
-        return app
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         try:
             raw_path, query = split_target(request.raw_path)
             path = unquote_to_bytes(raw_path).decode()
-            if (
-                "\0" in path
-                or not (self._root / path[1:]).resolve().is_relative_to(self._root)
-                or ".." in path.split("/")
-            ):
-                raise BadRequest("the path leaves the volume")
-            reading = request.method in ("GET", "HEAD")
-            self._admit(request, path, query, reading)
-            if any(part.startswith(".") for part in path.split("/")) and path != PROBE_PATH:
-                raise NotFound(path)
-            target = self._root / path[1:]
-            if request.method == "PUT":
-                return web.Response(status=await self._put(request, target, path))
-            if request.method == "DELETE" and not path.endswith("/"):
-                return web.Response(status=await self._delete(request, target))
-            if not reading:
-                raise MethodNotAllowed(("GET", "HEAD") if path.endswith("/") else ("GET", "HEAD", "PUT", "DELETE"))
-            if path.endswith("/"):
-                body = await asyncio.to_thread(list_folder, target)
-                return web.Response(body=body, content_type="application/json")
-            if not await asyncio.to_thread(target.is_file):
-                raise NotFound(path)
-            return web.FileResponse(target, headers={"Content-Type": MEDIA_TYPES.get(target.suffix[1:], DEFAULT_TYPE)})
-        except MkvError as error:
-            return web.Response(status=error.status, text=f"{error}\n", headers=error.headers)
-        except UnicodeDecodeError:
-            return web.Response(status=400, text="the path is not UTF-8\n")
-        except FileNotFoundError:
+            self._admit(request, path, query)
+            return await self._act(request, path, self._locate(path))
+        except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
+            return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return web.Response(status=404, text="not found\n")
         except OSError as error:
             log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
@@ -2472,48 +2146,68 @@ class EmbeddedVolume:
                 status=507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500, text=f"{error.strerror}\n"
             )
 
-    def _admit(self, request: web.Request, path: str, query: str, reading: bool) -> None:
+    def _locate(self, path: str) -> Path:
+        """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
+        parts = path.split("/")
+        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
+            raise BadRequest("the path leaves the volume")
+        if path != PROBE_PATH and any(part.startswith(".") for part in parts):
+            raise NotFound("dot-files are the volume's own")
+        return self._root / path[1:]
+
+    def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
         if hmac.compare_digest(request.headers.get("Mkv-Volume-Secret", "").encode(), self._secret):
             return
-        if not reading or path.endswith(("/", ".key")) or path == PROBE_PATH:
+        if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key")) or path == PROBE_PATH:
             raise Forbidden("the volume's secret is needed")
-        if not self._link_secret:
-            return
-        given = dict(parse_qsl(query))
-        expires = given.get("expires", "")
-        good = expires.isdecimal() and sign_link(path, self._link_secret, int(expires))
-        if not good or not hmac.compare_digest(good, f"?md5={given.get('md5', '')}&expires={expires}"):
-            raise Forbidden("a signed link is needed")
-        if int(expires) < time.time():
-            raise Gone("the link has expired")
+        if self._link_secret:
+            given = dict(parse_qsl(query))
+            expires = int(given.get("expires", "") if given.get("expires", "").isdecimal() else 0)
+            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}"
+            if not hmac.compare_digest(sign_link(path, self._link_secret, expires).encode(), shown.encode()):
+                raise Forbidden("a signed link is needed")
+            if expires < time.time():
+                raise web.HTTPGone(text="the link has expired\n")
 
-    async def _put(self, request: web.Request, target: Path, path: str) -> int:
-        if path.endswith("/"):
-            raise web.HTTPConflict(text="a name cannot end in a slash\n")
-        if "Content-Range" in request.headers:
-            raise web.HTTPNotImplemented(text="no partial PUT\n")
-        temporary = self._root / ".tmp" / f"{random.getrandbits(64):016x}"
+    async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
+        folder = path.endswith("/")
+        match request.method:
+            case "PUT" if folder:
+                raise web.HTTPConflict(text="a name cannot end in a slash\n")
+            case "PUT" if "Content-Range" in request.headers:
+                raise web.HTTPNotImplemented(text="no partial PUT\n")
+            case "PUT":
+                return web.Response(status=204 if await self._put(request, file) else 201)
+            case "DELETE" if not folder:
+                if request.content_length or "Transfer-Encoding" in request.headers:
+                    raise UnsupportedEncoding("a DELETE has no body")
+                await asyncio.to_thread(delete_file, file)
+                return web.Response(status=204)
+            case "GET" | "HEAD" if folder:
+                return web.Response(body=await asyncio.to_thread(list_folder, file), content_type="application/json")
+            case "GET" | "HEAD":
+                if not await asyncio.to_thread(file.is_file):
+                    raise NotFound("not found")
+                return web.FileResponse(file, headers={"Content-Type": MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)})
+        raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder))
+
+    async def _put(self, request: web.Request, target: Path) -> bool:
+        """Stream the body to a temporary file, sync it, move it to `target`; return whether it replaced a file."""
+        temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                unsynced, pending = 0, bytearray()
+            file: Any = await asyncio.to_thread(open, temporary, "wb", 0)
+            with file:
                 while chunk := await request.content.readany():
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
-                        await asyncio.to_thread(write_file, file, pending, unsynced >= SYNC_EVERY)
+                        await asyncio.to_thread(write_file, file, bytes(pending), unsynced >= SYNC_EVERY)
                         unsynced, pending = unsynced % SYNC_EVERY, bytearray()
-                return 204 if await asyncio.to_thread(finish_file, file, pending, target) else 201
-        except (ClientError, HttpProcessingError, web.PayloadAccessError, ConnectionError) as error:
-            raise BadRequest(f"the body was cut short: {error}") from None
+                await asyncio.to_thread(write_file, file, bytes(pending), True)
+            return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-
-    async def _delete(self, request: web.Request, target: Path) -> int:
-        if request.body_exists and request.content_length != 0:
-            raise UnsupportedEncoding("a DELETE has no body")
-        await asyncio.to_thread(delete_file, target)
-        return 204
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -2521,7 +2215,7 @@ def write_file(file: Any, data: bytes, sync: bool) -> None:
     while view:
         view = view[file.write(view) :]
     if sync:
-        os.fdatasync(file.fileno())
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -2532,18 +2226,13 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def finish_file(file: Any, data: bytes, target: Path) -> bool:
-    """Write the rest, sync, move it to `target`, sync every folder that is new; return whether it replaced a file."""
-    write_file(file, data, sync=False)
-    os.fsync(file.fileno())
-    folder, changed = target.parent, [target.parent]
-    while not folder.exists():
-        folder = folder.parent
-        changed.append(folder)
+def move_file(source: Path, target: Path) -> bool:
+    """Rename, then sync every folder that is new or has changed; return whether it replaced a file."""
+    new = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = target.exists()
-    os.replace(file.name, target)
-    for folder in changed:
+    os.replace(source, target)
+    for folder in (target.parent, *(one.parent for one in new)):
         sync_folder(folder)
     return replaced
 
@@ -2557,82 +2246,100 @@ def list_folder(folder: Path) -> bytes:
     """Return the folder as nginx's autoindex_format json does, without dot-files; raises FileNotFoundError."""
     rows = []
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
             if not entry.name.startswith("."):
                 facts = entry.stat()
                 kind = {"type": "directory"} if entry.is_dir() else {"type": "file", "size": facts.st_size}
-                rows.append({"name": entry.name, "mtime": formatdate(facts.st_mtime, usegmt=True), **kind})
-    return json.dumps(sorted(rows, key=lambda row: str(row["name"]))).encode()
+                rows.append({"name": entry.name, **kind, "mtime": formatdate(facts.st_mtime, usegmt=True)})
+    return json.dumps(rows).encode()
 
 
 async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
     """Serve until the runner's cleanup()."""
-    runner = web.AppRunner(volume.make_app(), access_log=None, auto_decompress=False, shutdown_timeout=5)
+    app = web.Application()
+    app.router.add_route("*", "/{path:[\\s\\S]*}", volume._serve)
+    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=5)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()
     return runner
 
 
 def embedded_volumes(listeners: Sequence[socket.socket]) -> tuple[Volume, ...]:
-    return tuple(
-        Volume(name=f"volume{i}", url=f"http://127.0.0.1:{listener.getsockname()[1]}")
-        for i, listener in enumerate(listeners, 1)
-    )
+    ports = [listener.getsockname()[1] for listener in listeners]
+    return tuple(Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}") for i, port in enumerate(ports, 1))
 
 
 @contextlib.asynccontextmanager
 async def run_embedded(config: Config, listeners: Sequence[socket.socket] = ()) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes = embedded_volumes(listeners)
-    runners = [
-        await serve_volume(
-            EmbeddedVolume(Path(config.data, v.name), config.volume_secret, config.link_secret), listener
-        )
-        for v, listener in zip(volumes, listeners, strict=True)
-    ]
+    volumes, runners = embedded_volumes(listeners), list[web.AppRunner]()
     try:
+        for volume, listener in zip(volumes, listeners, strict=True):
+            server = EmbeddedVolume(Path(config.data, volume.name), config.volume_secret, config.link_secret)
+            runners.append(await serve_volume(server, listener))
         yield replace(config, volumes=volumes)
     finally:
         await asyncio.gather(*(runner.cleanup() for runner in runners))
 
 
 # == Command line =====================================================================================================
-# The only part that reads arguments and the environment, prints, handles signals and forks.
+# The only part that reads arguments and the environment, prints, handles signals and starts processes.
 
 LINGER_S = 0.5  # at shutdown, for kept connections to hear `Connection: close`
+CONFIG_ONLY = ("tokens", "anonymous", "volume_secret", "link_secret")  # secrets on a command line are public
 
 
-class LogFormat(logging.Formatter):
-    """One line an entry: as text with key=value, or as JSON. What clients send is escaped either way."""
+class LogHandler(logging.Handler):
+    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way.
+
+    The lines of one turn of the event loop are written together.
+    """
+
+    PLAIN = re.compile(r"[!#-~]+")
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
-        self._as_json = as_json
+        self._as_json, self._lines = as_json, list[str]()
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
         message = record.getMessage()
         if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
         if self._as_json:
             return json.dumps({"time": when, "level": record.levelname.lower(), "message": message} | facts)
-        words = [f"{k}={v if re.fullmatch(r'[!#-~]+', str(v)) else json.dumps(v)}" for k, v in facts.items()]
+        words = [
+            f"{k}={v if type(v) is not str or self.PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items()
+        ]
         return " ".join([when, record.levelname.lower(), message, *words])
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+        try:
+            if len(self._lines) == 1:
+                asyncio.get_running_loop().call_soon(self.flush)
+        except RuntimeError:  # not on the event loop
+            self.flush()
+
+    def flush(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            with contextlib.suppress(OSError):
+                os.write(2, ("\n".join(lines) + "\n").encode())
 
 
 def set_up_logging(config: Config) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormat(config.log_format == "json"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[LogHandler(config.log_format == "json")], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # nobody prints them
+    logging._srcfile = None  # nor the caller: "Optimization" in the logging HOWTO
 
 
 def notify_systemd(message: str) -> None:
     """Tell systemd, if it runs us, READY=1 and the like (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET", ""):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
             notifier.connect("\0" + address[1:] if address.startswith("@") else address)
             notifier.send(message.encode())
@@ -2649,35 +2356,36 @@ def listen(host: str, port: int) -> socket.socket:
 
 def raise_file_limit() -> None:
     """Allow as many open files as we may: each connection is one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1 << 20) if hard > 0 else 1 << 20, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
     """Return uvloop's event loop if that is installed."""
     try:
         import uvloop
-
-        return uvloop.new_event_loop()
     except ImportError:
         return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def read_config(file: str) -> str:
+    try:
+        return Path(file).read_text() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {error}"]) from None
 
 
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
-    try:
-        text = Path(file).read_text() if file else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {error}"]) from None
-    return parse_config(text, file or "config", flags)
+    return parse_config(read_config(file), file or "config", flags)
 
 
 def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
-    print(f"mkv is ready on {url} (index {config.db})")
+    url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     where = f" (embedded, under {config.data})" if embedded else ""
+    print(f"mkv is ready on {url} (index {config.db})")
     print(f"volumes: {' '.join(f'{v.name}={v.url}' for v in config.volumes)}{where}")
     print(f"try: curl -T README.md {url}/hello && curl -L {url}/hello", flush=True)
     notify_systemd("READY=1")
@@ -2698,20 +2406,15 @@ async def wait_for_stop(on_hangup: Callable[[], None], on_second: Callable[[], o
 
 
 async def serve_store(
-    config: Config,
-    listener: socket.socket,
-    reread: Callable[[], Config],
-    ready: Callable[[Config], None],
-    metrics: Metrics,
-    leader: bool,
-) -> None:
+    config: Config, listener: socket.socket, reread: Callable[[], Config], ready: Callable[[Config], None],
+    metrics: Metrics, leader: bool,
+) -> None:  # fmt: skip
     """Serve the store on `listener` until a signal, then let the requests under way finish."""
-    loop, reloads = asyncio.get_running_loop(), set()
-    app = create_app(config, metrics=metrics, leader=leader)
+    app, reloads = create_app(config, metrics=metrics, leader=leader), set[asyncio.Task[None]]()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    store, manager = app[STORE], cast(web.Server, runner.server)
-    opened: defaultdict[str, int] = defaultdict(int)
+    store, manager, opened = app[STORE], cast(web.Server, runner.server), defaultdict[str, int](int)
+    loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(store, opened, manager), sock=listener, backlog=1024)
 
     async def reload() -> None:
@@ -2729,7 +2432,7 @@ async def serve_store(
     ready(store.view.config)
     await wait_for_stop(on_hangup, partial(os._exit, 1))
     log.info("stopping, requests under way: %d", store.in_flight)
-    store.stopping = True
+    store.stopping = True  # not ready first, then no new connections, then the requests under way
     server.close()
     began = time.monotonic()
     while (waited_s := time.monotonic() - began) < store.view.config.drain:
@@ -2740,79 +2443,75 @@ async def serve_store(
     log.info("stopped")
 
 
-async def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> int:
-    """Keep `config.workers` processes running, and one for embedded volumes; return the exit code.
+class Supervisor:
+    """Keeps `config.workers` processes running, and one for embedded volumes.
 
-    They share the listening socket and the metrics; each reads its task from its standard input, whose end of file
+    They share the listening socket and the metrics. Each reads its task from its standard input, whose end of file
     tells it later that this process is gone.
     """
-    shared = tempfile.TemporaryFile()
-    shared.truncate(config.workers * REGION)
-    embedded = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    text = [Path(file).read_text() if file else ""]  # the last good one, for workers that are started again
-    running: dict[int, asyncio.subprocess.Process] = {}
-    stopping = asyncio.Event()
 
-    async def keep(number: int, ready: asyncio.Future[bool]) -> None:
-        fds = (listener.fileno(), shared.fileno(), *(one.fileno() for one in embedded))
+    def __init__(self, config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> None:
+        self._listener, self._file, self._flags, self._stopping = listener, file, flags, False
+        self._shared = tempfile.TemporaryFile()  # noqa: SIM115
+        self._shared.truncate(config.workers * REGION)
+        self._embedded = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
+        self._text = read_config(file)  # the last good one, for workers that are started again
+        self._config = replace(config, volumes=config.volumes or embedded_volumes(self._embedded))
+        self._running: dict[int, asyncio.subprocess.Process] = {}
+
+    async def _keep(self, number: int, ready: asyncio.Future[bool]) -> None:
+        """Run worker `number` again and again; -1 is the embedded volumes."""
+        fds = [self._listener.fileno(), self._shared.fileno(), *(one.fileno() for one in self._embedded)]
         environ = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
-        while not stopping.is_set():
-            process = running[number] = await asyncio.create_subprocess_exec(
-                sys.executable,
-                os.path.abspath(__file__),
-                "worker",
-                stdin=-1,
-                stdout=-1,
-                pass_fds=fds,
-                env=environ,
-                start_new_session=True,
+        command = (sys.executable, __file__, "worker")
+        while not self._stopping:
+            process = self._running[number] = await asyncio.create_subprocess_exec(
+                *command, stdin=-1, stdout=-1, pass_fds=fds, env=environ, start_new_session=True
             )
             assert process.stdin and process.stdout
-            task = {"number": number, "fds": fds, "text": text[0], "file": file, "flags": flags}
+            task = {"number": number, "fds": fds, "text": self._text, "file": self._file, "flags": self._flags}
             process.stdin.write(json.dumps(task).encode() + b"\n")
             started = bool(await process.stdout.readline())
             if not ready.done():
                 ready.set_result(started)
             code = await process.wait()
-            if not stopping.is_set() and ready.result():
+            if not self._stopping and ready.result():
                 log.error("worker %d ended with %d, starting it again", number, code)
                 await asyncio.sleep(1)
 
-    def on_hangup() -> None:
-        try:
-            load_config(file, flags)
-            text[0] = Path(file).read_text() if file else ""
-            signal_all(signal.SIGHUP)
-        except (ConfigError, OSError) as error:
-            log.error("configuration not reloaded, everything stays: %s", error)
-
-    def signal_all(number: int) -> None:
-        for process in running.values():
+    def _signal(self, number: int) -> None:
+        for process in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
 
-    keepers = []
-    for number in ([-1] if embedded else []) + list(range(config.workers)):
-        ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        keepers.append(asyncio.create_task(keep(number, ready)))
-        if not await ready:  # it has said why
-            stopping.set()
-            break
-    else:
-        announce(replace(config, volumes=config.volumes or embedded_volumes(embedded)), listener, bool(embedded))
-        await wait_for_stop(on_hangup, partial(signal_all, signal.SIGKILL))
-    failed = stopping.is_set()
-    stopping.set()
-    listener.close()
-    workers = [n for n in running if n >= 0]
-    for group in (workers, [-1]):  # the volumes last: requests under way need them
-        for number in group:
-            if number in running:
+    def _reload(self) -> None:
+        try:
+            text = read_config(self._file)
+            parse_config(text, self._file or "config", self._flags)
+            self._text = text
+            self._signal(signal.SIGHUP)
+        except ConfigError as error:
+            log.error("configuration not reloaded, everything stays: %s", "; ".join(error.faults))
+
+    async def run(self) -> int:
+        """Run until a signal; return the exit code."""
+        keepers, good = [], True
+        for number in [-1] * bool(self._embedded) + list(range(self._config.workers)):
+            ready = asyncio.get_running_loop().create_future()
+            keepers.append(asyncio.create_task(self._keep(number, ready)))
+            good = good and await ready  # if not, it has said why
+        if good:
+            announce(self._config, self._listener, bool(self._embedded))
+            await wait_for_stop(self._reload, partial(self._signal, signal.SIGKILL))
+        self._stopping = True
+        self._listener.close()
+        for number in sorted(self._running, reverse=True):  # the volumes last: requests under way need them
+            for one in [number] if number < 0 else [n for n in self._running if n >= 0]:
                 with contextlib.suppress(ProcessLookupError):
-                    running[number].terminate()
-                await running[number].wait()
-    await asyncio.gather(*keepers)
-    return 2 if failed else 0
+                    self._running[one].terminate()
+            await self._running[number].wait()
+        await asyncio.gather(*keepers)
+        return 0 if good else 2
 
 
 async def run_as_worker() -> int:
@@ -2828,7 +2527,7 @@ async def run_as_worker() -> int:
         print("ready", flush=True)
 
     if number < 0:
-        async with run_embedded(config, embedded) as config:
+        async with run_embedded(config, embedded):
             ready(config)
             await wait_for_stop(lambda: None, partial(os._exit, 1))
         return 0
@@ -2842,7 +2541,7 @@ async def serve(config: Config, file: str, flags: Mapping[str, Any]) -> int:
     set_up_logging(config)
     listener = listen(config.host, config.port)
     if config.workers > 1:
-        return await supervise(config, listener, file, flags)
+        return await Supervisor(config, listener, file, flags).run()
     ready = partial(announce, listener=listener, embedded=not config.volumes)
     await serve_store(config, listener, partial(load_config, file, flags), ready, Metrics(), True)
     return 0
@@ -2860,24 +2559,16 @@ async def serve_one_volume(config: Config, folder: str) -> int:
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Give `parser` --config and a flag for each setting in `names`."""
+    """Give `parser` --config and a flag for each setting in `names`; flags not given are None."""
     parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
-        if spec.name not in names:
-            continue
-        if spec.name == "volumes":
+        if spec.name == "volumes" and spec.name in names:
             parser.add_argument("--volume", metavar="[NAME=]URL", action="append", help="a volume; may be repeated")
-        elif isinstance(spec.default, bool):
+        elif isinstance(spec.default, bool) and spec.name in names:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
-        else:
-            shown = f" (default: {spec.default})" if spec.default not in ("", 0) else ""
-            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=about + shown)
-
-
-FLAGS = [
-    spec.name for spec in fields(Config) if spec.name not in ("tokens", "anonymous", "volume_secret", "link_secret")
-]
+        elif spec.name in names:
+            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -2885,14 +2576,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mkv.py", description="A distributed key-value store for blobs.")
     parser.add_argument("--version", action="version", version=f"mkv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|volume")
-    add_settings(commands.add_parser("serve", help="run the index server"), FLAGS)
+    settings = [spec.name for spec in fields(Config) if spec.name not in CONFIG_ONLY]
+    add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
     add_settings(volume, ("host", "port", "log_format"))
     commands.add_parser("worker")
-    flags = vars(parser.parse_args(arguments))
+    flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
-    flags = {name: value for name, value in flags.items() if value is not None}
     raise_file_limit()
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -2904,8 +2595,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":
