@@ -74,11 +74,20 @@ import signal
 import socket
 import sqlite3
 import sys
-import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -1620,8 +1629,9 @@ class Store:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
         await self.index.open()
         await asyncio.gather(*map(self.health.probe, self.view.clients.values()))
-        loops = [self.health.run(lambda: self.view.clients.values())] + [self._collect_for_ever()] * self._leader
-        self._tasks = [asyncio.create_task(one) for one in loops]
+        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
+        if self._leader:
+            self._tasks.append(asyncio.create_task(self._collect_for_ever()))
 
     async def close(self) -> None:
         """Stop the tasks, flush and close the index."""
@@ -2391,11 +2401,11 @@ def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
     notify_systemd("READY=1")
 
 
-async def wait_for_stop(on_hangup: Callable[[], None], on_second: Callable[[], object]) -> None:
-    """Return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; from then on a second one ends all."""
+async def wait_for_stop(on_hangup: Callable[[], None]) -> None:
+    """Return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; a second one ends the process."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: on_second() if stop.is_set() else stop.set())
+        loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
     watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
     while not stop.is_set():
@@ -2430,7 +2440,7 @@ async def serve_store(
         task.add_done_callback(reloads.discard)
 
     ready(store.view.config)
-    await wait_for_stop(on_hangup, partial(os._exit, 1))
+    await wait_for_stop(on_hangup)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     server.close()
@@ -2443,119 +2453,86 @@ async def serve_store(
     log.info("stopped")
 
 
-class Supervisor:
-    """Keeps `config.workers` processes running, and one for embedded volumes.
+def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> int:
+    """Fork `config.workers` processes, and one (number -1) for embedded volumes; start again who dies; return the exit code.
 
-    They share the listening socket and the metrics. Each reads its task from its standard input, whose end of file
-    tells it later that this process is gone.
+    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals.
     """
+    parent_r, parent_w = os.pipe()  # nobody writes: its end of file tells the others that this process is gone
+    sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
+    shared, children, stopping, code = mmap.mmap(-1, config.workers * REGION), dict[int, int](), False, 0
+    watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
-    def __init__(self, config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> None:
-        self._listener, self._file, self._flags, self._stopping = listener, file, flags, False
-        self._shared = tempfile.TemporaryFile()  # noqa: SIM115
-        self._shared.truncate(config.workers * REGION)
-        self._embedded = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-        self._text = read_config(file)  # the last good one, for workers that are started again
-        self._config = replace(config, volumes=config.volumes or embedded_volumes(self._embedded))
-        self._running: dict[int, asyncio.subprocess.Process] = {}
+    async def work(number: int, ready: Callable[[Config], None]) -> None:
+        asyncio.get_running_loop().add_reader(parent_r, os._exit, 1)
+        if number < 0:
+            async with run_embedded(config, sockets):
+                await wait_for_stop(lambda: None)
+            return
+        if number > 0:
+            os.environ.pop("NOTIFY_SOCKET", None)
+        ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
+        await serve_store(
+            ours, listener, partial(load_config, file, flags), ready, Metrics(shared, number), number == 0
+        )
 
-    async def _keep(self, number: int, ready: asyncio.Future[bool]) -> None:
-        """Run worker `number` again and again; -1 is the embedded volumes."""
-        fds = [self._listener.fileno(), self._shared.fileno(), *(one.fileno() for one in self._embedded)]
-        environ = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC")}
-        command = (sys.executable, __file__, "worker")
-        while not self._stopping:
-            process = self._running[number] = await asyncio.create_subprocess_exec(
-                *command, stdin=-1, stdout=-1, pass_fds=fds, env=environ, start_new_session=True
-            )
-            assert process.stdin and process.stdout
-            task = {"number": number, "fds": fds, "text": self._text, "file": self._file, "flags": self._flags}
-            process.stdin.write(json.dumps(task).encode() + b"\n")
-            started = bool(await process.stdout.readline())
-            if not ready.done():
-                ready.set_result(started)
-            code = await process.wait()
-            if not self._stopping and ready.result():
-                log.error("worker %d ended with %d, starting it again", number, code)
-                await asyncio.sleep(1)
+    def start(number: int, ready: Callable[[Config], None] = lambda config: None) -> None:
+        if pid := os.fork():
+            children[pid] = number
+            return
+        os.close(parent_w)
+        os.setsid()  # the terminal's Ctrl-C is for this process to pass on
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        exit_code = run(work(number, ready))
+        logging.shutdown()
+        os._exit(exit_code)
 
-    def _signal(self, number: int) -> None:
-        for process in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    def _reload(self) -> None:
-        try:
-            text = read_config(self._file)
-            parse_config(text, self._file or "config", self._flags)
-            self._text = text
-            self._signal(signal.SIGHUP)
-        except ConfigError as error:
-            log.error("configuration not reloaded, everything stays: %s", "; ".join(error.faults))
-
-    async def run(self) -> int:
-        """Run until a signal; return the exit code."""
-        keepers, good = [], True
-        for number in [-1] * bool(self._embedded) + list(range(self._config.workers)):
-            ready = asyncio.get_running_loop().create_future()
-            keepers.append(asyncio.create_task(self._keep(number, ready)))
-            good = good and await ready  # if not, it has said why
-        if good:
-            announce(self._config, self._listener, bool(self._embedded))
-            await wait_for_stop(self._reload, partial(self._signal, signal.SIGKILL))
-        self._stopping = True
-        self._listener.close()
-        for number in sorted(self._running, reverse=True):  # the volumes last: requests under way need them
-            for one in [number] if number < 0 else [n for n in self._running if n >= 0]:
-                with contextlib.suppress(ProcessLookupError):
-                    self._running[one].terminate()
-            await self._running[number].wait()
-        await asyncio.gather(*keepers)
-        return 0 if good else 2
+    for number in [-1] * bool(sockets) + list(range(config.workers)):
+        announcing = partial(announce, listener=listener, embedded=bool(sockets))
+        start(number, announcing) if number == 0 else start(number)
+    while children:
+        number = signal.sigwait(watched)
+        if number == signal.SIGHUP:
+            with contextlib.suppress(ConfigError):  # the workers say what is wrong
+                config = replace(load_config(file, flags), workers=config.workers)
+        elif number != signal.SIGCHLD:
+            number, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
+            listener.close()
+        while number == signal.SIGCHLD and children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
+            if status == 2:  # it has said what is wrong with the configuration or the index
+                stopping, code, number = True, 2, signal.SIGTERM
+            elif not stopping:
+                log.error("worker %d ended with %d, starting it again", worker, status)
+                time.sleep(1)
+                start(worker)
+        last = set(children.values()) == {-1}  # requests under way need the volumes
+        for pid, worker in children.items():
+            if stopping and last or number != signal.SIGCHLD and (worker >= 0 or number == signal.SIGKILL):
+                os.kill(pid, signal.SIGTERM if last else number)
+    return code
 
 
-async def run_as_worker() -> int:
-    """Do what the supervisor says on standard input."""
-    task = json.loads(sys.stdin.buffer.readline())
-    config = parse_config(task["text"], task["file"] or "config", task["flags"])
-    set_up_logging(config)
-    number, fds = task["number"], task["fds"]
-    listener, *embedded = (socket.socket(fileno=fd) for fd in (fds[0], *fds[2:]))
-    asyncio.get_running_loop().add_reader(0, os._exit, 1)
-
-    def ready(config: Config) -> None:
-        print("ready", flush=True)
-
-    if number < 0:
-        async with run_embedded(config, embedded):
-            ready(config)
-            await wait_for_stop(lambda: None, partial(os._exit, 1))
-        return 0
-    metrics = Metrics(mmap.mmap(fds[1], config.workers * REGION), number)
-    config = replace(config, volumes=config.volumes or embedded_volumes(embedded))
-    await serve_store(config, listener, partial(load_config, task["file"], task["flags"]), ready, metrics, number == 0)
-    return 0
-
-
-async def serve(config: Config, file: str, flags: Mapping[str, Any]) -> int:
-    set_up_logging(config)
-    listener = listen(config.host, config.port)
-    if config.workers > 1:
-        return await Supervisor(config, listener, file, flags).run()
-    ready = partial(announce, listener=listener, embedded=not config.volumes)
-    await serve_store(config, listener, partial(load_config, file, flags), ready, Metrics(), True)
-    return 0
-
-
-async def serve_one_volume(config: Config, folder: str) -> int:
-    set_up_logging(config)
+async def serve_one_volume(config: Config, folder: str) -> None:
+    """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
     runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
     print(f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True)
     notify_systemd("READY=1")
-    await wait_for_stop(lambda: None, partial(os._exit, 1))
+    await wait_for_stop(lambda: None)
     await runner.cleanup()
-    return 0
+
+
+def run(main: Coroutine[Any, Any, None]) -> int:
+    """Run to the end on uvloop if that is installed; print what is wrong with the configuration. Returns the exit code."""
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(main)
+        return 0
+    except ConfigError as error:
+        print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+        return 2
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
@@ -2581,20 +2558,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
     add_settings(volume, ("host", "port", "log_format"))
-    commands.add_parser("worker")
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     raise_file_limit()
     try:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            if command == "worker":
-                return runner.run(run_as_worker())
-            if command == "serve":
-                return runner.run(serve(load_config(file, flags), file, flags))
-            return runner.run(serve_one_volume(load_config(file, {"port": "3001", "insecure": True} | flags), folder))
+        config = load_config(file, ({} if command == "serve" else {"port": "3001", "insecure": True}) | flags)
+        set_up_logging(config)
+        if command == "volume":
+            return run(serve_one_volume(config, folder))
+        listener = listen(config.host, config.port)
+        if config.workers > 1:
+            return supervise(config, listener, file, flags)
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2
+    ready = partial(announce, listener=listener, embedded=not config.volumes)
+    return run(serve_store(config, listener, partial(load_config, file, flags), ready, Metrics(), True))
 
 
 if __name__ == "__main__":
