@@ -1525,7 +1525,6 @@ class Write:
         while small and (chunk := await anext(body, b"")):
             held += chunk
             small = len(held) <= SMALL_BLOB
-        hasher.update(held)
         record = await (self._write_small if small else self._write_large)(bytes(held), body, hasher)
         return replace(record, volumes=tuple(sorted(self.done)))
 
@@ -1552,6 +1551,7 @@ class Write:
 
     async def _write_small(self, blob: bytes, body: AsyncIterator[bytes], hasher: Hasher) -> Record:
         """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
+        hasher.update(blob)
         record = self._record(hasher)
         files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
         while names := self.plan(self.done):
@@ -1567,14 +1567,15 @@ class Write:
                     names, lambda n: clients[n].start_upload(self.path, self._draft.size, self._trail)
                 )
                 uploads |= starts
-            while held:
+            chunk = held or await anext(body, b"")
+            while chunk:
+                hasher.update(chunk)
                 for name in list(uploads):
                     try:
-                        await uploads[name].send(held)
+                        await uploads[name].send(chunk)
                     except VolumeError as error:
                         self._give_up(uploads, {name: error})
-                if held := await anext(body, b""):
-                    hasher.update(held)
+                chunk = await anext(body, b"")
             record = self._record(hasher)
             sidecar = {sidecar_path(self.path): encode_sidecar(record)}
             await self._each(uploads, lambda name: uploads[name].finish())
