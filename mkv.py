@@ -1116,7 +1116,7 @@ def lock_file(path: str, exclusive: bool) -> int:
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
-FINISH_TIMEOUT_S = 60.0  # a volume that has all bytes of a large blob may still be writing them to disk
+SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 IDLE_CONNECTIONS = 64  # kept to each volume
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 
@@ -1283,11 +1283,12 @@ class Upload:
     """One large blob on its way to one volume."""
 
     def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
-        self._client, self._wire, self._path, self._chunked = client, wire, path, chunked
+        self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
         self._answer = asyncio.ensure_future(wire.read_status())
 
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
+        self._size += len(chunk)
         if not self._answer.done():
             self._wire.writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
             if self._wire.writer.transport.get_write_buffer_size() <= UPLOAD_BUFFER:
@@ -1304,7 +1305,7 @@ class Upload:
         with self._client.watch("PUT"):
             if self._chunked and not self._answer.done():
                 self._wire.writer.write(b"0\r\n\r\n")
-            async with asyncio.timeout(max(FINISH_TIMEOUT_S, self._client.timeout_s)):
+            async with asyncio.timeout(self._client.timeout_s + min(self._size, SYNC_EVERY) / SLOWEST_DISK):
                 self._client.check("PUT", self._path, await self._answer)
         self.abort()
 
@@ -2168,15 +2169,17 @@ class EmbeddedVolume:
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
-        if hmac.compare_digest(request.headers.get("Mkv-Volume-Secret", "").encode(), self._secret):
+        if hmac.compare_digest(
+            request.headers.get("Mkv-Volume-Secret", "").encode("utf-8", "surrogateescape"), self._secret
+        ):
             return
         if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key")) or path == PROBE_PATH:
             raise Forbidden("the volume's secret is needed")
         if self._link_secret:
             given = dict(parse_qsl(query))
-            expires = int(given.get("expires", "") if given.get("expires", "").isdecimal() else 0)
-            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}"
-            if not hmac.compare_digest(sign_link(path, self._link_secret, expires).encode(), shown.encode()):
+            expires = int(given.get("expires", "") if re.fullmatch("[0-9]{1,15}", given.get("expires", "")) else 0)
+            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}".encode("utf-8", "surrogateescape")
+            if not hmac.compare_digest(sign_link(path, self._link_secret, expires).encode(), shown):
                 raise Forbidden("a signed link is needed")
             if expires < time.time():
                 raise web.HTTPGone(text="the link has expired\n")
