@@ -72,7 +72,6 @@ from mkv import (
     ALL_KEYS,
     COLUMNS,
     GARBAGE,
-    HEX_DIGEST,
     OPERATIONS,
     SMALL_BLOB,
     STEM,
@@ -109,7 +108,6 @@ from mkv import (
     prepare_index,
     read_totals,
     record_of_row,
-    retry_delay_s,
     run_embedded,
     sidecar_path,
     sync_folder,
@@ -210,7 +208,10 @@ class Verdict:
 
 
 def judge_version(
-    version: Version, sidecars: Mapping[str, Record | str], garbage: Collection[str], was_record: Callable[[Record], bool]
+    version: Version,
+    sidecars: Mapping[str, Record | str],
+    garbage: Collection[str],
+    was_record: Callable[[Record], bool],
 ) -> Verdict:
     """Decide whether a version can be a record. `sidecars`: volume -> what was read there, or what is wrong with it.
 
@@ -412,7 +413,7 @@ class Getter:
         """Return (status, body) for each path; raises VolumeError unless all are answered in full."""
         answers: list[tuple[int, bytes]] = []
         while len(answers) < len(paths):
-            with self.client._watch("GET"):
+            with self.client.watch("GET"):
                 await self._read_some(paths, answers)
         return answers
 
@@ -505,7 +506,9 @@ class Walk:
 
     async def _list_each(self, on: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Files]]:
         listings = await asyncio.gather(*(self._list(volume, folders) for volume, folders in on.items()))
-        return {v: dict(zip(on[v], files, strict=True)) for v, files in zip(on, listings, strict=True) if files is not None}
+        return {
+            v: dict(zip(on[v], files, strict=True)) for v, files in zip(on, listings, strict=True) if files is not None
+        }
 
     def _descend(self, found: Mapping[str, Mapping[str, Files]]) -> dict[str, list[str]]:
         """Return volume -> the folders one level deeper; note everything else that is there."""
@@ -584,38 +587,40 @@ def set_record(tx: Transaction, before: Record, after: Record) -> None:
         tx.insert(after)
 
 
-def claim(tx: Transaction, move: Move, now: float) -> str:
+def claim(tx: Transaction, move: Move) -> str:
     """Enter the copies that `move` will make in the garbage; return why it must not begin, if so."""
     record, path = move.record, move.record.path
     if tx.get(record.key) != record:
         return "changed"
     due = garbage_at(tx, path)
-    if any(due[volume] < now + CLAIMED_S for volume in move.copy if volume in due):
+    if any(due[volume] < time.time() + CLAIMED_S for volume in move.copy if volume in due):
         return "waiting"  # the server may be deleting there just now
     set_record(tx, record, move.meanwhile)
-    tx.settle_garbage([(volume, path) for volume in due if volume in move.copy], [], now)  # a dead run's claims
-    tx.add_garbage(path, move.copy, now, CLAIM_S)
+    tx.settle_garbage([(volume, path) for volume in due if volume in move.copy], [])  # a dead run's claims
+    tx.add_garbage(path, move.copy, CLAIM_S)
     return ""
 
 
-def commit(tx: Transaction, move: Move, copied: bool, now: float, delay_s: float) -> str:
+def commit(tx: Transaction, move: Move, copied: bool, delay_s: float) -> str:
     """Move the record if nothing has come between, else leave the copies to the garbage; return why not, if so."""
     path = move.record.path
     due = garbage_at(tx, path)
-    changed = tx.get(move.record.key) != move.meanwhile or any(due.get(v, 0) < now + CLAIMED_S for v in move.copy)
+    changed = tx.get(move.record.key) != move.meanwhile or any(
+        due.get(v, 0) < time.time() + CLAIMED_S for v in move.copy
+    )
     if changed or not copied:
-        tx.settle_garbage([], [(volume, path, 0) for volume in move.copy], now)
+        tx.settle_garbage([], [(volume, path, 0) for volume in move.copy])
         return "changed" if changed else "failed"
     set_record(tx, move.meanwhile, move.after)
-    tx.settle_garbage([(volume, path) for volume in move.copy], [], now)
-    tx.add_garbage(path, move.drop, now, delay_s)
+    tx.settle_garbage([(volume, path) for volume in move.copy], [])
+    tx.add_garbage(path, move.drop, delay_s)
     return ""
 
 
-def release_claims(tx: Transaction, now: float) -> None:
+def release_claims(tx: Transaction) -> None:
     """Hand the claims of dead runs that nobody took over to the server's garbage collection."""
-    rows = tx._db.execute("SELECT volume, path, 0 FROM garbage WHERE due > ?", (now + CLAIMED_S,)).fetchall()
-    tx.settle_garbage([], rows, now)
+    rows = tx._db.execute("SELECT volume, path, 0 FROM garbage WHERE due > ?", (time.time() + CLAIMED_S,)).fetchall()
+    tx.settle_garbage([], rows)
 
 
 class Pace:
@@ -713,8 +718,10 @@ class Mover:
 
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
         """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or ""."""
-        index, now, delay_s = self._store.index, time.time(), self._store.view.config.garbage_delay
-        outcome = dict(zip([m.record.key for m in moves], await index.write(lambda tx: [claim(tx, m, now) for m in moves]), strict=True))
+        index, delay_s = self._store.index, self._store.view.config.garbage_delay
+        outcome = dict(
+            zip([m.record.key for m in moves], await index.write(lambda tx: [claim(tx, m) for m in moves]), strict=True)
+        )
         begun = [m for m in moves if not outcome[m.record.key]]
         failed = dict.fromkeys((m.record.key for m in begun), "interrupted")
         try:
@@ -723,8 +730,7 @@ class Mover:
             else:
                 failed = await self._copy_small(begun)
         finally:
-            now = time.time()
-            work = lambda tx: [commit(tx, m, not failed[m.record.key], now, delay_s) for m in begun]  # noqa: E731
+            work = lambda tx: [commit(tx, m, not failed[m.record.key], delay_s) for m in begun]  # noqa: E731
             for move, why in zip(begun, await index.write(work), strict=True):
                 outcome[move.record.key] = failed[move.record.key] if why == "failed" else why
         self.bytes += sum(m.record.size * len(m.copy) for m in begun if not outcome[m.record.key])
@@ -767,7 +773,7 @@ class Mover:
                 files[move.record.path] = blobs[move.record.key]
                 files[sidecar_path(move.record.path)] = encode_sidecar(move.record)
             try:
-                await client.put(files, timeout_s=client.timeout_s * (1 + len(group) / 8))
+                await client.put(files)
             except VolumeError as error:
                 if len(group) > 1:
                     groups = [[move] for move in group]
@@ -797,6 +803,8 @@ class Mover:
         """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
         client = self.clients[volume]
         async with client.read(self._session, path) as response:
+            if response.status == 404:
+                return
             upload = await client.start_upload(f"/corrupt/{path.rpartition('/')[2]}", None)
             try:
                 async for chunk in response.content.iter_chunked(SMALL_BLOB):
@@ -805,7 +813,1143 @@ class Mover:
             finally:
                 upload.abort()
 
-    async def close(self) -> None:
-        await self._store.index.write(lambda tx: release_claims(tx, time.time()))
+    def close(self) -> None:
         for getter in self.getters.values():
             getter.close()
+
+
+# == Running ==========================================================================================================
+# What the tools have in common: volumes, store, report, progress.
+
+
+class Report:
+    """Counts cases by kind and keeps the first of each; all of them if told to."""
+
+    FIRST = 10
+
+    def __init__(self, keep_all: bool = False) -> None:
+        self.counts: Counter[str] = Counter()
+        self.cases: list[Case] = []
+        self._keep_all = keep_all
+
+    def add(self, case: Case) -> None:
+        self.counts[case.kind] += 1
+        if self._keep_all or self.counts[case.kind] <= self.FIRST:
+            self.cases.append(case)
+
+    def facts(self) -> dict[str, Any]:
+        return {"found": dict(sorted(self.counts.items())), "cases": [asdict(case) for case in self.cases]}
+
+    def lines(self) -> Iterator[str]:
+        for kind, count in sorted(self.counts.items()):
+            yield f"{count} x {kind}"
+            first = [case for case in self.cases if case.kind == kind][: self.FIRST]
+            yield from (f"  {str(case).partition(': ')[2]}" for case in first)
+            if count > len(first):
+                yield f"  and {count - len(first)} more"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a tool hands to the command line: an exit code, a summary for --json, and lines for people."""
+
+    code: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    lines: Sequence[str] = ()
+
+
+def show_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+class Progress:
+    """Shows `text` (and the time left, from `done`, a share of the whole) on stderr while the block runs."""
+
+    def __init__(self, text: Callable[[], str], done: Callable[[], float]) -> None:
+        self._text, self._done, self._began = text, done, time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    @property
+    def elapsed_s(self) -> float:
+        return max(1e-6, time.monotonic() - self._began)
+
+    async def _show(self) -> None:
+        while True:
+            await asyncio.sleep(0.2 if self._live else 5)
+            done = self._done()
+            left = f", {self.elapsed_s * (1 - done) / done:.0f} s left" if done > 0 else ""
+            line = f"{done:4.0%} {self._text()}{left}"
+            print(
+                f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True
+            )
+
+    async def __aenter__(self) -> Progress:
+        self._task = asyncio.create_task(self._show())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.asynccontextmanager
+async def open_volumes(config: Config) -> AsyncIterator[Config]:
+    """Run the embedded volumes if none are configured (a server may do so too: they are only folders)."""
+    if config.volumes:
+        yield config
+        return
+    if not Path(config.data, "volume1").is_dir():
+        raise ToolError(f"no volumes are configured, and there are no embedded ones in {config.data}")
+    async with run_embedded(config) as config:
+        yield config
+
+
+def lock_alone(path: str, reason: str) -> int:
+    try:
+        return lock_file(path, exclusive=True)
+    except BlockingIOError:
+        raise ToolError(reason) from None
+
+
+@contextlib.asynccontextmanager
+async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
+    """Open volumes and index beside a server that may be running; `moving` replicas is for one tool at a time."""
+    if not Path(config.db).is_file():
+        raise ToolError(f"there is no index at {config.db} (rebuild makes one from the volumes)")
+    async with open_volumes(config) as config:
+        lock = lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running") if moving else None
+        store = Store(config, leader=False)
+        try:
+            await store.start()
+            yield store
+        finally:
+            await store.close()
+            if lock is not None:
+                os.close(lock)
+
+
+@contextlib.asynccontextmanager
+async def open_mover(store: Store, moving: bool, rate: float, note: Callable[[Case], None]) -> AsyncIterator[Mover]:
+    async with ClientSession(connector=TCPConnector(limit=0), auto_decompress=False) as session:
+        mover = Mover(store, session, Pace(rate), note)
+        try:
+            yield mover
+        finally:
+            mover.close()
+            if moving:
+                await store.index.write(release_claims)
+
+
+async def read_pages(index: Index) -> AsyncIterator[list[Record]]:
+    """Yield all records in the order of their keys, in pages."""
+    after, query = "", f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT 1000"
+    while page := await index.read(lambda db: [record_of_row(row) for row in db.execute(query, (after,))]):
+        yield page
+        after = page[-1].key
+
+
+def read_garbage(db: sqlite3.Connection, span: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return (volume, path) of the garbage in a range of paths."""
+    return list(db.execute("SELECT volume, path FROM garbage WHERE path >= ? AND path < ?", span))
+
+
+# == rebuild ==========================================================================================================
+
+
+class OldIndex:
+    """The index that is to be replaced, as far as it can be read."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self._thread = path, SqliteThread(path, False)
+        self.readable = False
+        self.trouble = ""
+
+    async def open(self) -> None:
+        """Find out whether its garbage can be honoured; bring its write-ahead log into it."""
+        if not Path(self.path).is_file():
+            return
+        try:
+            version = await self._thread.run(lambda db: db.execute("PRAGMA user_version").fetchone()[0])
+            await self._thread.run(prepare_index if version else lambda db: None)
+            await self._thread.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+            check = await self._thread.run(lambda db: db.execute("PRAGMA quick_check(1)").fetchone()[0])
+            self.readable = bool(version) and check == "ok"
+            self.trouble = "" if self.readable else f"it is damaged: {check}" if version else "it is empty"
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            self.trouble = str(error)
+
+    async def read(self, query: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
+        return await self._thread.run(query) if self.readable else otherwise
+
+    async def close(self) -> None:
+        await self._thread.close()
+
+
+def remove_index(path: str) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal", ".lock"):
+        Path(path + suffix).unlink(missing_ok=True)
+
+
+def keep_old_index(path: str, readable: bool) -> str:
+    """Give the index a second, dated name, with its log if that could not be brought in; return that name."""
+    stamp = time.strftime("%Y%m%dT%H%M%S")
+    name = next(n for n in (f"{path}.{stamp}{'-' * bool(i)}{i or ''}" for i in range(1000)) if not Path(n).exists())
+    for suffix in ("",) if readable else ("", "-wal"):
+        if Path(path + suffix).exists():
+            try:
+                os.link(path + suffix, name + suffix)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path + suffix, name + suffix)
+    for suffix in ("-wal", "-shm"):  # the log of the old index must never be applied to the new one
+        Path(path + suffix).unlink(missing_ok=True)
+    sync_folder(Path(path).absolute().parent)
+    return name
+
+
+def add_all_garbage(rows: Iterable[tuple[str, str]], tx: Transaction) -> None:
+    for volume, path in rows:
+        tx.add_garbage(path, [volume])
+
+
+class Rebuild:
+    """Makes the new index of one store, folder by folder."""
+
+    def __init__(self, getters: Mapping[str, Getter], old: OldIndex, new: Index, report: Report) -> None:
+        self._getters, self._old, self._new, self._report = getters, old, new, report
+        self.walk = Walk(getters, self._fail)
+        self.keys = self.bytes = self.garbage = 0
+
+    def _fail(self, volume: str, error: VolumeError) -> None:
+        raise error
+
+    async def check_volumes(self, allowed: Collection[str]) -> dict[str, list[str]]:
+        """List the top of every volume; raise ToolError if one is there, but empty where the old index knows of blobs."""
+        top = await self.walk.top()
+        for name, (blobs, _) in (await self._old.read(read_totals, {})).items():
+            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not top.get(name):
+                state = "is empty" if name in top else "is not configured"
+                raise ToolError(
+                    f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing {name})"
+                )
+        return top
+
+    async def carry_garbage(self) -> None:
+        """Take the old index's garbage over, due at once: nobody is reading."""
+        query = "SELECT path, volume FROM garbage WHERE (path, volume) > (?, ?) ORDER BY path, volume LIMIT 10000"
+        after: tuple[str, str] = ("", "")
+        while rows := await self._old.read(lambda db: list(db.execute(query, after)), []):
+            await self._new.write(partial(add_all_garbage, [(volume, path) for path, volume in rows]))
+            after = rows[-1]
+
+    async def run(self, top: Mapping[str, Sequence[str]]) -> None:
+        async def jobs() -> AsyncIterator[Awaitable[list[tuple[Verdict, list[tuple[str, str]]]]]]:
+            async for run in self.walk.runs(top):
+                yield self._merge(run)
+
+        results: list[tuple[Verdict, list[tuple[str, str]]]] = []
+        writing: asyncio.Future[None] | None = None
+        async for merged in ahead(jobs(), AHEAD):
+            results += merged
+            if len(results) >= 1000 and (writing is None or writing.done()):
+                if writing:
+                    writing.result()
+                writing, results = self._new.write(partial(self._write, results)), []
+        if writing:
+            await writing
+        await self._new.write(partial(self._write, results))
+
+    def _write(self, results: list[tuple[Verdict, list[tuple[str, str]]]], tx: Transaction) -> None:
+        for verdict, garbage in results:
+            if verdict.record:
+                tx.insert(verdict.record)
+                self.keys += 1
+                self.bytes += verdict.record.size
+                tx.settle_garbage([(volume, verdict.record.path) for volume in verdict.revived], [])
+            for volume, path in garbage:
+                tx.add_garbage(path, [volume])
+            self.garbage += len(garbage)
+
+    async def _merge(self, run: Folders) -> list[tuple[Verdict, list[tuple[str, str]]]]:
+        """Decide on all keys of a run: of each a verdict with a record, or none, and (volume, path) that are garbage."""
+        found = await self.walk.list_run(run)
+        versions, foreign = group_files(found)
+        garbage: dict[str, set[str]] = defaultdict(set)
+        for volume, path in await self._old.read(lambda db: read_garbage(db, run.span), []):
+            garbage[path[:STEM]].add(volume)
+        for case in foreign:
+            self._report.add(case)
+        left = order_versions(versions.values())
+        results = []
+        while left:
+            verdicts = await self._judge([queue[0] for queue in left.values()], garbage)
+            for queue, verdict in zip(list(left.values()), verdicts, strict=True):
+                for case in verdict.cases:
+                    self._report.add(case)
+                version = queue.pop(0)
+                dead = list_files([version]) if verdict.dead else []
+                if verdict.record:
+                    dead = list_files(older for older in queue if older.sidecars)
+                    self._note_unfinished(version for version in queue if not version.sidecars)
+                    queue.clear()
+                results.append((verdict, dead))
+            left = {h: queue for h, queue in left.items() if queue}
+        return results
+
+    def _note_unfinished(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            for volume, path in list_files([version]):
+                self._report.add(Case(kind="blob without sidecar", volume=volume, path=path))
+
+    async def _judge(self, versions: Sequence[Version], garbage: Mapping[str, set[str]]) -> list[Verdict]:
+        """Read one sidecar of each version; all of them if it is bad or another has a different size."""
+        readings: dict[str, dict[str, Record | str]] = {v.stem: {} for v in versions}
+        for rest in (False, True):
+            wanted = []
+            for v in versions:
+                names = sorted(v.sidecars, key=lambda name: (name not in v.blobs, name))
+                turn = int(v.stem[-4:], 16) % max(1, len(v.blobs.keys() & v.sidecars.keys()))
+                done = readings[v.stem]
+                sizes = {size for size, _ in v.sidecars.values()}
+                if not rest:
+                    wanted += [(name, v) for name in names[turn : turn + 1]]
+                elif len(sizes) > 1 or any(isinstance(one, str) for one in done.values()):
+                    wanted += [(name, v) for name in names if name not in done]
+            for name, v in [(n, v) for n, v in wanted if v.sidecars[n][0] > SIDECAR_BYTES]:
+                readings[v.stem][name] = "it is too large"
+                wanted.remove((name, v))
+            results = await read_sidecars(self._getters, [(name, f"{v.stem}.key") for name, v in wanted])
+            for (name, v), result in zip(wanted, results, strict=True):
+                readings[v.stem][name] = result
+        keys = [
+            r.key for v in versions if v.stem in garbage for r in readings[v.stem].values() if isinstance(r, Record)
+        ]
+        old = (
+            {r.key: r for r in await self._old.read(partial(get_all, keys), []) if isinstance(r, Record)}
+            if keys
+            else {}
+        )
+        was_record = lambda record: record.key in old and old[record.key].version == record.version  # noqa: E731
+        self._note_unfinished(
+            replace(v, blobs={name: files for name, files in v.blobs.items() if name not in v.sidecars}, sidecars={})
+            for v in versions
+        )
+        return [judge_version(v, readings[v.stem], garbage.get(v.stem, ()), was_record) for v in versions]
+
+
+def list_files(versions: Iterable[Version]) -> list[tuple[str, str]]:
+    """Return (volume, path) of every blob of `versions`, and of every sidecar without one."""
+    return [(volume, path) for v in versions for volume in v.volumes for path in v.blobs.get(volume, [v.stem])]
+
+
+def check_new_index(db: sqlite3.Connection, keys: int, size: int) -> None:
+    """Raise ToolError unless the new index is sound and holds what was read."""
+    soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
+    if soundness != "ok" or not (rows == (keys, size) == read_totals(db).get(ALL_KEYS, (0, 0))):
+        raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
+
+
+async def rebuild(config: Config, options: argparse.Namespace) -> Outcome:
+    """Make a new index from the volumes and swap it in, or change nothing."""
+    Path(config.db).parent.mkdir(parents=True, exist_ok=True)
+    report, fresh = Report(options.json), f"{config.db}.new"
+    lock = lock_alone(f"{config.db}.lock", f"{config.db} is in use by a server or a tool: stop it first")
+    old, new = OldIndex(config.db), Index(fresh)
+    getters: dict[str, Getter] = {}
+    try:
+        await old.open()
+        remove_index(fresh)
+        await new.open()
+        async with open_volumes(config) as config:
+            clients = Store(config, leader=False).view.clients
+            if unknown := set(options.allow_missing) - clients.keys() - (await old.read(read_totals, {})).keys():
+                raise ToolError(f"--allow-missing: there is no volume {', '.join(sorted(unknown))}")
+            getters |= {name: Getter(client) for name, client in clients.items() if name not in options.allow_missing}
+            work = Rebuild(getters, old, new, report)
+            progress = Progress(lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
+            async with progress:
+                top = await work.check_volumes(options.allow_missing)
+                await work.carry_garbage()
+                await work.run(top)
+        for case in work.walk.foreign:
+            report.add(case)
+        if report.counts["contradicting sidecars"]:
+            return Outcome(
+                code=1,
+                facts={"done": False, **report.facts()},
+                lines=["nothing was changed: of contradicting sidecars, move the wrong ones away", *report.lines()],
+            )
+        await new.read(lambda db: check_new_index(db, work.keys, work.bytes))
+        await new.close()
+        await old.close()
+        kept = keep_old_index(config.db, not old.trouble) if Path(config.db).is_file() else ""
+        os.replace(fresh, config.db)
+        sync_folder(Path(config.db).absolute().parent)
+    finally:
+        for getter in getters.values():
+            getter.close()
+        await new.close()
+        await old.close()
+        remove_index(fresh)
+        os.close(lock)
+    seconds = progress.elapsed_s
+    facts = {
+        "done": True,
+        "keys": work.keys,
+        "bytes": work.bytes,
+        "garbage": work.garbage,
+        "seconds": round(seconds, 3),
+    }
+    lines = [
+        f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {work.keys / seconds:.0f} keys a second"
+    ]
+    if kept:
+        lines.append(f"the old index is {kept}")
+    if old.trouble:
+        lines.append(f"its garbage could not be honoured ({old.trouble}): what was deleted of late may be back")
+    return Outcome(
+        facts=facts | {"old_index": kept, "trouble": old.trouble} | report.facts(), lines=[*lines, *report.lines()]
+    )
+
+
+# == rebalance ========================================================================================================
+
+GARBAGE_PATIENCE_S = 15.0  # beyond garbage_delay: how long the server may take to delete what is in the way
+
+
+class Rebalance:
+    """Brings every key to where the ring says."""
+
+    def __init__(self, store: Store, mover: Mover | None, concurrency: int) -> None:
+        self._store, self._mover, self._concurrency = store, mover, concurrency
+        self.keys = self.checked = self.moved = self.changed = self.dropped = 0
+        self.pairs: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+        self.left: Counter[str] = Counter()
+
+    @property
+    def waiting(self) -> int:
+        return self.left["garbage waits there"]
+
+    async def one_pass(self) -> None:
+        """Plan, and unless this is a dry run move, every key once."""
+        self.left.clear()
+        totals = await self._store.index.read(read_totals)
+        self.keys, self.checked = totals.get(ALL_KEYS, (0, 0))[0], 0
+        async for _ in ahead(self._jobs(), self._concurrency):
+            pass
+
+    async def _jobs(self) -> AsyncIterator[Awaitable[None]]:
+        view, states = self._store.view, self._store.health.states
+        pending: list[Move] = []
+        async for page in read_pages(self._store.index):
+            self.checked += len(page)
+            for record in page:
+                move = plan_move(record, view.ring.place(record.key, view.config.replicas), states)
+                if move and move.left:
+                    self.left[move.left] += 1
+                elif move:
+                    pending.append(move)
+            *whole, pending = plan_batches(pending, lambda m: m.record.size) or [[]]
+            for batch in whole:
+                yield self._do(batch)
+        if pending:
+            yield self._do(pending)
+
+    async def _do(self, batch: Sequence[Move]) -> None:
+        outcome = await self._mover.move(batch) if self._mover else {}
+        for move in batch:
+            why = outcome.get(move.record.key, "")
+            if not why:
+                self._count(move)
+            elif why == "changed":  # by a client, whose write goes where the ring says
+                self.changed += 1
+            else:
+                self.left["garbage waits there" if why == "waiting" else why] += 1
+
+    def _count(self, move: Move) -> None:
+        self.moved += 1
+        self.dropped += len(move.drop)
+        for target in move.copy:
+            pair = self.pairs[move.sources[0], target]
+            pair[0] += 1
+            pair[1] += move.record.size
+
+    def facts(self) -> dict[str, Any]:
+        pairs = [{"from": a, "to": b, "replicas": n, "bytes": size} for (a, b), (n, size) in sorted(self.pairs.items())]
+        replicas, size = (sum(pair[i] for pair in self.pairs.values()) for i in (0, 1))
+        counts = {"keys": self.keys, "moved": self.moved, "replicas": replicas, "bytes": size, "dropped": self.dropped}
+        return counts | {
+            "changed": self.changed,
+            "left": self.left.total(),
+            "why_left": dict(self.left),
+            "pairs": pairs,
+        }
+
+
+async def run_passes(work: Rebalance, patience_s: float) -> None:
+    """Go over the keys until none is left, or none of those left can be moved; garbage in the way gets some time."""
+    least, since = math.inf, time.monotonic()
+    while True:
+        moved = work.moved
+        await work.one_pass()
+        if work.waiting < least:
+            least, since = work.waiting, time.monotonic()
+        if not work.left or (work.moved == moved and not work.waiting) or time.monotonic() - since > patience_s:
+            return
+        await asyncio.sleep(1)
+
+
+async def rebalance(config: Config, options: argparse.Namespace) -> Outcome:
+    """Move and copy replicas until every key is where the ring says, beside a running server; or say what that takes."""
+    report = Report(options.json)
+    async with open_store(config, moving=not options.dry_run) as store, contextlib.AsyncExitStack() as stack:
+        mover = None
+        if not options.dry_run:
+            mover = await stack.enter_async_context(open_mover(store, True, options.limit_rate * 1e6, report.add))
+        work = Rebalance(store, mover, options.concurrency)
+        progress = Progress(
+            lambda: (
+                f"{work.moved} keys moved, {show_bytes(mover.bytes if mover else 0)}, {work.left.total()} left, "
+                f"{show_bytes((mover.bytes if mover else 0) / progress.elapsed_s)}/s"
+            ),
+            lambda: work.checked / max(1, work.keys),
+        )
+        async with progress:
+            if mover:
+                await run_passes(work, min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
+            else:
+                await work.one_pass()
+    facts, seconds = work.facts(), progress.elapsed_s
+    verb = "to move" if options.dry_run else "moved"
+    lines = [
+        f"{facts['from']} -> {facts['to']}: {facts['replicas']} replicas, {show_bytes(facts['bytes'])}"
+        for facts in facts["pairs"]
+    ]
+    lines.append(
+        f"{work.keys} keys, {work.moved} {verb}: {facts['replicas']} replicas copied, {show_bytes(facts['bytes'])}, "
+        f"{work.dropped} dropped"
+        + (f"; {work.moved / seconds:.0f} keys and {show_bytes(facts['bytes'] / seconds)} a second" if mover else "")
+    )
+    lines += [f"left {count}: {why}" for why, count in work.left.items()]
+    code = 1 if work.left else 0
+    facts = {"dry_run": options.dry_run} | facts | {"seconds": round(seconds, 3)} | report.facts()
+    return Outcome(code=code, facts=facts, lines=[*lines, *report.lines()])
+
+
+# == verify ===========================================================================================================
+
+SCRATCH = """CREATE TABLE want (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE stray (volume TEXT NOT NULL, path TEXT NOT NULL, kind TEXT NOT NULL) STRICT"""
+HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
+
+
+class Verify:
+    """Compares the index with the volumes, and with --repair makes them agree."""
+
+    def __init__(
+        self, store: Store, mover: Mover, scratch: SqliteThread, report: Report, options: argparse.Namespace
+    ) -> None:
+        self._store, self._mover, self._scratch, self._report = store, mover, scratch, report
+        self._deep, self._repair = options.deep, options.repair
+        self._before_s = time.time() - options.grace
+        self.walk = Walk(mover.getters, self._fail)
+        self.failed: dict[str, VolumeError] = {}
+        self.keys = self.replicas = self.young = self.restored = self.removed = 0
+
+    def _fail(self, volume: str, error: VolumeError) -> None:
+        self.failed.setdefault(volume, error)
+
+    async def run(self) -> None:
+        await self._scratch.run(
+            lambda db: [db.execute(one) for one in ("PRAGMA synchronous = OFF", *SCRATCH.split(";"))]
+        )
+        async for page in read_pages(self._store.index):
+            rows = [(record.path, record.key) for record in page]
+            await self._scratch.run(lambda db: write_rows(db, "INSERT INTO want VALUES (?, ?)", rows))
+        async for _ in ahead(self._jobs(await self.walk.top()), AHEAD):
+            pass
+        for case in self.walk.foreign:
+            self._report.add(case)
+        for volume, error in self.failed.items():
+            self._report.add(Case(kind="failed listing", volume=volume, detail=str(error)))
+        if self._repair and not self.failed:
+            await self._remove_strays()
+
+    async def _jobs(self, top: Mapping[str, Sequence[str]]) -> AsyncIterator[Awaitable[None]]:
+        async def wanted(first: str) -> set[str]:
+            query = "SELECT DISTINCT substr(path, 1, 7) FROM want WHERE path >= ? AND path < ?"
+            return {
+                row[0]
+                for row in await self._scratch.run(lambda db: list(db.execute(query, (first, after_prefix(first)))))
+            }
+
+        async for run in self.walk.runs(top, wanted):
+            yield self._compare(run)
+
+    async def _compare(self, run: Folders) -> None:
+        """Check one run of folders. The garbage is looked at before and after: what was deleted meanwhile is no stray."""
+        garbage = set(await self._store.index.read(lambda db: read_garbage(db, run.span)))
+        found = await self.walk.list_run(run)
+        listed = self._mover.clients.keys() - self.failed.keys()
+        query = "SELECT path, key FROM want WHERE path >= ? AND path < ?"
+        wanted = await self._scratch.run(lambda db: list(db.execute(query, run.span)))
+        keys = [key for _, key in wanted]
+        current = await self._store.index.read(partial(get_all, keys))
+        garbage |= set(await self._store.index.read(lambda db: read_garbage(db, run.span)))
+        versions, foreign = group_files(found)
+        for case in foreign:
+            self._report.add(case)
+        records = {
+            r.path[:STEM]: r
+            for (path, _), r in zip(wanted, current, strict=True)
+            if isinstance(r, Record) and r.path == path
+        }
+        await self._check(records, versions, listed)
+        stems = {(volume, path[:STEM]) for volume, path in garbage}
+        strays, young = find_strays(versions.values(), records, stems, self._before_s)
+        self.young += young
+        await self._note_strays(strays)
+
+    async def _check(
+        self, records: Mapping[str, Record], versions: Mapping[str, Version], listed: Collection[str]
+    ) -> None:
+        """Find what is wrong with the replicas of `records`; note it, or repair it."""
+        self.keys += len(records)
+        self.replicas += sum(len(record.volumes) for record in records.values())
+        faults: dict[str, dict[str, str]] = {}
+        for stem, record in records.items():
+            version = versions.get(stem) or Version(stem)
+            faults[stem] = check_replicas(record, version, listed)
+            if unknown := set(record.volumes) - self._mover.clients.keys():
+                faults[stem] |= dict.fromkeys(unknown, "not configured")
+        await self._check_sidecars(records, versions, listed, faults)
+        if self._deep:
+            wanted = [
+                (v, r)
+                for stem, r in records.items()
+                for v in r.volumes
+                if v in listed and faults[stem].get(v) in (None, "missing sidecar", "bad sidecar")
+            ]
+            for (volume, record), wrong in zip(wanted, await self._mover.check(wanted), strict=True):
+                if wrong:
+                    faults[record.path[:STEM]][volume] = (
+                        wrong if wrong in ("missing", "corrupt") else f"unreadable: {wrong}"
+                    )
+        faulty = [records[stem] for stem, wrong in faults.items() if wrong]
+        for record, now in zip(
+            faulty, await asyncio.gather(*(self._store.index.get(r.key) for r in faulty)), strict=True
+        ):
+            if now == record:  # else a client, or a repair, came between
+                await self._settle(record, faults[record.path[:STEM]])
+
+    async def _check_sidecars(
+        self,
+        records: Mapping[str, Record],
+        versions: Mapping[str, Version],
+        listed: Collection[str],
+        faults: dict[str, dict[str, str]],
+    ) -> None:
+        """Read the sidecars whose size is not what it would be today, with --deep all; note the bad ones."""
+        wanted = []
+        for stem, record in records.items():
+            size = len(encode_sidecar(record))
+            for volume in record.volumes:
+                if volume in listed and volume not in faults[stem]:
+                    there = versions[stem].sidecars[volume][0]
+                    if there > SIDECAR_BYTES:
+                        faults[stem][volume] = "bad sidecar"
+                    elif self._deep or there != size:
+                        wanted.append((volume, record))
+        try:
+            results = await read_sidecars(self._mover.getters, [(volume, sidecar_path(r.path)) for volume, r in wanted])
+        except VolumeError as error:
+            return self._fail(error.volume, error)
+        for (volume, record), result in zip(wanted, results, strict=True):
+            if isinstance(result, str) or replace(result, volumes=record.volumes) != record:
+                faults[record.path[:STEM]][volume] = "bad sidecar"
+
+    async def _settle(self, record: Record, faults: Mapping[str, str]) -> None:
+        """Repair one record if told to; note each fault, and whether it is repaired."""
+        repaired = await self._restore(record, faults) if self._repair else set()
+        for volume, wrong in faults.items():
+            kind, _, detail = wrong.partition(": ")
+            if volume in repaired:
+                self.restored += 1
+                detail = "repaired"
+            self._report.add(Case(kind=kind, volume=volume, path=record.path, key=record.key, detail=detail))
+        if not set(record.volumes) - {v for v, wrong in faults.items() if not wrong.endswith("sidecar")} - repaired:
+            self._report.add(Case(kind="no good replica", path=record.path, key=record.key))
+
+    async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
+        """Make replicas good again from a good one; return the volumes where that succeeded."""
+        states = self._store.health.states
+        unmarked = [v for v, wrong in faults.items() if wrong.endswith("sidecar")]
+        bad = [
+            v for v, wrong in faults.items() if wrong in ("missing", "corrupt", "wrong size") and states[v] is State.UP
+        ]
+        sources = [v for v in record.volumes if v not in faults or v in unmarked]
+        checked = await self._mover.check([(v, record) for v in unmarked])
+        good = {v for v, wrong in zip(unmarked, checked, strict=True) if not wrong}
+        repaired = {volume for volume in good if await self._mark(record, volume)}
+        try:
+            for volume in [v for v in bad if faults[v] != "missing"]:
+                await self._mover.set_aside(volume, record.path)
+        except VolumeError as error:
+            self._report.add(Case(kind="not set aside", volume=error.volume, path=record.path, detail=str(error)))
+            return repaired
+        if bad and sources:
+            keep = tuple(v for v in record.volumes if v not in bad)
+            move = Move(record=record, sources=tuple(sources), keep=keep, copy=tuple(bad))
+            if not (await self._mover.move([move]))[record.key]:
+                repaired |= set(bad)
+        return repaired
+
+    async def _mark(self, record: Record, volume: str) -> bool:
+        """Write the sidecar beside a blob that is good; take it back if the key was deleted meanwhile."""
+        try:
+            await self._mover.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)})
+        except VolumeError:
+            return False
+        return await self._store.index.write(lambda tx: remove_stray(tx, record.key, record.path, volume) == "")
+
+    async def _note_strays(self, strays: Sequence[Stray]) -> None:
+        wanted = [(stray.volume, f"{stray.stem}.key") for stray in strays if stray.sidecar]
+        try:
+            results = iter(await read_sidecars(self._mover.getters, wanted))
+        except VolumeError as error:
+            return self._fail(error.volume, error)
+        rows = []
+        for stray in strays:
+            sidecar = next(results) if stray.sidecar else ""
+            key = sidecar.key if isinstance(sidecar, Record) else ""
+            record = await self._store.index.get(key) if key else None
+            if record and record.path[:STEM] == stray.stem and stray.volume in record.volumes:
+                continue  # written since the records were noted
+            kind = name_stray(stray, key, record)
+            rows += [(stray.volume, path, kind) for path in stray.paths]
+            for path in stray.paths:
+                self._report.add(Case(kind=kind, volume=stray.volume, path=path, key=key))
+        if rows:
+            await self._scratch.run(lambda db: write_rows(db, "INSERT INTO stray VALUES (?, ?, ?)", rows))
+
+    async def _remove_strays(self) -> None:
+        """Put the strays in the garbage. Each one's sidecar is read again, and its key's record in the transaction."""
+        after = 0
+        while rows := await self._scratch.run(
+            lambda db: list(
+                db.execute("SELECT rowid, volume, path FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500", (after,))
+            )
+        ):
+            sidecars = await read_sidecars(
+                self._mover.getters, [(volume, sidecar_path(path)) for _, volume, path in rows]
+            )
+            now = time.time()
+            strays = [
+                (s.key if isinstance(s, Record) else "", path, volume)
+                for (_, volume, path), s in zip(rows, sidecars, strict=True)
+            ]
+            self.removed += sum(
+                await self._store.index.write(lambda tx: [bool(remove_stray(tx, *stray)) for stray in strays])
+            )
+            after = rows[-1][0]
+
+
+def write_rows(db: sqlite3.Connection, query: str, rows: Iterable[tuple[str, ...]]) -> None:
+    with db:
+        db.execute("BEGIN")
+        db.executemany(query, rows)
+
+
+def remove_stray(tx: Transaction, key: str, path: str, volume: str) -> str:
+    """Put `path` on `volume` in the garbage unless the record of `key` is it; return why, "" if it stays."""
+    current = tx.get(key) if key else None
+    if current and current.path[:STEM] == path[:STEM] and volume in current.volumes:
+        return ""
+    tx.add_garbage(path, [volume])
+    return "no record names it"
+
+
+async def verify(config: Config, options: argparse.Namespace) -> Outcome:
+    """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
+    report, scratch_file = Report(options.json), f"{config.db}.verify"
+    async with open_store(config, moving=options.repair) as store:
+        async with open_mover(store, options.repair, options.limit_rate * 1e6, report.add) as mover:
+            remove_index(scratch_file)
+            scratch = SqliteThread(scratch_file, False)
+            work = Verify(store, mover, scratch, report, options)
+            progress = Progress(
+                lambda: f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read",
+                lambda: work.walk.done,
+            )
+            try:
+                async with progress:
+                    await work.run()
+            finally:
+                await scratch.close()
+                remove_index(scratch_file)
+    wrong = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.restored - work.removed
+    facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young, "restored": work.restored,
+             "removed": work.removed, "left": wrong, "seconds": round(progress.elapsed_s, 3)}  # fmt: skip
+    lines = [
+        f"{work.keys} keys, {work.replicas} replicas checked, {show_bytes(mover.bytes)} read; {work.restored} restored, {work.removed} removed, {wrong} left"
+    ]
+    if work.young:
+        lines.append(f"{work.young} that no record names are younger than --grace: they may be writes under way")
+    return Outcome(code=1 if wrong else 0, facts=facts | report.facts(), lines=[*report.lines(), *lines])
+
+
+# == status, backup, token ============================================================================================
+
+
+def share_ideally(volumes: Sequence[Volume], replicas: int, keys: int = 10000) -> dict[str, float]:
+    """Return the share of all replicas that the ring gives each volume, from a sample of keys."""
+    ring = Ring(volumes)
+    counts = Counter(name for i in range(keys) for name in ring.place(f"sample {i}", replicas))
+    return {v.name: counts[v.name] / max(1, counts.total()) for v in volumes}
+
+
+async def fetch_status(url: str, token: str) -> dict[str, Any]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        async with ClientSession(timeout=ClientTimeout(total=30), headers=headers) as session:
+            async with session.get(f"{url.rstrip('/')}/-/status") as response:
+                if response.status != 200:
+                    raise ToolError(f"{url}/-/status was answered {response.status}: {(await response.text())[:200]}")
+                return dict(await response.json())
+    except (ClientError, TimeoutError, ValueError) as error:
+        raise ToolError(f"{url}: {error or type(error).__name__}") from None
+
+
+async def status(config: Config, options: argparse.Namespace) -> Outcome:
+    """Show volumes and totals, from a running server or from the index and the volumes."""
+    if options.url:
+        facts = await fetch_status(options.url, options.token)
+    else:
+        async with open_store(config) as store:
+            facts = await store.status()
+    known = [Volume(name=v["name"], url=v["url"], weight=v["weight"], zone=v["zone"]) for v in facts["volumes"]]
+    ideal = share_ideally(known, config.replicas)
+    blobs = max(1, sum(v["blobs"] for v in facts["volumes"]))
+    lines = [f"{'volume':20} {'state':9} {'blobs':>10} {'bytes':>10} {'share':>7} {'ideal':>7}"]
+    for v in facts["volumes"]:
+        v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
+        shown = show_bytes(v["bytes"])
+        lines.append(f"{v['name']:20} {v['state']:9} {v['blobs']:10} {shown:>10} {v['share']:7.1%} {v['ideal']:7.1%}")
+    lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {facts['garbage']} replicas wait to be deleted")
+    return Outcome(code=0 if all(v["state"] == "up" for v in facts["volumes"]) else 1, facts=facts, lines=lines)
+
+
+def copy_index(target: str, db: sqlite3.Connection) -> int:
+    """Copy the index as it is at this moment to `target`, checked; return its number of keys."""
+    copy = sqlite3.connect(target)
+    try:
+        db.backup(copy)  # in one step: one snapshot, and writers go on
+        copy.execute("PRAGMA journal_mode = DELETE")
+        if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
+        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
+    finally:
+        copy.close()
+
+
+async def backup(config: Config, options: argparse.Namespace) -> Outcome:
+    """Copy the index to a file while the server runs; the file appears whole or not at all."""
+    if not Path(config.db).is_file():
+        raise ToolError(f"there is no index at {config.db}")
+    part, index = f"{options.file}.tmp", Index(config.db)
+    remove_index(part)
+    await index.open()
+    try:
+        keys = await index.read(partial(copy_index, part))
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, options.file)
+        sync_folder(Path(options.file).absolute().parent)
+    finally:
+        await index.close()
+        remove_index(part)
+    size = Path(options.file).stat().st_size
+    facts = {"file": options.file, "keys": keys, "bytes": size}
+    return Outcome(facts=facts, lines=[f"{options.file}: {keys} keys, {show_bytes(size)}"])
+
+
+async def token(config: Config, options: argparse.Namespace) -> Outcome:
+    """Make a token: print its secret, which is kept nowhere, and the table for the configuration."""
+    secret = secrets.token_urlsafe(32)
+    allow = tuple(one for part in options.allow for one in part.replace(",", " ").split())
+    made = Token(
+        name=options.name, sha256=hashlib.sha256(secret.encode()).hexdigest(), allow=allow, prefix=options.prefix
+    )
+    quote = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # noqa: E731
+    lines = [
+        secret,
+        "",
+        "[[token]]",
+        f"name = {quote(made.name)}",
+        f'sha256 = "{made.sha256}"',
+        f"allow = {json.dumps(allow)}",
+    ]
+    if made.prefix:
+        lines.append(f"prefix = {quote(made.prefix)}")
+    return Outcome(facts={"secret": secret, "token": asdict(made)}, lines=lines)
+
+
+# == bench ============================================================================================================
+
+
+class Latencies:
+    """Counts of latencies in steps of 2 %, so that memory is bounded."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, seconds: float) -> None:
+        self._counts[round(math.log(max(seconds, 1e-6)) / math.log(1.02))] += 1
+
+    def quantile_ms(self, q: float) -> float:
+        rank, seen = q * self._counts.total(), 0
+        for step in sorted(self._counts):
+            seen += self._counts[step]
+            if seen >= rank:
+                return round(1000 * 1.02**step, 3)
+        return 0.0
+
+
+class Bench:
+    """One run against one server: phases of equal requests, `concurrency` at a time."""
+
+    def __init__(self, session: ClientSession, url: str, options: argparse.Namespace) -> None:
+        self._session, self._base, self._options = (
+            session,
+            f"{url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/",
+            options,
+        )
+        self._noise = random.randbytes(options.size)
+        self.written = self.done = 0
+        self.phase = ""
+
+    def _body(self, number: int) -> bytes:
+        return (number.to_bytes(8) + self._noise[8:])[: self._options.size]
+
+    async def _request(self, method: str, number: int) -> str:
+        """Make one request; return what is wrong with its answer, or ""."""
+        data = self._body(number) if method == "PUT" else None
+        try:
+            async with self._session.request(
+                method, f"{self._base}{number}", data=data, allow_redirects=method == "GET"
+            ) as response:
+                body = await response.read()
+        except (ClientError, TimeoutError, OSError) as error:
+            return type(error).__name__
+        if response.status not in {"PUT": (201, 204), "DELETE": (204,)}.get(method, (200,)):
+            return f"status {response.status}"
+        return "wrong bytes" if method == "GET" and body != self._body(number) else ""
+
+    async def run(self, method: str) -> dict[str, Any]:
+        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that was written."""
+        options, latencies, errors = self._options, Latencies(), Counter[str]()
+        self.phase, self.done, began = method, 0, time.perf_counter()
+        count = options.count if method == "PUT" else self.written
+        timed = bool(options.duration) and method != "DELETE"
+
+        async def work() -> None:
+            while (time.perf_counter() - began < options.duration) if timed else self.done < count:
+                number = self.done if method == "PUT" or not timed else self.done % max(1, self.written)
+                self.done += 1
+                if method == "PUT":
+                    self.written = self.done  # also if it fails: it may have been written
+                sent = time.perf_counter()
+                if wrong := await self._request(method, number):
+                    errors[wrong] += 1
+                latencies.add(time.perf_counter() - sent)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(options.concurrency):
+                group.create_task(work())
+        seconds = max(1e-6, time.perf_counter() - began)
+        facts: dict[str, Any] = {
+            "requests": self.done,
+            "seconds": round(seconds, 3),
+            "per_second": round(self.done / seconds, 1),
+        }
+        facts |= {
+            "mb_per_second": round(self.done * options.size / seconds / 1e6, 2) if method in ("PUT", "GET") else 0.0
+        }
+        facts |= {f"p{q:g}_ms": latencies.quantile_ms(q / 100) for q in (50, 90, 99, 99.9)}
+        return facts | {"errors": errors.total(), "why": dict(errors)}
+
+
+async def bench(config: Config, options: argparse.Namespace) -> Outcome:
+    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was written, whatever happens."""
+    headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    results: dict[str, dict[str, Any]] = {}
+    connector = TCPConnector(limit=0)
+    async with ClientSession(
+        connector=connector, headers=headers, timeout=ClientTimeout(total=60), auto_decompress=False
+    ) as session:
+        work = Bench(session, options.url, options)
+        async with Progress(lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
+            try:
+                for method in ("PUT", "GET", "HEAD"):
+                    results[method] = await work.run(method)
+            finally:
+                results["DELETE"] = await work.run("DELETE")
+    lines = [f"{options.size} bytes, {options.concurrency} at a time"]
+    lines.append(
+        f"{'':6} {'requests':>9} {'a second':>9} {'MB/s':>8} {'p50 ms':>8} {'p90 ms':>8} {'p99 ms':>8} {'p99.9 ms':>8} {'errors':>7}"
+    )
+    for method, r in results.items():
+        lines.append(
+            f"{method:6} {r['requests']:9} {r['per_second']:9} {r['mb_per_second']:8} {r['p50_ms']:8} {r['p90_ms']:8} "
+            f"{r['p99_ms']:8} {r['p99.9_ms']:8} {r['errors']:7}"
+        )
+    lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
+    code = 1 if any(r["errors"] for r in results.values()) else 0
+    return Outcome(code=code, facts={"size": options.size, "concurrency": options.concurrency, **results}, lines=lines)
+
+
+# == Command line =====================================================================================================
+
+SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
+TOOLS: Mapping[str, Callable[[Config, argparse.Namespace], Awaitable[Outcome]]] = {
+    "rebuild": rebuild, "rebalance": rebalance, "verify": verify, "status": status,
+    "bench": bench, "backup": backup, "token": token,
+}  # fmt: skip
+
+
+def number(kind: type[T], low: float) -> Callable[[str], T]:
+    def parse(text: str) -> T:
+        value: Any = kind(text)  # type: ignore[call-arg]
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value  # type: ignore[no-any-return]
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(TOOLS))
+
+    def add(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=f"{help}. {more}")
+        if name != "token":
+            add_settings(command, SETTINGS)
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        return command
+
+    def add_rate(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--limit-rate",
+            metavar="MB/S",
+            type=number(float, 0),
+            default=0.0,
+            help="read or copy no faster (default: no limit)",
+        )
+
+    one = add(
+        "rebuild",
+        "make the index anew from the volumes; the server must not run",
+        "The old index stays as INDEX.<date>. If it can be read, its garbage is honoured: what was deleted stays deleted; without it "
+        "the sidecars alone decide. Any volume that cannot be read in full means exit 1 and nothing changed.",
+    )
+    one.add_argument(
+        "--allow-missing", metavar="NAME", action="append", default=[], help="do without this volume; may be repeated"
+    )
+    one = add("rebalance", "bring every key to the volumes where the ring says, while the server runs")
+    one.add_argument("--dry-run", action="store_true", help="print what would be moved, and move nothing")
+    one.add_argument(
+        "--concurrency",
+        metavar="N",
+        type=number(int, 1),
+        default=4,
+        help="batches of blobs under way at once (default: 4)",
+    )
+    add_rate(one)
+    one = add(
+        "verify",
+        "compare index and volumes, while the server runs",
+        "After restoring a backup of the index run rebuild first.",
+    )
+    one.add_argument("--deep", action="store_true", help="read every replica and check its digest")
+    one.add_argument(
+        "--repair", action="store_true", help="restore bad replicas from good ones; remove what no record names"
+    )
+    one.add_argument(
+        "--grace",
+        metavar="S",
+        type=number(float, 0),
+        default=3600.0,
+        help="s; what is younger is left alone (default: 3600)",
+    )
+    add_rate(one)
+    one = add("status", "show volumes and totals, from a server or from the index")
+    one.add_argument(
+        "url", metavar="URL", nargs="?", default="", help="of the server (default: look at index and volumes)"
+    )
+    one.add_argument("--token", metavar="SECRET", default="", help="of a token that allows admin")
+    one = add("bench", "measure a running server: PUT, GET, HEAD, DELETE")
+    one.add_argument("url", metavar="URL")
+    one.add_argument("--size", metavar="BYTES", type=number(int, 0), default=4096, help="of each blob (default: 4096)")
+    one.add_argument(
+        "--concurrency", metavar="N", type=number(int, 1), default=16, help="requests at once (default: 16)"
+    )
+    one.add_argument(
+        "--count", metavar="N", type=number(int, 1), default=1000, help="requests of each kind (default: 1000)"
+    )
+    one.add_argument(
+        "--duration", metavar="S", type=number(float, 0), default=0.0, help="s for each kind, instead of --count"
+    )
+    one.add_argument("--token", metavar="SECRET", default="", help="of a token that allows read, write and delete")
+    add("backup", "copy the index to a file, while the server runs").add_argument("file", metavar="FILE")
+    one = add("token", "make a token: prints its secret, and what goes into the configuration")
+    one.add_argument("name", metavar="NAME", help="who it is for")
+    one.add_argument("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
+    one.add_argument("--prefix", default="", help="the keys it is confined to (default: all)")
+    return parser
+
+
+async def run(options: argparse.Namespace) -> Outcome:
+    """Run one tool; SIGTERM ends it as SIGINT does."""
+    task = asyncio.current_task()
+    assert task
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    names = {"db", "data", "replicas", "volume", "volume_timeout"}
+    flags = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    config = load_config(getattr(options, "config", ""), flags)
+    return await TOOLS[options.command](config, options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    options = make_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="mkv: %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            outcome = runner.run(run(options))
+    except ConfigError as error:
+        print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+        return 2
+    except (ToolError, MkvError, sqlite3.Error, OSError) as error:
+        print(f"mkv: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("mkv: interrupted; the store is consistent, and the same command goes on", file=sys.stderr)
+        return 1
+    print(json.dumps(outcome.facts) if options.json else "\n".join(outcome.lines))
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
