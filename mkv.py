@@ -306,6 +306,8 @@ class Config:
         for secret in ("volume_secret", "link_secret"):
             if not SECRET.fullmatch(getattr(self, secret)):
                 yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
+        if self.link_secret and not self.volume_secret:
+            yield "link_secret: needs a volume_secret, else anybody could list, write and delete on the volumes"
         if not (self.tokens or self.insecure or is_loopback(self.host)):
             yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
 
@@ -1180,7 +1182,7 @@ class VolumeClient:
         try:
             yield
         except VolumeError as error:
-            failure, event = error, Event.UNREACHABLE if method in ("GET", "HEAD") else Event.REFUSED
+            failure, event = error, Event.UNREACHABLE if isinstance(error, VolumeDown) else Event.REFUSED
             raise
         except TimeoutError:
             failure, event = VolumeTimeout(self.volume.name, f"{method}: no progress in time"), Event.UNREACHABLE
@@ -1201,7 +1203,9 @@ class VolumeClient:
     def check(self, method: str, path: str, status: int) -> None:
         """Raise the VolumeError that `status` means, if any."""
         if status not in (200, 201, 204) and not (method == "DELETE" and status == 404):
-            kind = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+            kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+            if method in ("GET", "HEAD") and status >= 500:
+                kind = VolumeDown  # whoever cannot read is no use
             raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
     async def _exchange(self, method: str, bodies: Mapping[str, bytes], trail: str, timeout_s: float) -> None:
@@ -1892,6 +1896,8 @@ async def answer(
         response.headers["X-Request-ID"] = call.id
     except MkvError as error:
         response = render_error(error, call.id)
+    except web.HTTPException as error:  # aiohttp's router: a target that is no path, such as that of OPTIONS *
+        response = render_error(BadRequest(f"this target is no path: {error.reason}"), call.id)
     except sqlite3.Error as error:
         log.error("index: %s", error)
         response = render_error(Unavailable(f"the index: {error}"), call.id)
@@ -2169,9 +2175,8 @@ class EmbeddedVolume:
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
-        if hmac.compare_digest(
-            request.headers.get("Mkv-Volume-Secret", "").encode("utf-8", "surrogateescape"), self._secret
-        ):
+        shown = request.headers.get("Mkv-Volume-Secret", "").encode("utf-8", "surrogateescape")
+        if not self._secret or hmac.compare_digest(shown, self._secret):
             return
         if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key")) or path == PROBE_PATH:
             raise Forbidden("the volume's secret is needed")
@@ -2401,7 +2406,7 @@ def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
     where = f" (embedded, under {config.data})" if embedded else ""
     print(f"mkv is ready on {url} (index {config.db})")
     print(f"volumes: {' '.join(f'{v.name}={v.url}' for v in config.volumes)}{where}")
-    print(f"try: curl -T README.md {url}/hello && curl -L {url}/hello", flush=True)
+    print(f"try: curl -LT README.md {url}/hello && curl -L {url}/hello", flush=True)
     notify_systemd("READY=1")
 
 
@@ -2429,7 +2434,8 @@ async def serve_store(
     await runner.setup()
     store, manager, opened = app[STORE], cast(web.Server, runner.server), defaultdict[str, int](int)
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Connection(store, opened, manager), sock=listener, backlog=1024)
+    connect = partial(Connection, store, opened, manager)
+    server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -2447,6 +2453,9 @@ async def serve_store(
     await wait_for_stop(on_hangup)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
+    with contextlib.suppress(BlockingIOError):
+        while True:  # who has connected already is not turned away
+            await loop.connect_accepted_socket(connect, listener.accept()[0])
     server.close()
     began = time.monotonic()
     while (waited_s := time.monotonic() - began) < store.view.config.drain:
@@ -2471,6 +2480,7 @@ def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping
     async def work(number: int, ready: Callable[[Config], None]) -> None:
         asyncio.get_running_loop().add_reader(parent_r, os._exit, 1)
         if number < 0:
+            listener.close()  # whoever holds it keeps it listening
             async with run_embedded(config, sockets):
                 await wait_for_stop(lambda: None)
             return

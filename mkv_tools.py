@@ -64,81 +64,32 @@ from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
-from mkv import (
-    ALL_KEYS,
-    COLUMNS,
-    GARBAGE,
-    OPERATIONS,
-    SMALL_BLOB,
-    STEM,
-    Config,
-    ConfigError,
-    Hasher,
-    Index,
-    MkvError,
-    Record,
-    Ring,
-    SqliteThread,
-    State,
-    Store,
-    Token,
-    Transaction,
-    Upload,
-    Volume,
-    VolumeClient,
-    VolumeDown,
-    VolumeError,
-    VolumeTimeout,
-    VolumeUnexpected,
-    Wire,
-    WrongDigest,
-    add_settings,
-    after_prefix,
-    decode_sidecar,
-    encode_sidecar,
-    get_all,
-    load_config,
-    lock_file,
-    new_loop,
-    parse_path,
-    prepare_index,
-    read_totals,
-    record_of_row,
-    run_embedded,
-    sidecar_path,
+# fmt: off
+from mkv import (  # noqa: I001
+    ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index, MkvError, NotFound,
+    Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError,
+    VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix, decode_sidecar, encode_sidecar, get_all,
+    load_config, lock_file, new_loop, parse_path, prepare_index, read_totals, record_of_row, run_embedded, sidecar_path,
     sync_folder,
 )
+# fmt: on
 
 T = TypeVar("T")
 File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no plain file
-Files = dict[str, File]  # one folder on one volume: name -> file
+Files = dict[str, File]  # what is in one folder of one volume, by name
+Found = dict[str, dict[str, Files]]  # volume -> folder -> files
+Place = tuple[str, str]  # (volume, path)
+Case = tuple[str, ...]  # something found: (kind, volume, path, key, detail), the last ones may be left out
 
 # == Plans ============================================================================================================
 # What is to be done, from what is known. Pure: no clock, no I/O.
 
-
-class ToolError(Exception):
-    """Why a tool cannot do its work: one line for the operator, exit code 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One thing that is not as it should be."""
-
-    kind: str
-    volume: str = ""
-    path: str = ""
-    key: str = ""
-    detail: str = ""
-
-    def __str__(self) -> str:
-        key = f"key {json.dumps(self.key)}" if self.key else ""
-        place = self.path.encode("utf-8", "backslashreplace").decode()
-        return f"{self.kind}: {' '.join(filter(None, (self.volume, place, key, self.detail)))}"
+SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
+BATCH_KEYS, BATCH_BYTES = 48, 4 * 1024 * 1024  # small blobs that are moved together
 
 
 @dataclass(slots=True)
@@ -146,14 +97,16 @@ class Version:
     """What all volumes hold of one version of one key. `stem` is its path without extension."""
 
     stem: str
-    sidecars: dict[str, File] = field(default_factory=dict)  # volume -> file
+    sidecars: Files = field(default_factory=dict)  # volume -> file
     blobs: dict[str, Files] = field(default_factory=dict)  # volume -> path -> file
 
     @property
-    def volumes(self) -> list[str]:
-        return sorted(self.sidecars.keys() | self.blobs.keys())
+    def places(self) -> list[Place]:
+        """Every blob of it, and every sidecar without a blob, as its garbage entries name it."""
+        volumes = sorted(self.sidecars.keys() | self.blobs.keys())
+        return [(volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])]
 
-    def blob_size(self, volume: str, path: str) -> int | None:
+    def size(self, volume: str, path: str) -> int | None:
         file = self.blobs.get(volume, {}).get(path)
         return file and file[0]
 
@@ -162,24 +115,22 @@ def parse_listing(body: bytes) -> Files:
     """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything else."""
     try:
         rows = json.loads(body.decode("utf-8", "surrogateescape"))  # nginx passes any name of a file on as it is
-        return {str(row["name"]): (int(row["size"]) if row["type"] == "file" else -1, row["mtime"]) for row in rows}
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        return {row["name"]: (int(row["size"]) if row["type"] == "file" else -1, row["mtime"]) for row in rows}
+    except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a listing: {error}") from None
 
 
-def group_files(found: Mapping[str, Mapping[str, Files]]) -> tuple[dict[str, Version], list[Case]]:
-    """Sort the files found (volume -> folder -> files) by version; name what mkv never wrote."""
-    versions: dict[str, Version] = {}
-    foreign = []
+def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
+    """Sort what was found by version (stem -> version); name what mkv never wrote."""
+    versions, foreign = dict[str, Version](), list[Case]()
     for volume, folders in found.items():
         for folder, files in folders.items():
             for name, file in files.items():
                 path = folder + name
                 parsed = parse_path(path) if file[0] >= 0 else None
-                if parsed is None:
-                    left = re.fullmatch(r"(.*)\.\d{10}", path)
-                    kind = "nginx leftover" if left and parse_path(left[1]) else "foreign file"
-                    foreign.append(Case(kind=kind, volume=volume, path=path))
+                if parsed is None or (parsed[2] == "key" and file[0] > SIDECAR_BYTES):
+                    left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
+                    foreign.append(("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
                     continue
                 version = versions.get(path[:STEM]) or versions.setdefault(path[:STEM], Version(path[:STEM]))
                 if parsed[2] == "key":
@@ -189,59 +140,37 @@ def group_files(found: Mapping[str, Mapping[str, Files]]) -> tuple[dict[str, Ver
     return versions, foreign
 
 
-def order_versions(versions: Iterable[Version]) -> dict[str, list[Version]]:
-    """Return the versions of each key (by its hash) that have a sidecar or an older sibling with one, highest first."""
-    by_hash: dict[str, list[Version]] = defaultdict(list)
-    for version in sorted(versions, key=lambda v: v.stem, reverse=True):
-        by_hash[version.stem[:-20]].append(version)
-    return by_hash
+def plan_sidecars(version: Version, read: Mapping[str, Record | str]) -> list[str]:
+    """Return the volumes whose sidecar to read next: one, then all if it is bad or another has a different size."""
+    whole = sorted(version.sidecars.keys() & version.blobs.keys()) or sorted(version.sidecars)
+    if not read:
+        return [whole[int(version.stem[-4:], 16) % len(whole)]] if whole else []
+    doubtful = len({size for size, _ in version.sidecars.values()}) > 1 or any(
+        isinstance(r, str) for r in read.values()
+    )
+    return sorted(version.sidecars.keys() - read.keys()) if doubtful else []
 
 
-@dataclass(slots=True, kw_only=True)
-class Verdict:
-    """What rebuild makes of one version: its record, or none and why it is `dead` (garbage) or not to be had."""
+def judge_version(version: Version, read: Mapping[str, Record | str]) -> tuple[Record | None, list[Case]]:
+    """Return the record that the sidecars `read` (or what is wrong with them) and the blobs beside them make.
 
-    record: Record | None = None
-    dead: bool = False
-    revived: tuple[str, ...] = ()  # volumes whose garbage entry for this path is wrong
-    cases: list[Case] = field(default_factory=list)
-
-
-def judge_version(
-    version: Version,
-    sidecars: Mapping[str, Record | str],
-    garbage: Collection[str],
-    was_record: Callable[[Record], bool],
-) -> Verdict:
-    """Decide whether a version can be a record. `sidecars`: volume -> what was read there, or what is wrong with it.
-
-    `garbage` are the volumes where the old index says that it is garbage; that kills it, unless `was_record`.
+    None if no sidecar is sound, or if two contradict each other. A sidecar that was not read is like the others.
     """
-    path = f"{version.stem}.key"
-    bad = {volume: wrong for volume, wrong in sidecars.items() if isinstance(wrong, str)}
-    cases = [Case(kind="bad sidecar", volume=v, path=path, detail=wrong) for v, wrong in bad.items()]
-    readings = {r for r in sidecars.values() if isinstance(r, Record)}
-    if len(readings) > 1:
-        names = " ".join(v for v in sidecars if v not in bad)
-        return Verdict(cases=[*cases, Case(kind="contradicting sidecars", volume=names, path=path)])
-    if not readings:
-        return Verdict(cases=cases)
-    record = readings.pop()
-    if garbage and not was_record(record):
-        return Verdict(dead=True, cases=cases)
-    whole = []
+    path, bad = f"{version.stem}.key", {volume: r for volume, r in read.items() if isinstance(r, str)}
+    cases: list[Case] = [("bad sidecar", volume, path, "", wrong) for volume, wrong in bad.items()]
+    records = {r for r in read.values() if isinstance(r, Record)}
+    if len(records) != 1:
+        names = " ".join(sorted(read.keys() - bad.keys()))
+        return None, cases + ([("contradicting sidecars", names, path)] if records else [])
+    record, volumes = records.pop(), []
     for volume in sorted(version.sidecars.keys() - bad.keys()):
-        size = version.blob_size(volume, record.path)
-        if size == record.size:
-            whole.append(volume)
+        if (size := version.size(volume, record.path)) == record.size:
+            volumes.append(volume)
         elif size is None:
-            cases.append(Case(kind="sidecar without blob", volume=volume, path=path, key=record.key))
+            cases.append(("sidecar without blob", volume, path, record.key))
         else:
-            detail = f"has {size} bytes, its sidecar says {record.size}"
-            cases.append(Case(kind="wrong size", volume=volume, path=record.path, key=record.key, detail=detail))
-    volumes = tuple(v for v in whole if v not in garbage) or tuple(whole)
-    revived = tuple(v for v in volumes if v in garbage)  # a restored backup's garbage: never drop the last replica
-    return Verdict(record=replace(record, volumes=volumes) if volumes else None, revived=revived, cases=cases)
+            cases.append(("wrong size", volume, record.path, record.key, f"{size} bytes instead of {record.size}"))
+    return replace(record, volumes=tuple(volumes)), cases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,17 +185,17 @@ class Move:
     left: str = ""
 
     @property
+    def meanwhile(self) -> Record:
+        """The record between claim and commit: without the volumes whose replica is bad and made anew."""
+        return replace(self.record, volumes=tuple(v for v in self.record.volumes if v not in self.copy))
+
+    @property
     def after(self) -> Record:
         return replace(self.record, volumes=tuple(sorted(self.keep + self.copy)))
 
-    @property
-    def meanwhile(self) -> Record:
-        """The record between claim and commit: without the volumes that get the blob anew because theirs is bad."""
-        return replace(self.record, volumes=tuple(v for v in self.record.volumes if v not in self.copy))
-
 
 def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]) -> Move | None:
-    """Bring a record to the volumes the ring names; None if it is there.
+    """Bring a record to the volumes that the ring names; None if it is there.
 
     Only volumes that are up are written to, only those that are not down are read. If there is nothing to copy, one
     of the replicas that stay must be read and found good before others are dropped.
@@ -282,80 +211,57 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
     if not readable:
         return Move(record=record, left=f"none of {', '.join(record.volumes)} can be read")
     turn = int(record.version[-4:], 16) % len(readable)  # spreads the reading, the same way each time
-    sources = tuple(readable[turn:] + readable[:turn])
+    sources = (*readable[turn:], *readable[:turn])
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
 
-def plan_batches(moves: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
+def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
     """Group what is small, by number and bytes; what is large goes alone."""
-    batches: list[list[T]] = []
-    room = 0
-    for move in moves:
-        size = size_of(move)
-        if size > SMALL_BLOB or not batches or size > room or len(batches[-1]) == BATCH_KEYS:
+    batches, room = list[list[T]](), 0
+    for item in items:
+        size = size_of(item)
+        if size > room or not batches or len(batches[-1]) == BATCH_KEYS:
             batches.append([])
             room = 0 if size > SMALL_BLOB else BATCH_BYTES
-        batches[-1].append(move)
+        batches[-1].append(item)
         room -= size
     return batches
 
 
-BATCH_KEYS = 64
-BATCH_BYTES = 4 * 1024 * 1024
+def judge_blob(answer: tuple[int, bytes] | VolumeError, record: Record) -> bytes | str:
+    """Return the bytes of a replica if they are good, else what is wrong."""
+    if isinstance(answer, VolumeError):
+        return f"unreadable: {answer}"
+    if answer[0] == 200:
+        return answer[1] if hashlib.sha256(answer[1]).hexdigest() == record.digest else "corrupt"
+    return "missing" if answer[0] == 404 else f"unreadable: GET was answered {answer[0]}"
 
 
-def check_replicas(record: Record, version: Version, listed: Collection[str]) -> dict[str, str]:
-    """Compare a record with the files of its version: volume -> what is wrong, for the volumes that were listed."""
-    faults = {}
-    for volume in record.volumes:
-        size = version.blob_size(volume, record.path)
-        if volume not in listed:
-            continue
-        if size is None:
-            faults[volume] = "missing"
-        elif size != record.size:
-            faults[volume] = "wrong size"
-        elif volume not in version.sidecars:
-            faults[volume] = "missing sidecar"
-    return faults
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stray:
-    """Files of one version on one volume that no record accounts for."""
-
-    volume: str
-    stem: str
-    paths: tuple[str, ...]  # blobs; the sidecar is beside them or alone
-    sidecar: bool
+def judge_replica(record: Record, version: Version, volume: str) -> str:
+    """Return what is wrong with a replica, as far as a listing can tell."""
+    size = version.size(volume, record.path)
+    if size is None:
+        return "missing"
+    return "wrong size" if size != record.size else "" if volume in version.sidecars else "missing sidecar"
 
 
 def find_strays(
-    versions: Iterable[Version], records: Mapping[str, Record], garbage: Collection[tuple[str, str]], before_s: float
-) -> tuple[list[Stray], int]:
-    """Return what neither a record (by stem) nor the garbage (volume, stem) accounts for, and how many are too young."""
-    strays, young = [], 0
+    versions: Iterable[Version], records: Mapping[str, Record], garbage: Collection[Place], before_s: float
+) -> tuple[list[Place], int]:
+    """Return what neither a record (by stem) nor the garbage (volume, stem) names; and how many are too young to tell."""
+    strays, young = list[Place](), 0
     for version in versions:
         record = records.get(version.stem)
-        for volume in version.volumes:
-            blobs = dict(version.blobs.get(volume, {}))
-            sidecar = version.sidecars.get(volume)
-            if record and volume in record.volumes:
-                blobs.pop(record.path, None)
-                sidecar = None
-            if (volume, version.stem) in garbage or not (blobs or sidecar):
-                continue
-            files = [*blobs.values(), *([sidecar] if sidecar else [])]
-            if max(written_s(version.stem), *(modified_s(file) for file in files)) > before_s:
-                young += 1
-            else:
-                paths = tuple(sorted(blobs)) or (version.stem,)
-                strays.append(Stray(volume=volume, stem=version.stem, paths=paths, sidecar=sidecar is not None))
+        for volume, path in version.places:
+            ours = record and volume in record.volumes and (path == record.path or path == version.stem)
+            if not ours and (volume, version.stem) not in garbage:
+                files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
+                times = [int(version.stem[-20:-4], 16) / 1e9, *(modified_s(file) for file in files if file)]
+                if max(times) > before_s:
+                    young += 1
+                else:
+                    strays.append((volume, path))
     return strays, young
-
-
-def written_s(stem: str) -> float:
-    return int(stem[-20:-4], 16) / 1e9
 
 
 def modified_s(file: File) -> float:
@@ -365,34 +271,31 @@ def modified_s(file: File) -> float:
         return math.inf  # so that it counts as young
 
 
-def name_stray(stray: Stray, key: str, record: Record | None) -> str:
-    """Say what a stray is, from its sidecar's key (empty if it has none that is sound) and that key's record."""
-    if not stray.sidecar:
-        return "unfinished write"
-    if record is None:
-        return "orphan"
-    if record.path[:STEM] == stray.stem:
+def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
+    """Say what a stray is, from its sidecar and from the current record of that sidecar's key."""
+    if isinstance(sidecar, str) or record is None:
+        return "unfinished write" if isinstance(sidecar, str) else "orphan"
+    if record.path[:STEM] == path[:STEM]:
         return "extra replica"
-    return "stale version" if stray.stem[-20:] < record.version else "orphan"
+    return "stale version" if path[:STEM][-20:] < record.version else "orphan"
 
 
 # == Reading volumes ==================================================================================================
+# Many small GETs, pipelined on kept connections: a tenth of the CPU of a general client.
 
-AHEAD = 6  # batches under way at once
-BATCH_FILES = 4000  # files in one batch of folders, about
-SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
+AHEAD = 6  # runs of folders under way at once
+RUN_FILES = 4000  # files in one run, about
 
 
 async def read_answer(wire: Wire) -> tuple[int, bytes]:
-    """Read one answer with its body; raises ConnectionError or asyncio.IncompleteReadError if it is cut short."""
+    """Read one answer with its body; raises OSError or asyncio.IncompleteReadError if it is not whole."""
     reader = wire._reader
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    if not head.startswith(b"http/1."):
+    if not head.startswith(b"http/1.") or not head[9:12].isdigit():
         raise ConnectionResetError("the answer is not HTTP")
-    if b"\r\nconnection: close" in head:
-        wire.reusable = False
-    if (at := head.find(b"\r\ncontent-length:")) >= 0:
-        return int(head[9:12]), await reader.readexactly(int(head[at + 17 : head.index(b"\r", at + 2)]))
+    wire.reusable = b"\r\nconnection: close" not in head
+    if length := CONTENT_LENGTH.search(head):
+        return int(head[9:12]), await reader.readexactly(int(length[1]))
     if b"\r\ntransfer-encoding: chunked" not in head:
         raise ConnectionResetError("the answer has no length")
     chunks = []
@@ -403,39 +306,38 @@ async def read_answer(wire: Wire) -> tuple[int, bytes]:
 
 
 class Getter:
-    """Small GETs from one volume, pipelined on kept connections: a tenth of the CPU of a general client."""
+    """Reads small files and folders from one volume."""
 
     def __init__(self, client: VolumeClient) -> None:
-        self.client, self.name = client, client.volume.name
-        self._idle: list[Wire] = []
+        self.client, self._idle = client, list[Wire]()
 
     async def get(self, paths: Sequence[str]) -> list[tuple[int, bytes]]:
         """Return (status, body) for each path; raises VolumeError unless all are answered in full."""
         answers: list[tuple[int, bytes]] = []
         while len(answers) < len(paths):
             with self.client.watch("GET"):
-                await self._read_some(paths, answers)
+                await self._get_some(paths[len(answers) :], answers)
         return answers
 
-    async def _read_some(self, paths: Sequence[str], answers: list[tuple[int, bytes]]) -> None:
-        """Ask for the rest of `paths` on one connection. One that gave some answers may end, or a kept one without any."""
-        loop, before = asyncio.get_running_loop(), len(answers)
+    async def _get_some(self, paths: Sequence[str], answers: list[tuple[int, bytes]]) -> None:
+        """Take from one connection what it gives: it may close after some answers, or a kept one before any."""
+        loop, before, whole = asyncio.get_running_loop(), len(answers), False
         kept = self._idle.pop() if self._idle else None
         async with asyncio.timeout(self.client.timeout_s) as deadline:
             wire = kept or await self.client._connect()
             try:
-                wire.writer.write(b"".join(self.client._request("GET", path, "", "") for path in paths[before:]))
-                while len(answers) < len(paths) and wire.reusable:
+                wire.writer.write(b"".join(self.client._request("GET", path, "", "") for path in paths))
+                for _ in paths:
                     answers.append(await read_answer(wire))
                     deadline.reschedule(loop.time() + self.client.timeout_s)
-            except (OSError, asyncio.IncompleteReadError):
-                wire.abort()
-                if kept is None and len(answers) == before:
-                    raise
-            except ValueError:
-                raise ConnectionResetError("the answer is not HTTP") from None
+                    if not wire.reusable:
+                        break
+                whole = True
+            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
+                if not kept and len(answers) == before:
+                    raise ConnectionResetError(f"no whole answer: {error}") from None
             finally:
-                if wire.usable and len(answers) == len(paths):
+                if whole and wire.usable:
                     self._idle.append(wire)
                 else:
                     wire.abort()
@@ -444,20 +346,49 @@ class Getter:
         """Return each folder's files; raises VolumeError unless all of them are known for sure."""
         listings: list[Files] = []
         for folder, (status, body) in zip(folders, await self.get(folders), strict=True):
-            if status == 404 and folder != "/":
-                listings.append({})
-                continue
-            if status != 200:
-                raise VolumeUnexpected(self.name, f"the listing of {folder} was answered {status}")
             try:
-                listings.append(parse_listing(body))
+                if status != 200 and (status != 404 or folder == "/"):
+                    raise ValueError(f"it was answered {status}")
+                listings.append(parse_listing(body) if status == 200 else {})
             except ValueError as error:
-                raise VolumeUnexpected(self.name, f"the listing of {folder} is broken: {error}") from None
+                raise VolumeUnexpected(self.client.volume.name, f"no listing of {folder}: {error}") from None
         return listings
 
     def close(self) -> None:
         while self._idle:
             self._idle.pop().abort()
+
+
+async def get_each(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> list[tuple[int, bytes] | VolumeError]:
+    """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    answers: dict[int, tuple[int, bytes] | VolumeError] = {}
+    for i, (volume, _) in enumerate(wanted):
+        numbers[volume].append(i)
+
+    async def get(volume: str) -> None:
+        try:
+            answers.update(zip(numbers[volume], await getters[volume].get([wanted[i][1] for i in numbers[volume]])))
+        except VolumeError as error:
+            answers.update(dict.fromkeys(numbers[volume], error))
+
+    await asyncio.gather(*map(get, numbers))
+    return [answers[i] for i in range(len(wanted))]
+
+
+async def read_sidecars(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> list[Record | str]:
+    """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
+    results: list[Record | str] = []
+    for (volume, path), answer in zip(wanted, await get_each(getters, wanted), strict=True):
+        if isinstance(answer, VolumeError):
+            raise answer
+        if answer[0] not in (200, 404):
+            raise VolumeUnexpected(volume, f"GET {path} was answered {answer[0]}")
+        try:
+            results.append(decode_sidecar(answer[1], path) if answer[0] == 200 else "it is not there")
+        except ValueError as error:
+            results.append(str(error))
+    return results
 
 
 async def ahead(jobs: AsyncIterator[Awaitable[T]], at_once: int) -> AsyncIterator[T]:
@@ -476,109 +407,82 @@ async def ahead(jobs: AsyncIterator[Awaitable[T]], at_once: int) -> AsyncIterato
         await asyncio.gather(*running, return_exceptions=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
-    """A run of folders, and which of them are on which volume."""
-
-    names: Sequence[str]
-    on: Mapping[str, Sequence[str]]
-
-    @property
-    def span(self) -> tuple[str, str]:
-        """The range of paths that are in them."""
-        return self.names[0], after_prefix(self.names[-1]) or ""
-
-
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
-    def __init__(self, getters: Mapping[str, Getter], failed: Callable[[str, VolumeError], None]) -> None:
+    def __init__(self, getters: Mapping[str, Getter], failed: Callable[[VolumeError], None]) -> None:
         self._getters, self._failed, self._at_once = getters, failed, 64
         self.foreign: list[Case] = []
-        self.done = 0.0  # the share of the folders that were handed out
+        self.done = 0.0  # the share of the folders that are behind
 
-    async def _list(self, volume: str, folders: Sequence[str]) -> list[Files] | None:
-        try:
-            return await self._getters[volume].list(folders)
-        except VolumeError as error:
-            self._failed(volume, error)
-            return None
+    async def _list(self, on: Mapping[str, Sequence[str]]) -> Found:
+        """List folders, volume -> their names; a volume that fails is left out."""
 
-    async def _list_each(self, on: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Files]]:
-        listings = await asyncio.gather(*(self._list(volume, folders) for volume, folders in on.items()))
-        return {
-            v: dict(zip(on[v], files, strict=True)) for v, files in zip(on, listings, strict=True) if files is not None
-        }
+        async def listing(volume: str) -> Found:
+            try:
+                return {volume: dict(zip(on[volume], await self._getters[volume].list(on[volume]), strict=True))}
+            except VolumeError as error:
+                self._failed(error)
+                return {}
 
-    def _descend(self, found: Mapping[str, Mapping[str, Files]]) -> dict[str, list[str]]:
-        """Return volume -> the folders one level deeper; note everything else that is there."""
-        deeper: dict[str, list[str]] = {}
+        found: Found = {}
+        for one in await asyncio.gather(*(listing(volume) for volume in on)):
+            found |= one
+        return found
+
+    def _descend(self, found: Found) -> dict[str, list[str]]:
+        """Return volume -> the folders one level deeper; note whatever else is there."""
+        deeper: dict[str, list[str]] = {volume: [] for volume in found}
         for volume, folders in found.items():
-            deeper[volume] = []
             for folder, files in folders.items():
                 for name, (size, _) in files.items():
                     if size < 0 and re.fullmatch("[0-9a-f]{2}", name):
                         deeper[volume].append(f"{folder}{name}/")
                     elif (folder, name) != ("/", "corrupt"):
-                        self.foreign.append(Case(kind="foreign file", volume=volume, path=folder + name))
+                        self.foreign.append(("foreign file", volume, folder + name))
         return deeper
 
     async def top(self) -> dict[str, list[str]]:
         """Return volume -> the folders /aa/ that it has."""
-        return self._descend(await self._list_each({volume: ("/",) for volume in self._getters}))
+        return self._descend(await self._list(dict.fromkeys(self._getters, ["/"])))
 
     async def runs(
         self, top: Mapping[str, Sequence[str]], more: Callable[[str], Awaitable[set[str]]] | None = None
-    ) -> AsyncIterator[Folders]:
-        """Yield all folders /aa/bb/, in runs short enough for memory. `more` names further ones below a folder /aa/."""
+    ) -> AsyncIterator[tuple[list[str], dict[str, list[str]]]]:
+        """Yield all folders /aa/bb/ in runs short enough for memory, and which of them each volume has.
+
+        `more` names further ones below a folder /aa/.
+        """
         for number in range(256):
-            self.done = number / 256
-            first = f"/{number:02x}/"
-            on = self._descend(await self._list_each({v: (first,) for v, folders in top.items() if first in folders}))
+            self.done, first = number / 256, f"/{number:02x}/"
+            on = self._descend(await self._list({v: [first] for v, folders in top.items() if first in folders}))
             names = sorted(set().union(*on.values(), await more(first) if more else ()))
             while names:
                 run, names = names[: self._at_once], names[self._at_once :]
-                yield Folders(run, {v: [one for one in folders if one in set(run)] for v, folders in on.items()})
+                yield (
+                    run,
+                    {volume: [one for one in folders if run[0] <= one <= run[-1]] for volume, folders in on.items()},
+                )
 
-    async def list_run(self, run: Folders) -> dict[str, dict[str, Files]]:
-        """List a run: volume -> folder -> files; a volume that failed is left out."""
-        found = await self._list_each({v: folders for v, folders in run.on.items() if folders})
-        files = sum(len(files) for folders in found.values() for files in folders.values())
-        self._at_once = max(1, min(256, len(run.names) * BATCH_FILES // (files + 1)))
+    async def list_run(self, on: Mapping[str, Sequence[str]]) -> Found:
+        found = await self._list({volume: folders for volume, folders in on.items() if folders})
+        folders = [files for each in found.values() for files in each.values()]
+        per_folder = sum(map(len, folders)) / max(1, len(folders))
+        self._at_once = max(1, min(256, int(RUN_FILES / (per_folder * len(found) + 1))))
         return found
-
-
-async def read_sidecars(getters: Mapping[str, Getter], wanted: Sequence[tuple[str, str]]) -> list[Record | str]:
-    """Read the sidecars (volume, path): each its record, or what is wrong with it. Raises VolumeError."""
-    by_volume: dict[str, list[int]] = defaultdict(list)
-    for i, (volume, _) in enumerate(wanted):
-        by_volume[volume].append(i)
-    results: list[Record | str] = [""] * len(wanted)
-
-    async def read(volume: str, numbers: list[int]) -> None:
-        answers = await getters[volume].get([wanted[i][1] for i in numbers])
-        for i, (status, body) in zip(numbers, answers, strict=True):
-            if status not in (200, 404):
-                raise VolumeUnexpected(volume, f"GET {wanted[i][1]} was answered {status}")
-            try:
-                results[i] = decode_sidecar(body, wanted[i][1]) if status == 200 else "it is not there any more"
-            except ValueError as error:
-                results[i] = str(error)
-
-    await asyncio.gather(*(read(volume, numbers) for volume, numbers in by_volume.items()))
-    return results
 
 
 # == Moving replicas ==================================================================================================
 # Claim, copy, commit: points 5 to 7 of the theory of operation.
 
-CLAIM_S = 1e6  # when a claim is due; also how a claim is told from other garbage, which is due within a day
+CLAIM_S = 1e6  # when a claim is due; other garbage is due within a day, and so a claim is told by CLAIMED_S
 CLAIMED_S = 1e5
 
 
-def garbage_at(tx: Transaction, path: str) -> dict[str, float]:
-    """Return volume -> due of the garbage at `path`."""
-    return dict(tx._db.execute("SELECT volume, due FROM garbage WHERE path = ?", (path,)))
+def garbage_at(tx: Transaction, path: str) -> dict[str, bool]:
+    """Return volume -> whether it is a claim, for all garbage at `path`."""
+    query = "SELECT volume, due > ? FROM garbage WHERE path = ?"
+    return dict(tx._db.execute(query, (time.time() + CLAIMED_S, path)))
 
 
 def set_record(tx: Transaction, before: Record, after: Record) -> None:
@@ -589,28 +493,26 @@ def set_record(tx: Transaction, before: Record, after: Record) -> None:
 
 def claim(tx: Transaction, move: Move) -> str:
     """Enter the copies that `move` will make in the garbage; return why it must not begin, if so."""
-    record, path = move.record, move.record.path
-    if tx.get(record.key) != record:
+    path = move.record.path
+    garbage = {volume: claimed for volume, claimed in garbage_at(tx, path).items() if volume in move.copy}
+    if tx.get(move.record.key) != move.record:
         return "changed"
-    due = garbage_at(tx, path)
-    if any(due[volume] < time.time() + CLAIMED_S for volume in move.copy if volume in due):
+    if not all(garbage.values()):
         return "waiting"  # the server may be deleting there just now
-    set_record(tx, record, move.meanwhile)
-    tx.settle_garbage([(volume, path) for volume in due if volume in move.copy], [])  # a dead run's claims
+    set_record(tx, move.record, move.meanwhile)
+    tx.settle_garbage([(volume, path) for volume in garbage], [])  # a dead run's claims
     tx.add_garbage(path, move.copy, CLAIM_S)
     return ""
 
 
-def commit(tx: Transaction, move: Move, copied: bool, delay_s: float) -> str:
-    """Move the record if nothing has come between, else leave the copies to the garbage; return why not, if so."""
-    path = move.record.path
-    due = garbage_at(tx, path)
-    changed = tx.get(move.record.key) != move.meanwhile or any(
-        due.get(v, 0) < time.time() + CLAIMED_S for v in move.copy
-    )
-    if changed or not copied:
+def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
+    """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so."""
+    path, garbage = move.record.path, garbage_at(tx, move.record.path)
+    if tx.get(move.record.key) != move.meanwhile or not all(garbage.get(volume) for volume in move.copy):
+        failed = "changed"
+    if failed:
         tx.settle_garbage([], [(volume, path, 0) for volume in move.copy])
-        return "changed" if changed else "failed"
+        return failed
     set_record(tx, move.meanwhile, move.after)
     tx.settle_garbage([(volume, path) for volume in move.copy], [])
     tx.add_garbage(path, move.drop, delay_s)
@@ -619,273 +521,231 @@ def commit(tx: Transaction, move: Move, copied: bool, delay_s: float) -> str:
 
 def release_claims(tx: Transaction) -> None:
     """Hand the claims of dead runs that nobody took over to the server's garbage collection."""
-    rows = tx._db.execute("SELECT volume, path, 0 FROM garbage WHERE due > ?", (time.time() + CLAIMED_S,)).fetchall()
-    tx.settle_garbage([], rows)
-
-
-class Pace:
-    """Holds the bytes a second down to a limit (0: none)."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate, self._free_at = rate, 0.0
-
-    async def take(self, size: int) -> None:
-        if self._rate:
-            now = time.monotonic()
-            self._free_at = max(now, self._free_at) + size / self._rate
-            await asyncio.sleep(self._free_at - size / self._rate - now)
+    claims = tx._db.execute("SELECT volume, path, 0 FROM garbage WHERE due > ?", (time.time() + CLAIMED_S,))
+    tx.settle_garbage([], claims.fetchall())
 
 
 class Mover:
-    """Reads, checks and copies replicas through a Store's clients. `note` hears of every replica that is not good."""
+    """Reads, checks and copies replicas through a Store's clients, at most `rate` bytes a second (0: no limit).
 
-    def __init__(self, store: Store, session: ClientSession, pace: Pace, note: Callable[[Case], None]) -> None:
-        self._store, self._session, self._pace, self._note = store, session, pace, note
+    `note` hears of every replica that turns out not to be good.
+    """
+
+    def __init__(self, store: Store, session: ClientSession, rate: float, note: Callable[..., None]) -> None:
+        self._store, self._session, self._rate, self._note = store, session, rate, note
         self.clients = store.view.clients
         self.getters = {name: Getter(client) for name, client in self.clients.items()}
-        self.bytes = 0
+        self.bytes, self._free_at = 0, 0.0
+
+    async def _pace(self, size: int) -> None:
+        self.bytes += size
+        if self._rate:
+            wait_s = self._free_at - time.monotonic()
+            self._free_at += max(0.0, -wait_s) + size / self._rate
+            await asyncio.sleep(max(0.0, wait_s))
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
-        """Read small blobs, (volume, record): each the good bytes, or what is wrong: "missing", "corrupt", else why."""
-        by_volume: dict[str, list[int]] = defaultdict(list)
-        results: list[bytes | str] = [""] * len(wanted)
-        for i, (volume, _) in enumerate(wanted):
-            by_volume[volume].append(i)
-
-        async def read(volume: str, numbers: list[int]) -> None:
-            try:
-                answers = await self.getters[volume].get([wanted[i][1].path for i in numbers])
-            except VolumeError as error:
-                answers = []
-                for i in numbers:
-                    results[i] = str(error)
-            for i, (status, body) in zip(numbers, answers, strict=False):
-                good = status == 200 and hashlib.sha256(body).hexdigest() == wanted[i][1].digest
-                wrong = {200: "corrupt", 404: "missing"}.get(status, f"GET was answered {status}")
-                results[i] = body if good else wrong
-
-        await asyncio.gather(*(read(volume, numbers) for volume, numbers in by_volume.items()))
-        return results
+        """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
+        answers = await get_each(self.getters, [(volume, record.path) for volume, record in wanted])
+        return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
-        """Read a blob from `source`, checking it, into `targets`; return what is wrong with it. Raises VolumeError.
+        """Read a replica of any size from `source`, checking it, into `targets`; return what is wrong with it.
 
         The last piece is held back until the digest is known to be right, so that no target ever has a wrong blob.
+        Raises VolumeError if a target fails.
         """
-        uploads: list[Upload] = []
-        hasher, held = Hasher({"sha256": bytes.fromhex(record.digest)}), b""
+        uploads, hasher, held = list[Upload](), Hasher({"sha256": bytes.fromhex(record.digest)}), b""
+
+        async def send(chunk: bytes) -> None:
+            await asyncio.gather(*(upload.send(chunk) for upload in uploads))
+
         try:
-            async with self.clients[source].read(self._session, record.path) as response:
-                if response.status == 404:
-                    return "missing"
-                for target in targets:
-                    uploads.append(await self.clients[target].start_upload(record.path, record.size))
-                async for chunk in response.content.iter_chunked(SMALL_BLOB):
-                    await self._pace.take(len(chunk) * max(1, len(uploads)))
-                    hasher.update(chunk)
-                    if hasher.size > record.size:
-                        return "corrupt"
-                    if held:
-                        await asyncio.gather(*(upload.send(held) for upload in uploads))
-                    held = chunk
+            for target in targets:
+                uploads.append(await self.clients[target].start_upload(record.path, record.size))
+            async for chunk in self._chunks(source, record.path):
+                await self._pace(len(chunk) * max(1, len(uploads)))
+                hasher.update(chunk)
+                if hasher.size > record.size:
+                    return "corrupt"
+                if held:
+                    await send(held)
+                held = chunk
             hasher.finish()
-            await asyncio.gather(*(upload.send(held) for upload in uploads))
+            await send(held)
             await asyncio.gather(*(upload.finish() for upload in uploads))
             return ""
         except WrongDigest:
             return "corrupt"
+        except NotFound:
+            return "missing"
+        except VolumeError as error:
+            if error.volume != source:
+                raise
+            return f"unreadable: {error}"
         finally:
             for upload in uploads:
                 upload.abort()
 
+    async def _chunks(self, volume: str, path: str) -> AsyncIterator[bytes]:
+        """Read a file in pieces; raises NotFound and VolumeError. What the reader does meanwhile is not its fault."""
+        async with contextlib.AsyncExitStack() as stack:
+            response = await stack.enter_async_context(self.clients[volume].read(self._session, path))
+            if response.status == 404:
+                raise NotFound(path)
+            async for chunk in response.content.iter_chunked(SMALL_BLOB):
+                yield chunk
+
     async def check(self, wanted: Sequence[tuple[str, Record]]) -> list[str]:
         """Read replicas, (volume, record), in full: each "" if it is good, else what is wrong with it."""
-        results = [""] * len(wanted)
-        for numbers in plan_batches(range(len(wanted)), lambda i: wanted[i][1].size):
-            record = wanted[numbers[0]][1]
-            if record.size <= SMALL_BLOB:
-                await self._pace.take(sum(wanted[i][1].size for i in numbers))
-                blobs = await self.read_blobs([wanted[i] for i in numbers])
-                for i, blob in zip(numbers, blobs, strict=True):
-                    results[i] = blob if isinstance(blob, str) else ""
+        results: list[str] = []
+        for batch in plan_batches(wanted, lambda one: one[1].size):
+            if batch[0][1].size > SMALL_BLOB:
+                results.append(await self.stream(batch[0][1], batch[0][0]))
             else:
-                try:
-                    results[numbers[0]] = await self.stream(record, wanted[numbers[0]][0])
-                except VolumeError as error:
-                    results[numbers[0]] = str(error)
-            self.bytes += sum(wanted[i][1].size for i in numbers)
+                await self._pace(sum(record.size for _, record in batch))
+                results += ["" if isinstance(blob, bytes) else blob for blob in await self.read_blobs(batch)]
         return results
 
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
         """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or ""."""
         index, delay_s = self._store.index, self._store.view.config.garbage_delay
-        outcome = dict(
-            zip([m.record.key for m in moves], await index.write(lambda tx: [claim(tx, m) for m in moves]), strict=True)
-        )
-        begun = [m for m in moves if not outcome[m.record.key]]
-        failed = dict.fromkeys((m.record.key for m in begun), "interrupted")
+        claims = await index.write(lambda tx: [claim(tx, move) for move in moves])
+        outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
+        begun = [move for move in moves if not outcome[move.record.key]]
+        failed = {move.record.key: "interrupted" for move in begun}
         try:
-            if begun and begun[0].record.size > SMALL_BLOB:
-                failed = {m.record.key: await self._copy_large(m) for m in begun}
-            else:
-                failed = await self._copy_small(begun)
+            if begun:
+                failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
         finally:
-            work = lambda tx: [commit(tx, m, not failed[m.record.key], delay_s) for m in begun]  # noqa: E731
-            for move, why in zip(begun, await index.write(work), strict=True):
-                outcome[move.record.key] = failed[move.record.key] if why == "failed" else why
-        self.bytes += sum(m.record.size * len(m.copy) for m in begun if not outcome[m.record.key])
-        return outcome
-
-    def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
-        self._note(Case(kind=wrong if wrong in ("missing", "corrupt") else "unreadable", volume=volume,
-                        path=move.record.path, key=move.record.key, detail="" if wrong in ("missing", "corrupt") else wrong))  # fmt: skip
+            ends = await index.write(lambda tx: [commit(tx, m, failed[m.record.key], delay_s) for m in begun])
+        return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
 
     async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
         """Return key -> why its copies were not made, or "". Sources are tried in turn, for all keys at once."""
         blobs: dict[str, bytes] = {}
-        turn, missing = 0, list(moves)
-        while missing := [m for m in missing if m.record.key not in blobs and turn < len(m.sources)]:
-            results = await self.read_blobs([(m.sources[turn], m.record) for m in missing])
-            for move, blob in zip(missing, results, strict=True):
+        for turn in range(max(len(move.sources) for move in moves)):
+            left = [m for m in moves if m.record.key not in blobs and turn < len(m.sources)]
+            for move, blob in zip(
+                left, await self.read_blobs([(m.sources[turn], m.record) for m in left]), strict=True
+            ):
                 if isinstance(blob, bytes):
                     blobs[move.record.key] = blob
                 else:
                     self._note_bad(move, move.sources[turn], blob)
-            turn += 1
         failed = {m.record.key: "" if m.record.key in blobs else "no good replica could be read" for m in moves}
-        by_volume: dict[str, list[Move]] = defaultdict(list)
+        writes: dict[str, list[Record]] = defaultdict(list)
         for move in moves:
             for volume in move.copy if move.record.key in blobs else ():
-                by_volume[volume].append(move)
-        await self._pace.take(sum(len(blobs[m.record.key]) for group in by_volume.values() for m in group))
-        for errors in await asyncio.gather(*(self._put(volume, group, blobs) for volume, group in by_volume.items())):
+                writes[volume].append(move.record)
+        await self._pace(sum(record.size for records in writes.values() for record in records))
+        for errors in await asyncio.gather(*(self._put(volume, writes[volume], blobs) for volume in writes)):
             failed |= errors
         return failed
 
-    async def _put(self, volume: str, moves: Sequence[Move], blobs: Mapping[str, bytes]) -> dict[str, str]:
+    async def _put(self, volume: str, records: Sequence[Record], blobs: Mapping[str, bytes]) -> dict[str, str]:
         """Write blobs and sidecars to one volume, together if it takes them, else one by one; return key -> error."""
-        client, errors = self.clients[volume], {}
-        groups: list[Sequence[Move]] = [moves]
-        while groups:
-            group = groups.pop()
-            files = {}
-            for move in group:
-                files[move.record.path] = blobs[move.record.key]
-                files[sidecar_path(move.record.path)] = encode_sidecar(move.record)
-            try:
-                await client.put(files)
-            except VolumeError as error:
-                if len(group) > 1:
-                    groups = [[move] for move in group]
-                    continue
-                errors[group[0].record.key] = str(error)
-                if isinstance(error, VolumeDown | VolumeTimeout):
-                    errors |= {m.record.key: str(error) for rest in groups for m in rest}
-                    break
-        return errors
+        files = {}
+        for record in records:
+            files |= {record.path: blobs[record.key], sidecar_path(record.path): encode_sidecar(record)}
+        try:
+            await self.clients[volume].put(files)
+        except VolumeError as error:
+            if len(records) == 1 or isinstance(error, VolumeDown | VolumeTimeout):
+                return {record.key: str(error) for record in records}
+            each = [await self._put(volume, [record], blobs) for record in records]
+            return {key: error for errors in each for key, error in errors.items()}
+        return {}
 
-    async def _copy_large(self, move: Move) -> str:
-        for source in move.sources:
-            try:
-                wrong = await self.stream(move.record, source, move.copy)
+    async def _copy_large(self, moves: Sequence[Move]) -> dict[str, str]:
+        (move,), record = moves, moves[0].record
+        try:
+            for source in move.sources:
+                wrong = await self.stream(record, source, move.copy)
                 if not wrong:
-                    sidecar = {sidecar_path(move.record.path): encode_sidecar(move.record)}
+                    sidecar = {sidecar_path(record.path): encode_sidecar(record)}
                     await asyncio.gather(*(self.clients[volume].put(sidecar) for volume in move.copy))
-                    return ""
-            except VolumeError as error:
-                if error.volume != source:
-                    return str(error)
-                wrong = str(error)
-            self._note_bad(move, source, wrong)
-        return "no good replica could be read"
+                    return {record.key: ""}
+                self._note_bad(move, source, wrong)
+            return {record.key: "no good replica could be read"}
+        except VolumeError as error:
+            return {record.key: str(error)}
+
+    def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
+        kind, _, detail = wrong.partition(": ")
+        self._note(kind, volume, move.record.path, move.record.key, detail)
 
     async def set_aside(self, volume: str, path: str) -> None:
         """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
-        client = self.clients[volume]
-        async with client.read(self._session, path) as response:
-            if response.status == 404:
-                return
-            upload = await client.start_upload(f"/corrupt/{path.rpartition('/')[2]}", None)
-            try:
-                async for chunk in response.content.iter_chunked(SMALL_BLOB):
-                    await upload.send(chunk)
-                await upload.finish()
-            finally:
-                upload.abort()
-
-    def close(self) -> None:
-        for getter in self.getters.values():
-            getter.close()
+        upload = await self.clients[volume].start_upload(f"/corrupt/{path.rpartition('/')[2]}", None)
+        try:
+            async for chunk in self._chunks(volume, path):
+                await upload.send(chunk)
+            await upload.finish()
+        except NotFound:
+            pass  # nothing to set aside
+        finally:
+            upload.abort()
 
 
 # == Running ==========================================================================================================
-# What the tools have in common: volumes, store, report, progress.
+# What the tools have in common: report, progress, volumes, store.
 
 
 class Report:
-    """Counts cases by kind and keeps the first of each; all of them if told to."""
+    """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines for people."""
 
     FIRST = 10
 
-    def __init__(self, keep_all: bool = False) -> None:
-        self.counts: Counter[str] = Counter()
-        self.cases: list[Case] = []
-        self._keep_all = keep_all
+    def __init__(self, keep_all: bool) -> None:
+        self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
+        self.facts: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.code = 0
 
-    def add(self, case: Case) -> None:
-        self.counts[case.kind] += 1
-        if self._keep_all or self.counts[case.kind] <= self.FIRST:
-            self.cases.append(case)
+    def add(self, kind: str, *where: str) -> None:
+        self.counts[kind] += 1
+        if self._keep_all or self.counts[kind] <= self.FIRST:
+            self._cases[kind].append(where)
 
-    def facts(self) -> dict[str, Any]:
-        return {"found": dict(sorted(self.counts.items())), "cases": [asdict(case) for case in self.cases]}
+    def as_json(self) -> str:
+        names = ("volume", "path", "key", "detail")
+        cases = [{"kind": kind, **dict(zip(names, one))} for kind, each in self._cases.items() for one in each]
+        return json.dumps(self.facts | {"found": self.counts, "cases": cases})
 
-    def lines(self) -> Iterator[str]:
+    def as_text(self) -> str:
+        lines = []
         for kind, count in sorted(self.counts.items()):
-            yield f"{count} x {kind}"
-            first = [case for case in self.cases if case.kind == kind][: self.FIRST]
-            yield from (f"  {str(case).partition(': ')[2]}" for case in first)
-            if count > len(first):
-                yield f"  and {count - len(first)} more"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a tool hands to the command line: an exit code, a summary for --json, and lines for people."""
-
-    code: int = 0
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    lines: Sequence[str] = ()
+            lines.append(f"{count} x {kind}")
+            for volume, path, key, detail in ((*one, "", "", "")[:4] for one in self._cases[kind][: self.FIRST]):
+                shown = (volume, path.encode("utf-8", "backslashreplace").decode(), key and json.dumps(key), detail)
+                lines.append("  " + "  ".join(filter(None, shown)))
+            lines += [f"  and {count - self.FIRST} more (--json lists them)"] if count > self.FIRST else []
+        return "\n".join(lines + self.lines)
 
 
 def show_bytes(size: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    power = min(4, int(math.log(max(size, 1), 1000)))
+    return f"{size / 1000**power:.{1 if power else 0}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
 class Progress:
-    """Shows `text` (and the time left, from `done`, a share of the whole) on stderr while the block runs."""
+    """While the block runs, shows `text` and the time left, from `done`, on stderr: live on a terminal, else by lines."""
 
     def __init__(self, text: Callable[[], str], done: Callable[[], float]) -> None:
-        self._text, self._done, self._began = text, done, time.monotonic()
-        self._live = sys.stderr.isatty()
+        self._text, self._done, self._began, self._live = text, done, time.monotonic(), sys.stderr.isatty()
 
     @property
-    def elapsed_s(self) -> float:
+    def seconds(self) -> float:
         return max(1e-6, time.monotonic() - self._began)
 
     async def _show(self) -> None:
         while True:
             await asyncio.sleep(0.2 if self._live else 5)
             done = self._done()
-            left = f", {self.elapsed_s * (1 - done) / done:.0f} s left" if done > 0 else ""
+            left = f", {self.seconds * (1 - done) / done:.0f} s left" if done > 0 else ""
             line = f"{done:4.0%} {self._text()}{left}"
-            print(
-                f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True
-            )
+            print(*(["\r\x1b[K", line] if self._live else [line, "\n"]), sep="", end="", file=sys.stderr, flush=True)
 
     async def __aenter__(self) -> Progress:
         self._task = asyncio.create_task(self._show())
@@ -894,20 +754,12 @@ class Progress:
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
         await asyncio.wait([self._task])
-        if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K" if self._live else "", end="", file=sys.stderr, flush=True)
+        self._began = time.monotonic() - self.seconds
 
 
-@contextlib.asynccontextmanager
-async def open_volumes(config: Config) -> AsyncIterator[Config]:
-    """Run the embedded volumes if none are configured (a server may do so too: they are only folders)."""
-    if config.volumes:
-        yield config
-        return
-    if not Path(config.data, "volume1").is_dir():
-        raise ToolError(f"no volumes are configured, and there are no embedded ones in {config.data}")
-    async with run_embedded(config) as config:
-        yield config
+class ToolError(Exception):
+    """Why a tool cannot do its work: one line for the operator, exit code 1."""
 
 
 def lock_alone(path: str, reason: str) -> int:
@@ -918,79 +770,80 @@ def lock_alone(path: str, reason: str) -> int:
 
 
 @contextlib.asynccontextmanager
+async def open_volumes(config: Config) -> AsyncIterator[Config]:
+    """Run the embedded volumes if none are configured (a server may do so too: they are only folders)."""
+    if config.volumes:
+        yield config
+    elif Path(config.data, "volume1").is_dir():
+        async with run_embedded(config) as config:
+            yield config
+    else:
+        raise ToolError(f"no volumes are configured, and there are no embedded ones in {config.data}")
+
+
+@contextlib.asynccontextmanager
 async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
     """Open volumes and index beside a server that may be running; `moving` replicas is for one tool at a time."""
     if not Path(config.db).is_file():
         raise ToolError(f"there is no index at {config.db} (rebuild makes one from the volumes)")
-    async with open_volumes(config) as config:
-        lock = lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running") if moving else None
+    async with contextlib.AsyncExitStack() as stack:
+        config = await stack.enter_async_context(open_volumes(config))
+        if moving:
+            stack.callback(
+                os.close, lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running")
+            )
         store = Store(config, leader=False)
-        try:
-            await store.start()
-            yield store
-        finally:
-            await store.close()
-            if lock is not None:
-                os.close(lock)
+        stack.push_async_callback(store.close)
+        await store.start()
+        if moving:
+            stack.push_async_callback(release, store)
+        yield store
+
+
+async def release(store: Store) -> None:
+    await store.index.write(release_claims)
 
 
 @contextlib.asynccontextmanager
-async def open_mover(store: Store, moving: bool, rate: float, note: Callable[[Case], None]) -> AsyncIterator[Mover]:
+async def open_mover(store: Store, options: argparse.Namespace, report: Report) -> AsyncIterator[Mover]:
     async with ClientSession(connector=TCPConnector(limit=0), auto_decompress=False) as session:
-        mover = Mover(store, session, Pace(rate), note)
+        mover = Mover(store, session, options.limit_rate * 1e6, report.add)
         try:
             yield mover
         finally:
-            mover.close()
-            if moving:
-                await store.index.write(release_claims)
+            for getter in mover.getters.values():
+                getter.close()
+
+
+def select_page(after: str, db: sqlite3.Connection) -> list[Record]:
+    rows = db.execute(f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT 1000", (after,))
+    return [record_of_row(row) for row in rows]
 
 
 async def read_pages(index: Index) -> AsyncIterator[list[Record]]:
     """Yield all records in the order of their keys, in pages."""
-    after, query = "", f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT 1000"
-    while page := await index.read(lambda db: [record_of_row(row) for row in db.execute(query, (after,))]):
+    after = ""
+    while page := await index.read(partial(select_page, after)):
         yield page
         after = page[-1].key
-
-
-def read_garbage(db: sqlite3.Connection, span: tuple[str, str]) -> list[tuple[str, str]]:
-    """Return (volume, path) of the garbage in a range of paths."""
-    return list(db.execute("SELECT volume, path FROM garbage WHERE path >= ? AND path < ?", span))
 
 
 # == rebuild ==========================================================================================================
 
 
-class OldIndex:
-    """The index that is to be replaced, as far as it can be read."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self._thread = path, SqliteThread(path, False)
-        self.readable = False
-        self.trouble = ""
-
-    async def open(self) -> None:
-        """Find out whether its garbage can be honoured; bring its write-ahead log into it."""
-        if not Path(self.path).is_file():
-            return
-        try:
-            version = await self._thread.run(lambda db: db.execute("PRAGMA user_version").fetchone()[0])
-            await self._thread.run(prepare_index if version else lambda db: None)
-            await self._thread.run(lambda db: db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
-            check = await self._thread.run(lambda db: db.execute("PRAGMA quick_check(1)").fetchone()[0])
-            self.readable = bool(version) and check == "ok"
-            self.trouble = "" if self.readable else f"it is damaged: {check}" if version else "it is empty"
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            self.trouble = str(error)
-
-    async def read(self, query: Callable[[sqlite3.Connection], T], otherwise: T) -> T:
-        return await self._thread.run(query) if self.readable else otherwise
-
-    async def close(self) -> None:
-        await self._thread.close()
+def open_old_index(db: sqlite3.Connection) -> str:
+    """Bring the old index's log into it; return why it cannot be used, or "". Raises sqlite3.OperationalError."""
+    try:
+        if not db.execute("PRAGMA user_version").fetchone()[0]:
+            return "it is empty"
+        prepare_index(db)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+        return "" if soundness == "ok" else soundness
+    except sqlite3.OperationalError:
+        raise  # busy, out of space, no permission: not damage
+    except sqlite3.DatabaseError as error:
+        return str(error)
 
 
 def remove_index(path: str) -> None:
@@ -998,226 +851,181 @@ def remove_index(path: str) -> None:
         Path(path + suffix).unlink(missing_ok=True)
 
 
-def keep_old_index(path: str, readable: bool) -> str:
-    """Give the index a second, dated name, with its log if that could not be brought in; return that name."""
-    stamp = time.strftime("%Y%m%dT%H%M%S")
-    name = next(n for n in (f"{path}.{stamp}{'-' * bool(i)}{i or ''}" for i in range(1000)) if not Path(n).exists())
-    for suffix in ("",) if readable else ("", "-wal"):
+def keep_old_index(path: str, damage: str) -> str:
+    """Give the index a second, dated name, and its log too if that could not be brought in; return the name."""
+    name = stamp = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}"
+    while Path(name).exists():
+        name = f"{stamp}-{secrets.token_hex(2)}"
+    for suffix in ("", "-wal") if damage else ("",):
         if Path(path + suffix).exists():
             try:
                 os.link(path + suffix, name + suffix)
             except OSError:  # a file system without hard links
                 shutil.copy2(path + suffix, name + suffix)
+    sync_folder(Path(path).absolute().parent)
     for suffix in ("-wal", "-shm"):  # the log of the old index must never be applied to the new one
         Path(path + suffix).unlink(missing_ok=True)
-    sync_folder(Path(path).absolute().parent)
     return name
 
 
-def add_all_garbage(rows: Iterable[tuple[str, str]], tx: Transaction) -> None:
-    for volume, path in rows:
-        tx.add_garbage(path, [volume])
-
-
-class Rebuild:
-    """Makes the new index of one store, folder by folder."""
-
-    def __init__(self, getters: Mapping[str, Getter], old: OldIndex, new: Index, report: Report) -> None:
-        self._getters, self._old, self._new, self._report = getters, old, new, report
-        self.walk = Walk(getters, self._fail)
-        self.keys = self.bytes = self.garbage = 0
-
-    def _fail(self, volume: str, error: VolumeError) -> None:
-        raise error
-
-    async def check_volumes(self, allowed: Collection[str]) -> dict[str, list[str]]:
-        """List the top of every volume; raise ToolError if one is there, but empty where the old index knows of blobs."""
-        top = await self.walk.top()
-        for name, (blobs, _) in (await self._old.read(read_totals, {})).items():
-            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not top.get(name):
-                state = "is empty" if name in top else "is not configured"
-                raise ToolError(
-                    f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing {name})"
-                )
-        return top
-
-    async def carry_garbage(self) -> None:
-        """Take the old index's garbage over, due at once: nobody is reading."""
-        query = "SELECT path, volume FROM garbage WHERE (path, volume) > (?, ?) ORDER BY path, volume LIMIT 10000"
-        after: tuple[str, str] = ("", "")
-        while rows := await self._old.read(lambda db: list(db.execute(query, after)), []):
-            await self._new.write(partial(add_all_garbage, [(volume, path) for path, volume in rows]))
-            after = rows[-1]
-
-    async def run(self, top: Mapping[str, Sequence[str]]) -> None:
-        async def jobs() -> AsyncIterator[Awaitable[list[tuple[Verdict, list[tuple[str, str]]]]]]:
-            async for run in self.walk.runs(top):
-                yield self._merge(run)
-
-        results: list[tuple[Verdict, list[tuple[str, str]]]] = []
-        writing: asyncio.Future[None] | None = None
-        async for merged in ahead(jobs(), AHEAD):
-            results += merged
-            if len(results) >= 1000 and (writing is None or writing.done()):
-                if writing:
-                    writing.result()
-                writing, results = self._new.write(partial(self._write, results)), []
-        if writing:
-            await writing
-        await self._new.write(partial(self._write, results))
-
-    def _write(self, results: list[tuple[Verdict, list[tuple[str, str]]]], tx: Transaction) -> None:
-        for verdict, garbage in results:
-            if verdict.record:
-                tx.insert(verdict.record)
-                self.keys += 1
-                self.bytes += verdict.record.size
-                tx.settle_garbage([(volume, verdict.record.path) for volume in verdict.revived], [])
-            for volume, path in garbage:
-                tx.add_garbage(path, [volume])
-            self.garbage += len(garbage)
-
-    async def _merge(self, run: Folders) -> list[tuple[Verdict, list[tuple[str, str]]]]:
-        """Decide on all keys of a run: of each a verdict with a record, or none, and (volume, path) that are garbage."""
-        found = await self.walk.list_run(run)
-        versions, foreign = group_files(found)
-        garbage: dict[str, set[str]] = defaultdict(set)
-        for volume, path in await self._old.read(lambda db: read_garbage(db, run.span), []):
-            garbage[path[:STEM]].add(volume)
-        for case in foreign:
-            self._report.add(case)
-        left = order_versions(versions.values())
-        results = []
-        while left:
-            verdicts = await self._judge([queue[0] for queue in left.values()], garbage)
-            for queue, verdict in zip(list(left.values()), verdicts, strict=True):
-                for case in verdict.cases:
-                    self._report.add(case)
-                version = queue.pop(0)
-                dead = list_files([version]) if verdict.dead else []
-                if verdict.record:
-                    dead = list_files(older for older in queue if older.sidecars)
-                    self._note_unfinished(version for version in queue if not version.sidecars)
-                    queue.clear()
-                results.append((verdict, dead))
-            left = {h: queue for h, queue in left.items() if queue}
-        return results
-
-    def _note_unfinished(self, versions: Iterable[Version]) -> None:
-        for version in versions:
-            for volume, path in list_files([version]):
-                self._report.add(Case(kind="blob without sidecar", volume=volume, path=path))
-
-    async def _judge(self, versions: Sequence[Version], garbage: Mapping[str, set[str]]) -> list[Verdict]:
-        """Read one sidecar of each version; all of them if it is bad or another has a different size."""
-        readings: dict[str, dict[str, Record | str]] = {v.stem: {} for v in versions}
-        for rest in (False, True):
-            wanted = []
-            for v in versions:
-                names = sorted(v.sidecars, key=lambda name: (name not in v.blobs, name))
-                turn = int(v.stem[-4:], 16) % max(1, len(v.blobs.keys() & v.sidecars.keys()))
-                done = readings[v.stem]
-                sizes = {size for size, _ in v.sidecars.values()}
-                if not rest:
-                    wanted += [(name, v) for name in names[turn : turn + 1]]
-                elif len(sizes) > 1 or any(isinstance(one, str) for one in done.values()):
-                    wanted += [(name, v) for name in names if name not in done]
-            for name, v in [(n, v) for n, v in wanted if v.sidecars[n][0] > SIDECAR_BYTES]:
-                readings[v.stem][name] = "it is too large"
-                wanted.remove((name, v))
-            results = await read_sidecars(self._getters, [(name, f"{v.stem}.key") for name, v in wanted])
-            for (name, v), result in zip(wanted, results, strict=True):
-                readings[v.stem][name] = result
-        keys = [
-            r.key for v in versions if v.stem in garbage for r in readings[v.stem].values() if isinstance(r, Record)
-        ]
-        old = (
-            {r.key: r for r in await self._old.read(partial(get_all, keys), []) if isinstance(r, Record)}
-            if keys
-            else {}
-        )
-        was_record = lambda record: record.key in old and old[record.key].version == record.version  # noqa: E731
-        self._note_unfinished(
-            replace(v, blobs={name: files for name, files in v.blobs.items() if name not in v.sidecars}, sidecars={})
-            for v in versions
-        )
-        return [judge_version(v, readings[v.stem], garbage.get(v.stem, ()), was_record) for v in versions]
-
-
-def list_files(versions: Iterable[Version]) -> list[tuple[str, str]]:
-    """Return (volume, path) of every blob of `versions`, and of every sidecar without one."""
-    return [(volume, path) for v in versions for volume in v.volumes for path in v.blobs.get(volume, [v.stem])]
-
-
-def check_new_index(db: sqlite3.Connection, keys: int, size: int) -> None:
+def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
     """Raise ToolError unless the new index is sound and holds what was read."""
     soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
-    if soundness != "ok" or not (rows == (keys, size) == read_totals(db).get(ALL_KEYS, (0, 0))):
+    if soundness != "ok" or rows != (keys, size) or read_totals(db).get(ALL_KEYS, (0, 0)) != rows:
         raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
 
 
-async def rebuild(config: Config, options: argparse.Namespace) -> Outcome:
+def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
+    """Return the garbage in a range of folders."""
+    query = "SELECT volume, path FROM garbage WHERE path >= ? AND path < ?"
+    return list(db.execute(query, (span[0], after_prefix(span[1]))))
+
+
+class Rebuild:
+    """Makes the new index of one store, run by run. `old` is None if there is no old one that can be read."""
+
+    def __init__(self, getters: Mapping[str, Getter], old: SqliteThread | None, new: Index, report: Report) -> None:
+        self._getters, self._old, self._new, self._report = getters, old, new, report
+        self.walk = Walk(getters, self._fail)
+        self.keys = self.bytes = self.garbage = 0
+        self._revived: list[Place] = []
+
+    def _fail(self, error: VolumeError) -> None:
+        raise error
+
+    async def check_volumes(self, allowed: Collection[str]) -> dict[str, list[str]]:
+        """List the top of every volume; raise ToolError for an empty or unknown one that the old index has blobs on."""
+        top = await self.walk.top()
+        totals = await self._old.run(read_totals) if self._old else {}
+        for name, (blobs, _) in totals.items():
+            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not top.get(name):
+                state = "is empty" if name in top else "is not configured"
+                raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
+        return top
+
+    async def run(self, top: Mapping[str, Sequence[str]]) -> None:
+        """Carry the old garbage over, due at once, since nobody reads; then merge all folders."""
+
+        async def jobs() -> AsyncIterator[Awaitable[tuple[list[Record], list[Place]]]]:
+            async for run, on in self.walk.runs(top):
+                yield self._merge(run, on)
+
+        if self._old:
+            cursor = await self._old.run(lambda db: db.execute("SELECT volume, path FROM garbage"))
+            while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
+                await self._new.write(partial(self._write, [], rows))
+        records, garbage = list[Record](), list[Place]()
+        async for more_records, more_garbage in ahead(jobs(), AHEAD):
+            records += more_records
+            garbage += more_garbage
+            if len(records) + len(garbage) >= 1000:
+                await self._new.write(partial(self._write, records, garbage))
+                records, garbage = [], []
+        await self._new.write(partial(self._write, records, garbage))
+        await self._new.write(lambda tx: tx.settle_garbage(self._revived, []))
+
+    def _write(self, records: list[Record], garbage: list[Place], tx: Transaction) -> None:
+        for record in records:
+            tx.insert(record)
+            self.bytes += record.size
+        for volume, path in garbage:
+            tx.add_garbage(path, [volume])
+        self.keys += len(records)
+        self.garbage += len(garbage)
+
+    async def _merge(self, run: list[str], on: Mapping[str, Sequence[str]]) -> tuple[list[Record], list[Place]]:
+        """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
+        versions, cases = group_files(await self.walk.list_run(on))
+        garbage: dict[str, set[str]] = defaultdict(set)
+        if self._old:
+            for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))):
+                garbage[path[:STEM]].add(volume)
+        queues: dict[str, list[Version]] = defaultdict(list)
+        for stem in sorted(versions, reverse=True):
+            queues[stem[:-20]].append(versions[stem])
+            blobs, sidecars = versions[stem].blobs, versions[stem].sidecars
+            cases += [("blob without sidecar", v, *blobs[v]) for v in blobs.keys() - sidecars.keys() - garbage[stem]]
+        records, dead = list[Record](), list[Place]()
+        while queues:
+            tops = {h: queue.pop(0) for h, queue in queues.items()}
+            for (h, version), (record, more) in zip(
+                tops.items(), await self._judge(tops.values(), garbage), strict=True
+            ):
+                cases += more
+                if record and record.volumes:
+                    records.append(record)
+                    older = queues.pop(h)
+                    dead += [place for one in older if one.sidecars for place in one.places]
+                elif record and garbage[version.stem]:
+                    dead += version.places
+            queues = {h: queue for h, queue in queues.items() if queue}
+        for case in cases:
+            self._report.add(*case)
+        return records, dead
+
+    async def _judge(
+        self, versions: Collection[Version], garbage: Mapping[str, set[str]]
+    ) -> list[tuple[Record | None, list[Case]]]:
+        """Return each version's record and cases; the record of one that is garbage has no volumes."""
+        read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
+        while wanted := [(v, version.stem) for version in versions for v in plan_sidecars(version, read[version.stem])]:
+            sidecars = await read_sidecars(self._getters, [(volume, f"{stem}.key") for volume, stem in wanted])
+            for (volume, stem), sidecar in zip(wanted, sidecars, strict=True):
+                read[stem][volume] = sidecar
+        results = []
+        for version in versions:
+            record, cases = judge_version(version, read[version.stem])
+            if record and (dead := garbage.get(version.stem)):
+                old = (await self._old.run(partial(get_all, [record.key])))[0] if self._old else None
+                standing = tuple(v for v in record.volumes if v not in dead) or record.volumes  # never none of them
+                record = replace(record, volumes=standing if old and old.version == record.version else ())
+                self._revived += [(v, record.path) for v in record.volumes if v in dead]
+            results.append((record, cases))
+        return results
+
+
+async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Make a new index from the volumes and swap it in, or change nothing."""
-    Path(config.db).parent.mkdir(parents=True, exist_ok=True)
-    report, fresh = Report(options.json), f"{config.db}.new"
-    lock = lock_alone(f"{config.db}.lock", f"{config.db} is in use by a server or a tool: stop it first")
-    old, new = OldIndex(config.db), Index(fresh)
-    getters: dict[str, Getter] = {}
-    try:
-        await old.open()
+    folder, fresh = Path(config.db).absolute().parent, f"{config.db}.new"
+    async with contextlib.AsyncExitStack() as stack:
+        config = await stack.enter_async_context(open_volumes(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_alone(f"{config.db}.lock", f"{config.db} is in use by a server or a tool: stop that first")
+        stack.callback(os.close, lock)
+        exists, old, new = Path(config.db).is_file(), SqliteThread(config.db, False), Index(fresh)
+        stack.push_async_callback(old.close)
+        damage = await old.run(open_old_index) if exists else ""
         remove_index(fresh)
+        stack.callback(remove_index, fresh)
+        stack.push_async_callback(new.close)
         await new.open()
-        async with open_volumes(config) as config:
-            clients = Store(config, leader=False).view.clients
-            if unknown := set(options.allow_missing) - clients.keys() - (await old.read(read_totals, {})).keys():
-                raise ToolError(f"--allow-missing: there is no volume {', '.join(sorted(unknown))}")
-            getters |= {name: Getter(client) for name, client in clients.items() if name not in options.allow_missing}
-            work = Rebuild(getters, old, new, report)
-            progress = Progress(lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
-            async with progress:
-                top = await work.check_volumes(options.allow_missing)
-                await work.carry_garbage()
-                await work.run(top)
-        for case in work.walk.foreign:
-            report.add(case)
-        if report.counts["contradicting sidecars"]:
-            return Outcome(
-                code=1,
-                facts={"done": False, **report.facts()},
-                lines=["nothing was changed: of contradicting sidecars, move the wrong ones away", *report.lines()],
-            )
-        await new.read(lambda db: check_new_index(db, work.keys, work.bytes))
-        await new.close()
-        await old.close()
-        kept = keep_old_index(config.db, not old.trouble) if Path(config.db).is_file() else ""
-        os.replace(fresh, config.db)
-        sync_folder(Path(config.db).absolute().parent)
-    finally:
+        clients = Store(config, leader=False).view.clients
+        getters = {name: Getter(client) for name, client in clients.items() if name not in options.allow_missing}
         for getter in getters.values():
-            getter.close()
+            stack.callback(getter.close)
+        work = Rebuild(getters, old if exists and not damage else None, new, report)
+        progress = Progress(lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
+        async with progress:
+            await work.run(await work.check_volumes(options.allow_missing))
+        for case in work.walk.foreign:
+            report.add(*case)
+        report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
+        if report.counts["contradicting sidecars"]:
+            report.lines = ["nothing was changed: of sidecars that contradict each other, move the wrong ones away"]
+            report.code = 1
+            return
+        await new.read(partial(check_new_index, work.keys, work.bytes))
         await new.close()
         await old.close()
-        remove_index(fresh)
-        os.close(lock)
-    seconds = progress.elapsed_s
-    facts = {
-        "done": True,
-        "keys": work.keys,
-        "bytes": work.bytes,
-        "garbage": work.garbage,
-        "seconds": round(seconds, 3),
-    }
-    lines = [
-        f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {work.keys / seconds:.0f} keys a second"
-    ]
-    if kept:
-        lines.append(f"the old index is {kept}")
-    if old.trouble:
-        lines.append(f"its garbage could not be honoured ({old.trouble}): what was deleted of late may be back")
-    return Outcome(
-        facts=facts | {"old_index": kept, "trouble": old.trouble} | report.facts(), lines=[*lines, *report.lines()]
-    )
+        kept = keep_old_index(config.db, damage) if exists else ""
+        os.replace(fresh, config.db)
+        sync_folder(folder)
+    report.facts |= {"old_index": kept, "seconds": round(progress.seconds, 3)}
+    rate = work.keys / progress.seconds
+    report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
+    report.lines += [f"the old index is {kept}"] if kept else []
+    report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
 
 
 # == rebalance ========================================================================================================
@@ -1226,7 +1034,7 @@ GARBAGE_PATIENCE_S = 15.0  # beyond garbage_delay: how long the server may take 
 
 
 class Rebalance:
-    """Brings every key to where the ring says."""
+    """Brings every key to where the ring says; without a mover it only counts what that takes."""
 
     def __init__(self, store: Store, mover: Mover | None, concurrency: int) -> None:
         self._store, self._mover, self._concurrency = store, mover, concurrency
@@ -1234,12 +1042,20 @@ class Rebalance:
         self.pairs: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         self.left: Counter[str] = Counter()
 
-    @property
-    def waiting(self) -> int:
-        return self.left["garbage waits there"]
+    async def run(self, patience_s: float) -> None:
+        """Go over the keys until those left cannot be moved; garbage that is in the way gets some time."""
+        least, since = math.inf, time.monotonic()
+        while True:
+            moved = self.moved
+            await self._pass()
+            if self.left["waiting"] < least:
+                least, since = self.left["waiting"], time.monotonic()
+            stuck = moved == self.moved and not self.left["waiting"]
+            if not self._mover or not self.left.total() or stuck or time.monotonic() - since > patience_s:
+                return
+            await asyncio.sleep(1)
 
-    async def one_pass(self) -> None:
-        """Plan, and unless this is a dry run move, every key once."""
+    async def _pass(self) -> None:
         self.left.clear()
         totals = await self._store.index.read(read_totals)
         self.keys, self.checked = totals.get(ALL_KEYS, (0, 0))[0], 0
@@ -1247,8 +1063,7 @@ class Rebalance:
             pass
 
     async def _jobs(self) -> AsyncIterator[Awaitable[None]]:
-        view, states = self._store.view, self._store.health.states
-        pending: list[Move] = []
+        view, states, pending = self._store.view, self._store.health.states, list[Move]()
         async for page in read_pages(self._store.index):
             self.checked += len(page)
             for record in page:
@@ -1257,417 +1072,340 @@ class Rebalance:
                     self.left[move.left] += 1
                 elif move:
                     pending.append(move)
-            *whole, pending = plan_batches(pending, lambda m: m.record.size) or [[]]
-            for batch in whole:
-                yield self._do(batch)
+            *batches, pending = plan_batches(pending, lambda move: move.record.size) or [[]]
+            for batch in batches:
+                yield self._carry_out(batch)
         if pending:
-            yield self._do(pending)
+            yield self._carry_out(pending)
 
-    async def _do(self, batch: Sequence[Move]) -> None:
+    async def _carry_out(self, batch: Sequence[Move]) -> None:
         outcome = await self._mover.move(batch) if self._mover else {}
         for move in batch:
-            why = outcome.get(move.record.key, "")
-            if not why:
-                self._count(move)
-            elif why == "changed":  # by a client, whose write goes where the ring says
+            why = outcome.get(move.record.key)
+            if why == "changed":  # by a client, whose write went where the ring says
                 self.changed += 1
+            elif why:
+                self.left[why] += 1
             else:
-                self.left["garbage waits there" if why == "waiting" else why] += 1
-
-    def _count(self, move: Move) -> None:
-        self.moved += 1
-        self.dropped += len(move.drop)
-        for target in move.copy:
-            pair = self.pairs[move.sources[0], target]
-            pair[0] += 1
-            pair[1] += move.record.size
-
-    def facts(self) -> dict[str, Any]:
-        pairs = [{"from": a, "to": b, "replicas": n, "bytes": size} for (a, b), (n, size) in sorted(self.pairs.items())]
-        replicas, size = (sum(pair[i] for pair in self.pairs.values()) for i in (0, 1))
-        counts = {"keys": self.keys, "moved": self.moved, "replicas": replicas, "bytes": size, "dropped": self.dropped}
-        return counts | {
-            "changed": self.changed,
-            "left": self.left.total(),
-            "why_left": dict(self.left),
-            "pairs": pairs,
-        }
+                self.moved += 1
+                self.dropped += len(move.drop)
+                for target in move.copy:
+                    pair = self.pairs[move.sources[0], target]
+                    pair[0] += 1
+                    pair[1] += move.record.size
 
 
-async def run_passes(work: Rebalance, patience_s: float) -> None:
-    """Go over the keys until none is left, or none of those left can be moved; garbage in the way gets some time."""
-    least, since = math.inf, time.monotonic()
-    while True:
-        moved = work.moved
-        await work.one_pass()
-        if work.waiting < least:
-            least, since = work.waiting, time.monotonic()
-        if not work.left or (work.moved == moved and not work.waiting) or time.monotonic() - since > patience_s:
-            return
-        await asyncio.sleep(1)
-
-
-async def rebalance(config: Config, options: argparse.Namespace) -> Outcome:
-    """Move and copy replicas until every key is where the ring says, beside a running server; or say what that takes."""
-    report = Report(options.json)
-    async with open_store(config, moving=not options.dry_run) as store, contextlib.AsyncExitStack() as stack:
-        mover = None
-        if not options.dry_run:
-            mover = await stack.enter_async_context(open_mover(store, True, options.limit_rate * 1e6, report.add))
-        work = Rebalance(store, mover, options.concurrency)
+async def rebalance(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Bring every key to the volumes that the ring names, beside a running server; or only say what that takes."""
+    async with open_store(config, not options.dry_run) as store, open_mover(store, options, report) as mover:
+        work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
         progress = Progress(
             lambda: (
-                f"{work.moved} keys moved, {show_bytes(mover.bytes if mover else 0)}, {work.left.total()} left, "
-                f"{show_bytes((mover.bytes if mover else 0) / progress.elapsed_s)}/s"
+                f"{work.moved} keys moved, {work.left.total()} left, {show_bytes(mover.bytes)} copied, "
+                f"{show_bytes(mover.bytes / progress.seconds)}/s"
             ),
             lambda: work.checked / max(1, work.keys),
         )
         async with progress:
-            if mover:
-                await run_passes(work, min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
-            else:
-                await work.one_pass()
-    facts, seconds = work.facts(), progress.elapsed_s
-    verb = "to move" if options.dry_run else "moved"
-    lines = [
-        f"{facts['from']} -> {facts['to']}: {facts['replicas']} replicas, {show_bytes(facts['bytes'])}"
-        for facts in facts["pairs"]
-    ]
-    lines.append(
-        f"{work.keys} keys, {work.moved} {verb}: {facts['replicas']} replicas copied, {show_bytes(facts['bytes'])}, "
-        f"{work.dropped} dropped"
-        + (f"; {work.moved / seconds:.0f} keys and {show_bytes(facts['bytes'] / seconds)} a second" if mover else "")
+            await work.run(min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
+    work.left = +work.left
+    pairs = [{"from": a, "to": b, "replicas": n, "bytes": size} for (a, b), (n, size) in sorted(work.pairs.items())]
+    count, size = (sum(pair[i] for pair in work.pairs.values()) for i in (0, 1))
+    report.facts = {"keys": work.keys, "moved": work.moved, "replicas": count, "bytes": size, "dropped": work.dropped}
+    report.facts |= {"changed": work.changed, "left": work.left.total(), "why_left": work.left, "pairs": pairs}
+    report.facts |= {"dry_run": options.dry_run, "seconds": round(progress.seconds, 3)}
+    report.lines = [f"{a} -> {b}: {n} replicas, {show_bytes(size)}" for (a, b), (n, size) in sorted(work.pairs.items())]
+    verb, rate = "to be moved" if options.dry_run else "moved", work.moved / progress.seconds
+    report.lines.append(
+        f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, {work.dropped} to drop; "
+        f"{rate:.0f} keys and {show_bytes(size / progress.seconds)} a second"
     )
-    lines += [f"left {count}: {why}" for why, count in work.left.items()]
-    code = 1 if work.left else 0
-    facts = {"dry_run": options.dry_run} | facts | {"seconds": round(seconds, 3)} | report.facts()
-    return Outcome(code=code, facts=facts, lines=[*lines, *report.lines()])
+    why = {"waiting": "garbage waits where they go; the server deletes it"}
+    report.lines += [f"left {count}: {why.get(reason, reason)}" for reason, count in work.left.items()]
+    report.code = 1 if work.left else 0
 
 
 # == verify ===========================================================================================================
 
-SCRATCH = """CREATE TABLE want (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE stray (volume TEXT NOT NULL, path TEXT NOT NULL, kind TEXT NOT NULL) STRICT"""
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
+Replica = tuple[str, Record]  # (volume, record)
+
+
+def prepare_scratch(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA synchronous = OFF")
+    db.execute("CREATE TABLE want (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID")
+    db.execute("CREATE TABLE stray (volume TEXT NOT NULL, path TEXT NOT NULL) STRICT")
+
+
+def insert_pairs(table: str, rows: Iterable[tuple[str, str]], db: sqlite3.Connection) -> None:
+    with db:
+        db.execute("BEGIN")
+        db.executemany(f"INSERT INTO {table} VALUES (?, ?)", rows)
+
+
+def select_wanted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, str]:
+    """Return path -> key of the records noted in a range of folders."""
+    return dict(db.execute("SELECT path, key FROM want WHERE path >= ? AND path < ?", (span[0], after_prefix(span[1]))))
+
+
+def remove_stray(tx: Transaction, key: str, path: str, volume: str) -> bool:
+    """Put `path` on `volume` in the garbage unless the record of `key` names it; return whether it did not."""
+    current = tx.get(key)
+    if current and current.path[:STEM] == path[:STEM] and volume in current.volumes:
+        return False
+    tx.add_garbage(path, [volume])
+    return True
 
 
 class Verify:
-    """Compares the index with the volumes, and with --repair makes them agree."""
+    """Compares the index with the volumes, and with --repair makes them agree. `scratch` is a file of its own."""
 
     def __init__(
-        self, store: Store, mover: Mover, scratch: SqliteThread, report: Report, options: argparse.Namespace
+        self,
+        store: Store,
+        mover: Mover,
+        scratch: SqliteThread,
+        report: Report,
+        deep: bool,
+        repair: bool,
+        grace_s: float,
     ) -> None:
         self._store, self._mover, self._scratch, self._report = store, mover, scratch, report
-        self._deep, self._repair = options.deep, options.repair
-        self._before_s = time.time() - options.grace
+        self._deep, self._repair, self._before_s = deep, repair, time.time() - grace_s
         self.walk = Walk(mover.getters, self._fail)
-        self.failed: dict[str, VolumeError] = {}
-        self.keys = self.replicas = self.young = self.restored = self.removed = 0
+        self.failed: set[str] = set()
+        self.keys = self.replicas = self.young = self.repaired = 0
 
-    def _fail(self, volume: str, error: VolumeError) -> None:
-        self.failed.setdefault(volume, error)
+    def _fail(self, error: VolumeError) -> None:
+        self.failed.add(error.volume)
+        self._report.add("failed volume", error.volume, "", "", str(error))
 
     async def run(self) -> None:
-        await self._scratch.run(
-            lambda db: [db.execute(one) for one in ("PRAGMA synchronous = OFF", *SCRATCH.split(";"))]
-        )
+        await self._scratch.run(prepare_scratch)
         async for page in read_pages(self._store.index):
-            rows = [(record.path, record.key) for record in page]
-            await self._scratch.run(lambda db: write_rows(db, "INSERT INTO want VALUES (?, ?)", rows))
+            await self._scratch.run(partial(insert_pairs, "want", [(record.path, record.key) for record in page]))
         async for _ in ahead(self._jobs(await self.walk.top()), AHEAD):
             pass
         for case in self.walk.foreign:
-            self._report.add(case)
-        for volume, error in self.failed.items():
-            self._report.add(Case(kind="failed listing", volume=volume, detail=str(error)))
+            self._report.add(*case)
         if self._repair and not self.failed:
             await self._remove_strays()
 
     async def _jobs(self, top: Mapping[str, Sequence[str]]) -> AsyncIterator[Awaitable[None]]:
         async def wanted(first: str) -> set[str]:
-            query = "SELECT DISTINCT substr(path, 1, 7) FROM want WHERE path >= ? AND path < ?"
-            return {
-                row[0]
-                for row in await self._scratch.run(lambda db: list(db.execute(query, (first, after_prefix(first)))))
-            }
+            return {path[:7] for path in await self._scratch.run(partial(select_wanted, (first, first)))}
 
-        async for run in self.walk.runs(top, wanted):
-            yield self._compare(run)
+        async for run, on in self.walk.runs(top, wanted):
+            yield self._compare(run, on)
 
-    async def _compare(self, run: Folders) -> None:
-        """Check one run of folders. The garbage is looked at before and after: what was deleted meanwhile is no stray."""
-        garbage = set(await self._store.index.read(lambda db: read_garbage(db, run.span)))
-        found = await self.walk.list_run(run)
-        listed = self._mover.clients.keys() - self.failed.keys()
-        query = "SELECT path, key FROM want WHERE path >= ? AND path < ?"
-        wanted = await self._scratch.run(lambda db: list(db.execute(query, run.span)))
-        keys = [key for _, key in wanted]
-        current = await self._store.index.read(partial(get_all, keys))
-        garbage |= set(await self._store.index.read(lambda db: read_garbage(db, run.span)))
-        versions, foreign = group_files(found)
-        for case in foreign:
-            self._report.add(case)
-        records = {
-            r.path[:STEM]: r
-            for (path, _), r in zip(wanted, current, strict=True)
-            if isinstance(r, Record) and r.path == path
-        }
-        await self._check(records, versions, listed)
-        stems = {(volume, path[:STEM]) for volume, path in garbage}
-        strays, young = find_strays(versions.values(), records, stems, self._before_s)
-        self.young += young
-        await self._note_strays(strays)
-
-    async def _check(
-        self, records: Mapping[str, Record], versions: Mapping[str, Version], listed: Collection[str]
-    ) -> None:
-        """Find what is wrong with the replicas of `records`; note it, or repair it."""
-        self.keys += len(records)
-        self.replicas += sum(len(record.volumes) for record in records.values())
-        faults: dict[str, dict[str, str]] = {}
-        for stem, record in records.items():
-            version = versions.get(stem) or Version(stem)
-            faults[stem] = check_replicas(record, version, listed)
-            if unknown := set(record.volumes) - self._mover.clients.keys():
-                faults[stem] |= dict.fromkeys(unknown, "not configured")
-        await self._check_sidecars(records, versions, listed, faults)
-        if self._deep:
-            wanted = [
-                (v, r)
-                for stem, r in records.items()
-                for v in r.volumes
-                if v in listed and faults[stem].get(v) in (None, "missing sidecar", "bad sidecar")
-            ]
-            for (volume, record), wrong in zip(wanted, await self._mover.check(wanted), strict=True):
-                if wrong:
-                    faults[record.path[:STEM]][volume] = (
-                        wrong if wrong in ("missing", "corrupt") else f"unreadable: {wrong}"
-                    )
-        faulty = [records[stem] for stem, wrong in faults.items() if wrong]
-        for record, now in zip(
-            faulty, await asyncio.gather(*(self._store.index.get(r.key) for r in faulty)), strict=True
-        ):
-            if now == record:  # else a client, or a repair, came between
-                await self._settle(record, faults[record.path[:STEM]])
-
-    async def _check_sidecars(
-        self,
-        records: Mapping[str, Record],
-        versions: Mapping[str, Version],
-        listed: Collection[str],
-        faults: dict[str, dict[str, str]],
-    ) -> None:
-        """Read the sidecars whose size is not what it would be today, with --deep all; note the bad ones."""
-        wanted = []
-        for stem, record in records.items():
-            size = len(encode_sidecar(record))
-            for volume in record.volumes:
-                if volume in listed and volume not in faults[stem]:
-                    there = versions[stem].sidecars[volume][0]
-                    if there > SIDECAR_BYTES:
-                        faults[stem][volume] = "bad sidecar"
-                    elif self._deep or there != size:
-                        wanted.append((volume, record))
+    async def _compare(self, run: list[str], on: Mapping[str, Sequence[str]]) -> None:
+        """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
+        index, span = self._store.index, (run[0], run[-1])
         try:
-            results = await read_sidecars(self._mover.getters, [(volume, sidecar_path(r.path)) for volume, r in wanted])
+            garbage = await index.read(partial(select_garbage, span))
+            versions, cases = group_files(await self.walk.list_run(on))
+            wanted = await self._scratch.run(partial(select_wanted, span))
+            current = await index.read(partial(get_all, list(wanted.values())))
+            garbage += await index.read(partial(select_garbage, span))
+            records = {record.path[:STEM]: record for record in current if record and record.path in wanted}
+            await self._check(records.values(), versions)
+            dead = {(volume, path[:STEM]) for volume, path in garbage}
+            strays, young = find_strays(versions.values(), records, dead, self._before_s)
+            self.young += young
+            await self._note_strays(strays)
         except VolumeError as error:
-            return self._fail(error.volume, error)
-        for (volume, record), result in zip(wanted, results, strict=True):
-            if isinstance(result, str) or replace(result, volumes=record.volumes) != record:
-                faults[record.path[:STEM]][volume] = "bad sidecar"
+            self._fail(error)
+        for case in cases:
+            self._report.add(*case)
+
+    async def _check(self, records: Collection[Record], versions: Mapping[str, Version]) -> None:
+        """Find what is wrong with the replicas of `records`; settle what still is when it has been found."""
+        self.keys += len(records)
+        self.replicas += sum(len(record.volumes) for record in records)
+        faults: dict[Replica, str] = {}
+        doubtful: list[Replica] = []
+        for record in records:
+            version, size = versions.get(record.path[:STEM]) or Version(""), len(encode_sidecar(record))
+            for volume in record.volumes:
+                if volume not in self._mover.clients:
+                    faults[volume, record] = "not configured"
+                elif volume not in self.failed:
+                    if wrong := judge_replica(record, version, volume):
+                        faults[volume, record] = wrong
+                    elif self._deep or version.sidecars[volume][0] != size:  # of another make, or cut short
+                        doubtful.append((volume, record))
+        places = [(volume, sidecar_path(record.path)) for volume, record in doubtful]
+        for (volume, record), sidecar in zip(doubtful, await read_sidecars(self._mover.getters, places), strict=True):
+            if isinstance(sidecar, str) or replace(sidecar, volumes=record.volumes) != record:
+                faults[volume, record] = "bad sidecar"
+        if self._deep:
+            doubtful += [replica for replica, wrong in faults.items() if wrong == "missing sidecar"]
+            for replica, wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
+                faults |= {replica: wrong} if wrong else {}
+        faulty: dict[Record, dict[str, str]] = defaultdict(dict)
+        for (volume, record), wrong in faults.items():
+            faulty[record][volume] = wrong
+        current = await self._store.index.read(partial(get_all, [record.key for record in faulty]))
+        for record, now in zip(list(faulty), current, strict=True):
+            if record == now:  # else a client came between
+                await self._settle(record, faulty[record])
 
     async def _settle(self, record: Record, faults: Mapping[str, str]) -> None:
-        """Repair one record if told to; note each fault, and whether it is repaired."""
+        """Repair a record's replicas if told to, and note each fault."""
         repaired = await self._restore(record, faults) if self._repair else set()
+        self.repaired += len(repaired)
         for volume, wrong in faults.items():
             kind, _, detail = wrong.partition(": ")
-            if volume in repaired:
-                self.restored += 1
-                detail = "repaired"
-            self._report.add(Case(kind=kind, volume=volume, path=record.path, key=record.key, detail=detail))
-        if not set(record.volumes) - {v for v, wrong in faults.items() if not wrong.endswith("sidecar")} - repaired:
-            self._report.add(Case(kind="no good replica", path=record.path, key=record.key))
+            self._report.add(kind, volume, record.path, record.key, "repaired" if volume in repaired else detail)
+        if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
+            self._report.add("no good replica", "", record.path, record.key)
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
-        """Make replicas good again from a good one; return the volumes where that succeeded."""
+        """Make replicas good from good ones; return the volumes where that succeeded."""
         states = self._store.health.states
-        unmarked = [v for v, wrong in faults.items() if wrong.endswith("sidecar")]
-        bad = [
-            v for v, wrong in faults.items() if wrong in ("missing", "corrupt", "wrong size") and states[v] is State.UP
-        ]
-        sources = [v for v in record.volumes if v not in faults or v in unmarked]
-        checked = await self._mover.check([(v, record) for v in unmarked])
-        good = {v for v, wrong in zip(unmarked, checked, strict=True) if not wrong}
-        repaired = {volume for volume in good if await self._mark(record, volume)}
-        try:
-            for volume in [v for v in bad if faults[v] != "missing"]:
-                await self._mover.set_aside(volume, record.path)
-        except VolumeError as error:
-            self._report.add(Case(kind="not set aside", volume=error.volume, path=record.path, detail=str(error)))
-            return repaired
+        unmarked = [volume for volume, wrong in faults.items() if wrong.endswith("sidecar")]
+        checked = await self._mover.check([(volume, record) for volume in unmarked])
+        repaired = {v for v, wrong in zip(unmarked, checked, strict=True) if not wrong and await self._mark(record, v)}
+        sources = tuple(v for v in record.volumes if v not in faults or v in unmarked)
+        beyond = {v for v, wrong in faults.items() if wrong in ("missing", "wrong size", "corrupt")}
+        bad = tuple(v for v in record.volumes if v in beyond and states[v] is State.UP)
         if bad and sources:
+            try:
+                for volume in bad:
+                    await self._mover.set_aside(volume, record.path)
+            except VolumeError as error:
+                self._report.add("not set aside", error.volume, record.path, record.key, str(error))
+                return repaired
             keep = tuple(v for v in record.volumes if v not in bad)
-            move = Move(record=record, sources=tuple(sources), keep=keep, copy=tuple(bad))
-            if not (await self._mover.move([move]))[record.key]:
-                repaired |= set(bad)
+            outcome = await self._mover.move([Move(record=record, sources=sources, keep=keep, copy=bad)])
+            repaired |= set() if outcome[record.key] else set(bad)
         return repaired
 
     async def _mark(self, record: Record, volume: str) -> bool:
-        """Write the sidecar beside a blob that is good; take it back if the key was deleted meanwhile."""
+        """Write the sidecar beside a blob that is good; have it deleted if the key was deleted meanwhile."""
+        path = record.path
         try:
-            await self._mover.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)})
+            await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
         except VolumeError:
             return False
-        return await self._store.index.write(lambda tx: remove_stray(tx, record.key, record.path, volume) == "")
+        return not await self._store.index.write(lambda tx: remove_stray(tx, record.key, path, volume))
 
-    async def _note_strays(self, strays: Sequence[Stray]) -> None:
-        wanted = [(stray.volume, f"{stray.stem}.key") for stray in strays if stray.sidecar]
-        try:
-            results = iter(await read_sidecars(self._mover.getters, wanted))
-        except VolumeError as error:
-            return self._fail(error.volume, error)
-        rows = []
-        for stray in strays:
-            sidecar = next(results) if stray.sidecar else ""
-            key = sidecar.key if isinstance(sidecar, Record) else ""
-            record = await self._store.index.get(key) if key else None
-            if record and record.path[:STEM] == stray.stem and stray.volume in record.volumes:
+    async def _note_strays(self, strays: Sequence[Place]) -> None:
+        sidecars = await read_sidecars(self._mover.getters, [(volume, sidecar_path(path)) for volume, path in strays])
+        keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
+        noted = list[Place]()
+        current = await self._store.index.read(partial(get_all, keys))
+        for (volume, path), sidecar, key, record in zip(strays, sidecars, keys, current, strict=True):
+            if record and record.path[:STEM] == path[:STEM] and volume in record.volumes:
                 continue  # written since the records were noted
-            kind = name_stray(stray, key, record)
-            rows += [(stray.volume, path, kind) for path in stray.paths]
-            for path in stray.paths:
-                self._report.add(Case(kind=kind, volume=stray.volume, path=path, key=key))
-        if rows:
-            await self._scratch.run(lambda db: write_rows(db, "INSERT INTO stray VALUES (?, ?, ?)", rows))
+            self._report.add(name_stray(path, sidecar, record), volume, path, key)
+            noted.append((volume, path))
+        await self._scratch.run(partial(insert_pairs, "stray", noted))
 
     async def _remove_strays(self) -> None:
-        """Put the strays in the garbage. Each one's sidecar is read again, and its key's record in the transaction."""
-        after = 0
-        while rows := await self._scratch.run(
-            lambda db: list(
-                db.execute("SELECT rowid, volume, path FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500", (after,))
-            )
-        ):
-            sidecars = await read_sidecars(
-                self._mover.getters, [(volume, sidecar_path(path)) for _, volume, path in rows]
-            )
-            now = time.time()
-            strays = [
-                (s.key if isinstance(s, Record) else "", path, volume)
-                for (_, volume, path), s in zip(rows, sidecars, strict=True)
-            ]
-            self.removed += sum(
-                await self._store.index.write(lambda tx: [bool(remove_stray(tx, *stray)) for stray in strays])
-            )
-            after = rows[-1][0]
+        """Put the strays in the garbage: each one's sidecar is read again, its key's record in the transaction."""
+        cursor = await self._scratch.run(lambda db: db.execute("SELECT volume, path FROM stray"))
+        while strays := await self._scratch.run(lambda db: cursor.fetchmany(500)):
+            places = [(volume, sidecar_path(path)) for volume, path in strays]
+            sidecars = await read_sidecars(self._mover.getters, places)
+            keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
+            rows = [(key, path, volume) for key, (volume, path) in zip(keys, strays, strict=True)]
+            self.repaired += sum(await self._store.index.write(partial(remove_strays, rows)))
 
 
-def write_rows(db: sqlite3.Connection, query: str, rows: Iterable[tuple[str, ...]]) -> None:
-    with db:
-        db.execute("BEGIN")
-        db.executemany(query, rows)
+def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> list[bool]:
+    return [remove_stray(tx, *row) for row in rows]
 
 
-def remove_stray(tx: Transaction, key: str, path: str, volume: str) -> str:
-    """Put `path` on `volume` in the garbage unless the record of `key` is it; return why, "" if it stays."""
-    current = tx.get(key) if key else None
-    if current and current.path[:STEM] == path[:STEM] and volume in current.volumes:
-        return ""
-    tx.add_garbage(path, [volume])
-    return "no record names it"
-
-
-async def verify(config: Config, options: argparse.Namespace) -> Outcome:
+async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
-    report, scratch_file = Report(options.json), f"{config.db}.verify"
-    async with open_store(config, moving=options.repair) as store:
-        async with open_mover(store, options.repair, options.limit_rate * 1e6, report.add) as mover:
-            remove_index(scratch_file)
-            scratch = SqliteThread(scratch_file, False)
-            work = Verify(store, mover, scratch, report, options)
-            progress = Progress(
-                lambda: f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read",
-                lambda: work.walk.done,
-            )
-            try:
-                async with progress:
-                    await work.run()
-            finally:
-                await scratch.close()
-                remove_index(scratch_file)
-    wrong = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.restored - work.removed
-    facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young, "restored": work.restored,
-             "removed": work.removed, "left": wrong, "seconds": round(progress.elapsed_s, 3)}  # fmt: skip
-    lines = [
-        f"{work.keys} keys, {work.replicas} replicas checked, {show_bytes(mover.bytes)} read; {work.restored} restored, {work.removed} removed, {wrong} left"
-    ]
+    async with open_store(config, options.repair) as store, open_mover(store, options, report) as mover:
+        remove_index(file := f"{config.db}.verify")
+        scratch = SqliteThread(file, False)
+        work = Verify(store, mover, scratch, report, options.deep, options.repair, options.grace)
+        progress = Progress(
+            lambda: f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read",
+            lambda: work.walk.done,
+        )
+        try:
+            async with progress:
+                await work.run()
+        finally:
+            await scratch.close()
+            remove_index(file)
+    left = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.repaired
+    report.facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young}
+    report.facts |= {"repaired": work.repaired, "left": left, "seconds": round(progress.seconds, 3)}
+    report.lines = [f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read"]
+    report.lines[0] += f": {work.repaired} faults repaired, {left} left"
     if work.young:
-        lines.append(f"{work.young} that no record names are younger than --grace: they may be writes under way")
-    return Outcome(code=1 if wrong else 0, facts=facts | report.facts(), lines=[*report.lines(), *lines])
+        report.lines.append(f"{work.young} files that no record names are younger than --grace: left alone")
+    report.code = 1 if left else 0
 
 
 # == status, backup, token ============================================================================================
 
 
-def share_ideally(volumes: Sequence[Volume], replicas: int, keys: int = 10000) -> dict[str, float]:
+def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
     """Return the share of all replicas that the ring gives each volume, from a sample of keys."""
     ring = Ring(volumes)
-    counts = Counter(name for i in range(keys) for name in ring.place(f"sample {i}", replicas))
+    counts = Counter(name for i in range(10000) for name in ring.place(f"sample {i}", replicas))
     return {v.name: counts[v.name] / max(1, counts.total()) for v in volumes}
 
 
-async def fetch_status(url: str, token: str) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+async def fetch_status(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    url = f"{url.rstrip('/')}/-/status"
     try:
-        async with ClientSession(timeout=ClientTimeout(total=30), headers=headers) as session:
-            async with session.get(f"{url.rstrip('/')}/-/status") as response:
-                if response.status != 200:
-                    raise ToolError(f"{url}/-/status was answered {response.status}: {(await response.text())[:200]}")
-                return dict(await response.json())
+        async with ClientSession(timeout=ClientTimeout(30)) as session, session.get(url, headers=headers) as response:
+            if response.status != 200:
+                raise ToolError(f"{url} was answered {response.status}: {(await response.text())[:200]}")
+            return dict(await response.json())
     except (ClientError, TimeoutError, ValueError) as error:
         raise ToolError(f"{url}: {error or type(error).__name__}") from None
 
 
-async def status(config: Config, options: argparse.Namespace) -> Outcome:
+async def status(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Show volumes and totals, from a running server or from the index and the volumes."""
     if options.url:
-        facts = await fetch_status(options.url, options.token)
+        facts = await fetch_status(options.url, authorization(options))
     else:
         async with open_store(config) as store:
             facts = await store.status()
-    known = [Volume(name=v["name"], url=v["url"], weight=v["weight"], zone=v["zone"]) for v in facts["volumes"]]
-    ideal = share_ideally(known, config.replicas)
-    blobs = max(1, sum(v["blobs"] for v in facts["volumes"]))
-    lines = [f"{'volume':20} {'state':9} {'blobs':>10} {'bytes':>10} {'share':>7} {'ideal':>7}"]
-    for v in facts["volumes"]:
+    volumes = facts["volumes"]
+    known = [Volume(name=v["name"], url=v["url"], weight=v["weight"], zone=v["zone"]) for v in volumes]
+    ideal, blobs = share_ideally(known, config.replicas), max(1, sum(v["blobs"] for v in volumes))
+    report.lines = [f"{'volume':20} {'state':9} {'blobs':>10} {'bytes':>10} {'share':>7} {'ideal':>7}"]
+    for v in volumes:
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
-        shown = show_bytes(v["bytes"])
-        lines.append(f"{v['name']:20} {v['state']:9} {v['blobs']:10} {shown:>10} {v['share']:7.1%} {v['ideal']:7.1%}")
-    lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {facts['garbage']} replicas wait to be deleted")
-    return Outcome(code=0 if all(v["state"] == "up" for v in facts["volumes"]) else 1, facts=facts, lines=lines)
+        row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
+        report.lines.append(row + f"{v['share']:7.1%} {v['ideal']:7.1%}")
+    waiting = f"{facts['garbage']} replicas wait to be deleted"
+    report.lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {waiting}")
+    report.facts, report.code = facts, 0 if all(v["state"] == "up" for v in volumes) else 1
+
+
+def authorization(options: argparse.Namespace) -> dict[str, str]:
+    return {"Authorization": f"Bearer {options.token}"} if options.token else {}
 
 
 def copy_index(target: str, db: sqlite3.Connection) -> int:
-    """Copy the index as it is at this moment to `target`, checked; return its number of keys."""
-    copy = sqlite3.connect(target)
-    try:
-        db.backup(copy)  # in one step: one snapshot, and writers go on
+    """Copy the index as it is at this moment to `target`, and check the copy; return its number of keys."""
+    with contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
         if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
         return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
-    finally:
-        copy.close()
 
 
-async def backup(config: Config, options: argparse.Namespace) -> Outcome:
+async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy the index to a file while the server runs; the file appears whole or not at all."""
     if not Path(config.db).is_file():
         raise ToolError(f"there is no index at {config.db}")
     part, index = f"{options.file}.tmp", Index(config.db)
-    remove_index(part)
     await index.open()
     try:
+        remove_index(part)
         keys = await index.read(partial(copy_index, part))
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -1676,98 +1414,81 @@ async def backup(config: Config, options: argparse.Namespace) -> Outcome:
     finally:
         await index.close()
         remove_index(part)
-    size = Path(options.file).stat().st_size
-    facts = {"file": options.file, "keys": keys, "bytes": size}
-    return Outcome(facts=facts, lines=[f"{options.file}: {keys} keys, {show_bytes(size)}"])
+    report.facts = {"file": options.file, "keys": keys, "bytes": Path(options.file).stat().st_size}
+    report.lines = [f"{options.file}: {keys} keys, {show_bytes(report.facts['bytes'])}"]
 
 
-async def token(config: Config, options: argparse.Namespace) -> Outcome:
+async def token(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Make a token: print its secret, which is kept nowhere, and the table for the configuration."""
-    secret = secrets.token_urlsafe(32)
-    allow = tuple(one for part in options.allow for one in part.replace(",", " ").split())
-    made = Token(
-        name=options.name, sha256=hashlib.sha256(secret.encode()).hexdigest(), allow=allow, prefix=options.prefix
-    )
-    quote = lambda text: json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # noqa: E731
-    lines = [
-        secret,
-        "",
-        "[[token]]",
-        f"name = {quote(made.name)}",
-        f'sha256 = "{made.sha256}"',
-        f"allow = {json.dumps(allow)}",
-    ]
-    if made.prefix:
-        lines.append(f"prefix = {quote(made.prefix)}")
-    return Outcome(facts={"secret": secret, "token": asdict(made)}, lines=lines)
+    secret, allow = secrets.token_urlsafe(32), [one for part in options.allow for one in part.split(",") if one]
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    made = asdict(Token(name=options.name, sha256=digest, allow=tuple(allow), prefix=options.prefix))
+    quoted = {name: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for name, value in made.items()}
+    report.facts = {"secret": secret, "token": made}
+    report.lines = [secret, "", "[[token]]", *(f"{name} = {value}" for name, value in quoted.items() if made[name])]
 
 
 # == bench ============================================================================================================
 
 
 class Latencies:
-    """Counts of latencies in steps of 2 %, so that memory is bounded."""
+    """Counts latencies in steps of 2 %, so that memory is bounded."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
 
     def add(self, seconds: float) -> None:
-        self._counts[round(math.log(max(seconds, 1e-6)) / math.log(1.02))] += 1
+        self._counts[round(math.log(max(seconds, 1e-6), 1.02))] += 1
 
     def quantile_ms(self, q: float) -> float:
         rank, seen = q * self._counts.total(), 0
         for step in sorted(self._counts):
             seen += self._counts[step]
             if seen >= rank:
-                return round(1000 * 1.02**step, 3)
+                return round(1000 * 1.02**step, 2)
         return 0.0
 
 
 class Bench:
-    """One run against one server: phases of equal requests, `concurrency` at a time."""
+    """One run against one server: phases of equal requests, so many at a time."""
 
-    def __init__(self, session: ClientSession, url: str, options: argparse.Namespace) -> None:
-        self._session, self._base, self._options = (
-            session,
-            f"{url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/",
-            options,
+    def __init__(self, session: ClientSession, options: argparse.Namespace) -> None:
+        self._session, self._options = session, options
+        self._base, self._noise = (
+            f"{options.url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/",
+            random.randbytes(options.size),
         )
-        self._noise = random.randbytes(options.size)
         self.written = self.done = 0
         self.phase = ""
 
-    def _body(self, number: int) -> bytes:
-        return (number.to_bytes(8) + self._noise[8:])[: self._options.size]
+    def _body(self, i: int) -> bytes:
+        return (i.to_bytes(8, "big") + self._noise[8:])[: self._options.size]
 
-    async def _request(self, method: str, number: int) -> str:
+    async def _request(self, method: str, i: int) -> str:
         """Make one request; return what is wrong with its answer, or ""."""
-        data = self._body(number) if method == "PUT" else None
+        good, data = {"PUT": 201, "DELETE": 204}.get(method, 200), self._body(i) if method == "PUT" else None
         try:
-            async with self._session.request(
-                method, f"{self._base}{number}", data=data, allow_redirects=method == "GET"
-            ) as response:
+            follow = method == "GET"
+            async with self._session.request(method, f"{self._base}{i}", data=data, allow_redirects=follow) as response:
                 body = await response.read()
         except (ClientError, TimeoutError, OSError) as error:
             return type(error).__name__
-        if response.status not in {"PUT": (201, 204), "DELETE": (204,)}.get(method, (200,)):
-            return f"status {response.status}"
-        return "wrong bytes" if method == "GET" and body != self._body(number) else ""
+        wrong = "wrong bytes" if method == "GET" and body != self._body(i) else ""
+        return wrong if response.status == good else f"status {response.status}"
 
     async def run(self, method: str) -> dict[str, Any]:
         """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that was written."""
         options, latencies, errors = self._options, Latencies(), Counter[str]()
         self.phase, self.done, began = method, 0, time.perf_counter()
-        count = options.count if method == "PUT" else self.written
-        timed = bool(options.duration) and method != "DELETE"
+        timed, count = options.duration and method != "DELETE", options.count if method == "PUT" else self.written
 
         async def work() -> None:
-            while (time.perf_counter() - began < options.duration) if timed else self.done < count:
-                number = self.done if method == "PUT" or not timed else self.done % max(1, self.written)
+            while time.perf_counter() - began < options.duration if timed else self.done < count:
+                i = self.done if method == "PUT" else self.done % max(1, self.written)
                 self.done += 1
-                if method == "PUT":
-                    self.written = self.done  # also if it fails: it may have been written
+                self.written = self.done if method == "PUT" else self.written  # also what fails may be there
                 sent = time.perf_counter()
-                if wrong := await self._request(method, number):
+                if wrong := await self._request(method, i):
                     errors[wrong] += 1
                 latencies.add(time.perf_counter() - sent)
 
@@ -1775,64 +1496,56 @@ class Bench:
             for _ in range(options.concurrency):
                 group.create_task(work())
         seconds = max(1e-6, time.perf_counter() - began)
-        facts: dict[str, Any] = {
-            "requests": self.done,
-            "seconds": round(seconds, 3),
-            "per_second": round(self.done / seconds, 1),
-        }
-        facts |= {
-            "mb_per_second": round(self.done * options.size / seconds / 1e6, 2) if method in ("PUT", "GET") else 0.0
-        }
-        facts |= {f"p{q:g}_ms": latencies.quantile_ms(q / 100) for q in (50, 90, 99, 99.9)}
-        return facts | {"errors": errors.total(), "why": dict(errors)}
+        moved = self.done * options.size / 1e6 if method in ("PUT", "GET") else 0.0
+        facts: dict[str, Any] = {"requests": self.done, "a_second": round(self.done / seconds, 1)}
+        facts |= {"mb_a_second": round(moved / seconds, 2), "errors": errors.total(), "why": errors}
+        return facts | {f"p{q:g}_ms": latencies.quantile_ms(q / 100) for q in (50, 90, 99, 99.9)}
 
 
-async def bench(config: Config, options: argparse.Namespace) -> Outcome:
-    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was written, whatever happens."""
-    headers = {"Authorization": f"Bearer {options.token}"} if options.token else {}
+async def bench(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was written, come what may."""
     results: dict[str, dict[str, Any]] = {}
-    connector = TCPConnector(limit=0)
-    async with ClientSession(
-        connector=connector, headers=headers, timeout=ClientTimeout(total=60), auto_decompress=False
-    ) as session:
-        work = Bench(session, options.url, options)
+    connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
+    async with ClientSession(connector=connector, timeout=timeout, headers=authorization(options)) as session:
+        work = Bench(session, options)
         async with Progress(lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
             try:
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
             finally:
                 results["DELETE"] = await work.run("DELETE")
-    lines = [f"{options.size} bytes, {options.concurrency} at a time"]
-    lines.append(
-        f"{'':6} {'requests':>9} {'a second':>9} {'MB/s':>8} {'p50 ms':>8} {'p90 ms':>8} {'p99 ms':>8} {'p99.9 ms':>8} {'errors':>7}"
-    )
-    for method, r in results.items():
-        lines.append(
-            f"{method:6} {r['requests']:9} {r['per_second']:9} {r['mb_per_second']:8} {r['p50_ms']:8} {r['p90_ms']:8} "
-            f"{r['p99_ms']:8} {r['p99.9_ms']:8} {r['errors']:7}"
-        )
-    lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
-    code = 1 if any(r["errors"] for r in results.values()) else 0
-    return Outcome(code=code, facts={"size": options.size, "concurrency": options.concurrency, **results}, lines=lines)
+    names = ("requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "errors")
+    report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
+    report.lines += [f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()]
+    report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
+    report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
+    report.code = 1 if any(r["errors"] for r in results.values()) else 0
 
 
 # == Command line =====================================================================================================
 
 SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
-TOOLS: Mapping[str, Callable[[Config, argparse.Namespace], Awaitable[Outcome]]] = {
-    "rebuild": rebuild, "rebalance": rebalance, "verify": verify, "status": status,
-    "bench": bench, "backup": backup, "token": token,
+TOOLS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awaitable[None]], str]] = {
+    "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The old index stays, as INDEX.<date>. "
+                "If it can be read, its garbage is honoured: what was deleted stays deleted; else sidecars alone decide. "
+                "If any volume cannot be read in full, nothing changes."),
+    "rebalance": (rebalance, "Bring every key to the volumes where the ring says, while the server runs."),
+    "verify": (verify, "Compare index and volumes, while the server runs. After a restored backup, rebuild first."),
+    "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
+    "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
+    "backup": (backup, "Copy the index to a file, while the server runs."),
+    "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
 
-def number(kind: type[T], low: float) -> Callable[[str], T]:
+def at_least(kind: Callable[[str], T], low: float) -> Callable[[str], T]:
     def parse(text: str) -> T:
-        value: Any = kind(text)  # type: ignore[call-arg]
+        value: Any = kind(text)
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
-        return value  # type: ignore[no-any-return]
+        return cast(T, value)
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = getattr(kind, "__name__", "number")
     return parse
 
 
@@ -1840,104 +1553,54 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(TOOLS))
-
-    def add(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=f"{help}. {more}")
+    add = {}
+    for name, (_, about) in TOOLS.items():
+        command = commands.add_parser(name, help=about.partition(".")[0], description=about)
         if name != "token":
             add_settings(command, SETTINGS)
-        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        return command
-
-    def add_rate(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--limit-rate",
-            metavar="MB/S",
-            type=number(float, 0),
-            default=0.0,
-            help="read or copy no faster (default: no limit)",
-        )
-
-    one = add(
-        "rebuild",
-        "make the index anew from the volumes; the server must not run",
-        "The old index stays as INDEX.<date>. If it can be read, its garbage is honoured: what was deleted stays deleted; without it "
-        "the sidecars alone decide. Any volume that cannot be read in full means exit 1 and nothing changed.",
-    )
-    one.add_argument(
-        "--allow-missing", metavar="NAME", action="append", default=[], help="do without this volume; may be repeated"
-    )
-    one = add("rebalance", "bring every key to the volumes where the ring says, while the server runs")
-    one.add_argument("--dry-run", action="store_true", help="print what would be moved, and move nothing")
-    one.add_argument(
-        "--concurrency",
-        metavar="N",
-        type=number(int, 1),
-        default=4,
-        help="batches of blobs under way at once (default: 4)",
-    )
-    add_rate(one)
-    one = add(
-        "verify",
-        "compare index and volumes, while the server runs",
-        "After restoring a backup of the index run rebuild first.",
-    )
-    one.add_argument("--deep", action="store_true", help="read every replica and check its digest")
-    one.add_argument(
-        "--repair", action="store_true", help="restore bad replicas from good ones; remove what no record names"
-    )
-    one.add_argument(
-        "--grace",
-        metavar="S",
-        type=number(float, 0),
-        default=3600.0,
-        help="s; what is younger is left alone (default: 3600)",
-    )
-    add_rate(one)
-    one = add("status", "show volumes and totals, from a server or from the index")
-    one.add_argument(
-        "url", metavar="URL", nargs="?", default="", help="of the server (default: look at index and volumes)"
-    )
-    one.add_argument("--token", metavar="SECRET", default="", help="of a token that allows admin")
-    one = add("bench", "measure a running server: PUT, GET, HEAD, DELETE")
-    one.add_argument("url", metavar="URL")
-    one.add_argument("--size", metavar="BYTES", type=number(int, 0), default=4096, help="of each blob (default: 4096)")
-    one.add_argument(
-        "--concurrency", metavar="N", type=number(int, 1), default=16, help="requests at once (default: 16)"
-    )
-    one.add_argument(
-        "--count", metavar="N", type=number(int, 1), default=1000, help="requests of each kind (default: 1000)"
-    )
-    one.add_argument(
-        "--duration", metavar="S", type=number(float, 0), default=0.0, help="s for each kind, instead of --count"
-    )
-    one.add_argument("--token", metavar="SECRET", default="", help="of a token that allows read, write and delete")
-    add("backup", "copy the index to a file, while the server runs").add_argument("file", metavar="FILE")
-    one = add("token", "make a token: prints its secret, and what goes into the configuration")
-    one.add_argument("name", metavar="NAME", help="who it is for")
-    one.add_argument("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
-    one.add_argument("--prefix", default="", help="the keys it is confined to (default: all)")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        add[name] = command.add_argument
+    count, seconds = at_least(int, 1), at_least(float, 0)
+    add["rebuild"]("--allow-missing", metavar="NAME", action="append", default=[], help="do without this volume")
+    add["rebalance"]("--dry-run", action="store_true", help="print what would be moved, and move nothing")
+    add["rebalance"]("--concurrency", metavar="N", type=count, default=4, help="batches under way at once [4]")
+    add["verify"]("--deep", action="store_true", help="read every replica and check its digest")
+    add["verify"]("--repair", action="store_true", help="restore bad replicas; remove what no record names")
+    add["verify"]("--grace", metavar="S", type=seconds, default=3600.0, help="s; younger files are left alone [3600]")
+    for name in ("rebalance", "verify"):
+        add[name]("--limit-rate", metavar="MB/S", type=seconds, default=0.0, help="of reading or copying [no limit]")
+    add["status"]("url", metavar="URL", nargs="?", default="", help="of the server [look at index and volumes]")
+    add["bench"]("url", metavar="URL", help="of the server")
+    add["bench"]("--size", metavar="BYTES", type=at_least(int, 0), default=4096, help="of each blob [4096]")
+    add["bench"]("--concurrency", metavar="N", type=count, default=16, help="requests at once [16]")
+    add["bench"]("--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]")
+    add["bench"]("--duration", metavar="S", type=seconds, default=0.0, help="s for each kind, instead of --count")
+    for name in ("status", "bench"):
+        add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
+    add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
+    add["token"]("name", metavar="NAME", help="who it is for")
+    add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
+    add["token"]("--prefix", default="", help="the keys it is confined to [all]")
     return parser
 
 
-async def run(options: argparse.Namespace) -> Outcome:
+async def run(options: argparse.Namespace, report: Report) -> None:
     """Run one tool; SIGTERM ends it as SIGINT does."""
-    task = asyncio.current_task()
-    assert task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    names = {"db", "data", "replicas", "volume", "volume_timeout"}
-    flags = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
     config = load_config(getattr(options, "config", ""), flags)
-    return await TOOLS[options.command](config, options)
+    await TOOLS[options.command][0](config, options, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     options = make_parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="mkv: %(message)s")
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
+    report = Report(options.json)
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
-            outcome = runner.run(run(options))
+            runner.run(run(options, report))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2
@@ -1947,8 +1610,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print("mkv: interrupted; the store is consistent, and the same command goes on", file=sys.stderr)
         return 1
-    print(json.dumps(outcome.facts) if options.json else "\n".join(outcome.lines))
-    return outcome.code
+    print(report.as_json() if options.json else report.as_text())
+    return report.code
 
 
 if __name__ == "__main__":
