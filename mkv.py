@@ -171,7 +171,7 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 # key, a flag (dashes for underscores) and a row of the README's table.
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
-URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!-~]*)?")
+URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 OPERATIONS = ("read", "write", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
@@ -214,7 +214,7 @@ class Volume:
             faults.append(f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}")
         for which in ("url", "public_url"):
             url = str(getattr(self, which) or self.url)
-            if not URL.fullmatch(url) or int(url.split("/")[2].rpartition("]")[2].rpartition(":")[2] or 1) > 65535:
+            if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
                 faults.append(f"{which}: must be http(s)://host[:port][/path], not {url!r}")
             object.__setattr__(self, which, url.rstrip("/"))
         if faults:
@@ -1293,7 +1293,7 @@ class Upload:
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
         self._size += len(chunk)
-        if not self._answer.done():
+        if self._wire.usable and not self._answer.done():
             self._wire.writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
             if self._wire.writer.transport.get_write_buffer_size() <= UPLOAD_BUFFER:
                 return
@@ -1302,12 +1302,14 @@ class Upload:
                 if self._answer.done():
                     self._client.check("PUT", self._path, await self._answer)
                     raise VolumeUnexpected(self._client.volume.name, "answered before it had the whole blob")
+                if not self._wire.usable:
+                    raise ConnectionResetError("it closed the connection")
                 await self._wire.writer.drain()
 
     async def finish(self) -> None:
         """End the blob and wait for the volume's word that it has it; raises VolumeError."""
         with self._client.watch("PUT"):
-            if self._chunked and not self._answer.done():
+            if self._chunked and self._wire.usable and not self._answer.done():
                 self._wire.writer.write(b"0\r\n\r\n")
             async with asyncio.timeout(self._client.timeout_s + min(self._size, SYNC_EVERY) / SLOWEST_DISK):
                 self._client.check("PUT", self._path, await self._answer)

@@ -59,7 +59,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -69,13 +69,15 @@ from typing import Any, TypeVar, cast
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
 # fmt: off
-from mkv import (  # noqa: I001
-    ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index, MkvError, NotFound,
-    Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError,
-    VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix, decode_sidecar, encode_sidecar, get_all,
-    load_config, lock_file, new_loop, parse_path, prepare_index, read_totals, record_of_row, run_embedded, sidecar_path,
-    sync_folder,
+# isort: off
+from mkv import (
+    ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index,
+    MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
+    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix,
+    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, new_loop, parse_path, prepare_index, read_totals,
+    record_of_row, run_embedded, sidecar_path, sync_folder,
 )
+# isort: on
 # fmt: on
 
 T = TypeVar("T")
@@ -115,6 +117,8 @@ def parse_listing(body: bytes) -> Files:
     """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything else."""
     try:
         rows = json.loads(body.decode("utf-8", "surrogateescape"))  # nginx passes any name of a file on as it is
+        if not isinstance(rows, list):
+            raise TypeError("no list")
         return {row["name"]: (int(row["size"]) if row["type"] == "file" else -1, row["mtime"]) for row in rows}
     except (TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"not a listing: {error}") from None
@@ -145,10 +149,8 @@ def plan_sidecars(version: Version, read: Mapping[str, Record | str]) -> list[st
     whole = sorted(version.sidecars.keys() & version.blobs.keys()) or sorted(version.sidecars)
     if not read:
         return [whole[int(version.stem[-4:], 16) % len(whole)]] if whole else []
-    doubtful = len({size for size, _ in version.sidecars.values()}) > 1 or any(
-        isinstance(r, str) for r in read.values()
-    )
-    return sorted(version.sidecars.keys() - read.keys()) if doubtful else []
+    bad, sizes = any(isinstance(one, str) for one in read.values()), {size for size, _ in version.sidecars.values()}
+    return sorted(version.sidecars.keys() - read.keys()) if bad or len(sizes) > 1 else []
 
 
 def judge_version(version: Version, read: Mapping[str, Record | str]) -> tuple[Record | None, list[Case]]:
@@ -217,12 +219,12 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
 
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
     """Group what is small, by number and bytes; what is large goes alone."""
-    batches, room = list[list[T]](), 0
+    batches, room = list[list[T]](), -1
     for item in items:
         size = size_of(item)
-        if size > room or not batches or len(batches[-1]) == BATCH_KEYS:
+        if size > min(room, SMALL_BLOB) or len(batches[-1]) == BATCH_KEYS:
             batches.append([])
-            room = 0 if size > SMALL_BLOB else BATCH_BYTES
+            room = size - 1 if size > SMALL_BLOB else BATCH_BYTES
         batches[-1].append(item)
         room -= size
     return batches
@@ -248,7 +250,7 @@ def judge_replica(record: Record, version: Version, volume: str) -> str:
 def find_strays(
     versions: Iterable[Version], records: Mapping[str, Record], garbage: Collection[Place], before_s: float
 ) -> tuple[list[Place], int]:
-    """Return what neither a record (by stem) nor the garbage (volume, stem) names; and how many are too young to tell."""
+    """Return what neither a record (by stem) nor the garbage (volume, stem) names; how many are too young to tell."""
     strays, young = list[Place](), 0
     for version in versions:
         record = records.get(version.stem)
@@ -368,7 +370,8 @@ async def get_each(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> li
 
     async def get(volume: str) -> None:
         try:
-            answers.update(zip(numbers[volume], await getters[volume].get([wanted[i][1] for i in numbers[volume]])))
+            bodies = await getters[volume].get([wanted[i][1] for i in numbers[volume]])
+            answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
 
@@ -444,7 +447,7 @@ class Walk:
 
     async def top(self) -> dict[str, list[str]]:
         """Return volume -> the folders /aa/ that it has."""
-        return self._descend(await self._list(dict.fromkeys(self._getters, ["/"])))
+        return self._descend(await self._list({volume: ["/"] for volume in self._getters}))
 
     async def runs(
         self, top: Mapping[str, Sequence[str]], more: Callable[[str], Awaitable[set[str]]] | None = None
@@ -459,10 +462,7 @@ class Walk:
             names = sorted(set().union(*on.values(), await more(first) if more else ()))
             while names:
                 run, names = names[: self._at_once], names[self._at_once :]
-                yield (
-                    run,
-                    {volume: [one for one in folders if run[0] <= one <= run[-1]] for volume, folders in on.items()},
-                )
+                yield run, {v: [one for one in folders if run[0] <= one <= run[-1]] for v, folders in on.items()}
 
     async def list_run(self, on: Mapping[str, Sequence[str]]) -> Found:
         found = await self._list({volume: folders for volume, folders in on.items() if folders})
@@ -477,6 +477,7 @@ class Walk:
 
 CLAIM_S = 1e6  # when a claim is due; other garbage is due within a day, and so a claim is told by CLAIMED_S
 CLAIMED_S = 1e5
+INTERRUPTED = "interrupted"
 
 
 def garbage_at(tx: Transaction, path: str) -> dict[str, bool]:
@@ -511,7 +512,8 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     if tx.get(move.record.key) != move.meanwhile or not all(garbage.get(volume) for volume in move.copy):
         failed = "changed"
     if failed:
-        tx.settle_garbage([], [(volume, path, 0) for volume in move.copy])
+        if failed != INTERRUPTED:  # then the claims stay, for the next run to take over
+            tx.settle_garbage([], [(volume, path, 0) for volume in move.copy])
         return failed
     set_record(tx, move.meanwhile, move.after)
     tx.settle_garbage([(volume, path) for volume in move.copy], [])
@@ -613,7 +615,7 @@ class Mover:
         claims = await index.write(lambda tx: [claim(tx, move) for move in moves])
         outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
         begun = [move for move in moves if not outcome[move.record.key]]
-        failed = {move.record.key: "interrupted" for move in begun}
+        failed = {move.record.key: INTERRUPTED for move in begun}
         try:
             if begun:
                 failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
@@ -626,9 +628,8 @@ class Mover:
         blobs: dict[str, bytes] = {}
         for turn in range(max(len(move.sources) for move in moves)):
             left = [m for m in moves if m.record.key not in blobs and turn < len(m.sources)]
-            for move, blob in zip(
-                left, await self.read_blobs([(m.sources[turn], m.record) for m in left]), strict=True
-            ):
+            results = await self.read_blobs([(m.sources[turn], m.record) for m in left])
+            for move, blob in zip(left, results, strict=True):
                 if isinstance(blob, bytes):
                     blobs[move.record.key] = blob
                 else:
@@ -645,7 +646,7 @@ class Mover:
 
     async def _put(self, volume: str, records: Sequence[Record], blobs: Mapping[str, bytes]) -> dict[str, str]:
         """Write blobs and sidecars to one volume, together if it takes them, else one by one; return key -> error."""
-        files = {}
+        files: dict[str, bytes] = {}
         for record in records:
             files |= {record.path: blobs[record.key], sidecar_path(record.path): encode_sidecar(record)}
         try:
@@ -710,7 +711,9 @@ class Report:
 
     def as_json(self) -> str:
         names = ("volume", "path", "key", "detail")
-        cases = [{"kind": kind, **dict(zip(names, one))} for kind, each in self._cases.items() for one in each]
+        cases = [
+            {"kind": kind, **dict(zip(names, one, strict=False))} for kind, each in self._cases.items() for one in each
+        ]
         return json.dumps(self.facts | {"found": self.counts, "cases": cases})
 
     def as_text(self) -> str:
@@ -730,7 +733,7 @@ def show_bytes(size: float) -> str:
 
 
 class Progress:
-    """While the block runs, shows `text` and the time left, from `done`, on stderr: live on a terminal, else by lines."""
+    """While the block runs, shows `text` and the time left, from `done`, on stderr: live on a terminal, else lines."""
 
     def __init__(self, text: Callable[[], str], done: Callable[[], float]) -> None:
         self._text, self._done, self._began, self._live = text, done, time.monotonic(), sys.stderr.isatty()
@@ -789,19 +792,14 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
         if moving:
-            stack.callback(
-                os.close, lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running")
-            )
+            lock = lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running")
+            stack.callback(os.close, lock)
         store = Store(config, leader=False)
         stack.push_async_callback(store.close)
         await store.start()
-        if moving:
-            stack.push_async_callback(release, store)
         yield store
-
-
-async def release(store: Store) -> None:
-    await store.index.write(release_claims)
+        if moving:
+            await store.index.write(release_claims)
 
 
 @contextlib.asynccontextmanager
@@ -832,16 +830,21 @@ async def read_pages(index: Index) -> AsyncIterator[list[Record]]:
 
 
 def open_old_index(db: sqlite3.Connection) -> str:
-    """Bring the old index's log into it; return why it cannot be used, or "". Raises sqlite3.OperationalError."""
+    """Bring the old index's log into it; return what is wrong with it, or ""."""
+    if not db.execute("PRAGMA user_version").fetchone()[0]:
+        return "it is empty"
+    prepare_index(db)
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+    return "" if soundness == "ok" else soundness
+
+
+async def find_damage(old: SqliteThread) -> str:
+    """Return why the old index cannot be used, or ""; raises sqlite3.OperationalError if it may not be damage."""
     try:
-        if not db.execute("PRAGMA user_version").fetchone()[0]:
-            return "it is empty"
-        prepare_index(db)
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-        return "" if soundness == "ok" else soundness
+        return await old.run(open_old_index)
     except sqlite3.OperationalError:
-        raise  # busy, out of space, no permission: not damage
+        raise  # busy, out of space, no permission
     except sqlite3.DatabaseError as error:
         return str(error)
 
@@ -949,9 +952,8 @@ class Rebuild:
         records, dead = list[Record](), list[Place]()
         while queues:
             tops = {h: queue.pop(0) for h, queue in queues.items()}
-            for (h, version), (record, more) in zip(
-                tops.items(), await self._judge(tops.values(), garbage), strict=True
-            ):
+            judged = await self._judge(tops.values(), garbage)
+            for (h, version), (record, more) in zip(tops.items(), judged, strict=True):
                 cases += more
                 if record and record.volumes:
                     records.append(record)
@@ -995,7 +997,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         stack.callback(os.close, lock)
         exists, old, new = Path(config.db).is_file(), SqliteThread(config.db, False), Index(fresh)
         stack.push_async_callback(old.close)
-        damage = await old.run(open_old_index) if exists else ""
+        damage = await find_damage(old) if exists else ""
         remove_index(fresh)
         stack.callback(remove_index, fresh)
         stack.push_async_callback(new.close)
@@ -1160,18 +1162,8 @@ def remove_stray(tx: Transaction, key: str, path: str, volume: str) -> bool:
 class Verify:
     """Compares the index with the volumes, and with --repair makes them agree. `scratch` is a file of its own."""
 
-    def __init__(
-        self,
-        store: Store,
-        mover: Mover,
-        scratch: SqliteThread,
-        report: Report,
-        deep: bool,
-        repair: bool,
-        grace_s: float,
-    ) -> None:
-        self._store, self._mover, self._scratch, self._report = store, mover, scratch, report
-        self._deep, self._repair, self._before_s = deep, repair, time.time() - grace_s
+    def __init__(self, store: Store, mover: Mover, scratch: SqliteThread, report: Report, deep: bool) -> None:
+        self._store, self._mover, self._scratch, self._report, self._deep = store, mover, scratch, report, deep
         self.walk = Walk(mover.getters, self._fail)
         self.failed: set[str] = set()
         self.keys = self.replicas = self.young = self.repaired = 0
@@ -1180,7 +1172,8 @@ class Verify:
         self.failed.add(error.volume)
         self._report.add("failed volume", error.volume, "", "", str(error))
 
-    async def run(self) -> None:
+    async def run(self, repair: bool, grace_s: float) -> None:
+        self._repair, self._before_s = repair, time.time() - grace_s
         await self._scratch.run(prepare_scratch)
         async for page in read_pages(self._store.index):
             await self._scratch.run(partial(insert_pairs, "want", [(record.path, record.key) for record in page]))
@@ -1322,14 +1315,12 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     async with open_store(config, options.repair) as store, open_mover(store, options, report) as mover:
         remove_index(file := f"{config.db}.verify")
         scratch = SqliteThread(file, False)
-        work = Verify(store, mover, scratch, report, options.deep, options.repair, options.grace)
-        progress = Progress(
-            lambda: f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read",
-            lambda: work.walk.done,
-        )
+        work = Verify(store, mover, scratch, report, options.deep)
+        text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
+        progress = Progress(lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done)
         try:
             async with progress:
-                await work.run()
+                await work.run(options.repair, options.grace)
         finally:
             await scratch.close()
             remove_index(file)
@@ -1454,10 +1445,8 @@ class Bench:
 
     def __init__(self, session: ClientSession, options: argparse.Namespace) -> None:
         self._session, self._options = session, options
-        self._base, self._noise = (
-            f"{options.url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/",
-            random.randbytes(options.size),
-        )
+        self._base = f"{options.url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/"
+        self._noise = random.randbytes(options.size)
         self.written = self.done = 0
         self.phase = ""
 
@@ -1526,9 +1515,9 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
 
 SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
 TOOLS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awaitable[None]], str]] = {
-    "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The old index stays, as INDEX.<date>. "
-                "If it can be read, its garbage is honoured: what was deleted stays deleted; else sidecars alone decide. "
-                "If any volume cannot be read in full, nothing changes."),
+    "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The old one stays, as "
+                "INDEX.<date>. If it can be read, its garbage is honoured: what was deleted stays deleted; else "
+                "sidecars alone decide. If any volume cannot be read in full, nothing changes."),
     "rebalance": (rebalance, "Bring every key to the volumes where the ring says, while the server runs."),
     "verify": (verify, "Compare index and volumes, while the server runs. After a restored backup, rebuild first."),
     "status": (status, "Show volumes and totals, from a running server or from index and volumes."),

@@ -1,0 +1,1950 @@
+"""All tests of mkv, in the order of mkv.py: helpers, the pure parts, the index, the store over HTTP, faults, production.
+
+Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers as processes, kills by
+pid. I1 to I10 are the invariants of mkv.py's docstring. Tests that need nginx are skipped where it is missing, but not
+in CI.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+from urllib.parse import quote, urlsplit
+
+import pytest
+import yaml
+from aiohttp import web
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
+
+import mkv
+
+HERE = Path(__file__).parent
+SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
+settings.register_profile("mkv", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("mkv")
+
+# == Helpers and fixtures =============================================================================================
+
+
+def eventually(predicate: Callable[[], object], patience_s: float = 30.0) -> None:
+    """Wait until `predicate` holds."""
+    deadline = time.monotonic() + patience_s
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
+
+
+def require_nginx() -> None:
+    """Skip, but fail in CI, where nginx is missing."""
+    if shutil.which("nginx") is None:
+        assert not os.environ.get("CI"), "CI must have nginx"
+        pytest.skip("nginx is not installed")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+class Nginx:
+    """A real nginx volume from ./nginx.conf, with only the port and the folder replaced."""
+
+    def __init__(self, folder: Path, secrets: tuple[str, str] | None = None) -> None:
+        require_nginx()
+        self.folder, self.port = folder, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        settings_folder = folder.with_name(folder.name + "-conf")
+        settings_folder.mkdir()
+        folder.mkdir(exist_ok=True)
+        text, count = re.subn(r"listen [^;]+;", f"listen 127.0.0.1:{self.port};", (HERE / "nginx.conf").read_text())
+        assert count == 1
+        self.conf = settings_folder / "nginx.conf"
+        self.conf.write_text(text)
+        if secrets:
+            lines = f'set $volume_secret "{secrets[0]}";\nset $link_secret "{secrets[1]}";\n'
+            (settings_folder / "mkv-secrets.conf").write_text(lines)
+        self.begin()
+
+    def begin(self) -> None:
+        command = ["nginx", "-c", str(self.conf), "-p", str(self.folder)]
+        self.process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+        eventually(lambda: try_ask(self.url + "/") > 0)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to nginx and its workers, which are a process group of their own."""
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait(20)
+
+    def files(self) -> list[str]:
+        """Return what is on the volume, without nginx's own dot-files."""
+        found = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        return sorted(name for name in found if not name.startswith("."))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Start volumes; returns their URL, and their folder through `folders`."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(secrets: tuple[str, str] | None = None, folders: list[Path] | None = None) -> str:
+            one = stack.enter_context(Nginx(tmp_path / f"nginx{random.getrandbits(32):x}", secrets))
+            if folders is not None:
+                folders.append(one.folder)
+            return one.url
+
+        yield begin
+
+
+class Program:
+    """`python mkv.py ...` in a folder of its own, told to stop at the end, by pid."""
+
+    def __init__(self, folder: Path, *arguments: str, config: str = "", env: dict[str, str] | None = None) -> None:
+        self.folder, self.config = folder, folder / "mkv.toml"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(config)
+        self.log_file = folder / "log"
+        command = [
+            sys.executable,
+            str(HERE / "mkv.py"),
+            "serve",
+            "--config",
+            str(self.config),
+            "--port",
+            "0",
+            *arguments,
+        ]
+        with open(self.log_file, "ab") as log:
+            environ = {**os.environ, **(env or {})}
+            self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ)
+        assert self.process.stdout
+        first = self.process.stdout.readline().decode()
+        assert first.startswith("mkv is ready on "), (first, self.log())
+        self.url = first.split()[4]
+        self.port = int(self.url.rpartition(":")[2])
+        self.said = self.process.stdout.readline().decode() + self.process.stdout.readline().decode()
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(20)
+        assert self.process.stdout
+        self.process.stdout.close()
+        return code
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    programs: list[Program] = []
+
+    def begin(*arguments: str, config: str = "", env: dict[str, str] | None = None) -> Program:
+        programs.append(Program(tmp_path / f"program{len(programs)}", *arguments, config=config, env=env))
+        return programs[-1]
+
+    yield begin
+    for program in programs:
+        program.stop(signal.SIGKILL)
+
+
+def ask(
+    url: str, method: str = "GET", body: Any = None, token: str = "", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """One request on a connection of its own; redirects are not followed. Header names have _ for -."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    if token:
+        named["Authorization"] = f"Bearer {SECRETS.get(token, token)}"
+    try:
+        connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, named)
+        answer = connection.getresponse()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def raw(port: int, data: bytes) -> bytes:
+    """Send `data`, return the first part of the answer, or nothing if the connection is closed."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(data)
+        return connection.recv(65536)
+
+
+def read_metrics(url: str, token: str = "") -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    status, headers, body = ask(url + "/-/metrics", token=token)
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    for family in text_string_to_metric_families(body.decode()):
+        assert family.documentation and family.type != "unknown", family.name
+        for sample in family.samples:
+            assert len(sample.labels.get("key", "")) == 0
+            place = (sample.name, frozenset(sample.labels.items()))
+            assert place not in found
+            found[place] = sample.value
+    return found
+
+
+def metric(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str) -> float:
+    return found.get((name, frozenset(labels.items())), 0.0)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def try_ask(url: str, *arguments: Any, **headers: str) -> int:
+    """Return the status, 0 if there is no answer."""
+    try:
+        return ask(url, *arguments, **headers)[0]
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
+def hammer(url: str, stop: threading.Event, failures: list[str], done: list[int]) -> None:
+    """PUT and GET on a kept connection until told to stop; what is not answered well is a failure."""
+    parts, i = urlsplit(url), 0
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    while not stop.is_set():
+        i += 1
+        for method, good in (("PUT", (201, 204)), ("GET", (302,))):
+            try:
+                connection.request(method, f"/h{threading.get_ident()}-{i % 50}", b"x" if method == "PUT" else None)
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status not in good:
+                    failures.append(f"{method} {answer.status}")
+                done.append(1)
+            except ConnectionRefusedError:
+                return  # it no longer listens: nothing was accepted, so nothing failed
+            except (OSError, http.client.HTTPException) as error:
+                failures.append(repr(error))
+                return
+    connection.close()
+
+
+@contextlib.contextmanager
+def under_load(url: str) -> Iterator[tuple[list[str], list[int]]]:
+    stop, failures, done = threading.Event(), list[str](), list[int]()
+    threads = [threading.Thread(target=hammer, args=(url, stop, failures, done)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    try:
+        eventually(lambda: len(done) > 50)
+        yield failures, done
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+
+
+def make_compose_secrets(folder: Path) -> str:
+    """Run README's own words for that; return the owner's token."""
+    (script,) = re.findall(
+        r"^python3 - <<'END'\n(.*?)^END$", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    (folder / "mkv").mkdir()
+    made = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder / "mkv", check=True, capture_output=True, text=True
+    )
+    return made.stdout.split()[-1]
+
+
+# == Errors and configuration =========================================================================================
+
+
+def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
+    text = """
+        port = "many"
+        replicas = 9
+        colour = "red"
+        [[volume]]
+        name = "a"
+        url = "http://127.0.0.1:1"
+        [[volume]]
+        name = "a b"
+        url = "ftp://x"
+        weight = -1
+        size = 3
+    """
+    with pytest.raises(mkv.ConfigError) as caught:
+        mkv.parse_config(text, "mkv.toml", {"workers": "none"})
+    faults = "\n".join(caught.value.faults)
+    for place in (
+        "mkv.toml: port: must be int",
+        "mkv.toml: colour: there is no",
+        "volume[2].size: there is no",
+        "--workers",
+    ):
+        assert place in faults
+    for place in ("volume[2].name", "volume[2].url", "volume[2].weight"):
+        assert f"mkv.toml: {place}: must be" in faults
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("replicas = 4", "replicas: 4 needed"),
+        ("min_replicas = 3", "min_replicas: 3 is more than replicas (2)"),
+        ("[[volume]]\nname='a'\nurl='http://h:1'", "replicas: 2 needed for a PUT, but only 1 volume"),
+        ("replicas = 1\n" + "[[volume]]\nname='a'\nurl='http://h:1'\n" * 2, "volume: name a is given twice"),
+        ("volume = 3", "volume: must be [[volume]]"),
+        ("port = 1\nport = 2", "mkv.toml:"),
+        ("port = 70000", "port: must be 0 to 65535"),
+        ("log_format = 'xml'", "log_format"),
+        ("volume_secret = 'a b'", "volume_secret"),
+        ("link_secret = 'ab'", "link_secret: needs a volume_secret"),
+        ("host = '0.0.0.0'", "host: 0.0.0.0 is reachable"),
+        ("[[token]]\nname='a'\nallow=['fly']", "token[1].allow"),
+        ("[anonymous]\nallow=[]", "anonymous.allow"),
+        ("access_log = 1", "access_log: must be bool"),
+    ],
+)
+def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
+    with pytest.raises(mkv.ConfigError) as caught:
+        mkv.parse_config(text, "mkv.toml")
+    assert fault in str(caught.value)
+
+
+def test_flags_beat_the_file_and_a_volume_is_named_by_its_address() -> None:
+    flags = {"port": "8", "volume": ["http://127.0.0.1:3001", "b=http://[::1]:3002/disk"], "access_log": False}
+    config = mkv.parse_config("port = 7\nreplicas = 1\n[[volume]]\nname='old'\nurl='http://h:1'", "f", flags)
+    assert config.port == 8 and config.access_log is False and config.replicas == 1
+    assert [(v.name, v.url) for v in config.volumes] == [
+        ("127.0.0.1:3001", "http://127.0.0.1:3001"),
+        ("b", "http://[::1]:3002/disk"),
+    ]
+
+
+def test_bad_start_is_one_line_a_fault_and_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("replicas = 0\nspeed = 1\n")
+    (tmp_path / "file").write_text("no database")
+    busy = socket.create_server(("127.0.0.1", 0))
+    for flags, words in (
+        (["--config", "bad.toml", "--port", "x"], ["bad.toml: replicas", "bad.toml: speed", "--port"]),
+        (["--config", "missing.toml"], ["--config"]),
+        (["--db", "file", "--port", "0"], ["db: file"]),
+        (["--port", str(busy.getsockname()[1])], ["cannot listen"]),
+    ):
+        ended = subprocess.run([*SERVE, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        assert ended.returncode == 2 and "Traceback" not in ended.stderr
+        assert all(word in ended.stderr for word in words), ended.stderr
+    busy.close()
+    assert (tmp_path / "file").read_text() == "no database"
+
+
+# == Keys and paths ===================================================================================================
+
+VERSIONS = st.from_regex(r"[0-9a-f]{20}", fullmatch=True)
+KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=256).filter(
+    lambda key: not key.startswith("-/") and len(key.encode()) <= 1024
+)
+GOLDEN_PATH = "/2c/f2/2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824-18ea7d4fc4402057c51f"
+
+
+@given(KEYS, VERSIONS, st.sampled_from(["", *mkv.EXTENSIONS.values()]))
+def test_path_is_made_of_hash_version_and_extension(key: str, version: str, ext: str) -> None:
+    path = mkv.blob_path(key, version, ext)
+    h = hashlib.sha256(key.encode()).hexdigest()
+    assert mkv.parse_path(path) == (h, version, ext)
+    assert mkv.parse_path(mkv.sidecar_path(path)) == (h, version, "key")
+    assert path.startswith(f"/{h[:2]}/{h[2:4]}/{h}-")
+
+
+def test_layout_is_pinned() -> None:
+    """A volume written today must be readable for ever."""
+    record = mkv.Record(
+        key="hello", version="18ea7d4fc4402057c51f", volumes=("a", "b"), size=3, digest="ab" * 32,
+        content_type="image/png", ext="png",
+    )  # fmt: skip
+    assert record.path == GOLDEN_PATH + ".png" and mkv.sidecar_path(record.path) == GOLDEN_PATH + ".key"
+    assert json.loads(mkv.encode_sidecar(record)) == {
+        "key": "hello", "version": "18ea7d4fc4402057c51f", "size": 3, "digest": "ab" * 32,
+        "content_type": "image/png", "ext": "png",
+    }  # fmt: skip
+    assert mkv.decode_sidecar(mkv.encode_sidecar(record), GOLDEN_PATH + ".key") == replace(record, volumes=())
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/aa/bb/x", GOLDEN_PATH[1:], GOLDEN_PATH + "/", GOLDEN_PATH.replace("2c", "2d", 1)]
+)
+def test_foreign_path_is_not_ours(path: str) -> None:
+    assert mkv.parse_path(path) is None
+
+
+@given(KEYS)
+def test_key_comes_back_from_its_target(key: str) -> None:
+    target = "/" + quote(key, safe="")
+    assert mkv.split_target(target + "?a=b") == (target, "a=b") and mkv.key_of_path(target) == key
+    assert mkv.split_target("http://host:1" + target) == (target, "")
+    assert mkv.split_target("/pre/fix" + target, "/pre/fix") == (target, "")
+
+
+@pytest.mark.parametrize(
+    "target", ["/", "/%", "/%4", "/%zz", "/%FF", "/%C3", "/a%00b", "/-/x", "/%2D/x", "/" + "a" * 1025]
+)
+def test_bad_key_is_refused(target: str) -> None:
+    with pytest.raises(mkv.BadRequest):
+        mkv.key_of_path(target)
+
+
+@given(st.integers(0, 2**63), st.none() | VERSIONS.filter(lambda v: v < "7"), st.integers(0, 65535))
+def test_next_version_is_higher_whatever_the_clock_says(now_ns: int, current: str | None, salt: int) -> None:
+    version = mkv.next_version(now_ns, current, salt)
+    assert len(version) == 20 and (current is None or version > current) and int(version[:16], 16) >= now_ns
+
+
+@given(KEYS, KEYS)
+def test_after_prefix_is_the_first_string_behind(prefix: str, more: str) -> None:
+    after = mkv.after_prefix(prefix)
+    assert after is None or (prefix + more < after and not after.startswith(prefix))
+    assert after is not None or set(prefix) == {"\U0010ffff"}
+
+
+def test_extensions_are_those_of_nginx() -> None:
+    """Needs Debian's nginx: a volume must answer with the type that the client gave."""
+    require_nginx()
+    types = dict(re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE))
+    for media_type, ext in mkv.EXTENSIONS.items():
+        assert ext in types[media_type].split() and ext != "key"
+
+
+# == Ring =============================================================================================================
+
+NAMES = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=8, unique=True)
+
+
+def volumes(
+    names: Iterable[str], zones: Mapping[str, str] = MappingProxyType({}), **weights: float
+) -> list[mkv.Volume]:
+    return [mkv.Volume(name=n, url="http://h", zone=zones.get(n, ""), weight=weights.get(n, 1.0)) for n in names]
+
+
+@given(NAMES, KEYS, st.randoms())
+def test_ring_ignores_the_order_of_its_list(names: list[str], key: str, rng: Any) -> None:
+    shuffled = names[:]
+    rng.shuffle(shuffled)
+    assert list(mkv.Ring(volumes(names)).order(key)) == list(mkv.Ring(volumes(shuffled)).order(key))
+    assert sorted(mkv.Ring(volumes(names)).order(key)) == sorted(names)
+
+
+@given(NAMES, KEYS, st.integers(1, 5), st.data())
+def test_replicas_are_distinct_and_in_distinct_zones_while_zones_last(
+    names: list[str], key: str, n: int, data: Any
+) -> None:
+    zones = {name: data.draw(st.sampled_from("xyz")) for name in names}
+    placed = mkv.Ring(volumes(names, zones)).place(key, n)
+    assert len(set(placed)) == len(placed) == min(n, len(names))
+    assert len({zones[name] for name in placed}) == min(n, len(set(zones.values())))
+
+
+@given(st.integers(3, 9))
+@settings(max_examples=7, deadline=None)
+def test_new_volume_takes_its_share_and_nothing_else_moves(n: int) -> None:
+    names = [f"v{i}" for i in range(n)]
+    before, after = mkv.Ring(volumes(names)), mkv.Ring(volumes([*names, "new"]))
+    moved = 0
+    for i in range(2000):
+        old, new = before.place(f"k{i}", 2), after.place(f"k{i}", 2)
+        assert set(new) - set(old) <= {"new"}
+        moved += "new" in new
+    assert moved / 2000 == pytest.approx(2 / (n + 1), rel=0.25)
+
+
+def test_ring_is_balanced_by_weight() -> None:
+    """Bound: each volume is within 20 % of its share, over 20,000 keys on 5 volumes."""
+    ring = mkv.Ring(volumes("abcde", e=2.0))
+    counts = Counter(ring.place(f"key-{i}", 1)[0] for i in range(20000))
+    for name in "abcde":
+        assert counts[name] / 20000 == pytest.approx((2 if name == "e" else 1) / 6, rel=0.2)
+
+
+def test_drained_volume_gets_nothing() -> None:
+    ring = mkv.Ring(volumes("abc", b=0.0))
+    assert all("b" not in ring.place(f"k{i}", 3) for i in range(100))
+
+
+def test_ring_is_pinned() -> None:
+    ring = mkv.Ring(volumes(["a", "b", "c"]))
+    assert ["".join(ring.order(f"key{i}")) for i in range(8)] == RING_VECTORS
+
+
+RING_VECTORS = ["abc", "bca", "cab", "cba", "cba", "acb", "bca", "acb"]
+
+# == Records ==========================================================================================================
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"key": "other"}, "names another key"),
+        ({"version": "0" * 20}, "names another key"),
+        ({"version": "x"}, "names another key"),
+        ({"size": -1}, "malformed"),
+        ({"digest": "AB"}, "malformed"),
+        ({"size": "3"}, "wrong type"),
+        ({"size": True}, "wrong type"),
+        ({"key": None}, "wrong type"),
+        ({"key": ""}, "1 to 1024"),
+        ({"ext": "../x"}, "names another key"),
+    ],
+)
+def test_damaged_sidecar_is_refused(change: dict[str, Any], why: str) -> None:
+    good = {
+        "key": "hello",
+        "version": "18ea7d4fc4402057c51f",
+        "size": 3,
+        "digest": "ab" * 32,
+        "content_type": "a/b",
+        "ext": "",
+    }
+    mkv.decode_sidecar(json.dumps(good).encode(), GOLDEN_PATH + ".key")
+    with pytest.raises(ValueError, match=why):
+        mkv.decode_sidecar(json.dumps(good | change).encode(), GOLDEN_PATH + ".key")
+
+
+@given(st.binary(max_size=60))
+def test_no_bytes_break_the_sidecar_reader(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        mkv.decode_sidecar(data, GOLDEN_PATH + ".key")
+
+
+# == Decisions ========================================================================================================
+
+PURE_SECTIONS = ("Errors", "Configuration", "Keys and paths", "Ring", "Records", "Decisions")
+IMPURE = {"asyncio", "sqlite3", "time", "random", "os", "socket", "web", "ClientSession", "open", "print"}
+
+
+def test_policy_is_pure() -> None:
+    source = (HERE / "mkv.py").read_text()
+    banners = re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)
+    assert tuple(banners[:6]) == PURE_SECTIONS
+    start, end = (source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index"))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and start < node.lineno < end:
+            assert node.id not in IMPURE, f"line {node.lineno}: {node.id}"
+
+
+E1, E2 = '"' + "ab" * 32 + '"', '"' + "cd" * 32 + '"'
+RECORD = mkv.Record(
+    key="k",
+    version=f"{1_700_000_000 * 10**9:016x}0000",
+    volumes=("a", "b"),
+    size=1,
+    digest="ab" * 32,
+    content_type="a/b",
+    ext="",
+)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "exists", "writing", "reading"),
+    [
+        ({}, True, "PROCEED", "PROCEED"),
+        ({"if_match": (E1,)}, True, "PROCEED", "PROCEED"),
+        ({"if_match": (E2, E1)}, True, "PROCEED", "PROCEED"),
+        ({"if_match": ("*",)}, True, "PROCEED", "PROCEED"),
+        ({"if_match": (E2,)}, True, "FAILED", "FAILED"),
+        ({"if_match": ("W/" + E1,)}, True, "FAILED", "FAILED"),
+        ({"if_match": ("*",)}, False, "FAILED", "FAILED"),
+        ({"if_none_match": ("*",)}, True, "FAILED", "NOT_MODIFIED"),
+        ({"if_none_match": ("*",)}, False, "PROCEED", "PROCEED"),
+        ({"if_none_match": (E1,)}, True, "FAILED", "NOT_MODIFIED"),
+        ({"if_none_match": ("W/" + E1,)}, True, "FAILED", "NOT_MODIFIED"),
+        ({"if_none_match": (E2,)}, True, "PROCEED", "PROCEED"),
+        ({"modified_since_s": 1_700_000_000}, True, "PROCEED", "NOT_MODIFIED"),
+        ({"modified_since_s": 1_699_999_999}, True, "PROCEED", "PROCEED"),
+        ({"if_none_match": (E2,), "modified_since_s": 1_700_000_000}, True, "PROCEED", "PROCEED"),
+        ({"unmodified_since_s": 1_699_999_999}, True, "FAILED", "FAILED"),
+        ({"unmodified_since_s": 1_700_000_000}, True, "PROCEED", "PROCEED"),
+        ({"if_match": (E1,), "unmodified_since_s": 1}, True, "PROCEED", "PROCEED"),
+    ],
+)
+def test_conditions(conditions: dict[str, Any], exists: bool, writing: str, reading: str) -> None:
+    asked, record = mkv.Conditions(**conditions), RECORD if exists else None
+    assert mkv.decide_conditions(asked, record).name == writing
+    assert mkv.decide_conditions(asked, record, reading=True).name == reading
+
+
+def test_etags_are_parsed_strictly() -> None:
+    assert mkv.parse_etags(" * ") == ("*",) and mkv.parse_etags(f'{E1}, W/{E2} ,"a,b"') == (E1, "W/" + E2, '"a,b"')
+    for bad in ("", "abc", '"a', 'a"', '"a" "b"', "*, *"):
+        with pytest.raises(mkv.BadRequest):
+            mkv.parse_etags(bad)
+
+
+UP, READONLY, DOWN = mkv.State.UP, mkv.State.READONLY, mkv.State.DOWN
+
+
+@pytest.mark.parametrize(
+    ("before", "answered", "stored", "refused", "unreachable"),
+    [(UP, UP, UP, READONLY, DOWN), (READONLY, READONLY, UP, READONLY, DOWN), (DOWN, READONLY, UP, READONLY, DOWN)],
+)
+def test_health_by_table(
+    before: mkv.State, answered: mkv.State, stored: mkv.State, refused: mkv.State, unreachable: mkv.State
+) -> None:
+    after = [mkv.STATE_AFTER[before][event] for event in mkv.Event]
+    assert after == [answered, stored, refused, unreachable]
+
+
+@pytest.mark.parametrize(
+    ("done", "left", "replicas", "minimum", "step"),
+    [
+        (0, 3, 3, 3, "WRITE_MORE"), (0, 2, 3, 3, "ROLL_BACK"), (3, 1, 3, 3, "COMMIT"), (2, 1, 3, 3, "WRITE_MORE"),
+        (2, 0, 3, 3, "ROLL_BACK"), (2, 0, 3, 2, "COMMIT"), (2, 1, 3, 2, "WRITE_MORE"), (1, 0, 3, 2, "ROLL_BACK"),
+    ],
+)  # fmt: skip
+def test_what_a_fan_out_means(done: int, left: int, replicas: int, minimum: int, step: str) -> None:
+    assert mkv.decide_write(done, left, replicas, minimum).name == step
+
+
+def test_write_goes_to_the_next_volume_that_is_up() -> None:
+    ring = mkv.Ring(volumes("abcd"))
+    first, second, third, fourth = ring.order("k")
+    states = dict.fromkeys("abcd", UP)
+    assert mkv.plan_write(ring, "k", 2, states, [], []) == (first, second)
+    assert mkv.plan_write(ring, "k", 2, states | {first: DOWN}, [], []) == (second, third)
+    assert mkv.plan_write(ring, "k", 2, states | {first: READONLY}, [], [second]) == (third, fourth)
+    assert mkv.plan_write(ring, "k", 2, states, [first], [second]) == (third,)
+    assert mkv.plan_write(ring, "k", 2, states, [first, third], [second]) == ()
+
+
+def test_refusal_says_why() -> None:
+    ring = mkv.Ring(volumes("abc"))
+    full = mkv.explain_refusal({"a": UP, "b": READONLY, "c": READONLY}, ring, 2, {})
+    assert isinstance(full, mkv.Full) and "b readonly" in str(full)
+    down = mkv.explain_refusal({"a": UP, "b": DOWN, "c": DOWN}, ring, 2, {})
+    assert isinstance(down, mkv.Unavailable) and "b down" in str(down) and "Retry-After" in down.headers
+
+
+def test_reads_go_to_any_replica_that_is_not_down() -> None:
+    states = {"a": UP, "b": READONLY, "c": UP}
+    assert {mkv.choose_replica(RECORD, states, turn) for turn in range(9)} == {"a", "b"}
+    assert mkv.choose_replica(RECORD, states | {"a": DOWN}, 1) == "b"
+    assert mkv.choose_replica(RECORD, {"c": UP}, 0) is None
+
+
+def test_retry_backs_off_to_an_hour() -> None:
+    assert [mkv.retry_delay_s(n) for n in (0, 1, 5, 12, 1000)] == [1, 2, 32, 3600, 3600]
+
+
+def test_digest_headers() -> None:
+    digest = base64.b64encode(hashlib.sha256(b"x").digest()).decode()
+    assert mkv.parse_digests({"Repr-Digest": f"unknown=:AA==:, sha-256=:{digest}:"}) == {
+        "sha256": hashlib.sha256(b"x").digest()
+    }
+    for bad in ("sha-256=:AA==:", "md5=:AA==:", f"sha-256={digest}", "sha-256=:!:", ""):
+        with pytest.raises(mkv.BadRequest):
+            mkv.parse_digests({"Repr-Digest": bad})
+    with pytest.raises(mkv.WrongDigest):
+        mkv.parse_digests(
+            {
+                "Repr-Digest": f"sha-256=:{digest}:",
+                "Content-Digest": f"sha-256=:{base64.b64encode(b'y' * 32).decode()}:",
+            }
+        )
+
+
+@given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.5, 100), st.integers(1, 20))
+def test_token_bucket_never_gives_more_than_rate_and_burst(gaps: list[float], rate: float, burst: int) -> None:
+    tokens, given_out = float(burst), 0
+    for gap in gaps:
+        tokens, wait_s = mkv.take_token(tokens, gap, rate, burst)
+        given_out += wait_s == 0
+    assert given_out <= burst + sum(gaps) * rate + 1e-6
+
+
+# == Index ============================================================================================================
+
+
+def make_record(key: str, version: int = 1, names: tuple[str, ...] = ("a", "b"), size: int = 5) -> mkv.Record:
+    return mkv.Record(
+        key=key, version=f"{version:016x}0000", volumes=names, size=size, digest="ab" * 32, content_type="a/b", ext=""
+    )
+
+
+@pytest.fixture
+async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    yield index
+    await index.close()
+    await index.close()
+
+
+async def put(index: mkv.Index, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL) -> bool:
+    return await index.write(lambda tx: mkv.commit_put(tx, record, conditions, (), 0.0))
+
+
+async def all_garbage(index: mkv.Index) -> set[tuple[str, str]]:
+    return set(await index.read(lambda db: db.execute("SELECT volume, path FROM garbage").fetchall()))
+
+
+async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
+    assert await put(index, make_record("k", 2)) is True
+    assert await put(index, make_record("k", 1)) is False
+    assert await index.get("k") == make_record("k", 2)
+    assert await put(index, make_record("k", 3, ("b", "c"))) is False
+    assert await index.get("k") == make_record("k", 3, ("b", "c"))
+    assert await all_garbage(index) == {(v, make_record("k", n).path) for n in (1, 2) for v in "ab"}
+
+
+async def test_condition_is_checked_again_in_the_commit(index: mkv.Index) -> None:
+    await put(index, make_record("k", 1))
+    with pytest.raises(mkv.PreconditionFailed):
+        await put(index, make_record("k", 2), mkv.Conditions(if_none_match=("*",)))
+    assert await index.get("k") == make_record("k", 1)
+    assert await all_garbage(index) == {(v, make_record("k", 2).path) for v in "ab"}
+
+
+async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
+    rng = random.Random(7)
+    for n in range(1, 300):
+        key = f"k{rng.randrange(20)}"
+        if rng.random() < 0.3:
+            with contextlib.suppress(mkv.NotFound):
+                await index.write(lambda tx, key=key: mkv.commit_delete(tx, key, mkv.UNCONDITIONAL, 0))
+        else:
+            await put(index, make_record(key, n, tuple(sorted(rng.sample("abc", 2))), rng.randrange(99)))
+    gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
+    await index.write(lambda tx: tx.settle_garbage(gone, []))
+    totals = await index.read(mkv.read_totals)
+    rows = await index.read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
+    for name in "abc":
+        assert totals[name] == (sum(name in v.split() for v, _ in rows), sum(s for v, s in rows if name in v.split()))
+    assert totals[mkv.ALL_KEYS] == (len(rows), sum(size for _, size in rows))
+    assert totals[mkv.GARBAGE][0] == len(await all_garbage(index))
+
+
+async def test_cancelled_await_does_not_drop_a_queued_mutation(index: mkv.Index) -> None:
+    tasks = [asyncio.create_task(put(index, make_record(f"k{i}"))) for i in range(50)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await put(index, make_record("last"))
+    assert [key for i in range(50) if await index.get(key := f"k{i}") is None] == []
+
+
+async def test_waiting_calls_share_one_hop(tmp_path: Path) -> None:
+    batches: list[tuple[str, int]] = []
+    index = mkv.Index(str(tmp_path / "index.db"), lambda kind, size: batches.append((kind, size)))
+    await index.open()
+    await asyncio.gather(*(put(index, make_record(f"k{i}")) for i in range(100)))
+    found = await asyncio.gather(*(index.get(f"k{i}") for i in range(200)))
+    await index.close()
+    assert sum(record is not None for record in found) == 100
+    assert sum(size for kind, size in batches if kind == "write") == 100 and len(batches) < 10
+
+
+async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.Index) -> None:
+    def explode(tx: mkv.Transaction) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    good = index.write(lambda tx: mkv.commit_put(tx, make_record("a"), mkv.UNCONDITIONAL, (), 0))
+    outcomes = await asyncio.gather(good, index.write(explode), return_exceptions=True)
+    assert all(isinstance(outcome, sqlite3.OperationalError) for outcome in outcomes)
+    assert await index.get("a") is None
+    assert await put(index, make_record("a")) is True
+
+
+async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[int] = set()
+    carry_out = mkv.SqliteThread._run
+    monkeypatch.setattr(
+        mkv.SqliteThread, "_run", lambda self, work: used.add(threading.get_ident()) or carry_out(self, work)
+    )
+    await put(index, make_record("k"))
+    await index.get("k")
+    await index.read(mkv.read_totals)
+    assert len(used) == 3 and threading.get_ident() not in used
+
+
+async def test_index_of_another_schema_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.db")) as db:
+        db.execute("PRAGMA user_version = 99")
+    index = mkv.Index(str(tmp_path / "index.db"))
+    with pytest.raises(mkv.ConfigError, match="schema is 99"):
+        await index.open()
+    await index.close()
+
+
+LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(
+    keys=st.lists(st.text("ab/_%\U0010ffff", min_size=1, max_size=6), unique=True, max_size=30),
+    prefix=st.text("ab/_%\U0010ffff", max_size=3), delimiter=st.sampled_from(["", "/", "ab"]), limit=st.integers(1, 5),
+)  # fmt: skip
+def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str, delimiter: str, limit: int) -> None:
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    mkv.prepare_index(db)
+    tx = mkv.Transaction(db)
+    for key in {*keys, *LISTED}:
+        tx.insert(make_record(key))
+    expected_keys, expected_prefixes = [], []
+    for key in sorted({*keys, *LISTED}):
+        if key.startswith(prefix):
+            cut = key.find(delimiter, len(prefix)) if delimiter else -1
+            if cut < 0:
+                expected_keys.append(key)
+            elif key[: cut + len(delimiter)] not in expected_prefixes:
+                expected_prefixes.append(key[: cut + len(delimiter)])
+    found_keys, found_prefixes, start = [], [], ""
+    while start is not None:
+        page = mkv.list_keys(db, mkv.ListQuery(prefix=prefix, delimiter=delimiter, start=start, limit=limit))
+        assert len(page["keys"]) + len(page["prefixes"]) <= limit
+        found_keys += [row["key"] for row in page["keys"]]
+        found_prefixes += page["prefixes"]
+        start = page["next"]
+    db.close()
+    assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# == HTTP: the same contract over embedded volumes and over real nginx ================================================
+
+
+@pytest.fixture(scope="module", params=["embedded", "nginx"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    folder = tmp_path_factory.mktemp(request.param)
+    with contextlib.ExitStack() as stack:
+        flags = ["--garbage-delay", "0", "--list-rate", "0"]
+        if request.param == "nginx":
+            for i in range(3):
+                flags += ["--volume", f"n{i}={stack.enter_context(Nginx(folder / f'n{i}')).url}"]
+        program = Program(folder / "program", *flags)
+        stack.callback(program.stop, signal.SIGKILL)
+        yield program
+
+
+def read_back(store: Program, key: str) -> bytes:
+    status, headers, _ = ask(f"{store.url}/{key}")
+    assert status == 302
+    status, _, body = ask(headers["location"])
+    assert status == 200
+    return body
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, mkv.SMALL_BLOB, mkv.SMALL_BLOB + 1, 3_000_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_put_get_head_delete(store: Program, size: int, chunked: bool) -> None:
+    body, key = random.Random(size).randbytes(size), f"blob-{size}-{chunked}.png"
+    sent = (body[i : i + 70_000] for i in range(0, size, 70_000)) if chunked else body
+    digest = hashlib.sha256(body).hexdigest()
+    status, headers, _ = ask(f"{store.url}/{key}", "PUT", sent)
+    assert status == 201 and headers["etag"] == f'"{digest}"'
+    assert read_back(store, key) == body
+    status, headers, _ = ask(f"{store.url}/{key}", "HEAD")
+    assert status == 200 and headers["content-length"] == str(size) and headers["content-type"] == "image/png"
+    assert headers["etag"] == f'"{digest}"' and len(headers["mkv-volumes"].split(",")) == 2
+    assert base64.b64decode(headers["repr-digest"].removeprefix("sha-256=:").removesuffix(":")).hex() == digest
+    assert abs(parsedate_to_datetime(headers["last-modified"]).timestamp() - time.time()) < 60
+    location = ask(f"{store.url}/{key}")[1]["location"]
+    assert ask(location, "HEAD")[1]["content-type"] == "image/png"
+    assert size < 10 or ask(location, Range="bytes=2-5")[::2] == (206, body[2:6])
+    assert ask(f"{store.url}/{key}", "PUT", b"new")[0] == 204 and read_back(store, key) == b"new"
+    assert ask(f"{store.url}/{key}", "DELETE")[0] == 204
+    assert [ask(f"{store.url}/{key}", method)[0] for method in ("GET", "HEAD", "DELETE")] == [404, 404, 404]
+
+
+ODD_KEYS = [
+    "//", "a//b", "..", "../../etc/passwd", "./x", "a/../b", "%2F", "a b+c", "a\nb", "\U0001f600", "é", "?x=1&y", "#", "-",
+    "a/", "/", "index.db", "\x7f\x01", "k" * 1024, "\U0001f600" * 256, "a:b@c;d,e|f\\g", "--/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ODD_KEYS, ids=range(len(ODD_KEYS)))
+def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
+    target = quote(key, safe="/.") if "%" not in key else quote(key, safe="")
+    body = key.encode()
+    assert ask(f"{store.url}/{target}", "PUT", body)[0] == 201
+    assert read_back(store, target) == body
+    page = json.loads(ask(f"{store.url}/?limit=1&prefix={quote(key, safe='')}")[2])
+    assert page["keys"][0]["key"] == key and page["keys"][0]["size"] == len(body)
+    assert ask(f"{store.url}/{target}", "DELETE")[0] == 204
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "body", "status"),
+    [
+        ("PUT", "/", {}, b"x", 400),
+        ("PUT", "/%zz", {}, b"x", 400),
+        ("PUT", "/%FF", {}, b"x", 400),
+        ("PUT", "/a%00", {}, b"x", 400),
+        ("PUT", "/-/x", {}, b"x", 400),
+        ("GET", "/-/nothing", {}, None, 400),
+        ("PUT", "/" + "k" * 1025, {}, b"x", 400),
+        ("GET", "/" + "k" * 9000, {}, None, 400),
+        ("PUT", "/k", {"Content-Encoding": "gzip"}, b"x", 415),
+        ("PUT", "/k", {"Content-Range": "bytes 0-0/1"}, b"x", 400),
+        ("PUT", "/k", {"Content-Type": "nonsense"}, b"x", 400),
+        ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
+        ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
+        ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
+        ("PUT", "/k", {"Content-MD5": "nonsense"}, b"x", 400),
+        ("PUT", "/k", {"Repr-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"}, b"x", 422),
+        ("PUT", "/k", {"Content-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"}, b"x" * 900_000, 422),
+        ("POST", "/k", {}, b"x", 405),
+        ("PATCH", "/k", {}, b"x", 405),
+        ("OPTIONS", "*", {}, None, 400),
+        ("POST", "/", {}, b"x", 405),
+        ("PUT", "/-/livez", {}, b"x", 405),
+        ("GET", "/?limit=0", {}, None, 400),
+        ("GET", "/?limit=10001", {}, None, 400),
+        ("GET", "/?limit=x", {}, None, 400),
+        ("GET", "/?limit=1&limit=2", {}, None, 400),
+        ("GET", "/?colour=red", {}, None, 400),
+        ("GET", "/?prefix=%FF", {}, None, 400),
+        ("GET", "/?prefix=" + "p" * 1025, {}, None, 400),
+    ],
+)
+def test_bad_input_is_refused_with_a_reason_and_changes_nothing(
+    store: Program, method: str, target: str, headers: dict[str, str], body: bytes | None, status: int
+) -> None:
+    before = json.loads(ask(store.url + "/-/status")[2])["keys"]
+    connection = http.client.HTTPConnection("127.0.0.1", store.port, timeout=20)
+    connection.request(method, target, body, headers)
+    answer = connection.getresponse()
+    problem = json.loads(answer.read())
+    connection.close()
+    assert answer.status == status == problem["status"] and problem["detail"] and problem["title"]
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert problem["request_id"] == answer.headers["X-Request-ID"]
+    assert status != 405 or "GET" in answer.headers["Allow"]
+    assert json.loads(ask(store.url + "/-/status")[2])["keys"] == before
+    assert ask(store.url + "/k")[0] == 404
+
+
+HEAD = b"PUT /cut HTTP/1.1\r\nHost: h\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"Content-Length: 10\r\n\r\nabc",
+        HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 600_000,
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n",
+        HEAD + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        HEAD + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+        HEAD + b"Content-Length: -1\r\n\r\nabc",
+        HEAD + b"Content-Length: 3\r\n\r\nabcdef",
+    ],
+)
+def test_body_that_is_not_what_it_says_stores_nothing(store: Program, data: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", store.port), timeout=20) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.recv(65536)
+    assert not answer.startswith(b"HTTP/1.1 2")
+    eventually(lambda: metric(read_metrics(store.url), "mkv_http_requests_in_flight") == 1)
+    assert ask(store.url + "/cut")[0] == 404
+
+
+def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing(store: Program) -> None:
+    with socket.create_connection(("127.0.0.1", store.port), timeout=20) as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\n")
+        eventually(lambda: metric(read_metrics(store.url), "mkv_http_requests_in_flight") == 2)
+        connection.sendall(b"abcdef")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    assert ask(store.url + "/cut")[0] == 404
+
+
+def test_put_is_refused_before_its_body_is_asked_for(store: Program) -> None:
+    head = HEAD.replace(b"/cut", b"/exp") + b"Content-Length: 5\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", store.port), timeout=20) as connection:
+        connection.sendall(head + b'If-Match: "x"\r\n\r\n')
+        assert connection.recv(1000).startswith(b"HTTP/1.1 412")
+    with socket.create_connection(("127.0.0.1", store.port), timeout=20) as connection:
+        connection.sendall(head + b"\r\n")
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"hello")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 201")
+    assert ask(store.url + "/exp", "DELETE")[0] == 204
+
+
+def test_conditional_requests(store: Program) -> None:
+    url = store.url + "/cond"
+    assert ask(url, "PUT", b"1", If_None_Match="*")[0] == 201
+    assert ask(url, "PUT", b"2", If_None_Match="*")[0] == 412
+    etag = ask(url)[1]["etag"]
+    for method in ("GET", "HEAD"):
+        status, headers, _ = ask(url, method, If_None_Match=etag)
+        assert status == 304 and headers["etag"] == etag
+        assert ask(url, method, If_Match='"x"')[0] == 412
+    modified = ask(url, "HEAD")[1]["last-modified"]
+    assert ask(url, If_Modified_Since=modified)[0] == 304
+    assert ask(url, If_Modified_Since="no date")[0] == 302
+    assert ask(url, "PUT", b"2", If_Match=etag)[0] == 204
+    assert ask(url, "PUT", b"3", If_Match=etag)[0] == 412
+    assert ask(url, "DELETE", If_Match=etag)[0] == 412
+    assert ask(url, "DELETE", If_Match=ask(url)[1]["etag"])[0] == 204
+
+
+def test_client_digests_are_verified(store: Program) -> None:
+    body = b"x" * 500_000
+    headers = {
+        "Repr_Digest": f"sha-256=:{base64.b64encode(hashlib.sha256(body).digest()).decode()}:",
+        "Content_Digest": f"sha-512=:{base64.b64encode(hashlib.sha512(body).digest()).decode()}:",
+        "Content_MD5": base64.b64encode(hashlib.md5(body).digest()).decode(),
+    }
+    assert ask(store.url + "/digest", "PUT", body, **headers)[0] == 201
+    assert ask(store.url + "/digest", "DELETE")[0] == 204
+
+
+def test_request_id_is_the_clients_or_new(store: Program) -> None:
+    assert ask(store.url + "/none", X_Request_ID="A.b_c-9")[1]["x-request-id"] == "A.b_c-9"
+    for bad in ("a b", "x" * 129, "é", "a;b"):
+        given = ask(store.url + "/none", X_Request_ID=bad)[1]["x-request-id"]
+        assert given != bad and re.fullmatch("[0-9a-f]{16}", given)
+
+
+def test_only_one_of_many_creators_wins(store: Program) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [b"%d" % i for i in range(16)]
+        answers = list(pool.map(lambda b: ask(store.url + "/race", "PUT", b, If_None_Match="*")[0], bodies))
+    assert sorted(answers) == [201] + [412] * 15
+    assert read_back(store, "race") == bodies[answers.index(201)]
+    assert ask(store.url + "/race", "DELETE")[0] == 204
+
+
+def test_replaced_and_deleted_blobs_leave_the_volumes(store: Program) -> None:
+    links = set()
+    for i in range(3):
+        assert ask(store.url + "/gone", "PUT", b"%d" % i)[0] in (201, 204)
+        links.add(ask(store.url + "/gone")[1]["location"])
+    assert ask(store.url + "/gone", "DELETE")[0] == 204
+    for link in links:  # no sidecar of any version is left when DELETE answers
+        assert (
+            ask(
+                mkv.sidecar_path(urlsplit(link).path).join((link.partition("/")[0] + "//" + urlsplit(link).netloc, ""))
+            )[0]
+            == 404
+        )
+    for link in links:
+        eventually(lambda link=link: ask(link)[0] == 404)
+    eventually(lambda: json.loads(ask(store.url + "/-/status")[2])["garbage"] == 0)
+
+
+def test_status_counts_what_is_there(store: Program) -> None:
+    before = json.loads(ask(store.url + "/-/status")[2])
+    assert ask(store.url + "/counted", "PUT", b"12345")[0] == 201
+    after = json.loads(ask(store.url + "/-/status")[2])
+    assert (after["keys"] - before["keys"], after["bytes"] - before["bytes"]) == (1, 5)
+    assert sum(v["blobs"] for v in after["volumes"]) - sum(v["blobs"] for v in before["volumes"]) == 2
+    assert {v["state"] for v in after["volumes"]} == {"up"} and after["version"] == mkv.__version__
+    assert ask(store.url + "/counted", "DELETE")[0] == 204
+
+
+class Model(RuleBasedStateMachine):
+    """The store against a dict: PUT, conditional PUT, DELETE, GET and list agree with it at every step."""
+
+    program: ClassVar[Program]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.model = f"model-{os.urandom(8).hex()}/", dict[str, bytes]()
+
+    keys = st.sampled_from(["a", "a/b", "a//b", "b", "é\n", "b/.."])
+    bodies = st.sampled_from([b"", b"one", b"two", b"x" * 300_000])
+
+    def url(self, key: str) -> str:
+        return f"{self.program.url}/{self.space}{quote(key, safe='')}"
+
+    @rule(key=keys, body=bodies)
+    def put(self, key: str, body: bytes) -> None:
+        assert ask(self.url(key), "PUT", body)[0] == (204 if key in self.model else 201)
+        self.model[key] = body
+
+    @rule(key=keys, body=bodies)
+    def create(self, key: str, body: bytes) -> None:
+        assert ask(self.url(key), "PUT", body, If_None_Match="*")[0] == (412 if key in self.model else 201)
+        self.model.setdefault(key, body)
+
+    @rule(key=keys, expected=bodies, body=bodies)
+    def swap(self, key: str, expected: bytes, body: bytes) -> None:
+        matches = self.model.get(key) == expected
+        etag = f'"{hashlib.sha256(expected).hexdigest()}"'
+        assert ask(self.url(key), "PUT", body, If_Match=etag)[0] == (204 if matches else 412)
+        if matches:
+            self.model[key] = body
+
+    @rule(key=keys)
+    def delete(self, key: str) -> None:
+        assert ask(self.url(key), "DELETE")[0] == (204 if self.model.pop(key, None) is not None else 404)
+
+    @rule(key=keys)
+    def get(self, key: str) -> None:
+        status, headers, _ = ask(self.url(key))
+        assert status == (302 if key in self.model else 404)
+        if status == 302:
+            assert ask(headers["location"])[2] == self.model[key]
+
+    @invariant()
+    def listed(self) -> None:
+        page = json.loads(ask(f"{self.program.url}/?prefix={quote(self.space, safe='')}")[2])
+        sizes = {row["key"].removeprefix(self.space): row["size"] for row in page["keys"]}
+        assert sizes == {key: len(body) for key, body in self.model.items()}
+
+
+def test_store_behaves_like_a_dict(store: Program) -> None:
+    Model.program = store
+    run_state_machine_as_test(Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None))
+
+
+# == Faults ===========================================================================================================
+
+
+@pytest.fixture
+def volumes3(tmp_path: Path) -> Iterator[list[Nginx]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Nginx(tmp_path / f"n{i}")) for i in range(3)]
+
+
+def flags_of(nginxes: Iterable[Nginx]) -> list[str]:
+    return [flag for i, one in enumerate(nginxes) for flag in ("--volume", f"n{i}={one.url}")]
+
+
+def get_body(url: str) -> bytes | None:
+    """Read a blob as a client does, None if its volume cannot be reached right now."""
+    try:
+        status, headers, _ = ask(url)
+        return ask(headers["location"])[2] if status == 302 else None
+    except OSError:
+        return None
+
+
+def test_killed_volume_loses_nothing_and_stops_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+    server = start(*flags_of(volumes3))
+    for i in range(30):
+        assert ask(f"{server.url}/k{i}", "PUT", b"%d" % i)[0] == 201
+    volumes3[0].signal(signal.SIGKILL)
+    for i in range(30, 60):  # I1: writes go to the next volume at once
+        assert ask(f"{server.url}/k{i}", "PUT", b"%d" % i)[0] == 201
+    for i in range(60):  # I3: reads go on from the other replica
+        eventually(lambda i=i: get_body(f"{server.url}/k{i}") == b"%d" % i)
+    assert ask(server.url + "/k0", "DELETE")[0] == 204 and ask(server.url + "/k0")[0] == 404
+    volumes3[1].signal(signal.SIGKILL)
+    eventually(lambda: ask(server.url + "/new", "PUT", b"x")[0] == 503)
+    _, headers, body = ask(server.url + "/new", "PUT", b"x")
+    assert "retry-after" in headers and "n0 down" in json.loads(body)["detail"]
+    assert ask(server.url + "/new")[0] == 404  # I2
+
+
+def test_volume_that_was_down_during_a_delete_does_not_bring_it_back(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2", "--garbage-delay", "0")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    volumes3[0].signal(signal.SIGKILL)
+    assert ask(server.url + "/k", "DELETE")[0] == 204
+    assert volumes3[0].files() and not any(name.endswith(".key") for one in volumes3[1:] for name in one.files())
+    eventually(lambda: "volume n0 is down" in server.log())
+    server.stop(signal.SIGKILL)  # the garbage outlives the server
+    volumes3[0].begin()
+    begin_again = start("--data", str(server.folder / "mkv-data"), *flags_of(volumes3))
+    eventually(lambda: not volumes3[0].files())
+    assert ask(begin_again.url + "/k")[0] == 404
+
+
+def test_stopped_volume_is_given_up_in_time(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+    server = start(*flags_of(volumes3), "--volume-timeout", "0.5", "--replicas", "3", "--min-replicas", "2")
+    volumes3[0].signal(signal.SIGSTOP)
+    assert ask(server.url + "/small", "PUT", b"x")[0] == 201
+    assert "n0" not in ask(server.url + "/small")[1]["mkv-volumes"]
+    volumes3[0].signal(signal.SIGCONT)
+    eventually(lambda: json.loads(ask(server.url + "/-/status")[2])["volumes"][0]["state"] == "up")
+
+
+class Faulty:
+    """A volume that takes probes and PUTs of up to `good` bytes, and does to the others what `how` says."""
+
+    def __init__(self, how: str, good: int = 100_000) -> None:
+        self.how, self.good, self.stop = how, good, threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError), connection.makefile("rb") as stream:
+            while line := stream.readline():
+                length = 0
+                while (header := stream.readline().strip()) != b"":
+                    if header.lower().startswith(b"content-length:"):
+                        length = int(header.split(b":")[1])
+                if line.startswith(b"PUT") and length > self.good and b"probe" not in line:
+                    stream.read(self.good)
+                    if self.how == "500":
+                        connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+                    if self.how == "stall":
+                        self.stop.wait(30)
+                    return
+                stream.read(length)
+                connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    def close(self) -> None:
+        self.stop.set()
+        self._socket.close()
+
+
+@pytest.mark.parametrize("how", ["500", "stall", "close"])
+def test_failure_in_the_middle_of_a_large_body(start: Callable[..., Program], volumes3: list[Nginx], how: str) -> None:
+    """I2: the PUT fails with 503, the key stays as it was, and nothing is left on the good volumes."""
+    faulty = Faulty(how)
+    flags = [
+        "--volume",
+        f"bad={faulty.url}",
+        *flags_of(volumes3[:1]),
+        "--volume-timeout",
+        "0.5",
+        "--garbage-delay",
+        "0",
+    ]
+    server = start(*flags)
+    assert ask(server.url + "/k", "PUT", b"old")[0] == 201
+    with contextlib.suppress(OSError):  # the server may hang up before it has the whole body
+        status, headers, _ = ask(server.url + "/k", "PUT", b"x" * 30_000_000)
+        assert status == 503 and "retry-after" in headers
+    assert ask(server.url + "/k", "HEAD")[1]["content-length"] == "3"
+    eventually(lambda: len(volumes3[0].files()) == 2 and not list((volumes3[0].folder / ".tmp").iterdir()))
+    faulty.close()
+
+
+@pytest.mark.parametrize("how", ["500", "stall", "close"])
+def test_failing_volume_is_replaced_for_a_small_body(
+    start: Callable[..., Program], volumes3: list[Nginx], how: str
+) -> None:
+    faulty = Faulty(how, good=0)
+    server = start("--volume", f"bad={faulty.url}", *flags_of(volumes3[:2]), "--volume-timeout", "0.5")
+    for i in range(10):
+        assert ask(f"{server.url}/k{i}", "PUT", b"x")[0] == 201
+        assert ask(f"{server.url}/k{i}")[1]["mkv-volumes"] == "n0,n1"
+    faulty.close()
+
+
+def test_client_that_goes_away_leaves_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+    server = start(*flags_of(volumes3), "--garbage-delay", "0")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 4_000_000)
+    eventually(lambda: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 1)
+    assert ask(server.url + "/k")[0] == 404
+    for one in volumes3:
+        eventually(lambda one=one: not one.files() and not list((one.folder / ".tmp").iterdir()))
+
+
+def test_full_disk_is_507_and_reads_go_on(start: Callable[..., Program], tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        small = []
+        for i in range(2):
+            folder = tmp_path / f"small{i}"
+            folder.mkdir()
+            if subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True
+            ).returncode:
+                pytest.skip("mounting a tmpfs needs root")
+            stack.callback(subprocess.run, ["umount", "-l", folder], check=True)
+            small.append(stack.enter_context(Nginx(folder)))
+        server = start(*flags_of(small))
+        assert ask(server.url + "/first", "PUT", b"first")[0] == 201
+        seen = [ask(f"{server.url}/k{i}", "PUT", b"x" * 200_000)[0] for i in range(12)]
+        assert set(seen) == {201, 507} and seen[-1] == 507
+        assert read_back(server, "first") == b"first"
+        assert ask(server.url + "/k0", "DELETE")[0] == 204
+        assert "is readonly" in server.log()
+
+
+def test_full_disk_of_the_index_loses_nothing(
+    start: Callable[..., Program], tmp_path: Path, volumes3: list[Nginx]
+) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        server, good = start("--db", str(folder / "index.db"), *flags_of(volumes3)), []
+        for i in range(3000):
+            key = f"{i}-" + "k" * 900
+            status = ask(f"{server.url}/{key}", "PUT", b"x")[0]
+            if status == 503:
+                break
+            good.append(key)
+        assert status == 503 and good
+        assert all(ask(f"{server.url}/{one}")[0] == 302 for one in good)
+        assert ask(f"{server.url}/{key}")[0] == 404
+        server.stop()
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_server_killed_in_traffic_keeps_what_it_acknowledged(start: Callable[..., Program]) -> None:
+    server, acknowledged = start(), list[int]()
+
+    def write() -> None:
+        for i in range(100_000):
+            if try_ask(f"{server.url}/k{i}", "PUT", b"%d" % i) != 201:
+                return
+            acknowledged.append(i)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    eventually(lambda: len(acknowledged) > 50)
+    server.stop(signal.SIGKILL)
+    writer.join(30)
+    again = start("--data", str(server.folder / "mkv-data"))
+    for i in acknowledged:
+        assert read_back(again, f"k{i}") == b"%d" % i
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_share_port_and_index(start: Callable[..., Program], number: int) -> None:
+    server = start("--workers", "3")
+    with under_load(server.url) as (failures, done):
+        before = len(done)
+        eventually(lambda: len(done) > before + 100)
+    assert failures == []
+    children = children_of(server.process.pid)
+    assert len(children) == 4  # three workers and the embedded volumes
+    os.kill(children[-1], signal.SIGKILL)
+    eventually(lambda: "starting it again" in server.log() and len(children_of(server.process.pid)) == 4)
+    eventually(lambda: try_ask(server.url + "/after", "PUT", b"x") in (201, 204))
+    children = children_of(server.process.pid)
+    server.stop(number)
+    eventually(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_second_start_finds_the_data_again(start: Callable[..., Program]) -> None:
+    first = start()
+    assert ask(first.url + "/k.txt", "PUT", b"x")[0] == 201
+    assert "embedded, under mkv-data" in first.said and "try: curl" in first.said
+    assert first.stop() == 0
+    assert read_back(start("--data", str(first.folder / "mkv-data")), "k.txt") == b"x"
+
+
+# == Embedded volume ==================================================================================================
+
+
+@pytest.fixture(scope="module", params=["embedded", "nginx"])
+def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("volume")
+    (folder.parent / "outside.txt").write_text("secret")
+    if request.param == "nginx":
+        with Nginx(folder) as one:
+            yield one.url, folder
+        return
+    command = [sys.executable, str(HERE / "mkv.py"), "volume", str(folder), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout
+    yield process.stdout.readline().decode().split()[5], folder
+    process.terminate()
+    process.wait(20)
+    process.stdout.close()
+
+
+def test_volume_speaks_the_dialect(volume: tuple[str, Path]) -> None:
+    url, folder = volume
+    assert ask(url + "/aa/bb/x.png", "PUT", b"hello")[0] == 201
+    assert ask(url + "/aa/bb/x.png", "PUT", b"hello!")[0] == 204
+    status, headers, body = ask(url + "/aa/bb/x.png")
+    assert (status, headers["content-type"], body) == (200, "image/png", b"hello!")
+    assert ask(url + "/aa/bb/x.png", Range="bytes=1-2")[::2] == (206, b"el")
+    assert ask(url + "/aa/bb/x.png", "HEAD")[1]["content-length"] == "6"
+    assert (folder / "aa/bb/x.png").read_bytes() == b"hello!"
+    (listed,) = json.loads(ask(url + "/aa/bb/")[2])
+    assert (listed["name"], listed["type"], listed["size"]) == ("x.png", "file", 6) and listed["mtime"].endswith("GMT")
+    assert [(row["name"], row["type"]) for row in json.loads(ask(url + "/")[2])] == [("aa", "directory")]
+    assert ask(url + "/aa/bb/x.png", "DELETE")[0] == 204
+    assert ask(url + "/aa/bb/x.png", "DELETE")[0] == 404 and ask(url + "/aa/bb/x.png")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "statuses"),
+    [
+        ("PUT", "/aa/", {}, (409,)),
+        ("PUT", "/aa/x", {"Content_Range": "bytes 0-0/1"}, (501,)),
+        ("DELETE", "/aa/", {}, (405,)),
+        ("DELETE", "/", {}, (405,)),
+        ("MKCOL", "/zz/", {}, (405,)),
+        ("MOVE", "/aa/x", {"Destination": "/y"}, (405,)),
+        ("GET", "/../outside.txt", {}, (400, 403, 404)),
+        ("GET", "/%2e%2e/outside.txt", {}, (400, 403, 404)),
+        ("GET", "/link/outside.txt", {}, (400, 403, 404)),
+        ("PUT", "/../evil", {}, (400, 403, 404)),
+        ("PUT", "/a/../../evil", {}, (400, 403, 404)),
+        ("PUT", "/a%00b", {}, (400, 403, 404)),
+        ("GET", "/.tmp/", {}, (403, 404)),
+        ("GET", "/.tmp", {}, (301, 403, 404)),
+        ("PUT", "/.tmp/x", {}, (403, 404, 405)),
+    ],
+)
+def test_volume_never_leaves_its_folder(
+    volume: tuple[str, Path], method: str, path: str, headers: dict[str, str], statuses: tuple[int, ...]
+) -> None:
+    url, folder = volume
+    if "link" in path and not (folder / ".access.log").exists():  # nginx follows the links that an operator makes
+        (folder / "link").unlink(missing_ok=True)
+        (folder / "link").symlink_to(folder.parent)
+    before = sorted(folder.parent.iterdir())
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, b"evil" if method == "PUT" else None, named)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    (folder / "link").unlink(missing_ok=True)
+    assert answer.status in statuses and b"secret" not in body
+    assert sorted(folder.parent.iterdir()) == before
+
+
+# == Embedding, packaging, documentation ==============================================================================
+
+
+async def test_store_in_another_application(tmp_path: Path, aiohttp_client: Any) -> None:
+    outer = web.Application()
+    outer.add_subapp("/blobs/", mkv.create_app(mkv.Config(data=str(tmp_path / "data"))))
+    client = await aiohttp_client(outer)
+    for target in ("/blobs/a//..%2Fb", "/blobs/%2F", "/blobs/"):
+        answer = await client.put(URL(target, encoded=True), data=b"x")
+        assert answer.status == (400 if target == "/blobs/" else 201)
+    answer = await client.get(URL("/blobs/a//..%2Fb", encoded=True), allow_redirects=True)
+    assert answer.status == 200 and await answer.read() == b"x"
+    page = await (await client.get("/blobs/")).json()
+    assert [row["key"] for row in page["keys"]] == ["/", "a//../b"]
+    assert (await client.get("/blobs/-/readyz")).status == 200
+    assert (await client.get("/elsewhere")).status == 404
+    assert (await client.post("/blobs/k")).status == 405
+
+
+def test_readme_names_what_the_code_has() -> None:
+    readme = (HERE / "README.md").read_text()
+    for spec in fields(mkv.Config):
+        if spec.metadata:
+            assert f"`{spec.name}`" in readme, spec.name
+    for name in (
+        *mkv.FAMILIES,
+        "/-/livez",
+        "/-/readyz",
+        "/-/status",
+        "/-/metrics",
+        "Mkv-Volumes",
+        "Repr-Digest",
+        "X-Request-ID",
+    ):
+        assert name in readme, name
+    statuses = {
+        str(error.status) for error in vars(mkv).values() if isinstance(error, type) and issubclass(error, mkv.MkvError)
+    }
+    for status in statuses - {"500"}:
+        assert re.search(rf"\b{status}\b", readme), status
+
+
+def test_compose_file_runs_what_is_in_the_repository() -> None:
+    compose = yaml.safe_load((HERE / "compose.yaml").read_text())
+    services = compose["services"]
+    nginxes = [one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]]
+    assert len(nginxes) == 3 and len(services) == 4
+    for service in services.values():
+        assert service["read_only"] is True and service["healthcheck"]["test"] and service["restart"]
+        assert re.search(r"^USER (nginx|mkv)$", service["build"]["dockerfile_inline"], re.MULTILINE)
+        assert all(str(port).startswith("127.0.0.1:") for port in service["ports"])
+    assert (
+        "127.0.0.1:3001" in str(nginxes[0]["command"]) and "listen 127.0.0.1:3001;" in (HERE / "nginx.conf").read_text()
+    )
+
+
+@pytest.mark.compose
+def test_compose_serves_the_host(tmp_path: Path) -> None:
+    if (
+        subprocess.run(["docker", "compose", "version"], capture_output=True).returncode
+        or subprocess.run(["docker", "info"], capture_output=True).returncode
+    ):
+        pytest.skip("no Docker engine with compose at hand")
+    secret = make_compose_secrets(tmp_path)
+    shutil.copytree(HERE, tmp_path / "mkv", ignore=shutil.ignore_patterns(".*", "secrets"), dirs_exist_ok=True)
+    compose = ["docker", "compose", "--project-directory", str(tmp_path / "mkv"), "-p", f"mkv{os.getpid()}"]
+    try:
+        subprocess.run([*compose, "up", "--build", "--wait"], check=True, timeout=600)
+        url = "http://127.0.0.1:3000/compose.png"
+        assert ask(url, "PUT", b"x" * 300_000, token=secret)[0] == 201
+        _, headers, _ = ask(url, token=secret)
+        assert ask(headers["location"])[2] == b"x" * 300_000
+        subprocess.run([*compose, "stop", headers["mkv-volumes"].split(",")[0]], check=True, timeout=60)
+        eventually(lambda: ask(ask(url, token=secret)[1]["location"])[2] == b"x" * 300_000)
+        assert ask(url, "DELETE", token=secret)[0] == 204
+    finally:
+        subprocess.run([*compose, "down", "--volumes"], check=False, timeout=120)
+
+
+# == Fit for production: access, metrics, logs, reload, limits, shutdown ==============================================
+
+SECRETS = {"reader": "r-secret-1", "writer": "w-secret-2", "boss": "b-secret-3", "tenant": "t-secret-4"}
+VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
+EVERYTHING = '["read", "write", "delete", "list", "admin"]'
+
+
+def token_toml(name: str, allow: str, prefix: str = "") -> str:
+    digest = hashlib.sha256(SECRETS[name].encode()).hexdigest()
+    return f'[[token]]\nname = "{name}"\nsha256 = "{digest}"\nallow = {allow}\nprefix = "{prefix}"\n'
+
+
+TOKENS = (
+    token_toml("reader", '["read"]')
+    + token_toml("writer", '["read", "write", "delete"]')
+    + token_toml("boss", EVERYTHING)
+    + token_toml("tenant", '["read", "write", "list"]', "tenant/")
+)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, nginx: Callable[..., str]) -> str:
+    """TOML of three nginx volumes that want both secrets."""
+    urls = [nginx(secrets=(VOLUME_SECRET, LINK_SECRET)) for _ in range(3)]
+    volumes = "".join(f'[[volume]]\nname = "n{i}"\nurl = "{url}"\n' for i, url in enumerate(urls))
+    return f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n{volumes}'
+
+
+@pytest.mark.parametrize(
+    ("token", "method", "path", "status"),
+    [
+        ("", "GET", "/k", 401),
+        ("", "PUT", "/k", 401),
+        ("no-such-secret", "GET", "/k", 401),
+        ("reader", "GET", "/k", 302),
+        ("reader", "HEAD", "/k", 200),
+        ("reader", "PUT", "/k", 403),
+        ("reader", "DELETE", "/k", 403),
+        ("reader", "GET", "/", 403),
+        ("reader", "GET", "/-/status", 403),
+        ("writer", "PUT", "/k", 204),
+        ("writer", "GET", "/-/metrics", 403),
+        ("boss", "GET", "/", 200),
+        ("boss", "GET", "/-/status", 200),
+        ("boss", "GET", "/-/metrics", 200),
+        ("tenant", "PUT", "/tenant/x", 201),
+        ("tenant", "PUT", "/other", 403),
+        ("tenant", "GET", "/?prefix=tenant/", 200),
+        ("tenant", "GET", "/?prefix=ten", 403),
+        ("tenant", "GET", "/", 403),
+        ("", "GET", "/-/livez", 200),
+        ("", "GET", "/-/readyz", 200),
+    ],
+)
+def test_token_allows_what_it_says(access_server: Program, token: str, method: str, path: str, status: int) -> None:
+    ask(access_server.url + "/tenant/x", "DELETE", token="boss")
+    answer, headers, body = ask(access_server.url + path, method, b"x" if method == "PUT" else None, token)
+    assert answer == status
+    if status in (401, 403) and method != "HEAD":
+        assert json.loads(body)["status"] == status and json.loads(body)["detail"]
+    assert (status == 401) == ("www-authenticate" in headers)
+
+
+@pytest.fixture(scope="module")
+def access_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    program = Program(tmp_path_factory.mktemp("access"), config=TOKENS)
+    assert ask(program.url + "/k", "PUT", b"x", "boss")[0] == 201
+    yield program
+    program.stop(signal.SIGKILL)
+
+
+def test_anonymous_rule_opens_what_it_names(start: Callable[..., Program]) -> None:
+    server = start(config=TOKENS + '[anonymous]\nallow = ["read"]\nprefix = "public/"\n')
+    for key in ("public/a", "private"):
+        assert ask(f"{server.url}/{key}", "PUT", b"x", "boss")[0] == 201
+    assert ask(server.url + "/public/a")[0] == 302
+    assert ask(server.url + "/private")[0] == 401
+    assert ask(server.url + "/public/a", "DELETE")[0] == 401
+    assert ask(server.url + "/public/a", token="wrong")[0] == 401
+
+
+def test_server_without_token_stays_on_loopback(tmp_path: Path) -> None:
+    command = [sys.executable, str(HERE / "mkv.py"), "serve", "--host", "0.0.0.0", "--port", "0"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert refused.returncode == 2 and "--host" in refused.stderr and "insecure" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_secret_in_log_or_answer(start: Callable[..., Program], guarded: str) -> None:
+    server = start(config=guarded + TOKENS)
+    said = b""
+    for token in ("boss", "reader", "not-known-secret-7"):
+        for method in ("PUT", "GET", "DELETE"):
+            said += ask(server.url + "/k", method, b"x", token)[2]
+    said += ask(server.url + "/-/status", token="boss")[2] + ask(server.url + "/-/metrics", token="boss")[2]
+    server.config.write_text("volume_secret = 7")
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "everything stays" in server.log())
+    server.stop()
+    for secret in (*SECRETS.values(), VOLUME_SECRET, LINK_SECRET, "not-known-secret-7"):
+        assert secret not in server.log() and secret.encode() not in said
+
+
+def test_config_repr_shows_no_secret() -> None:
+    config = mkv.Config(
+        volume_secret="hush1", link_secret="hush2", tokens=(mkv.Token(name="a", sha256="ab" * 32, allow=("read",)),)
+    )
+    assert "hush" not in repr(config) and "abab" not in repr(config)
+
+
+@pytest.fixture(params=["nginx", "embedded"])
+def private(request: pytest.FixtureRequest, start: Callable[..., Program]) -> Program:
+    """A server whose volumes, of either kind, want both secrets."""
+    if request.param == "nginx":
+        return start(config=request.getfixturevalue("guarded"))
+    return start(config=f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n')
+
+
+def test_signed_link_opens_one_blob(private: Program) -> None:
+    assert ask(private.url + "/a.txt", "PUT", b"alpha")[0] == 201
+    assert ask(private.url + "/b.txt", "PUT", b"beta")[0] == 201
+    link, other = (ask(f"{private.url}/{key}")[1]["location"] for key in ("a.txt", "b.txt"))
+    assert ask(link)[::2] == (200, b"alpha")
+    assert ask(link, Range="bytes=1-2")[::2] == (206, b"lp")
+    assert ask(link, "HEAD")[0] == 200
+    path, _, query = link.partition("?")
+    expires = int(query.rpartition("=")[2])
+    for bad in (
+        path,  # no signature
+        link.replace("md5=", "md5=A"),
+        link.replace(f"expires={expires}", f"expires={expires + 1}"),
+        f"{other.partition('?')[0]}?{query}",  # moved to another blob
+        f"{mkv.sidecar_path(urlsplit(path).path)}?{query}",
+        f"{path}?md5=&expires=",
+        f"{path}?md5={'A' * 22}&expires={'9' * 4000}",
+    ):
+        url = bad if bad.startswith("http") else f"http://{urlsplit(link).netloc}{bad}"
+        assert ask(url)[0] == 403, bad
+    expired = mkv.sign_link(urlsplit(path).path, LINK_SECRET, int(time.time()) - 5)
+    assert ask(path + expired)[0] == 410
+
+
+def test_volume_trusts_only_the_index_server(private: Program) -> None:
+    assert ask(private.url + "/a.txt", "PUT", b"alpha")[0] == 201
+    link = ask(private.url + "/a.txt")[1]["location"]
+    volume, path = f"http://{urlsplit(link).netloc}", urlsplit(link).path
+    for headers in ({}, {"Mkv_Volume_Secret": "wrong"}):
+        for method, target in (
+            ("PUT", path), ("PUT", link.removeprefix(volume)), ("DELETE", path), ("DELETE", link.removeprefix(volume)),
+            ("GET", "/"), ("GET", path[:4]), ("GET", path[:7]), ("DELETE", path[:7]), ("PUT", "/.mkv-probe"),
+            ("GET", mkv.sidecar_path(path)), ("GET", mkv.sidecar_path(path).replace(".key", "%2ekey")),
+        ):  # fmt: skip
+            assert ask(volume + target, method, b"evil" if method == "PUT" else None, **headers)[0] in (403, 405), (
+                method,
+                target,
+            )
+    assert ask(volume + path, Mkv_Volume_Secret=VOLUME_SECRET)[::2] == (200, b"alpha")
+    assert ask(ask(private.url + "/a.txt")[1]["location"])[2] == b"alpha"
+
+
+def test_internal_headers_of_a_client_are_ignored(private: Program) -> None:
+    evil = {"Mkv_Volume_Secret": "evil", "Mkv_Volumes": "evil", "X_Request_ID": "a b\tevil", "traceparent": "evil"}
+    assert ask(private.url + "/k", "PUT", b"x", **evil)[0] == 201
+    status, headers, _ = ask(private.url + "/k", "HEAD", **evil)
+    assert status == 200 and "evil" not in " ".join(headers.values())
+
+
+# -- metrics --
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_metrics_equal_what_was_sent(start: Callable[..., Program], workers: str) -> None:
+    server = start("--workers", workers)
+    for i in range(12):
+        assert ask(f"{server.url}/k{i}", "PUT", b"x" * 100)[0] == 201
+        assert ask(f"{server.url}/k{i}")[0] == 302
+    for i in range(5):
+        assert ask(f"{server.url}/none{i}")[0] == 404
+        assert ask(f"{server.url}/k{i}", "DELETE")[0] == 204
+    found = read_metrics(server.url)
+    for method, status, count in (("PUT", "201", 12), ("GET", "302", 12), ("GET", "404", 5), ("DELETE", "204", 5)):
+        labels = {"method": method, "status": status}
+        assert metric(found, "mkv_http_requests_total", **labels) == count
+        assert metric(found, "mkv_http_request_duration_seconds_count", **labels) == count
+        assert metric(found, "mkv_http_request_duration_seconds_bucket", le="+Inf", **labels) == count
+        assert metric(found, "mkv_http_request_duration_seconds_sum", **labels) > 0
+    assert metric(found, "mkv_received_bytes_total") == 1200
+    assert metric(found, "mkv_keys") == 7 and metric(found, "mkv_bytes") == 700
+    assert metric(found, "mkv_http_requests_in_flight") == 1  # this one
+    assert metric(found, "mkv_garbage_pending") >= 0
+    assert metric(found, "mkv_volume_state", volume="volume1", state="up") == 1
+    assert sum(metric(found, "mkv_volume_blobs", volume=f"volume{i}") for i in (1, 2, 3)) == 14
+    assert metric(found, "mkv_index_batch_size_count", kind="write") > 0
+
+
+def test_histogram_buckets_are_cumulative(start: Callable[..., Program]) -> None:
+    server = start()
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    buckets: dict[str, list[tuple[float, float]]] = {}
+    for (name, labels), value in read_metrics(server.url).items():
+        if name.endswith("_bucket"):
+            rest = name + str(sorted(label for label in labels if label[0] != "le"))
+            buckets.setdefault(rest, []).append((float(dict(labels)["le"]), value))
+    assert buckets
+    for series in buckets.values():
+        values = [value for _, value in sorted(series)]
+        assert values == sorted(values)
+
+
+def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
+    server = start("--workers", "2")
+    for i in range(20):
+        assert ask(f"{server.url}/k{i}", "PUT", b"x")[0] == 201
+    for pid in children_of(server.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: server.log().count("starting it again") >= 2)
+    eventually(lambda: try_ask(server.url + "/k1") == 302)
+    assert metric(read_metrics(server.url), "mkv_http_requests_total", method="PUT", status="201") == 20
+    assert metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 1
+
+
+# -- logs --
+
+
+def test_json_log_has_one_line_a_request(start: Callable[..., Program]) -> None:
+    server = start("--log-format", "json")
+    ask(server.url + "/a%0Ab%22", "PUT", b"12345", X_Request_ID="my-id.1")
+    eventually(lambda: "my-id.1" in server.log())
+    lines = [json.loads(line) for line in server.log().splitlines()]
+    (mine,) = [line for line in lines if line.get("id") == "my-id.1"]
+    assert mine["key"] == 'a\nb"' and mine["method"] == "PUT" and mine["status"] == 201 and mine["bytes"] == 5
+    assert mine["ms"] > 0 and len(mine["volumes"].split(",")) == 2
+
+
+def test_text_log_escapes_the_key(start: Callable[..., Program]) -> None:
+    server = start()
+    ask(server.url + "/a%0A2026-01-01T00:00:00.000Z%20info%20forged", X_Request_ID="forger")
+    eventually(lambda: "forger" in server.log())
+    assert [line for line in server.log().splitlines() if "forged" in line and "id=forger" in line]
+    assert not any(line.startswith("2026-01-01T") for line in server.log().splitlines())
+
+
+def test_one_id_follows_a_request_through_both_logs(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
+    folders = []
+    urls = [nginx(folders=folders) for _ in range(2)]
+    server = start(*(flag for url in urls for flag in ("--volume", url)))
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    status, headers, _ = ask(server.url + "/k", "PUT", b"x", X_Request_ID="one-grep", traceparent=trace)
+    assert status == 201 and headers["x-request-id"] == "one-grep"
+    eventually(lambda: "id=one-grep" in server.log() and trace in server.log())
+    for folder in folders:
+        eventually(lambda folder=folder: (folder / ".access.log").read_text().count("one-grep") == 2)
+        assert trace in (folder / ".access.log").read_text()
+
+
+# -- reload --
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_reload_under_load_fails_no_request(
+    start: Callable[..., Program], nginx: Callable[..., str], workers: str
+) -> None:
+    urls = [nginx() for _ in range(3)]
+    volumes = [f'[[volume]]\nname = "n{i}"\nurl = "{url}"\n' for i, url in enumerate(urls)]
+    server = start("--workers", workers, config="".join(volumes[:2]))
+    with under_load(server.url) as (failures, done):
+        server.config.write_text("".join(volumes))
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log().count("changed: volumes") == int(workers))
+        before = len(done)
+        eventually(lambda: len(done) > before + 100)
+        server.config.write_text("replicas = 'many'\n[[volume]]\nname = 'x'\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: server.log().count("everything stays") == int(workers))
+        before = len(done)
+        eventually(lambda: len(done) > before + 100)
+    assert failures == []
+    status = json.loads(ask(server.url + "/-/status")[2])
+    assert [volume["name"] for volume in status["volumes"]] == ["n0", "n1", "n2"]
+    assert "replicas" in server.log() and "volume[1].url" in server.log()
+
+
+def test_reload_says_what_needs_a_restart(start: Callable[..., Program]) -> None:
+    server = start()
+    server.config.write_text('db = "elsewhere.db"\nworkers = 4\nmax_blob_size = 10\n')
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "configuration reloaded" in server.log())
+    (line,) = [line for line in server.log().splitlines() if "configuration reloaded" in line]
+    assert "max_blob_size" in line and "needs a restart: db, workers" in line
+    assert ask(server.url + "/k", "PUT", b"x" * 11)[0] == 413
+
+
+# -- limits --
+
+
+def test_lists_are_limited_by_client(start: Callable[..., Program]) -> None:
+    server = start("--list-rate", "1", "--list-burst", "3")
+    answers = [ask(server.url + "/?limit=1") for _ in range(6)]
+    assert [status for status, _, _ in answers[:3]] == [200, 200, 200]
+    status, headers, body = answers[-1]
+    assert status == 429 and int(headers["retry-after"]) >= 1 and json.loads(body)["status"] == 429
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201  # only lists
+
+
+def test_blob_size_is_limited(start: Callable[..., Program]) -> None:
+    server = start("--max-blob-size", "1000")
+    assert ask(server.url + "/k", "PUT", b"x" * 1000)[0] == 201
+    assert ask(server.url + "/k", "PUT", b"x" * 1001)[0] == 413
+    chunked = (
+        b"PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001 + b"\r\n0\r\n\r\n"
+    )
+    assert raw(server.port, chunked).startswith(b"HTTP/1.1 413")
+    assert ask(server.url + "/c")[0] == 404
+
+
+def test_uploads_at_once_are_limited(start: Callable[..., Program]) -> None:
+    server = start("--max-uploads", "1")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        slow.sendall(b"PUT /slow HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab")
+        eventually(lambda: ask(server.url + "/other", "PUT", b"x")[0] == 503)
+        assert "retry-after" in ask(server.url + "/other", "PUT", b"x")[1]
+        slow.sendall(b"cde")
+        assert slow.recv(1000).startswith(b"HTTP/1.1 201")
+    assert ask(server.url + "/other", "PUT", b"x")[0] in (201, 204)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /k HT", b"GET /k HTTP/1.1\r\nHost: h\r\nX-Slow: "])
+def test_slow_headers_are_cut_off(start: Callable[..., Program], sent: bytes) -> None:
+    server = start("--header-timeout", "0.3")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
+        slow.sendall(sent)
+        assert slow.recv(100) == b""
+
+
+def test_slow_body_is_refused(start: Callable[..., Program]) -> None:
+    server = start("--body-timeout", "0.3")
+    assert raw(server.port, b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab").startswith(b"HTTP/1.1 408")
+    assert ask(server.url + "/k")[0] == 404
+
+
+def test_connections_of_a_client_are_limited(start: Callable[..., Program]) -> None:
+    server = start("--max-connections", "2")
+    kept = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
+    assert kept[2].recv(10) == b""
+    kept[0].close()
+    eventually(lambda: try_ask(server.url + "/-/livez") == 200)
+    for one in kept:
+        one.close()
+
+
+def test_idle_connection_is_closed(start: Callable[..., Program]) -> None:
+    server = start("--keepalive-timeout", "1")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as idle:
+        idle.sendall(b"GET /-/livez HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert b"alive" in idle.recv(1000)
+        assert idle.recv(1000) == b""
+
+
+def test_many_slow_connections_leave_a_normal_client_alone(start: Callable[..., Program]) -> None:
+    """2,000 clients that send a header byte at a time; how little a normal client notices is in the README."""
+    server = start("--header-timeout", "30")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2000)]
+    try:
+        for turn in range(5):
+            for one in slow:
+                one.send(b"GET / HTTP/1.1"[turn : turn + 1])
+            assert [ask(server.url + "/k")[0] for _ in range(40)] == [302] * 40
+    finally:
+        for one in slow:
+            one.close()
+
+
+# -- shutdown --
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_shutdown_under_load_fails_no_request(start: Callable[..., Program], workers: str) -> None:
+    server = start("--workers", workers)
+    with under_load(server.url) as (failures, _):
+        assert server.stop() == 0
+    assert failures == []
+    data = server.folder / "mkv-data"
+    assert (data / "index.db").exists() and not (data / "index.db-wal").exists()
+
+
+def test_shutdown_finishes_an_upload_under_way(start: Callable[..., Program]) -> None:
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as upload:
+        upload.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 6\r\n\r\nabc")
+        eventually(lambda: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2)
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: try_ask(server.url + "/-/livez") == 0)
+        upload.sendall(b"def")
+        answer = upload.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 201") and b"Connection: close" in answer
+    assert server.process.wait(20) == 0
+
+
+def test_drain_is_bounded_and_a_second_signal_ends_at_once(start: Callable[..., Program]) -> None:
+    for drain, signals, code in (("0.2", 1, 0), ("3600", 2, 1)):
+        server = start("--drain", drain)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as upload:
+            upload.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 6\r\n\r\nabc")
+            eventually(lambda server=server: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2)
+            for _ in range(signals):
+                server.process.send_signal(signal.SIGTERM)
+                eventually(lambda server=server: "stopping" in server.log())
+            assert server.process.wait(20) == code
+
+
+def test_systemd_is_told(start: Callable[..., Program], tmp_path: Path) -> None:
+    address = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(address))
+        notify.settimeout(20)
+        server = start(env={"NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "200000"})
+        heard = [notify.recv(1000) for _ in range(3)]
+        assert heard[0] == b"READY=1" and b"WATCHDOG=1" in heard
+        server.process.send_signal(signal.SIGHUP)
+        while not heard[-1].startswith(b"RELOADING=1\nMONOTONIC_USEC="):
+            heard.append(notify.recv(1000))
+        while heard[-1] != b"READY=1":
+            heard.append(notify.recv(1000))
+        server.process.send_signal(signal.SIGTERM)
+        while heard[-1] != b"STOPPING=1":
+            heard.append(notify.recv(1000))
+        assert server.process.wait(20) == 0
