@@ -796,7 +796,10 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             stack.callback(os.close, lock)
         store = Store(config, leader=False)
         stack.push_async_callback(store.close)
-        await store.start()
+        try:
+            await store.start()
+        except ConfigError as error:  # the index cannot be opened: nothing that the command line could mend
+            raise ToolError(str(error)) from None
         yield store
         if moving:
             await store.index.write(release_claims)
@@ -1313,7 +1316,8 @@ def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> list
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
     async with open_store(config, options.repair) as store, open_mover(store, options, report) as mover:
-        remove_index(file := f"{config.db}.verify")
+        file, lock = f"{config.db}.scratch", lock_alone(f"{config.db}.verify", "another verify is running")
+        remove_index(file)
         scratch = SqliteThread(file, False)
         work = Verify(store, mover, scratch, report, options.deep)
         text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
@@ -1324,6 +1328,7 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
         finally:
             await scratch.close()
             remove_index(file)
+            os.close(lock)
     left = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.repaired
     report.facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young}
     report.facts |= {"repaired": work.repaired, "left": left, "seconds": round(progress.seconds, 3)}

@@ -1,4 +1,4 @@
-"""All tests of mkv, in the order of mkv.py: helpers, the pure parts, the index, the store over HTTP, faults, production.
+"""All tests of mkv: helpers, then in the order of mkv.py, then faults, documentation, production, tools.
 
 Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers as processes, kills by
 pid. I1 to I10 are the invariants of mkv.py's docstring. Tests that need nginx are skipped where it is missing, but not
@@ -888,8 +888,8 @@ def test_put_get_head_delete(store: Program, size: int, chunked: bool) -> None:
 
 
 ODD_KEYS = [
-    "//", "a//b", "..", "../../etc/passwd", "./x", "a/../b", "%2F", "a b+c", "a\nb", "\U0001f600", "é", "?x=1&y", "#", "-",
-    "a/", "/", "index.db", "\x7f\x01", "k" * 1024, "\U0001f600" * 256, "a:b@c;d,e|f\\g", "--/x",
+    "//", "a//b", "..", "../../etc/passwd", "./x", "a/../b", "%2F", "a b+c", "a\nb", "\U0001f600", "é", "?x=1&y", "#",
+    "-", "a/", "/", "index.db", "\x7f\x01", "k" * 1024, "\U0001f600" * 256, "a:b@c;d,e|f\\g", "--/x",
 ]  # fmt: skip
 
 
