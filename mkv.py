@@ -2414,12 +2414,13 @@ def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
     notify_systemd("READY=1")
 
 
-async def wait_for_stop(on_hangup: Callable[[], None]) -> None:
-    """Return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; a second one ends the process."""
+async def wait_for_stop(on_hangup: Callable[[], None], ready: Callable[[], None] = lambda: None) -> None:
+    """Say `ready` once signals are heard; return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; a second one ends the process."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    ready()
     watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
@@ -2453,8 +2454,7 @@ async def serve_store(
         reloads.add(task := asyncio.create_task(reload()))
         task.add_done_callback(reloads.discard)
 
-    ready(store.view.config)
-    await wait_for_stop(on_hangup)
+    await wait_for_stop(on_hangup, lambda: ready(store.view.config))
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -2536,9 +2536,14 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
     runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
-    print(f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True)
-    notify_systemd("READY=1")
-    await wait_for_stop(lambda: None)
+
+    def ready() -> None:
+        print(
+            f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True
+        )
+        notify_systemd("READY=1")
+
+    await wait_for_stop(lambda: None, ready)
     await runner.cleanup()
 
 
