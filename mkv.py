@@ -150,7 +150,6 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 # One frozen Config, checked as a whole: whatever is wrong is named at once. A field below is at the same time a TOML
 # key, a flag (dashes for underscores) and a row of the README's table.
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 OPERATIONS = ("read", "write", "delete", "list", "admin")
@@ -201,7 +200,7 @@ class Volume(Checked):
     zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
 
     def _contradictions(self) -> Iterator[str]:
-        if not NAME.fullmatch(self.name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}", self.name):
             yield f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}"
         for which, url in (("url", self.url), ("public_url", self.public_url or self.url)):
             if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
@@ -291,10 +290,8 @@ class Config(Checked):
 
 
 def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | None = None) -> Config:
-    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError.
-
-    Each fault names its place: the flag, or `place` and the TOML key.
-    """
+    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError, each fault
+    with its place: the flag, or `place` and the TOML key."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -343,6 +340,12 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
     if faults:
         raise ConfigError(faults)
     return config
+
+
+def reload_config(old: Config, new: Config) -> Config:
+    """Return `new`, but with what only a restart can change, and embedded volumes, as they were."""
+    stays: dict[str, Any] = {name: getattr(old, name) for name in RESTART_ONLY}
+    return replace(new, volumes=new.volumes or old.volumes, **stays)
 
 
 def parse_volume_flag(flag: str) -> dict[str, str]:
@@ -482,7 +485,7 @@ class Ring:
                     return
 
     def place(self, key: str, replicas: int, among: Collection[str] | None = None) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct zones while they last."""
+        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct zones if they last."""
         chosen, spare, taken = list[str](), list[str](), set[str]()
         for name in self.order(key):
             if among is None or name in among:
@@ -693,9 +696,7 @@ def authorize(
     tokens: Collection[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
 ) -> str:
     """Return the name of who may do `operation` on `key` (for a list: its prefix); raises Unauthorized or Forbidden.
-
-    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing.
-    """
+    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing."""
     rule = anonymous
     if authorization is not None and tokens:
         scheme, _, secret = authorization.partition(" ")
@@ -770,7 +771,6 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 BATCH = 1000  # calls in one hop: bounds how long the others wait
-BUSY_TIMEOUT_S = 30.0  # another process writes to the same index
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -835,12 +835,9 @@ class Transaction:
 
 
 def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: Collection[str], delay_s: float) -> bool:
-    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new.
-
-    Whichever version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold.
-    A write that began before the current version is answered as if it had come just before it.
-    Raises PreconditionFailed; the garbage is committed all the same.
-    """
+    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new. Whichever
+    version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold. A write that began
+    before the current version is answered as if it had come just before it. PreconditionFailed undoes no garbage."""
     current = tx.get(record.key)
     tx.add_garbage(record.path, stray, delay_s)
     failed = decide_conditions(conditions, current) is not Verdict.PROCEED
@@ -905,10 +902,8 @@ def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
 class SqliteThread:
     """One thread and the connection that it opens on first use; nobody else touches that connection.
 
-    `run` is one hop to the thread for one piece of work. `call` lets all items that wait then share a hop: `carry_out`
-    answers a list of them, `observe` hears how many. A call once made runs to its end, even if whoever awaits it is
-    cancelled: it waits in a list, not in the executor.
-    """
+    `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe` hears how many. A call
+    runs to its end even if whoever awaits it is cancelled: it waits in a list, not in the executor."""
 
     def __init__(
         self, path: str, readonly: bool, carry_out: Callable[[list[Any], sqlite3.Connection], Any] = lambda *_: None,
@@ -922,7 +917,7 @@ class SqliteThread:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
-            self._db = sqlite3.connect(self._uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            self._db = sqlite3.connect(self._uri, uri=True, timeout=30, isolation_level=None)  # s for other processes
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -32768")
         return work(self._db)
@@ -1007,10 +1002,8 @@ def lock_file(path: str, exclusive: bool) -> int:
 
 
 class Index:
-    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL, synchronous=FULL).
-
-    While it is open it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away.
-    """
+    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL, synchronous=FULL). While
+    open, it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away."""
 
     def __init__(self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None) -> None:
         self.path, self._lock = path, -1
@@ -1034,10 +1027,8 @@ class Index:
         return self._getter.call(key)
 
     def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
-        """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk.
-
-        An MkvError it raises is passed on and undoes nothing. sqlite3.Error: nothing was done.
-        """
+        """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
+        it raises is passed on and undoes nothing. sqlite3.Error: nothing was done."""
         return self._writer.call(mutation)
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -1062,7 +1053,6 @@ class Index:
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
-IDLE_CONNECTIONS = 64  # kept to each volume
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
@@ -1107,7 +1097,7 @@ class VolumeClient:
         self._ssl = parts.scheme == "https" or None
         self._address, self._base = (parts.hostname, parts.port or (443 if self._ssl else 80)), parts.path
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
-        self._idle, self._keep = list[Wire](), IDLE_CONNECTIONS
+        self._idle, self._keep = list[Wire](), 64  # connections at most
 
     def _request(self, method: str, path: str, trail: str, framing: str) -> bytes:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
@@ -1265,7 +1255,6 @@ class Upload:
 
 PROBE_PATH = "/.mkv-probe"  # dot-files are in no listing
 PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
-PROBE_EVERY_S = 1.0
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
 PROBE_TIMEOUT_S = 2.0
 
@@ -1304,7 +1293,7 @@ class Health:
                 for client in clients():
                     if (last := running.get(client.volume.name)) is None or last.done():
                         running[client.volume.name] = group.create_task(self.probe(client))
-                await asyncio.sleep(PROBE_EVERY_S)
+                await asyncio.sleep(1.0)
 
 
 # == Metrics ==========================================================================================================
@@ -1389,10 +1378,7 @@ class Metrics:
 # == Store ============================================================================================================
 # The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
 
-GARBAGE_EVERY_S = 1.0
-GARBAGE_AT_ONCE = 500  # replicas of a volume in one pass
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
-CLIENTS_REMEMBERED = 10_000  # by the rate limit of lists
 
 
 class View(NamedTuple):
@@ -1403,8 +1389,7 @@ class View(NamedTuple):
     clients: Mapping[str, VolumeClient]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class Draft(NamedTuple):
     """What a PUT asks for; `size` is None for a chunked body, `digests` is hashlib name -> what the client expects."""
 
     key: str
@@ -1412,7 +1397,7 @@ class Draft:
     ext: str
     size: int | None
     conditions: Conditions = UNCONDITIONAL
-    digests: Mapping[str, bytes] = field(default_factory=dict)
+    digests: Mapping[str, bytes] = {}
 
 
 class Hasher:
@@ -1578,9 +1563,8 @@ class Store:
     async def reload(self, config: Config) -> None:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
         old = self.view
-        stays: dict[str, Any] = {name: getattr(old.config, name) for name in RESTART_ONLY}
-        refused = [name for name in RESTART_ONLY if getattr(config, name) != stays[name]]
-        config = replace(config, volumes=config.volumes or old.config.volumes, **stays)  # embedded volumes go on
+        refused = [name for name in RESTART_ONLY if getattr(config, name) != getattr(old.config, name)]
+        config = reload_config(old.config, config)
         new = self._make_view(config, old.clients)
         await asyncio.gather(*map(self.health.probe, {*new.clients.values()} - {*old.clients.values()}))
         self.view = new
@@ -1615,11 +1599,8 @@ class Store:
         return url
 
     async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
-        """Store `body` under the key; return its record and whether the key is new.
-
-        Durable when it returns: blobs and sidecars are on their volumes and the record is on disk (I1). If it raises,
-        or is cancelled before the commit, the key is as it was and what was written is garbage (I2).
-        """
+        """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
+        raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
         view, current = self.view, await self.index.get(draft.key)
         if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
@@ -1665,7 +1646,7 @@ class Store:
         """Count a list request of `client`; raises TooManyRequests."""
         config, known = self.view.config, self._list_tokens
         if config.list_rate:
-            if len(known) > CLIENTS_REMEMBERED:
+            if len(known) > 10_000:
                 known.clear()  # which only forgives
             tokens, then = known.get(client, (float(config.list_burst), now))
             tokens, wait_s = take_token(tokens, now - then, config.list_rate, config.list_burst)
@@ -1711,7 +1692,7 @@ class Store:
                     pass
             except sqlite3.Error as error:
                 log.error("index: %s; garbage waits", error)
-            await asyncio.sleep(GARBAGE_EVERY_S)
+            await asyncio.sleep(1.0)
 
     async def collect_garbage(self) -> int:
         """Delete what is due on every volume that is not down; return how many replicas. Can be killed at any step."""
@@ -1719,9 +1700,9 @@ class Store:
         return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
-        query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT ?"
+        query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
         name = client.volume.name
-        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time(), GARBAGE_AT_ONCE)).fetchall()))
+        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time())).fetchall()))
         gone, failed = list[tuple[str, str]](), list[tuple[str, str, int]]()
 
         async def collect() -> None:
@@ -1753,15 +1734,124 @@ CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAcces
 
 
 class Call:
-    """One request on its way: what its handler and its log line need. `trail` is header lines for the volumes."""
+    """One request on its way: what it asks for, its handlers, its log line. `trail` is header lines for the volumes."""
 
     def __init__(self, request: web.Request) -> None:
-        self.request, self.store = request, request.app[STORE]
-        self.id, self.trace = (request.headers.get(name, "") for name in ("X-Request-ID", "traceparent"))
+        self.request, self.store, self.headers = request, request.app[STORE], request.headers
+        self.id, self.trace = self.headers.get("X-Request-ID", ""), self.headers.get("traceparent", "")
         self.id = self.id if REQUEST_ID.fullmatch(self.id) else f"{random.getrandbits(64):016x}"
         self.trace = self.trace if TRACEPARENT.fullmatch(self.trace) else ""
         self.trail = f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
         self.raw_path, self.query, self.key, self.who, self.volumes, self.size = "", "", "", "", tuple[str, ...](), 0
+
+    async def dispatch(self) -> web.StreamResponse:
+        """Find the handler by the raw request target, check who asks, call it."""
+        config, method = self.store.view.config, self.request.method
+        prefix = cast(web.Resource, self.request.match_info.route.resource).canonical.removesuffix("/{key}")
+        self.raw_path, self.query = split_target(self.request.raw_path, prefix)
+        if self.raw_path in ON_PATH and not (self.raw_path == "/" and method in ("PUT", "DELETE")):
+            (handler, operation), allowed, scope = ON_PATH[self.raw_path], ["GET", "HEAD"], ""
+        else:
+            (handler, operation), allowed, scope = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY), None
+        if method not in allowed:
+            raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
+        if scope is None:
+            scope = self.key = key_of_path(self.raw_path)
+        elif operation == "list":
+            scope = parse_list_query(self.query).prefix
+        if operation:
+            shown = self.headers.get("Authorization")
+            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+        return await handler(self)
+
+    async def read(self) -> web.StreamResponse:
+        record, verdict = await self.store.find(self.key, parse_conditions(self.headers))
+        self.volumes = record.volumes
+        headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        if verdict is Verdict.NOT_MODIFIED:
+            return web.Response(status=304, headers=headers)
+        if self.request.method == "GET":
+            return web.Response(status=302, headers=headers | {"Location": self.store.locate(record)})
+        headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
+        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
+        return web.Response(headers=headers)
+
+    async def put(self) -> web.StreamResponse:
+        store, draft = self.store, self._read_draft()
+        if store.uploads >= store.view.config.max_uploads:
+            raise Unavailable("too many uploads at once")
+        store.uploads += 1
+        try:
+            record, created = await store.put(draft, self._read_body(), self.trail)
+        finally:
+            store.uploads -= 1
+        self.volumes = record.volumes
+        return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
+
+    def _read_draft(self) -> Draft:
+        """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
+        headers, size, limit = self.headers, self.request.content_length, self.store.view.config.max_blob_size
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
+        if "Content-Range" in headers:
+            raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
+        if size is None and "Transfer-Encoding" not in headers:
+            size = 0
+        if limit and size and size > limit:
+            raise TooLarge(f"a blob has at most {limit} bytes")
+        content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
+        conditions, digests = parse_conditions(headers), parse_digests(headers)
+        return Draft(self.key, content_type, ext, size, conditions, digests)
+
+    async def _read_body(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
+        request, config, began = self.request, self.store.view.config, time.monotonic()
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer proper has not begun
+        while True:
+            try:
+                async with asyncio.timeout(config.body_timeout):
+                    chunk = await request.content.readany()
+            except TimeoutError:
+                raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
+            except CUT_SHORT as error:
+                raise BadRequest(f"the body was cut short: {error}") from None
+            if not chunk:
+                break
+            self.size += len(chunk)
+            self.store.metrics.add("mkv_received_bytes_total", len(chunk))
+            if config.max_blob_size and self.size > config.max_blob_size:
+                raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
+            elapsed_s = time.monotonic() - began
+            if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
+                raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
+            yield chunk
+        if isinstance(request.protocol, Connection) and request.protocol.garbled:
+            raise BadRequest("the body is longer than its Content-Length")
+
+    async def delete(self) -> web.StreamResponse:
+        await self.store.delete(self.key, parse_conditions(self.headers), self.trail)
+        return web.Response(status=204)
+
+    async def list(self) -> web.StreamResponse:
+        self.store.limit_lists(self.request.remote or "", time.monotonic())
+        body = await self.store.list(parse_list_query(self.query))
+        self.size = len(body)
+        return web.Response(body=body, content_type="application/json")
+
+    async def report(self) -> web.StreamResponse:
+        match self.raw_path:
+            case "/-/livez":
+                return web.Response(text="alive\n")
+            case "/-/readyz":
+                await self.store.check_ready()
+                return web.Response(text="ready\n")
+            case "/-/status":
+                return web.json_response(await self.store.status())
+        body = (await self.store.render_metrics()).encode()
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def finish(self, status: int, seconds: float) -> None:
         """Count the request and write its line."""
@@ -1778,7 +1868,20 @@ class Call:
             access_log.info("request", extra={"facts": facts | {name: value for name, value in more.items() if value}})
 
 
+Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
+ON_PATH: Mapping[str, Route] = {
+    "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
+    "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
+}  # fmt: skip
+ON_KEY: Mapping[str, Route] = {
+    "GET": (Call.read, "read"), "HEAD": (Call.read, "read"), "PUT": (Call.put, "write"),
+    "DELETE": (Call.delete, "delete"),
+}  # fmt: skip
 CALL = web.RequestKey("call", Call)
+
+
+async def dispatch(request: web.Request) -> web.StreamResponse:
+    return await request[CALL].dispatch()
 
 
 def render_error(error: MkvError, request_id: str) -> web.Response:
@@ -1835,133 +1938,6 @@ def parse_conditions(headers: CIMultiDictProxy[str]) -> Conditions:
     return Conditions(**given) if given else UNCONDITIONAL
 
 
-def parse_draft(request: web.Request, key: str, max_size: int) -> Draft:
-    """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
-    headers, size = request.headers, request.content_length
-    if headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
-    if "Content-Range" in headers:
-        raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
-    if size is None and "Transfer-Encoding" not in headers:
-        size = 0
-    if max_size and size and size > max_size:
-        raise TooLarge(f"a blob has at most {max_size} bytes")
-    content_type, ext = media_type_of(headers.get("Content-Type"), key)
-    conditions, digests = parse_conditions(headers), parse_digests(headers)
-    return Draft(key=key, content_type=content_type, ext=ext, size=size, conditions=conditions, digests=digests)
-
-
-async def read_body(call: Call) -> AsyncIterator[bytes]:
-    """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
-    request, config, began = call.request, call.store.view.config, time.monotonic()
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
-    while True:
-        try:
-            async with asyncio.timeout(config.body_timeout):
-                chunk = await request.content.readany()
-        except TimeoutError:
-            raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
-        except CUT_SHORT as error:
-            raise BadRequest(f"the body was cut short: {error}") from None
-        if not chunk:
-            break
-        call.size += len(chunk)
-        call.store.metrics.add("mkv_received_bytes_total", len(chunk))
-        if config.max_blob_size and call.size > config.max_blob_size:
-            raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
-        elapsed_s = time.monotonic() - began
-        if elapsed_s > RATE_GRACE_S and call.size < config.min_body_rate * elapsed_s:
-            raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
-        yield chunk
-    if isinstance(request.protocol, Connection) and request.protocol.garbled:
-        raise BadRequest("the body is longer than its Content-Length")
-
-
-async def put_key(call: Call) -> web.StreamResponse:
-    store = call.store
-    draft = parse_draft(call.request, call.key, store.view.config.max_blob_size)
-    if store.uploads >= store.view.config.max_uploads:
-        raise Unavailable("too many uploads at once")
-    store.uploads += 1
-    try:
-        record, created = await store.put(draft, read_body(call), call.trail)
-    finally:
-        store.uploads -= 1
-    call.volumes = record.volumes
-    return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
-
-
-async def read_key(call: Call) -> web.StreamResponse:
-    record, verdict = await call.store.find(call.key, parse_conditions(call.request.headers))
-    call.volumes = record.volumes
-    headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
-    if verdict is Verdict.NOT_MODIFIED:
-        return web.Response(status=304, headers=headers)
-    if call.request.method == "GET":
-        return web.Response(status=302, headers=headers | {"Location": call.store.locate(record)})
-    headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
-    headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
-    headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
-    return web.Response(headers=headers)
-
-
-async def delete_key(call: Call) -> web.StreamResponse:
-    await call.store.delete(call.key, parse_conditions(call.request.headers), call.trail)
-    return web.Response(status=204)
-
-
-async def get_list(call: Call) -> web.StreamResponse:
-    call.store.limit_lists(call.request.remote or "", time.monotonic())
-    body = await call.store.list(parse_list_query(call.query))
-    call.size = len(body)
-    return web.Response(body=body, content_type="application/json")
-
-
-async def get_report(call: Call) -> web.StreamResponse:
-    match call.raw_path:
-        case "/-/livez":
-            return web.Response(text="alive\n")
-        case "/-/readyz":
-            await call.store.check_ready()
-            return web.Response(text="ready\n")
-        case "/-/status":
-            return web.json_response(await call.store.status())
-    body = (await call.store.render_metrics()).encode()
-    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
-ON_PATH: Mapping[str, Route] = {
-    "/": (get_list, "list"), "/-/livez": (get_report, ""), "/-/readyz": (get_report, ""),
-    "/-/status": (get_report, "admin"), "/-/metrics": (get_report, "admin"),
-}  # fmt: skip
-ON_KEY: Mapping[str, Route] = {
-    "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (put_key, "write"), "DELETE": (delete_key, "delete"),
-}  # fmt: skip
-
-
-async def dispatch(request: web.Request) -> web.StreamResponse:
-    """Find the handler by the raw request target, check who asks, call it."""
-    call, config, method = request[CALL], request.app[STORE].view.config, request.method
-    prefix = cast(web.Resource, request.match_info.route.resource).canonical.removesuffix("/{key}")
-    call.raw_path, call.query = split_target(request.raw_path, prefix)
-    if call.raw_path in ON_PATH and not (call.raw_path == "/" and method in ("PUT", "DELETE")):
-        (handler, operation), allowed = ON_PATH[call.raw_path], ["GET", "HEAD"]
-    else:
-        (handler, operation), allowed = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY)
-    if method not in allowed:
-        raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
-    if handler is get_list:
-        scope = parse_list_query(call.query).prefix
-    else:
-        scope = call.key = "" if handler is get_report else key_of_path(call.raw_path)
-    if operation:
-        call.who = authorize(config.tokens, config.anonymous, request.headers.get("Authorization"), operation, scope)
-    return await handler(call)
-
-
 async def expect_nothing(request: web.Request) -> None:
     """Leave 100 Continue to read_body, so that a PUT that is refused is refused before its body is sent."""
 
@@ -1972,8 +1948,7 @@ def create_app(config: Config, *, metrics: Metrics | None = None, leader: bool =
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
     Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the index cannot be used.
-    Of several processes that share an index, one alone is the leader, which deletes the garbage.
-    """
+    Of several processes that share an index, one alone is the leader, which deletes the garbage."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
@@ -2206,17 +2181,13 @@ async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()
 # == Command line =====================================================================================================
 # The only part that reads arguments and the environment, prints, handles signals and starts processes.
 
-LINGER_S = 0.5  # at shutdown, for kept connections to hear `Connection: close`
+PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
 CONFIG_ONLY = ("tokens", "anonymous", "volume_secret", "link_secret")  # secrets on a command line are public
 
 
 class LogHandler(logging.Handler):
-    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way.
-
-    The lines of one turn of the event loop are written together.
-    """
-
-    PLAIN = re.compile(r"[!#-~]+")
+    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way. The lines of one
+    turn of the event loop are written together."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -2225,21 +2196,21 @@ class LogHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = record.getMessage()
+        level, message = record.levelname.lower(), record.getMessage()
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         if self._as_json:
-            return json.dumps({"time": when, "level": record.levelname.lower(), "message": message} | facts)
-        shown = {k: v if type(v) is not str or self.PLAIN.fullmatch(v) else json.dumps(v) for k, v in facts.items()}
-        return " ".join([when, record.levelname.lower(), message, *(f"{k}={v}" for k, v in shown.items())])
+            return json.dumps({"time": when, "level": level, "message": message} | facts)
+        words = (f"{k}={v if type(v) is not str or PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items())
+        return " ".join([when, level, message, *words])
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record))
-        try:
-            if len(self._lines) == 1:
+        if len(self._lines) == 1:
+            try:
                 asyncio.get_running_loop().call_soon(self.flush)
-        except RuntimeError:  # not on the event loop
-            self.flush()
+            except RuntimeError:  # not on the event loop
+                self.flush()
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
@@ -2306,17 +2277,20 @@ def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
     notify_systemd("READY=1")
 
 
-async def wait_for_stop(on_hangup: Callable[[], None]) -> None:
-    """Return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; a second one ends the process."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
-    while not stop.is_set():
+async def wait_for_stop(reload: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Return at SIGTERM or SIGINT, a second one ends the process; `reload` at SIGHUP. Feeds systemd's watchdog."""
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    watchdog_s, number = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, int(signal.SIGHUP)
+    while number == signal.SIGHUP:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), watchdog_s)
+            number = await asyncio.wait_for(signals.get(), watchdog_s)
+            if number == signal.SIGHUP and reload:
+                await reload()
         notify_systemd("WATCHDOG=1")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, os._exit, 1)
     notify_systemd("STOPPING=1")
 
 
@@ -2325,28 +2299,23 @@ async def serve_store(
     metrics: Metrics, leader: bool,
 ) -> None:  # fmt: skip
     """Serve the store on `listener` until a signal, then let the requests under way finish."""
-    app, reloads = create_app(config, metrics=metrics, leader=leader), set[asyncio.Task[None]]()
+    app, loop = create_app(config, metrics=metrics, leader=leader), asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    store, manager, opened = app[STORE], cast(web.Server, runner.server), defaultdict[str, int](int)
-    loop = asyncio.get_running_loop()
-    connect = partial(Connection, store, opened, manager)
+    store, manager = app[STORE], cast(web.Server, runner.server)
+    connect = partial(Connection, store, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             await store.reload(reread())
-        except ConfigError as error:
-            log.error("configuration not reloaded, everything stays: %s", "; ".join(error.faults))
+        except Exception as error:  # whatever it is, the store goes on
+            log.error("configuration not reloaded, everything stays: %s", str(error).replace("\n", "; "))
         notify_systemd("READY=1")
 
-    def on_hangup() -> None:
-        reloads.add(task := asyncio.create_task(reload()))
-        task.add_done_callback(reloads.discard)
-
     ready(store.view.config)
-    await wait_for_stop(on_hangup)
+    await wait_for_stop(reload)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -2355,18 +2324,18 @@ async def serve_store(
     server.close()
     began = time.monotonic()
     while (waited_s := time.monotonic() - began) < store.view.config.drain:
-        if not store.in_flight and (waited_s > LINGER_S or not manager.connections):
-            break
+        if not store.in_flight and (waited_s > 0.5 or not manager.connections):
+            break  # kept connections had time to hear `Connection: close`
         await asyncio.sleep(0.01)
     await runner.cleanup()
     log.info("stopped")
 
 
-def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> int:
+def supervise(
+    config: Config, listener: socket.socket, reread: Callable[[], Config], ready: Callable[[Config], None]
+) -> int:
     """Fork the workers, and one process (number -1) for embedded volumes; start again who dies; return the exit code.
-
-    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals.
-    """
+    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals."""
     parent_r, parent_w = os.pipe()  # nobody writes: its end of file tells the others that this process is gone
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     shared, children, stopping, code = mmap.mmap(-1, config.workers * REGION), dict[int, int](), False, 0
@@ -2378,12 +2347,10 @@ def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
             async with run_embedded(config, sockets):
-                await wait_for_stop(lambda: None)
-            return
+                return await wait_for_stop()
         if number > 0:
             os.environ.pop("NOTIFY_SOCKET", None)
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        reread = partial(load_config, file, flags)
         await serve_store(ours, listener, reread, ready, Metrics(shared, number), number == 0)
 
     def start(number: int, ready: Callable[[Config], None] = lambda config: None) -> None:
@@ -2397,14 +2364,16 @@ def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping
         logging.shutdown()
         os._exit(exit_code)
 
-    for number in [-1] * bool(sockets) + list(range(config.workers)):
-        announcing = partial(announce, listener=listener, embedded=bool(sockets))
-        start(number, announcing) if number == 0 else start(number)
+    if sockets:
+        start(-1)
+    start(0, ready)
+    for number in range(1, config.workers):
+        start(number)
     while children:
         number = signal.sigwait(watched)
         if number == signal.SIGHUP:
             with contextlib.suppress(ConfigError):  # the workers say what is wrong
-                config = replace(load_config(file, flags), workers=config.workers)
+                config = reload_config(config, reread())
         elif number != signal.SIGCHLD:
             number, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
@@ -2429,12 +2398,12 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
     print(f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True)
     notify_systemd("READY=1")
-    await wait_for_stop(lambda: None)
+    await wait_for_stop()
     await runner.cleanup()
 
 
 def run(main: Coroutine[Any, Any, None]) -> int:
-    """Run to the end on uvloop if that is installed; print what is wrong with the configuration. Returns an exit code."""
+    """Run to the end on uvloop if that is installed; print what is wrong with the configuration; return exit code."""
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main)
@@ -2475,14 +2444,14 @@ def main(arguments: list[str] | None = None) -> int:
         set_up_logging(config)
         if command == "volume":
             return run(serve_one_volume(config, folder))
-        listener = listen(config.host, config.port)
+        listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        ready = partial(announce, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
-            return supervise(config, listener, file, flags)
+            return supervise(config, listener, reread, ready)
+        return run(serve_store(config, listener, reread, ready, Metrics(), True))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2
-    ready = partial(announce, listener=listener, embedded=not config.volumes)
-    return run(serve_store(config, listener, partial(load_config, file, flags), ready, Metrics(), True))
 
 
 if __name__ == "__main__":
