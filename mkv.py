@@ -86,7 +86,6 @@ from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
 from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDictProxy
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
@@ -563,8 +562,7 @@ class Verdict(enum.Enum):
     FAILED = "precondition failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
+class Conditions(NamedTuple):
     """The conditional headers of a request (RFC 9110, 13.1); ETags in quotes, "*" for any."""
 
     if_match: tuple[str, ...] | None = None
@@ -727,8 +725,7 @@ def sign_link(path: str, secret: str, expires_s: int) -> str:
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListQuery:
+class ListQuery(NamedTuple):
     prefix: str = ""
     delimiter: str = ""
     start: str = ""
@@ -1765,7 +1762,7 @@ class Call:
         return await handler(self)
 
     async def read(self) -> web.StreamResponse:
-        record, verdict = await self.store.find(self.key, parse_conditions(self.headers))
+        record, verdict = await self.store.find(self.key, self._read_conditions())
         self.volumes = record.volumes
         headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
         if verdict is Verdict.NOT_MODIFIED:
@@ -1801,8 +1798,19 @@ class Call:
         if limit and size and size > limit:
             raise TooLarge(f"a blob has at most {limit} bytes")
         content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
-        conditions, digests = parse_conditions(headers), parse_digests(headers)
-        return Draft(self.key, content_type, ext, size, conditions, digests)
+        return Draft(self.key, content_type, ext, size, self._read_conditions(), parse_digests(headers))
+
+    def _read_conditions(self) -> Conditions:
+        """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
+        given: dict[str, Any] = {}
+        for header, name in (("If-Match", "if_match"), ("If-None-Match", "if_none_match")):
+            if header in self.headers:
+                given[name] = parse_etags(", ".join(self.headers.getall(header)))
+        for header, name in (("If-Modified-Since", "modified_since_s"), ("If-Unmodified-Since", "unmodified_since_s")):
+            if header in self.headers:
+                with contextlib.suppress(ValueError, OverflowError):
+                    given[name] = parsedate_to_datetime(self.headers[header]).timestamp()
+        return Conditions(**given) if given else UNCONDITIONAL
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
@@ -1832,7 +1840,7 @@ class Call:
             raise BadRequest("the body is longer than its Content-Length")
 
     async def delete(self) -> web.StreamResponse:
-        await self.store.delete(self.key, parse_conditions(self.headers), self.trail)
+        await self.store.delete(self.key, self._read_conditions(), self.trail)
         return web.Response(status=204)
 
     async def list(self) -> web.StreamResponse:
@@ -1898,8 +1906,8 @@ async def answer(
     """Give every request its ID, every error its answer, and every answer its line in log and metrics."""
     began, call = time.perf_counter(), Call(request)
     request[CALL], store = call, call.store
-    if isinstance(request.protocol, Connection):
-        request.protocol.heard = True
+    if isinstance(request.protocol, Connection) and request.protocol.impatience:
+        request.protocol.impatience.cancel()
     store.in_flight += 1
     store.metrics.add("mkv_http_requests_in_flight")
     try:
@@ -1923,19 +1931,6 @@ async def answer(
         response.force_close()
     call.finish(response.status, time.perf_counter() - began)
     return response
-
-
-def parse_conditions(headers: CIMultiDictProxy[str]) -> Conditions:
-    """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
-    given: dict[str, Any] = {}
-    for header, name in (("If-Match", "if_match"), ("If-None-Match", "if_none_match")):
-        if header in headers:
-            given[name] = parse_etags(", ".join(headers.getall(header)))
-    for header, name in (("If-Modified-Since", "modified_since_s"), ("If-Unmodified-Since", "unmodified_since_s")):
-        if header in headers:
-            with contextlib.suppress(ValueError, OverflowError):
-                given[name] = parsedate_to_datetime(headers[header]).timestamp()
-    return Conditions(**given) if given else UNCONDITIONAL
 
 
 async def expect_nothing(request: web.Request) -> None:
@@ -1971,7 +1966,8 @@ class Connection(web.RequestHandler):
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
         options["keepalive_timeout"] = store.view.config.keepalive_timeout
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
-        self._store, self._opened, self._client, self.heard, self._refused = store, opened, "", False, False
+        self._store, self._opened, self._client, self._refused = store, opened, "", False
+        self.impatience: asyncio.TimerHandle | None = None  # until the first request is heard
 
     @property
     def garbled(self) -> bool:
@@ -1986,11 +1982,7 @@ class Connection(web.RequestHandler):
             transport.close()
         else:
             super().connection_made(transport)
-            asyncio.get_running_loop().call_later(config.header_timeout, self._expect_heard)
-
-    def _expect_heard(self) -> None:
-        if not self.heard:
-            self.force_close()
+            self.impatience = asyncio.get_running_loop().call_later(config.header_timeout, self.force_close)
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
@@ -2282,11 +2274,11 @@ async def wait_for_stop(reload: Callable[[], Awaitable[None]] | None = None) -> 
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
-    watchdog_s, number = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, int(signal.SIGHUP)
-    while number == signal.SIGHUP:
+    watchdog_s, stop = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, False
+    while not stop:
         with contextlib.suppress(TimeoutError):
-            number = await asyncio.wait_for(signals.get(), watchdog_s)
-            if number == signal.SIGHUP and reload:
+            stop = await asyncio.wait_for(signals.get(), watchdog_s) != signal.SIGHUP
+            if reload and not stop:
                 await reload()
         notify_systemd("WATCHDOG=1")
     for number in (signal.SIGTERM, signal.SIGINT):
