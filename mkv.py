@@ -555,11 +555,8 @@ def decode_sidecar(data: bytes, path: str) -> Record:
 # == Decisions ========================================================================================================
 # All policy, as pure functions and tables: they are given what is known and return what is to be done.
 
-
-class Verdict(enum.Enum):
-    PROCEED = "proceed"
-    NOT_MODIFIED = "not modified"
-    FAILED = "precondition failed"
+Verdict = enum.Enum("Verdict", "PROCEED NOT_MODIFIED FAILED")  # of a request's conditions
+Step = enum.Enum("Step", "COMMIT WRITE_MORE ROLL_BACK")  # what a PUT does next
 
 
 class Conditions(NamedTuple):
@@ -647,12 +644,6 @@ STATE_AFTER: Mapping[State, Mapping[Event, State]] = {
 States = Mapping[str, State]  # of the volumes, by name
 
 
-class Step(enum.Enum):
-    COMMIT = "commit"
-    WRITE_MORE = "write more"
-    ROLL_BACK = "roll back"
-
-
 def plan_write(
     ring: Ring, key: str, replicas: int, states: States, done: Collection[str], failed: Collection[str]
 ) -> tuple[str, ...]:
@@ -662,7 +653,7 @@ def plan_write(
 
 
 def decide_write(done: int, left: int, replicas: int, min_replicas: int) -> Step:
-    """What a fan-out with `done` good replicas and `left` volumes still to try means."""
+    """Say what `done` good replicas and `left` volumes still to try mean."""
     if done + left < min_replicas:
         return Step.ROLL_BACK
     return Step.WRITE_MORE if done < replicas and left else Step.COMMIT
@@ -1250,8 +1241,7 @@ class Upload:
 # == Health ===========================================================================================================
 # One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only carries it out.
 
-PROBE_PATH = "/.mkv-probe"  # dot-files are in no listing
-PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
+PROBE_PATH, PROBE_BODY = "/.mkv-probe", bytes(64 * 1024)  # in no listing; large enough that a full disk refuses it
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
 PROBE_TIMEOUT_S = 2.0
 
@@ -1725,7 +1715,6 @@ class Store:
 STORE = web.AppKey("store", Store)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
-RATE_GRACE_S = 30.0  # a body may start slowly
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
 CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
 
@@ -1833,7 +1822,7 @@ class Call:
             if config.max_blob_size and self.size > config.max_blob_size:
                 raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
             elapsed_s = time.monotonic() - began
-            if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
+            if elapsed_s > 30 and self.size < config.min_body_rate * elapsed_s:
                 raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
         if isinstance(request.protocol, Connection) and request.protocol.garbled:
@@ -2260,20 +2249,22 @@ def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     return parse_config(text, file or "config", flags)
 
 
-def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
+def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     where = f" (embedded, under {config.data})" if embedded else ""
-    print(f"mkv is ready on {url} (index {config.db})")
-    print(f"volumes: {' '.join(f'{v.name}={v.url}' for v in config.volumes)}{where}")
-    print(f"try: curl -LT README.md {url}/hello && curl -L {url}/hello", flush=True)
-    notify_systemd("READY=1")
+    volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes) + where
+    trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
+    return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
 
 
-async def wait_for_stop(reload: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Return at SIGTERM or SIGINT, a second one ends the process; `reload` at SIGHUP. Feeds systemd's watchdog."""
+async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the process; `reload` at
+    SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    print(greeting, end="", flush=True)
+    notify_systemd("READY=1")
     watchdog_s, stop = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, False
     while not stop:
         with contextlib.suppress(TimeoutError):
@@ -2287,7 +2278,7 @@ async def wait_for_stop(reload: Callable[[], Awaitable[None]] | None = None) -> 
 
 
 async def serve_store(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], ready: Callable[[Config], None],
+    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str],
     metrics: Metrics, leader: bool,
 ) -> None:  # fmt: skip
     """Serve the store on `listener` until a signal, then let the requests under way finish."""
@@ -2306,8 +2297,7 @@ async def serve_store(
             log.error("configuration not reloaded, everything stays: %s", str(error).replace("\n", "; "))
         notify_systemd("READY=1")
 
-    ready(store.view.config)
-    await wait_for_stop(reload)
+    await wait_for_stop(greeting(store.view.config), reload)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -2324,7 +2314,7 @@ async def serve_store(
 
 
 def supervise(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], ready: Callable[[Config], None]
+    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str]
 ) -> int:
     """Fork the workers, and one process (number -1) for embedded volumes; start again who dies; return the exit code.
     They share the listening socket and the metrics. This process runs no event loop: it only waits for signals."""
@@ -2334,31 +2324,31 @@ def supervise(
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
-    async def work(number: int, ready: Callable[[Config], None]) -> None:
+    async def work(number: int, greeting: Callable[[Config], str]) -> None:
         asyncio.get_running_loop().add_reader(parent_r, os._exit, 1)
+        if number != 0:
+            os.environ.pop("NOTIFY_SOCKET", None)
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
             async with run_embedded(config, sockets):
                 return await wait_for_stop()
-        if number > 0:
-            os.environ.pop("NOTIFY_SOCKET", None)
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, ready, Metrics(shared, number), number == 0)
+        await serve_store(ours, listener, reread, greeting, Metrics(shared, number), number == 0)
 
-    def start(number: int, ready: Callable[[Config], None] = lambda config: None) -> None:
+    def start(number: int, greeting: Callable[[Config], str] = lambda config: "") -> None:
         if pid := os.fork():
             children[pid] = number
             return
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-        exit_code = run(work(number, ready))
+        exit_code = run(work(number, greeting))
         logging.shutdown()
         os._exit(exit_code)
 
     if sockets:
         start(-1)
-    start(0, ready)
+    start(0, greeting)
     for number in range(1, config.workers):
         start(number)
     while children:
@@ -2388,9 +2378,8 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
     runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
-    print(f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True)
-    notify_systemd("READY=1")
-    await wait_for_stop()
+    url = f"http://{config.host}:{listener.getsockname()[1]}"
+    await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
     await runner.cleanup()
 
 
@@ -2437,10 +2426,10 @@ def main(arguments: list[str] | None = None) -> int:
         if command == "volume":
             return run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
-        ready = partial(announce, listener=listener, embedded=not config.volumes)
+        greeting = partial(greet, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
-            return supervise(config, listener, reread, ready)
-        return run(serve_store(config, listener, reread, ready, Metrics(), True))
+            return supervise(config, listener, reread, greeting)
+        return run(serve_store(config, listener, reread, greeting, Metrics(), True))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2

@@ -1,43 +1,43 @@
 """The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, token.
 
-Everything a tool needs to know of keys, paths, records, the ring, the index and the volumes is in mkv.py; here is only
-what it takes to walk, compare, copy and report. Theory of operation:
+What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py; here is only what it
+takes to walk, compare, copy and report. Theory of operation:
 
-1.  Walking. A folder /aa/bb/ holds all versions of all keys whose hash begins with aabb, on every volume. So the tools
-    walk the 65,536 folders in order, on all volumes in step, a few folders at a time, and memory never grows with the
-    number of keys. Folders are read as nginx's autoindex JSON, strictly: a folder that is not there is empty; anything
-    else that is not a whole listing is a failure. A timeout is never read as absence (I8).
+1.  Walking. A folder /aa/bb/ holds all versions of all keys whose hash begins with aabb, on every volume. The tools
+    walk the 65,536 folders in order, on all volumes in step, a few at a time: memory does not grow with the number of
+    keys. Listings (nginx's autoindex JSON) are read strictly: a folder that is not there is empty, anything else that
+    is not a whole listing is a failure. A timeout is never read as absence (I8).
 2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined on kept connections (Getter).
-3.  rebuild takes the index alone (INDEX.lock), so no server and no other tool has it open. Each folder is merged by
-    itself: of each key the highest version that has a sound sidecar with its blob beside it becomes the record; older
-    versions become garbage. One sidecar is read for each version, the others count if they have the same size. The
-    result is a new file, INDEX.new, checked, then swapped in with one rename; the old one stays as INDEX.<date>.
+3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder is merged by itself:
+    of each key the highest version with a sound sidecar and its blob beside it becomes the record, older versions
+    become garbage. One sidecar is read for each version; the others count if they have the same size. The result is a
+    new file, INDEX.new, checked, then put in place with one rename; the old index stays as INDEX.<date>.
 4.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over, and a version that
     is garbage there without being the record's is never adopted. Without an old index the sidecars alone decide.
-5.  Moving replicas (rebalance, verify --repair) never locks a key. A batch of keys goes through: claim, copy, commit.
-    Claim, one transaction: if a record is still what the plan saw, the copies to be made enter the garbage, due in a
-    week and a half. Copy: the bytes are read from one replica, checked against the digest, written blob first, then
-    sidecar. Commit, one transaction: if the record is still the same and the claims still stand, the record moves to
-    its new volumes, the claims leave the garbage, dropped replicas enter it; else the copies are due for deletion.
-6.  So whatever moment a tool is killed at (I7), a copy that no record names is in the garbage, for the server to
-    delete, for a DELETE to find, for rebuild to ignore. The next run takes over the claims of a dead one: only one
-    tool moves replicas at a time (INDEX.tools). A copy is never made where other garbage waits: the server may be
-    deleting just there. rebalance waits for that, or leaves it to a later run.
+    A volume that it has blobs on must be there and not be empty, lest a disk that is not mounted counts as read.
+5.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim, copy, commit.
+    Claim, one transaction: if a record still is what the plan saw, the copies to come enter the garbage, due in a
+    week and a half; a bad replica leaves the record. Copy: read one replica, check its digest, write blob, then
+    sidecar. Commit, one transaction: if nothing came between, the record gets its new volumes, the claims leave the
+    garbage and dropped replicas enter it; else the copies are due to be deleted, and the key is left to the client.
+6.  So whenever a tool is killed (I7), a copy that no record names is in the garbage: for a DELETE to find, for rebuild
+    to ignore. The next run takes over the claims of a dead one (only one tool moves at a time: INDEX.tools), and hands
+    what it has no use for to the server to delete. Nothing is ever copied where other garbage waits, since the server
+    may be deleting just there: rebalance waits a while for that, then leaves the key to a later run.
 7.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest right, and that one
-    stays or its copy does, before anything is dropped.
+    or its copies stay.
 8.  verify notes the path of every record in a scratch file beside the index, then walks the folders and compares. The
-    store is in use: whatever looks wrong is looked up again before it counts. Orphans are noted, and removed at the
-    end, only if every listing succeeded, only if older than --grace, and by entering the garbage in a transaction that
-    looks the record up once more.
-9.  A corrupt replica is uploaded as /corrupt/<its name> on its volume, where no tool looks, before its place is taken:
-    then the good bytes are PUT to the same path. That is no overwriting of a blob in place (a volume renames a whole
-    file there), and no new version: the path names the version, and the version's digest names the bytes.
+    store is in use: what looks wrong is looked up again before it counts. Strays are noted and removed at the end:
+    only if no volume failed, only if older than --grace by version and by mtime, and by entering the garbage in a
+    transaction that looks the record up once more.
+9.  A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks. Then the good bytes
+    are PUT to its path. That is no overwriting of a blob in place (a volume renames a whole file there) and no new
+    version: a path names a version, and the version's digest names the bytes.
 
-After an old backup of the index was restored, run rebuild, not verify --repair: to verify, what is not in the index is
-an orphan. Exit codes: 0 done, 1 something is left or failed, 2 usage. Ctrl-C is safe; the same command goes on.
+After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in the index is a stray.
+Exit codes: 0 done, 1 something is left or failed, 2 usage. Ctrl-C is safe: the same command goes on.
 
-Reading order: plans (pure), reading volumes, moving replicas, rebuild, rebalance, verify, status, bench, backup,
-token, command line.
+Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool, command line.
 """
 
 from __future__ import annotations
@@ -758,7 +758,6 @@ class Progress:
         self._task.cancel()
         await asyncio.wait([self._task])
         print("\r\x1b[K" if self._live else "", end="", file=sys.stderr, flush=True)
-        self._began = time.monotonic() - self.seconds
 
 
 class ToolError(Exception):
@@ -1172,8 +1171,9 @@ class Verify:
         self.keys = self.replicas = self.young = self.repaired = 0
 
     def _fail(self, error: VolumeError) -> None:
-        self.failed.add(error.volume)
-        self._report.add("failed volume", error.volume, "", "", str(error))
+        if error.volume not in self.failed:
+            self.failed.add(error.volume)
+            self._report.add("failed volume", error.volume, "", "", str(error))
 
     async def run(self, repair: bool, grace_s: float) -> None:
         self._repair, self._before_s = repair, time.time() - grace_s
@@ -1557,7 +1557,7 @@ def make_parser() -> argparse.ArgumentParser:
     count, seconds = at_least(int, 1), at_least(float, 0)
     add["rebuild"]("--allow-missing", metavar="NAME", action="append", default=[], help="do without this volume")
     add["rebalance"]("--dry-run", action="store_true", help="print what would be moved, and move nothing")
-    add["rebalance"]("--concurrency", metavar="N", type=count, default=4, help="batches under way at once [4]")
+    add["rebalance"]("--concurrency", metavar="N", type=count, default=8, help="batches under way at once [8]")
     add["verify"]("--deep", action="store_true", help="read every replica and check its digest")
     add["verify"]("--repair", action="store_true", help="restore bad replicas; remove what no record names")
     add["verify"]("--grace", metavar="S", type=seconds, default=3600.0, help="s; younger files are left alone [3600]")

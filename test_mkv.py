@@ -13,6 +13,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from email.utils import parsedate_to_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -46,6 +48,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
 
 import mkv
+import mkv_tools
+from mkv import Config, Record, State, Store, Volume
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
@@ -1948,3 +1952,1280 @@ def test_systemd_is_told(start: Callable[..., Program], tmp_path: Path) -> None:
         while heard[-1] != b"STOPPING=1":
             heard.append(notify.recv(1000))
         assert server.process.wait(20) == 0
+
+
+# == Tools: fixtures ==================================================================================================
+# mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its volumes under
+# `data`, its configuration in mkv.toml, and runs tools in this process, or as processes of their own to be killed.
+
+
+TOOL_KEYS = (
+    "a",
+    "a/b",
+    "a//b",
+    "../x",
+    ".",
+    "..",
+    "%2F",
+    "a b",
+    "\n",
+    "ü/é",
+    "🙂" * 20,
+    "-",
+    "-x",
+    "'\";--",
+    "k" * 1024,
+)
+LARGE = mkv.SMALL_BLOB + 50_000
+
+
+class Cluster:
+    """Volumes, one configuration and the tools. `kind` nginx: real ones; embedded: those of a store without any."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.data, self.kind, self.secret = folder / "data", kind, ""
+        self.file, self.db = folder / "mkv.toml", folder / "index.db"
+        self.volumes: dict[str, Nginx] = {}
+        self.ports: dict[str, int] = {}
+
+    def start(self, *names: str) -> None:
+        for name in names:
+            if name in self.volumes:
+                self.volumes[name].begin()
+            else:
+                self.data.mkdir(exist_ok=True)
+                self.volumes[name] = Nginx(self.data / name, (self.secret, "") if self.secret else None)
+                self.ports[name] = self.volumes[name].port
+
+    def stop(self, *names: str) -> None:
+        for name in names or tuple(self.volumes):
+            if self.volumes[name].process.poll() is None:
+                self.volumes[name].signal(signal.SIGKILL)
+
+    def configure(self, *volumes: str, weights: dict[str, float] | None = None, **settings: Any) -> Config:
+        """Write mkv.toml with the volumes named (embedded: none) and return it as a Config."""
+        facts = {"data": str(self.data), "db": str(self.db), "garbage_delay": 0.0, "volume_timeout": 3.0} | settings
+        lines = [f"{name} = {json.dumps(value)}" for name, value in facts.items()]
+        for name in volumes if self.kind == "nginx" else ():
+            weight = (weights or {}).get(name, 1.0)
+            url = f"http://127.0.0.1:{self.ports[name]}"
+            lines.append(f'[[volume]]\nname = "{name}"\nurl = "{url}"\nweight = {weight}')
+        self.file.write_text("\n".join(lines))
+        self.config = mkv.load_config(str(self.file), {})
+        return self.config
+
+    def use(self, work: Callable[[Store], Any]) -> Any:
+        """Run `work` with a Store of its own, whose garbage is collected only when `work` says so."""
+
+        async def run() -> Any:
+            async with contextlib.AsyncExitStack() as stack:
+                config = self.config
+                if not config.volumes:
+                    config = await stack.enter_async_context(mkv.run_embedded(config))
+                store = Store(config, leader=False)
+                stack.push_async_callback(store.close)
+                await store.start()
+                return await work(store)
+
+        with asyncio.Runner(loop_factory=mkv.new_loop) as runner:
+            return runner.run(run())
+
+    def put(self, blobs: dict[str, bytes]) -> None:
+        self.use(lambda store: put_all(store, blobs))
+
+    def collect(self) -> None:
+        """Delete all garbage, as a running server would, but for what a tool that was killed has claimed."""
+        query = "SELECT count(*) FROM garbage WHERE due < ?"
+
+        async def work(store: Store) -> None:
+            while await store.index.read(lambda db: db.execute(query, (time.time() + 1e5,)).fetchone()[0]):
+                await store.collect_garbage()
+
+        self.use(work)
+
+    def tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
+        """Run a tool in this process; return exit code, summary and standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        line = [command, "--config", str(self.file), "--json", *map(str, arguments)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = mkv_tools.main(line)
+        return code, json.loads(out.getvalue() or "{}"), err.getvalue()
+
+    def spawn(self, command: str, *arguments: object) -> subprocess.Popen[bytes]:
+        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self.file, "--json", *map(str, arguments)]
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+        """Run the index server; yield its port and process."""
+        line = [sys.executable, HERE / "mkv.py", "serve", "--config", self.file, "--port", "0", "--no-access-log"]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout
+        try:
+            yield int(process.stdout.readline().split()[4].rpartition(b":")[2]), process
+        finally:
+            process.terminate()
+            process.wait(20)
+            process.stdout.close()
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            return db.execute("SELECT * FROM record ORDER BY key").fetchall()
+
+    def garbage(self) -> list[tuple[str, str]]:
+        with contextlib.closing(sqlite3.connect(self.db)) as db:
+            return db.execute("SELECT volume, path FROM garbage ORDER BY 1, 2").fetchall()
+
+    def record(self, key: str) -> Record:
+        return next(mkv.record_of_row(row) for row in self.rows() if row[0] == key)
+
+    def replica(self, key: str, number: int = 0, sidecar: bool = False) -> Path:
+        """Return the file of one replica of a key."""
+        record = self.record(key)
+        path = mkv.sidecar_path(record.path) if sidecar else record.path
+        return self.data / record.volumes[number] / path[1:]
+
+    def files(self, name: str) -> set[str]:
+        return {str(path.relative_to(self.data / name)) for path in (self.data / name).glob("*/*/*-*")}
+
+
+async def put_one(store: Store, key: str, blob: bytes) -> None:
+    async def body() -> Any:
+        yield blob
+
+    content_type, ext = mkv.media_type_of(random.choice(["image/png", "text/x-odd", "text/plain; charset=utf-8"]), key)
+    await store.put(mkv.Draft(key=key, content_type=content_type, ext=ext, size=len(blob)), body(), "")
+
+
+async def put_all(store: Store, blobs: dict[str, bytes]) -> None:
+    waiting = list(blobs.items())
+
+    async def work() -> None:
+        while waiting:
+            await put_one(store, *waiting.pop())
+
+    await asyncio.gather(*(work() for _ in range(16)))
+
+
+async def random_operations(store: Store, seed: int, count: int) -> None:
+    """PUT, overwrite and DELETE at random, odd keys among them."""
+    chance, keys = random.Random(seed), [*TOOL_KEYS, *(f"key/{i}" for i in range(count // 3))]
+
+    async def work() -> None:
+        for _ in range(count // 16):
+            key = chance.choice(keys)
+            if chance.random() < 0.25:
+                with contextlib.suppress(mkv.NotFound):
+                    await store.delete(key, mkv.UNCONDITIONAL, "")
+            else:
+                await put_one(store, key, chance.randbytes(chance.randrange(2000)))
+
+    await asyncio.gather(*(work() for _ in range(16)))
+
+
+@pytest.fixture(params=["nginx", "embedded"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    """Three volumes, volume1 to volume3."""
+    made = Cluster(tmp_path, request.param)
+    if made.kind == "nginx":
+        require_nginx()
+        made.start("volume1", "volume2", "volume3")
+    made.configure("volume1", "volume2", "volume3", replicas=2)
+    yield made
+    made.stop()
+
+
+on_nginx = pytest.mark.parametrize("cluster", ["nginx"], indirect=True)  # where the kind of volume makes no difference
+
+
+# == Tools: plans =====================================================================================================
+
+R = Record(
+    key="k", version="16f0a0b0c0d0e0f00001", volumes=("a", "b"), size=3, digest=hashlib.sha256(b"abc").hexdigest(),
+    content_type="image/png", ext="png",
+)  # fmt: skip
+ALL_UP = dict.fromkeys("abcd", State.UP)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[", b'[{"name":"x"', b"{}", b"null", b"[1]", b'[{"name":"x","type":"file"}]', b"<html>", b"[{}]"]
+)
+def test_listing_that_is_not_whole_is_refused(body: bytes) -> None:
+    with pytest.raises(ValueError):
+        mkv_tools.parse_listing(body)
+
+
+def test_listing_names_files_and_folders_even_odd_ones() -> None:
+    body = b'[{"name":"\xff","type":"file","mtime":"x","size":3},{"name":"d","type":"directory","mtime":"y"}]'
+    assert mkv_tools.parse_listing(body) == {"\udcff": (3, "x"), "d": (-1, "y")}
+
+
+@pytest.mark.parametrize(
+    ("target", "states", "expected"),
+    [
+        ("ab", {}, None),
+        ("ba", {}, None),
+        ("ac", {}, ("c", "a", "b", "")),
+        ("cd", {}, ("cd", "", "ab", "")),
+        ("abc", {}, ("c", "ab", "", "")),
+        ("a", {}, ("", "a", "b", "")),
+        ("ac", {"b": State.DOWN}, ("c", "a", "b", "")),
+        ("ac", {"c": State.READONLY}, ("", "", "", "c is readonly")),
+        ("ac", {"c": State.DOWN}, ("", "", "", "c is down")),
+        ("cd", {"a": State.DOWN, "b": State.DOWN}, ("", "", "", "none of a, b can be read")),
+        ("a", {"a": State.DOWN}, ("", "", "", "none of a, b can be read")),
+    ],
+)
+def test_plan_move(target: str, states: dict[str, State], expected: tuple[str, ...] | None) -> None:
+    move = mkv_tools.plan_move(R, tuple(target), ALL_UP | states)
+    assert (move and tuple("".join(part) for part in (move.copy, move.keep, move.drop, move.left))) == expected
+    assert move is None or move.left or all((ALL_UP | states)[v] is not State.DOWN for v in move.sources)
+
+
+def test_move_without_copies_reads_one_that_stays() -> None:
+    move = mkv_tools.plan_move(R, ("b",), ALL_UP)
+    assert move and move.sources == ("b",)
+
+
+def version_of(sidecars: dict[str, int], blobs: dict[str, int], path: str = R.path) -> mkv_tools.Version:
+    version = mkv_tools.Version(path[: mkv.STEM])
+    version.sidecars |= {volume: (size, "") for volume, size in sidecars.items()}
+    version.blobs |= {volume: {path: (size, "")} for volume, size in blobs.items()}
+    return version
+
+
+@pytest.mark.parametrize(
+    ("sidecars", "blobs", "read", "volumes", "kinds"),
+    [
+        ("ab", {"a": 3, "b": 3}, {"a": R}, "ab", []),
+        ("ab", {"a": 3}, {"a": R}, "a", ["sidecar without blob"]),
+        ("ab", {"a": 3, "b": 2}, {"a": R}, "a", ["wrong size"]),
+        ("ab", {"a": 3, "b": 3}, {"a": "it is empty", "b": R}, "b", ["bad sidecar"]),
+        ("a", {"a": 3}, {"a": "it is empty"}, None, ["bad sidecar"]),
+        ("ab", {"a": 3, "b": 3}, {"a": R, "b": replace(R, digest="0" * 64)}, None, ["contradicting sidecars"]),
+        ("a", {"b": 3}, {"a": R}, "", ["sidecar without blob"]),
+    ],
+)
+def test_judge_version(sidecars: str, blobs: dict[str, int], read: Any, volumes: str | None, kinds: list[str]) -> None:
+    record, cases = mkv_tools.judge_version(version_of(dict.fromkeys(sidecars, 9), blobs), read)
+    assert (record and "".join(record.volumes)) == volumes
+    assert [case[0] for case in cases] == kinds
+
+
+def test_sidecars_are_read_once_for_a_version_unless_in_doubt() -> None:
+    version, blobs = version_of({"a": 9, "b": 9, "c": 9}, {"a": 3, "c": 3}), {"a", "c"}
+    (first,) = mkv_tools.plan_sidecars(version, {})
+    assert first in blobs and mkv_tools.plan_sidecars(version, {first: R}) == []
+    assert mkv_tools.plan_sidecars(version, {"a": "it is empty"}) == ["b", "c"]
+    version.sidecars["b"] = (8, "")
+    assert mkv_tools.plan_sidecars(version, {"a": R}) == ["b", "c"]
+    assert mkv_tools.plan_sidecars(version, {"a": R, "b": R, "c": R}) == []
+
+
+def test_batches_hold_small_blobs_and_large_ones_go_alone() -> None:
+    small, large = 1000, mkv.SMALL_BLOB + 1
+    assert mkv_tools.plan_batches([small, large, small, small, large], int) == [
+        [small],
+        [large],
+        [small, small],
+        [large],
+    ]
+    batches = mkv_tools.plan_batches([mkv.SMALL_BLOB] * 40 + [0] * 200, int)
+    assert all(sum(b) <= mkv_tools.BATCH_BYTES and len(b) <= mkv_tools.BATCH_KEYS for b in batches)
+    assert sum(map(len, batches)) == 240
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "record", "expected"),
+    [
+        ("it is not there", None, "unfinished write"),
+        (R, None, "orphan"),
+        (R, R, "extra replica"),
+        (R, replace(R, version="f" * 20), "stale version"),
+        (R, replace(R, version="0" * 20), "orphan"),
+    ],
+)
+def test_stray_is_named(sidecar: Record | str, record: Record | None, expected: str) -> None:
+    assert mkv_tools.name_stray(R.path, sidecar, record) == expected
+
+
+def test_strays_are_what_neither_record_nor_garbage_names_and_not_young() -> None:
+    old = "Thu, 01 Jan 1970 00:00:09 GMT"
+    stem = mkv.blob_path("k", "0" * 20, "")
+    version = mkv_tools.Version(stem, dict.fromkeys("abc", (9, old)), {v: {stem: (3, old)} for v in "abc"})
+    records = {stem: replace(R, version="0" * 20, ext="", volumes=("a",))}
+    assert mkv_tools.find_strays([version], records, {("b", stem)}, 10.0) == ([("c", stem)], 0)
+    assert mkv_tools.find_strays([version], records, {("b", stem)}, 8.0) == ([], 1)
+    assert mkv_tools.find_strays([version], {}, (), 10.0) == ([("a", stem), ("b", stem), ("c", stem)], 0)
+
+
+# -- claim and commit --
+
+
+@pytest.fixture
+def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
+    with contextlib.closing(sqlite3.connect(tmp_path / "i.db", isolation_level=None)) as db:
+        mkv.prepare_index(db)
+        transaction = mkv.Transaction(db)
+        transaction.insert(R)
+        yield transaction
+
+
+MOVE = mkv_tools.Move(record=R, sources=("a",), keep=("a",), copy=("c",), drop=("b",))
+REPAIR = mkv_tools.Move(record=R, sources=("a",), keep=("a",), copy=("b",))
+
+
+def garbage_in(tx: mkv.Transaction) -> set[tuple[str, str]]:
+    return set(tx.garbage_of("k"))
+
+
+def test_claim_and_commit_move_the_record(tx: mkv.Transaction) -> None:
+    assert mkv_tools.claim(tx, MOVE) == ""
+    assert tx.get("k") == R and garbage_in(tx) == {("c", R.path)}
+    assert mkv_tools.commit(tx, MOVE, "", 10.0) == ""
+    assert tx.get("k") == replace(R, volumes=("a", "c")) and garbage_in(tx) == {("b", R.path)}
+
+
+def test_repair_takes_a_bad_replica_out_of_the_record_meanwhile(tx: mkv.Transaction) -> None:
+    assert mkv_tools.claim(tx, REPAIR) == ""
+    assert tx.get("k") == replace(R, volumes=("a",))
+    assert mkv_tools.commit(tx, REPAIR, "", 10.0) == ""
+    assert tx.get("k") == R and not garbage_in(tx)
+
+
+@pytest.mark.parametrize("change", [replace(R, version="f" * 20), replace(R, volumes=("a",)), None])
+def test_commit_loses_to_a_change_and_leaves_only_its_copy_as_garbage(
+    tx: mkv.Transaction, change: Record | None
+) -> None:
+    mkv_tools.claim(tx, MOVE)
+    tx.remove(R)
+    if change:
+        tx.insert(change)
+    assert mkv_tools.commit(tx, MOVE, "", 10.0) == "changed"
+    assert tx.get("k") == change and garbage_in(tx) == {("c", R.path)}
+    assert mkv_tools.garbage_at(tx, R.path) == {"c": False}  # due, no claim any more
+
+
+def test_commit_loses_if_its_claim_was_collected(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    tx.settle_garbage([("c", R.path)], [])
+    assert mkv_tools.commit(tx, MOVE, "", 10.0) == "changed" and tx.get("k") == R
+
+
+def test_failed_copy_is_left_to_the_garbage(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    assert mkv_tools.commit(tx, MOVE, "volume c: full", 10.0) == "volume c: full"
+    assert tx.get("k") == R and mkv_tools.garbage_at(tx, R.path) == {"c": False}
+
+
+def test_claim_waits_for_garbage_but_takes_over_a_dead_claim(tx: mkv.Transaction) -> None:
+    tx.add_garbage(R.path, ["c"], 10.0)
+    assert mkv_tools.claim(tx, MOVE) == "waiting"
+    tx.settle_garbage([("c", R.path)], [])
+    assert mkv_tools.claim(tx, MOVE) == "" and mkv_tools.claim(tx, MOVE) == ""
+    assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
+
+
+def test_released_claims_are_due(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    mkv_tools.release_claims(tx)
+    assert mkv_tools.garbage_at(tx, R.path) == {"c": False}
+
+
+# == Tools: rebuild ===================================================================================================
+
+
+def test_rebuild_gives_the_same_rows_after_random_operations(cluster: Cluster) -> None:
+    """I6, with the old index and, once its garbage is gone, without."""
+    cluster.use(lambda store: random_operations(store, 1, 1600 if cluster.kind == "nginx" else 320))
+    before = cluster.rows()
+    code, facts, _ = cluster.tool("rebuild")
+    assert (code, facts["found"], facts["keys"]) == (0, {}, len(before)) and cluster.rows() == before
+    cluster.collect()
+    assert not cluster.garbage()
+    shutil.move(cluster.db, cluster.db.with_suffix(".gone"))
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+@on_nginx
+def test_rebuild_keeps_totals_and_the_old_index(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" * i for i in range(50)})
+    totals = cluster.use(lambda store: store.status())
+    _, facts, _ = cluster.tool("rebuild")
+    assert cluster.use(lambda store: store.status()) == totals
+    assert Path(facts["old_index"]).is_file()
+    assert not list(cluster.db.parent.glob("index.db.new*"))
+
+
+@on_nginx
+def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cluster: Cluster) -> None:
+    """I4: the old index knows, though the sidecars are still there."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({"gone": b"1", "new": b"old", "stays": b"3"})
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+    cluster.stop("volume3")
+
+    async def work(store: Store) -> None:
+        await store.delete("gone", mkv.UNCONDITIONAL, "")
+        await put_one(store, "new", b"new")
+        while await store.collect_garbage():
+            pass
+
+    cluster.use(work)
+    before = cluster.rows()
+    cluster.start("volume3")
+    assert cluster.tool("rebuild")[0] == 0
+    assert cluster.rows() == before and {volume for volume, _ in cluster.garbage()} == {"volume3"}
+    cluster.collect()
+    assert cluster.rows() == before and len(cluster.files("volume3")) == 2
+    assert cluster.tool("verify", "--grace", 0)[0] == 0
+
+
+@on_nginx
+def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> None:
+    """An old index from a backup may call garbage what has become the record's only replica."""
+    cluster.put({"k": b"1"})
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db, db:
+        db.execute(
+            "INSERT INTO garbage SELECT ?, value, 0, 0, 0 FROM json_each(?)",
+            (cluster.record("k").path, json.dumps(cluster.record("k").volumes)),
+        )
+    before = cluster.rows()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
+
+
+def damage_unfinished(c: Cluster) -> None:
+    c.replica("k", 0, sidecar=True).unlink()
+
+
+def damage_no_blob(c: Cluster) -> None:
+    c.replica("k").unlink()
+
+
+def damage_empty(c: Cluster) -> None:
+    c.replica("k", 0, sidecar=True).write_bytes(b"")
+
+
+def damage_cut(c: Cluster) -> None:
+    file = c.replica("k", 0, sidecar=True)
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def damage_not_json(c: Cluster) -> None:
+    c.replica("k", 0, sidecar=True).write_bytes(b"\xff\xfe not JSON")
+
+
+def damage_other_key(c: Cluster) -> None:
+    file = c.replica("k", 0, sidecar=True)
+    file.write_bytes(file.read_bytes().replace(b'"k"', b'"z"'))
+
+
+def damage_truncated(c: Cluster) -> None:
+    file = c.replica("k")
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def damage_foreign(c: Cluster) -> None:
+    for name in ("aa/bb/readme.txt", "aa/zz/x", "lost+found/x", "aa/bb/cc/x", "top.txt"):
+        (c.data / "volume1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (c.data / "volume1" / name).write_text("not ours")
+
+
+def damage_leftover(c: Cluster) -> None:
+    c.replica("k").with_name(c.replica("k").name + ".0123456789").write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "loses"),
+    [
+        (damage_unfinished, "blob without sidecar", True),
+        (damage_no_blob, "sidecar without blob", True),
+        (damage_empty, "bad sidecar", True),
+        (damage_cut, "bad sidecar", True),
+        (damage_not_json, "bad sidecar", True),
+        (damage_other_key, "bad sidecar", None),  # of the right size: found only if it is the one that is read
+        (damage_truncated, "wrong size", True),
+        (damage_foreign, "foreign file", False),
+        (damage_leftover, "nginx leftover", False),
+    ],
+)
+def test_rebuild_reports_damage_and_goes_on(cluster: Cluster, damage: Any, kind: str, loses: bool | None) -> None:
+    cluster.put({"k": b"abc", "other": b"def"})
+    before, record = cluster.rows(), cluster.record("k")
+    damage(cluster)
+    code, facts, _ = cluster.tool("rebuild")
+    found = facts["found"].get(kind, 0)
+    assert code == 0 and (found > 0 or loses is None)
+    if loses or (found and loses is None):
+        assert cluster.record("k") == replace(record, volumes=record.volumes[1:])
+        assert len(cluster.rows()) == len(before)
+    else:
+        assert cluster.rows() == before
+
+
+@on_nginx
+def test_rebuild_changes_nothing_if_sidecars_contradict_each_other(cluster: Cluster) -> None:
+    cluster.put({"k": b"abc"})
+    file = cluster.replica("k", 1, sidecar=True)
+    facts = json.loads(file.read_bytes()) | {"digest": "0" * 64}
+    file.write_text(json.dumps(facts, indent=1))
+    before = cluster.db.read_bytes()
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 1 and facts["found"] == {"contradicting sidecars": 1} and cluster.db.read_bytes() == before
+
+
+class Meddler(ThreadingHTTPServer):
+    """Stands before a volume and answers `path` in its own way: a status, or a listing cut short."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the tool hung up
+
+    def __init__(self, port: int, path: str, way: str) -> None:
+        super().__init__(("127.0.0.1", 0), Meddling)
+        self.behind, self.path, self.way = port, path, way
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+class Meddling(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Meddler
+
+    def do_GET(self) -> None:
+        behind = http.client.HTTPConnection("127.0.0.1", self.server.behind)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        behind.request(self.command, self.path, body)
+        answer = behind.getresponse()
+        status, data = answer.status, answer.read()
+        behind.close()
+        way = self.server.way if self.path == self.server.path else ""
+        if way == "hang":
+            time.sleep(2)
+        status, data = (int(way), b"") if way.isdigit() else (status, data)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        data = b"" if self.command == "HEAD" else data[:-3] + b"   " if way == "not JSON" else data
+        self.wfile.write(data[:-3] if way == "cut" else data)
+        self.close_connection = way in ("cut", "hang")
+
+    do_HEAD = do_PUT = do_DELETE = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def meddling(cluster: Cluster, path: str, way: str, **settings: Any) -> Iterator[None]:
+    """Put a Meddler before volume3."""
+    server = Meddler(cluster.ports["volume3"], path, way)
+    real = cluster.ports["volume3"]
+    cluster.ports["volume3"] = server.server_address[1]
+    cluster.configure("volume1", "volume2", "volume3", **{"replicas": 2, "volume_timeout": 1.0} | settings)
+    try:
+        yield
+    finally:
+        cluster.ports["volume3"] = real
+        cluster.configure("volume1", "volume2", "volume3", replicas=2)
+        server.shutdown()
+        server.server_close()
+
+
+def key_on(cluster: Cluster, volume: str) -> Record:
+    return next(r for row in cluster.rows() if volume in (r := mkv.record_of_row(row)).volumes)
+
+
+@on_nginx
+@pytest.mark.parametrize("way", ["cut", "not JSON", "500", "403", "hang"])
+@pytest.mark.parametrize("level", ["top", "middle", "folder", "sidecar"])
+def test_rebuild_fails_closed(cluster: Cluster, way: str, level: str) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    before = cluster.db.read_bytes()
+    path = key_on(cluster, "volume3").path
+    target = {"top": "/", "middle": path[:4], "folder": path[:7], "sidecar": mkv.sidecar_path(path)}[level]
+    if level == "sidecar":  # this one has to be read: it is the only one
+        for name in ("volume1", "volume2"):
+            (cluster.data / name / target[1:]).unlink(missing_ok=True)
+        way = {"cut": "cut", "not JSON": "404 is no failure"}.get(way, way)
+    with meddling(cluster, target, way):
+        code, _, err = cluster.tool("rebuild")
+    if not way.startswith("404"):
+        assert code == 1 and "volume3" in err and "Traceback" not in err and cluster.db.read_bytes() == before
+
+
+@on_nginx
+def test_rebuild_needs_every_volume_unless_told_otherwise(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    before = cluster.rows()
+    cluster.stop("volume3")
+    code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "volume3" in err and cluster.rows() == before
+    assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
+    assert [row[0] for row in cluster.rows()] == [row[0] for row in before]  # two replicas each: no key is lost
+    assert not any("volume3" in row[2] for row in cluster.rows())
+    cluster.start("volume3")
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+@on_nginx
+def test_rebuild_does_not_take_an_unmounted_or_forgotten_disk_for_an_empty_one(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    before = cluster.rows()
+    (cluster.data / "volume3").rename(cluster.data / "elsewhere")
+    (cluster.data / "volume3" / ".tmp").mkdir(parents=True)
+    cluster.stop("volume3")
+    cluster.start("volume3")
+    code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "volume3 is empty" in err and cluster.rows() == before
+    cluster.configure("volume1", "volume2", replicas=2)
+    code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "volume3 is not configured" in err and cluster.rows() == before
+
+
+def test_rebuild_refuses_while_the_index_is_open(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    with cluster.serve():
+        code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "in use" in err and err.count("\n") == 1
+
+
+@on_nginx
+@pytest.mark.parametrize("damage", ["noise", "header", "empty", "missing"])
+def test_rebuild_replaces_an_index_that_cannot_be_read(cluster: Cluster, damage: str) -> None:
+    """And the log that stood beside the old one is not applied to the new one."""
+    cluster.put({f"k{i}": b"x" for i in range(30)})
+    before, data = cluster.rows(), cluster.db.read_bytes()
+    if damage == "missing":
+        cluster.db.unlink()
+    else:
+        cluster.db.write_bytes(
+            {"noise": data[:4096] + os.urandom(len(data) - 4096), "header": b"?" * 4096, "empty": b""}[damage]
+        )
+    Path(f"{cluster.db}-wal").write_bytes(os.urandom(8000))
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 0 and cluster.rows() == before and bool(facts["damage"]) == (damage != "missing")
+    assert not Path(f"{cluster.db}-wal").exists()
+
+
+def kill_at_moments(cluster: Cluster, command: str, *arguments: object, kills: int, check: Callable[[], None]) -> None:
+    """Kill a tool after more and more of the time that it takes, then let it finish."""
+    began = time.monotonic()
+    cluster.spawn("status").communicate()
+    least_s = (time.monotonic() - began) * 0.6
+    for number in range(kills):
+        process = cluster.spawn(command, *arguments)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(least_s + number * 0.04)
+        process.kill()
+        process.communicate()
+        check()
+    process = cluster.spawn(command, *arguments)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, (out, err)
+
+
+@on_nginx
+def test_rebuild_killed_at_any_moment_leaves_a_whole_index(cluster: Cluster) -> None:
+    """I7"""
+    cluster.use(lambda store: random_operations(store, 2, 1200))
+    before = cluster.rows()
+
+    def check() -> None:
+        assert cluster.rows() == before
+
+    kill_at_moments(cluster, "rebuild", kills=12, check=check)
+    check()
+    assert cluster.tool("verify", "--grace", 0, "--deep")[0] == 0
+
+
+@on_nginx
+@pytest.mark.parametrize("step", ["link", "replace", "sync_folder"])
+def test_rebuild_that_stops_within_the_swap_leaves_a_whole_index(
+    cluster: Cluster, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(30)})
+    before = cluster.rows()
+
+    def stop(*_: object) -> None:
+        raise OSError("the machine is gone")
+
+    monkeypatch.setattr(mkv_tools if step == "sync_folder" else mkv_tools.os, step, stop)
+    if step == "link":
+        monkeypatch.setattr(mkv_tools.shutil, "copy2", stop)
+    code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "the machine is gone" in err and cluster.rows() == before
+    monkeypatch.undo()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+# == Tools: rebalance =================================================================================================
+
+
+def check_placement(cluster: Cluster) -> None:
+    """Every record is where the ring says, and every replica there is good."""
+    ring = mkv.Ring(cluster.config.volumes)
+    for row in cluster.rows():
+        record = mkv.record_of_row(row)
+        assert record.volumes == tuple(sorted(ring.place(record.key, cluster.config.replicas)))
+    code, facts, _ = cluster.tool("verify", "--deep", "--grace", 0)
+    assert (code, facts["found"]) == (0, {})
+
+
+class Clients:
+    """Write, overwrite, delete and read all the time, each thread its own keys, and know what must be there."""
+
+    def __init__(self, port: int, threads: int) -> None:
+        self.port, self.wrong, self.done, self.ended = port, list[str](), 0, threading.Event()
+        self.threads = [threading.Thread(target=self.run, args=(i,)) for i in range(threads)]
+        self.expected: dict[str, bytes] = {}
+        for thread in self.threads:
+            thread.start()
+
+    def request(
+        self,
+        connections: dict[int, http.client.HTTPConnection],
+        port: int,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+    ) -> tuple[int, str, bytes]:
+        connection = connections.setdefault(port, http.client.HTTPConnection("127.0.0.1", port, timeout=20))
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("Location") or "", answer.read()
+
+    def run(self, number: int) -> None:
+        chance, connections = random.Random(number), dict[int, http.client.HTTPConnection]()
+        try:
+            while not self.ended.is_set():
+                key = f"client{number}/{chance.randrange(40)}"
+                act = chance.random()
+                if act < 0.3:
+                    blob = chance.randbytes(chance.choice([10, 5000]))
+                    status, _, why = self.request(connections, self.port, "PUT", f"/{key}", blob)
+                    assert status in (201, 204), (status, why)
+                    self.expected[key] = blob
+                elif act < 0.4 and key in self.expected:
+                    assert self.request(connections, self.port, "DELETE", f"/{key}")[0] == 204
+                    del self.expected[key]
+                else:
+                    keys = [k for k in list(self.expected) if k.startswith(("seed/", f"client{number}/"))]
+                    if keys:
+                        self.read(connections, chance.choice(keys))
+                self.done += 1
+        except Exception as error:
+            self.wrong.append(repr(error))
+        for connection in connections.values():
+            connection.close()
+
+    def read(self, connections: dict[int, http.client.HTTPConnection], key: str) -> None:
+        status, location, _ = self.request(connections, self.port, "GET", f"/{key}")
+        assert status == 302, (key, status)
+        port, _, path = location.removeprefix("http://127.0.0.1:").partition("/")
+        status, _, blob = self.request(connections, int(port), "GET", f"/{path}")
+        assert (status, blob) == (200, self.expected[key]), (key, status)
+
+    def stop(self) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+        assert not self.wrong and self.done > 100
+
+
+@on_nginx
+@pytest.mark.timeout(120)
+def test_rebalance_3_4_5_3_while_clients_read_and_write(cluster: Cluster) -> None:
+    """I3 throughout: every key reads back at any moment, and ends where the ring says."""
+    names = [f"volume{i}" for i in range(1, 6)]
+    cluster.start(*names[3:])
+    cluster.configure(*names[:3], replicas=2, garbage_delay=2.0)
+    seeds = {f"seed/{i}": os.urandom(100 if i else LARGE) for i in range(300)}
+    cluster.put(seeds)
+    steps = [(names[:4], {}), (names, {}), (names, dict.fromkeys(names[3:], 0.0)), (names[:3], {})]
+    with cluster.serve() as (port, process):
+        clients = Clients(port, 3)
+        clients.expected |= seeds
+        for volumes, weights in steps:
+            cluster.configure(*volumes, weights=weights, replicas=2, garbage_delay=2.0)
+            process.send_signal(signal.SIGHUP)
+            code, facts, err = cluster.tool("rebalance", "--concurrency", 2)
+            assert code == 0 and facts["left"] == 0, (facts, err)
+        clients.stop()
+        eventually(lambda: not [volume for volume, _ in cluster.garbage() if volume in names[:3]])
+    assert {row[0] for row in cluster.rows()} == set(clients.expected)
+    assert cluster.tool("rebalance")[0] == 0  # what clients wrote just before a reload
+    cluster.configure(*names, weights=dict.fromkeys(names[3:], 0.0), replicas=2)
+    cluster.collect()
+    assert not cluster.files("volume4") and not cluster.files("volume5")
+    check_placement(cluster)
+
+
+@on_nginx
+def test_dry_run_says_what_is_then_done_and_changes_nothing(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": os.urandom(i) for i in range(400)} | {"large": os.urandom(LARGE)})
+    cluster.start("volume4")
+    cluster.configure("volume1", "volume2", "volume3", "volume4", replicas=2)
+    before = cluster.rows()
+    code, plan, _ = cluster.tool("rebalance", "--dry-run")
+    assert code == 0 and plan["dry_run"] and cluster.rows() == before and not cluster.garbage()
+    code, done, _ = cluster.tool("rebalance")
+    assert code == 0
+    for name in ("keys", "moved", "replicas", "bytes", "dropped", "pairs"):
+        assert plan[name] == done[name]
+    assert {pair["to"] for pair in done["pairs"]} == {"volume4"}
+    again = cluster.tool("rebalance")[1]
+    assert again["moved"] == 0
+    cluster.collect()
+    check_placement(cluster)
+
+
+def test_moved_share_is_what_theory_says() -> None:
+    """Adding one of n volumes moves 1/n of the replicas, within a tenth, and all to the new one."""
+    volumes = [Volume(name=f"volume{i}", url=f"http://h{i}:80") for i in range(1, 6)]
+    for n in (4, 5):
+        before, after = mkv.Ring(volumes[: n - 1]), mkv.Ring(volumes[:n])
+        moves = []
+        for i in range(8000):
+            record = replace(R, key=f"k{i}", volumes=before.place(f"k{i}", 3))
+            moves.append(mkv_tools.plan_move(record, after.place(f"k{i}", 3), dict.fromkeys(after.zones, State.UP)))
+        copied = [volume for move in moves if move for volume in move.copy]
+        assert set(copied) == {f"volume{n}"}
+        assert abs(len(copied) / (8000 * 3) * n - 1) < 0.1
+
+
+def test_replicas_can_be_raised_and_lowered(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": os.urandom(50) for i in range(40)} | {"large": os.urandom(LARGE), "empty": b""})
+    for replicas in (3, 1, 2):
+        cluster.configure("volume1", "volume2", "volume3", replicas=replicas)
+        code, facts, _ = cluster.tool("rebalance")
+        assert (code, facts["left"]) == (0, 0)
+        cluster.collect()
+        if cluster.kind == "nginx":
+            check_placement(cluster)
+    assert cluster.tool("verify", "--deep", "--grace", 0)[1]["found"] == {}
+
+
+@on_nginx
+def test_rebalance_never_drops_the_last_good_replica(cluster: Cluster) -> None:
+    """I8: those that would stay are corrupt, so the one that would go stays."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({"k": b"abc"})
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    stay = mkv.Ring(cluster.config.volumes).place("k", 2)
+    before = cluster.record("k")
+    for volume in stay:
+        (cluster.data / volume / before.path[1:]).write_bytes(b"xyz")
+    code, facts, _ = cluster.tool("rebalance")
+    assert code == 1 and facts["found"] == {"corrupt": 2} and cluster.record("k") == before and not cluster.garbage()
+
+
+@on_nginx
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_rebalance_takes_another_source_if_one_is_bad(cluster: Cluster, size: int) -> None:
+    cluster.put({f"k{i}": os.urandom(size) for i in range(4)})
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    for i in range(4):
+        file = cluster.replica(f"k{i}", i % 2)
+        file.unlink() if i < 2 else file.write_bytes(bytes(size))
+    code, facts, _ = cluster.tool("rebalance")
+    assert code == 0 and facts["moved"] == 4 and set(facts["found"]) <= {"missing", "corrupt"}
+    for i in range(4):
+        record = cluster.record(f"k{i}")
+        good = [
+            v
+            for v in record.volumes
+            if (f := cluster.data / v / record.path[1:]).exists()
+            and hashlib.sha256(f.read_bytes()).hexdigest() == record.digest
+        ]
+        assert len(good) == 2
+
+
+@on_nginx
+def test_rebalance_leaves_keys_whose_volume_is_down_and_does_the_others(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(200)})
+    cluster.start("volume4", "volume5")
+    names = [f"volume{i}" for i in range(1, 6)]
+    cluster.configure(*names, replicas=2)
+    cluster.stop("volume5")
+    code, facts, _ = cluster.tool("rebalance")
+    assert code == 1 and facts["moved"] > 0 and facts["left"] > 0
+    assert list(facts["why_left"]) == ["volume5 is down"] and {pair["to"] for pair in facts["pairs"]} == {"volume4"}
+    cluster.start("volume5")
+    assert cluster.tool("rebalance")[0] == 0
+    cluster.collect()
+    check_placement(cluster)
+
+
+@on_nginx
+def test_rebalance_replaces_replicas_of_a_volume_that_is_gone(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(60)})
+    lost = [row for row in cluster.rows() if "volume3" in row[2]]
+    cluster.stop("volume3")
+    cluster.configure("volume1", "volume2", replicas=2)
+    code, facts, _ = cluster.tool("rebalance")
+    assert code == 0 and facts["moved"] == facts["dropped"] == len(lost) > 0
+    assert all(row[2] == "volume1 volume2" for row in cluster.rows())
+
+
+@on_nginx
+def test_rebalance_copies_to_no_place_where_garbage_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkv_tools, "GARBAGE_PATIENCE_S", 0.0)
+    cluster.put({f"k{i}": b"x" for i in range(30)})
+    cluster.start("volume4")
+    for volumes in (4, 3):
+        cluster.configure(*(f"volume{i}" for i in range(1, volumes + 1)), replicas=2, garbage_delay=0.0)
+        code, facts, _ = cluster.tool("rebalance")
+    assert code == 1 and facts["why_left"] == {"waiting": facts["left"]} and facts["left"] > 0
+    cluster.collect()
+    assert cluster.tool("rebalance")[0] == 0
+
+
+@on_nginx
+def test_rebalance_and_deletes_between_kills_bring_nothing_back(cluster: Cluster) -> None:
+    """I7 and I4: copies of a killed run are garbage, for a DELETE to find and for rebuild to ignore."""
+    cluster.put({f"k{i}": os.urandom(60) for i in range(600)} | {"large": os.urandom(LARGE)})
+    cluster.start("volume4", "volume5")
+    cluster.configure(*(f"volume{i}" for i in range(1, 6)), replicas=3)
+    deleted: list[str] = []
+
+    def check() -> None:
+        keys = [row[0] for row in cluster.rows()][:: max(1, len(cluster.rows()) // 10)]
+
+        async def work(store: Store) -> None:
+            for key in keys[:3]:
+                await store.delete(key, mkv.UNCONDITIONAL, "")
+                deleted.append(key)
+
+        cluster.use(work)
+
+    kill_at_moments(cluster, "rebalance", "--concurrency", 1, "--limit-rate", "0.1", kills=8, check=check)
+    cluster.collect()
+    check_placement(cluster)
+    rows = cluster.rows()
+    assert not {row[0] for row in rows} & set(deleted)
+    cluster.db.unlink()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == rows
+
+
+@on_nginx
+@pytest.mark.parametrize("step", ["claimed", "copied"])
+def test_rebalance_that_ends_between_its_steps_leaves_only_garbage(
+    cluster: Cluster, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: a DELETE finds what was copied and not committed; I7: the next run goes on."""
+    cluster.put({f"k{i}": b"x" for i in range(10)})
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    before, copy = cluster.rows(), mkv_tools.Mover._copy_small
+
+    async def end(mover: mkv_tools.Mover, moves: Any) -> Any:
+        if step == "copied":
+            await copy(mover, moves)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(mkv_tools.Mover, "_copy_small", end)
+    assert cluster.tool("rebalance")[0] == 1
+    monkeypatch.undo()
+    assert cluster.rows() == before and len(cluster.garbage()) == 10
+    assert cluster.tool("verify", "--grace", 0)[0] == 0
+    cluster.use(lambda store: store.delete("k0", mkv.UNCONDITIONAL, ""))
+    cluster.collect()
+    shutil.copy(cluster.db, saved := cluster.db.with_suffix(".saved"))
+    cluster.db.unlink()
+    assert cluster.tool("rebuild")[0] == 0 and {row[0] for row in cluster.rows()} == {f"k{i}" for i in range(1, 10)}
+    shutil.copy(saved, cluster.db)
+    assert cluster.tool("rebalance")[1]["moved"] == 9
+    cluster.collect()
+    check_placement(cluster)
+
+
+@on_nginx
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_rebalance_says_how_to_go_on(cluster: Cluster, number: signal.Signals) -> None:
+    cluster.put({f"k{i}": os.urandom(1000) for i in range(300)})
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    process = cluster.spawn("rebalance", "--limit-rate", "0.05", "--concurrency", "1")
+    eventually(lambda: any(len(row[2].split()) == 3 for row in cluster.rows()))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1 and b"same command goes on" in err and b"Traceback" not in err and not out
+    cluster.collect()
+    assert cluster.tool("rebalance")[0] == 0
+    check_placement(cluster)
+
+
+@on_nginx
+def test_two_tools_never_move_at_once_and_dry_run_may(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    lock = mkv.lock_file(f"{cluster.db}.tools", exclusive=True)
+    for arguments in (["rebalance"], ["verify", "--repair"]):
+        code, _, err = cluster.tool(*arguments)
+        assert code == 1 and "another rebalance or verify --repair is running" in err
+    assert cluster.tool("rebalance", "--dry-run")[0] == 0 and cluster.tool("verify")[0] == 0
+    os.close(lock)
+
+
+# == Tools: verify ====================================================================================================
+
+
+def flip_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [1000, LARGE])
+@pytest.mark.parametrize(
+    ("damage", "sidecar", "deep", "kind"),
+    [
+        (flip_bit, False, True, "corrupt"),
+        (lambda file: os.truncate(file, 500), False, False, "wrong size"),
+        (lambda file: os.truncate(file, 0), False, True, "wrong size"),
+        (Path.unlink, False, False, "missing"),
+        (Path.unlink, True, False, "missing sidecar"),
+        (lambda file: os.truncate(file, 0), True, False, "bad sidecar"),
+        (lambda file: os.truncate(file, 60), True, True, "bad sidecar"),
+    ],
+)
+def test_verify_finds_damage_and_repairs_it(
+    cluster: Cluster, size: int, damage: Any, sidecar: bool, deep: bool, kind: str
+) -> None:
+    blob = os.urandom(size)
+    cluster.put({"k": blob, "other": b"x"})
+    before, mode = cluster.rows(), ["--deep"] if deep else []
+    file = cluster.replica("k", 1, sidecar)
+    good = file.read_bytes()
+    damage(file)
+    bad = file.read_bytes() if file.exists() else None
+    code, facts, _ = cluster.tool("verify", *mode)
+    assert (code, facts["found"], facts["left"]) == (1, {kind: 1}, 1)
+    code, facts, _ = cluster.tool("verify", *mode, "--repair")
+    assert (code, facts["found"], facts["repaired"], facts["left"]) == (0, {kind: 1}, 1, 0)
+    assert file.read_bytes() == good and cluster.rows() == before and not cluster.garbage()
+    aside = file.parents[2] / "corrupt" / file.name
+    assert (aside.read_bytes() == bad) if kind in ("corrupt", "wrong size") else not aside.exists()
+    assert cluster.tool("verify", "--deep", "--grace", 0)[:2] == (
+        0,
+        cluster.tool("verify", "--deep")[1] | {"seconds": pytest.approx(0, abs=9)},
+    )
+
+
+@on_nginx
+@pytest.mark.parametrize("size", [1000, LARGE])
+def test_verify_touches_nothing_if_no_replica_is_good(cluster: Cluster, size: int) -> None:
+    cluster.put({"k": os.urandom(size)})
+    before = cluster.rows()
+    files = [cluster.replica("k", i) for i in (0, 1)]
+    for file in files:
+        flip_bit(file)
+    bad = [file.read_bytes() for file in files]
+    code, facts, _ = cluster.tool("verify", "--deep", "--repair")
+    assert code == 1 and facts["found"] == {"corrupt": 2, "no good replica": 1}
+    assert cluster.rows() == before and [file.read_bytes() for file in files] == bad
+
+
+def plant_strays(cluster: Cluster) -> dict[str, str]:
+    """Make one stray of each kind by hand; return kind -> path."""
+    cluster.put({"k": b"abc"})
+    record = cluster.record("k")
+    outside = next(name for name in ("volume1", "volume2", "volume3") if name not in record.volumes)
+    orphan = replace(record, key="orphan", version="0" * 20)
+    stale = replace(record, version="0" * 20)
+    unfinished = replace(record, key="unfinished", version="0" * 20)
+    for one, volume, sidecar in (
+        (record, outside, True),
+        (orphan, "volume1", True),
+        (stale, "volume2", True),
+        (unfinished, "volume3", False),
+    ):
+        file = cluster.data / volume / one.path[1:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"abc")
+        if sidecar:
+            file.with_name(f"{file.name[:85]}.key").write_bytes(mkv.encode_sidecar(one))
+    return {
+        "extra replica": record.path,
+        "orphan": orphan.path,
+        "stale version": stale.path,
+        "unfinished write": unfinished.path,
+    }
+
+
+def test_verify_removes_strays_older_than_grace_and_nothing_younger(cluster: Cluster) -> None:
+    planted = plant_strays(cluster)
+    before = cluster.rows()
+    code, facts, _ = cluster.tool("verify", "--repair")
+    assert code == 0 and facts["found"] == {} and facts["young"] == 4  # their files are new, whatever the version says
+    code, facts, _ = cluster.tool("verify", "--grace", 0)
+    assert code == 1 and {case["kind"]: case["path"] for case in facts["cases"]} == planted and not cluster.garbage()
+    code, facts, _ = cluster.tool("verify", "--grace", 0, "--repair")
+    assert code == 0 and facts["repaired"] == 4 and {path for _, path in cluster.garbage()} == set(planted.values())
+    cluster.collect()
+    assert cluster.tool("verify", "--grace", 0, "--deep")[1]["found"] == {} and cluster.rows() == before
+
+
+@on_nginx
+@pytest.mark.parametrize("way", ["cut", "500", "hang", "not JSON"])
+def test_verify_removes_nothing_if_a_listing_fails(cluster: Cluster, way: str) -> None:
+    plant_strays(cluster)
+    (cluster.data / "volume3" / "ff" / "ff").mkdir(parents=True)
+    with meddling(cluster, "/ff/ff/", way):
+        code, facts, _ = cluster.tool("verify", "--grace", 0, "--repair")
+    assert (
+        code == 1 and facts["found"].pop("failed volume") == 1 and len(facts["found"]) == 4 and facts["repaired"] == 0
+    )
+    assert not cluster.garbage()
+
+
+@on_nginx
+def test_verify_takes_a_volume_that_is_down_for_unknown_not_for_empty(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    before = cluster.rows()
+    cluster.stop("volume3")
+    code, facts, _ = cluster.tool("verify", "--repair", "--deep")
+    assert code == 1 and facts["found"] == {"failed volume": 1}
+    assert cluster.rows() == before and not cluster.garbage()
+
+
+@on_nginx
+def test_verify_beside_busy_clients_finds_nothing(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=2, garbage_delay=0.0)
+    with cluster.serve() as (port, _):
+        clients = Clients(port, 3)
+        eventually(lambda: clients.done > 200)
+        for _ in range(3):
+            code, facts, _ = cluster.tool("verify", "--repair")
+            assert (code, facts["found"]) == (0, {})
+        clients.stop()
+    check_placement(cluster)
+
+
+@on_nginx
+def test_verify_killed_at_any_moment_can_be_run_again(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": os.urandom(100) for i in range(300)})
+    before = cluster.rows()
+    for i in range(0, 300, 2):
+        (flip_bit if i % 4 else Path.unlink)(cluster.replica(f"k{i}", i // 4 % 2))
+    kill_at_moments(cluster, "verify", "--deep", "--repair", "--limit-rate", "0.5", kills=6, check=lambda: None)
+    cluster.collect()
+    assert cluster.tool("rebalance")[0] == 0  # restores what a kill left with fewer replicas
+    assert [row[:2] for row in cluster.rows()] == [row[:2] for row in before]
+    check_placement(cluster)
+    assert not list(cluster.db.parent.glob("index.db.scratch*"))
+
+
+# == Tools: the others ================================================================================================
+
+
+@on_nginx
+def test_tools_show_the_volume_secret(cluster: Cluster) -> None:
+    cluster.secret = "s3cret-of-volumes"
+    names = ("volume4", "volume5", "volume6")
+    cluster.start(*names)
+    cluster.configure(*names, replicas=2, volume_secret=cluster.secret)
+    cluster.put({f"k{i}": b"x" for i in range(20)} | {"large": os.urandom(LARGE)})
+    before = cluster.rows()
+    flip_bit(cluster.replica("large"))
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+    assert cluster.tool("verify", "--deep", "--repair")[1]["repaired"] == 1
+    cluster.configure(*names, replicas=2)
+    code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "403" in err and cluster.rows() == before
+
+
+def test_status_shows_the_same_from_server_and_index(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" * i for i in range(30)})
+    code, facts, _ = cluster.tool("status")
+    assert code == 0 and facts["keys"] == 30 and sum(v["blobs"] for v in facts["volumes"]) == 60
+    with cluster.serve() as (port, _):
+        code, online, _ = cluster.tool("status", f"http://127.0.0.1:{port}")
+    names = ("name", "state", "blobs", "bytes", "share", "ideal")
+    assert code == 0 and [[v[n] for n in names] for v in online["volumes"]] == [
+        [v[n] for n in names] for v in facts["volumes"]
+    ]
+    assert all(abs(v["ideal"] - 1 / 3) < 0.05 for v in facts["volumes"])
+
+
+def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
+    with cluster.serve() as (port, _):
+        code, facts, err = cluster.tool("bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000)
+        assert code == 0, (facts, err)
+        for method in ("PUT", "GET", "HEAD", "DELETE"):
+            assert facts[method]["requests"] == 60 and facts[method]["errors"] == 0
+            assert 0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
+        assert cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0] == 0
+        assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
+
+
+@on_nginx
+def test_bench_says_what_went_wrong(cluster: Cluster) -> None:
+    code, facts, _ = cluster.tool("bench", f"http://127.0.0.1:{free_port()}", "--count", 3)
+    assert code == 1 and facts["PUT"]["errors"] == 3
+
+
+@on_nginx
+def test_backup_of_a_running_server_can_be_restored(cluster: Cluster, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    with cluster.serve() as (port, _):
+        clients = Clients(port, 2)
+        eventually(lambda: clients.done > 100)
+        for _ in range(3):
+            assert cluster.tool("backup", copy)[0] == 0
+        clients.stop()
+    before = cluster.rows()
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert (
+            db.execute("SELECT count(*) FROM record").fetchone()
+            == db.execute("SELECT blobs FROM total WHERE name = ''").fetchone()
+        )
+    shutil.copy(copy, cluster.db)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before  # what was written since comes from the volumes
+    assert {path.name for path in tmp_path.glob("copy*")} == {"copy.db"}
+
+
+def test_token_fits_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mkv_tools.main(["token", 'ana "x" ü', "--allow", "read,list", "write", "--prefix", 'a"\\\x7f/ü']) == 0
+    secret, _, table = capsys.readouterr().out.partition("\n")
+    (token,) = mkv.parse_config(table).tokens
+    assert mkv.authorize([token], None, f"Bearer {secret}", "write", 'a"\\\x7f/üx') == 'ana "x" ü'
+    assert mkv_tools.main(["token", "x", "--allow", "everything"]) == 2
+    assert "allow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["rebuild", "rebalance", "verify", "status", "backup"])
+def test_tools_say_in_one_line_what_is_wrong(command: str, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "embedded")
+    cluster.configure()
+    code, _, err = cluster.tool(command, *(["x.db"] if command == "backup" else []))
+    assert code == 1 and err.count("\n") == 1 and err.startswith("mkv: ") and not cluster.db.exists()
+    cluster.file.write_text("replicas = 0\nnonsense = 1")
+    code, _, err = cluster.tool(command, *(["x.db"] if command == "backup" else []))
+    assert code == 2 and "replicas" in err and "nonsense" in err
+    with pytest.raises(SystemExit, match="2"):
+        cluster.tool(command, "--no-such-flag")
+
+
+def test_report_for_people_is_short(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(30)})
+    for i in range(30):
+        cluster.replica(f"k{i}").unlink()
+    assert mkv_tools.main(["verify", "--config", str(cluster.file)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 x missing" and "and 20 more" in lines[11] and "30 left" in lines[-1]
+    assert len(cluster.tool("verify")[1]["cases"]) == 30
+
+
+def test_progress_is_plain_lines_off_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = asyncio.sleep
+    monkeypatch.setattr(mkv_tools.asyncio, "sleep", lambda seconds: real(0))
+
+    async def work() -> None:
+        async with mkv_tools.Progress(lambda: "12 keys", lambda: 0.5):
+            await real(0.01)
+
+    asyncio.run(work())
+    assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
