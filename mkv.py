@@ -26,8 +26,7 @@ sidecar is an unfinished write; a sidecar without a blob is nothing. The index c
 
 Invariants (the tests cite them):
 
-    I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have answered for blob and sidecar with this
-        digest, and the record is on disk.
+    I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar, the record is on disk.
     I2  Anything else to a PUT leaves the key as it was, and what was written becomes garbage.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
     I4  After an acknowledged DELETE the key does not come back: not after a crash, not by rebuild.
@@ -44,9 +43,8 @@ clean-up can never hit a newer write, and several processes and tools can share 
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
-Reading order: errors, configuration, keys and paths, ring, records, decisions (up to here everything is pure: no clock,
-no randomness, no I/O), index, volume client, health, metrics, store, HTTP, embedded volume, command line. After
-"decisions" a reader knows all policy; the rest carries it out.
+Reading order: as below. Up to "decisions" everything is pure (no clock, no randomness, no I/O), and who has read that
+far knows all policy; the rest carries it out.
 """
 
 from __future__ import annotations
@@ -77,28 +75,17 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
 from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDictProxy
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
@@ -106,13 +93,12 @@ __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "crea
 log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
-Answer = TypeVar("Answer")
-Item = TypeVar("Item")
 
 # == Errors ===========================================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
 
 
+# fmt: off
 class MkvError(Exception):
     """Base of all errors raised on purpose: `status`, `title` and `headers` of the HTTP answer; str() is its detail."""
 
@@ -124,8 +110,6 @@ class MkvError(Exception):
         super().__init__(detail or self.title)
         self.headers = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
 
-
-# fmt: off
 class BadRequest(MkvError): status, title = 400, "Bad Request"
 class Unauthorized(MkvError): status, title, headers = 401, "Unauthorized", {"WWW-Authenticate": 'Bearer realm="mkv"'}
 class Forbidden(MkvError): status, title = 403, "Forbidden"
@@ -140,8 +124,6 @@ class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
 class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
 class Full(MkvError): status, title = 507, "Insufficient Storage"
-# fmt: on
-
 
 class ConfigError(MkvError):
     """A configuration that cannot be used; `faults` names every fault, each as "place: reason"."""
@@ -150,7 +132,6 @@ class ConfigError(MkvError):
         self.faults = tuple(faults)
         super().__init__("\n".join(self.faults))
 
-
 class VolumeError(Unavailable):
     """One request to one volume failed; `volume` is its name."""
 
@@ -158,8 +139,6 @@ class VolumeError(Unavailable):
         super().__init__(f"volume {volume}: {detail}")
         self.volume = volume
 
-
-# fmt: off
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
 class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
 class VolumeFull(VolumeError): """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
@@ -170,7 +149,6 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 # One frozen Config, checked as a whole: whatever is wrong is named at once. A field below is at the same time a TOML
 # key, a flag (dashes for underscores) and a row of the README's table.
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 OPERATIONS = ("read", "write", "delete", "list", "admin")
@@ -184,22 +162,34 @@ def setting(default: T, help: str, low: float = 0, high: float = float("inf"), s
     return made
 
 
-def check_fields(value: Any) -> list[str]:
-    """Name each field whose type or bounds are wrong; a whole number is taken for a float."""
-    faults = []
-    for spec in fields(value):
-        kind, given, bounds = type(spec.default), getattr(value, spec.name), spec.metadata
-        if kind is float and type(given) is int:
-            object.__setattr__(value, spec.name, given := float(given))
-        if type(given) is not kind and bounds:
-            faults.append(f"{spec.name}: must be {kind.__name__}, not {given!r}")
-        elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
-            faults.append(f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}")
-    return faults
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Base of what is configured: checks itself when made, and raises ConfigError with all faults at once."""
+
+    def __post_init__(self) -> None:
+        faults, wrong_type = list[str](), False
+        for spec in fields(self):
+            kind, given, bounds = type(spec.default), getattr(self, spec.name), spec.metadata
+            if kind is float and type(given) is int:  # a whole number is taken for a float
+                self._set(spec.name, given := float(given))
+            if type(given) is not kind and bounds:
+                faults.append(f"{spec.name}: must be {kind.__name__}, not {given!r}")
+                wrong_type = True
+            elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
+                faults.append(f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}")
+        if faults := faults if wrong_type else faults + list(self._contradictions()):
+            raise ConfigError(faults)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _contradictions(self) -> Iterator[str]:
+        """Complete what was left out, and yield what is wrong although each field has the right type."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Volume:
+class Volume(Checked):
     """One volume server; raises ConfigError."""
 
     name: str = setting("", "what records and the ring call it; never reuse a name for another disk")
@@ -208,21 +198,17 @@ class Volume:
     weight: float = setting(1.0, "its share of new blobs; 0 drains it", 0, 1000)
     zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
 
-    def __post_init__(self) -> None:
-        faults = check_fields(self)
-        if not NAME.fullmatch(str(self.name)):
-            faults.append(f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}")
-        for which in ("url", "public_url"):
-            url = str(getattr(self, which) or self.url)
+    def _contradictions(self) -> Iterator[str]:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}", self.name):
+            yield f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}"
+        for which, url in (("url", self.url), ("public_url", self.public_url or self.url)):
             if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
-                faults.append(f"{which}: must be http(s)://host[:port][/path], not {url!r}")
-            object.__setattr__(self, which, url.rstrip("/"))
-        if faults:
-            raise ConfigError(faults)
+                yield f"{which}: must be http(s)://host[:port][/path], not {url!r}"
+            self._set(which, url.rstrip("/"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
+class Token(Checked):
     """Who shows the secret with this SHA-256 may do what `allow` lists, on keys that begin with `prefix`."""
 
     name: str = setting("", "who it is, for the log")
@@ -230,25 +216,19 @@ class Token:
     allow: tuple[str, ...] = ()
     prefix: str = setting("", "the keys it is confined to (default: all)")
 
-    def __post_init__(self) -> None:
-        faults = check_fields(self)
+    def _contradictions(self) -> Iterator[str]:
         if not self.name:
-            faults.append("name: is missing")
-        if not re.fullmatch(r"[0-9a-f]{64}", str(self.sha256)) and self.name != "anonymous":
-            faults.append("sha256: must be the 64 hex digits of the secret's SHA-256 (mkv_tools.py token makes one)")
-        if (
-            not isinstance(self.allow, list | tuple)
-            or not self.allow
-            or not all(one in OPERATIONS for one in self.allow)
-        ):
-            faults.append(f"allow: must list some of {', '.join(OPERATIONS)}, not {self.allow!r}")
-        if faults:
-            raise ConfigError(faults)
-        object.__setattr__(self, "allow", tuple(self.allow))
+            yield "name: is missing"
+        if not re.fullmatch(r"[0-9a-f]{64}", self.sha256) and self.name != "anonymous":
+            yield "sha256: must be the 64 hex digits of the secret's SHA-256 (mkv_tools.py token makes one)"
+        listed = tuple(self.allow) if isinstance(self.allow, list | tuple) else ()
+        if not listed or any(one not in OPERATIONS for one in listed):
+            yield f"allow: must list some of {', '.join(OPERATIONS)}, not {self.allow!r}"
+        self._set("allow", listed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Everything that can be set; raises ConfigError with all faults at once. Times are seconds, sizes bytes."""
 
     host: str = setting("127.0.0.1", "address to listen on")
@@ -257,9 +237,7 @@ class Config:
     db: str = setting("", "file of the index (default: index.db in the data folder)")
     volumes: tuple[Volume, ...] = ()
     replicas: int = setting(2, "volumes that hold each blob", 1, 32)
-    min_replicas: int = setting(
-        0, "volumes that must have a blob before a PUT succeeds (0: as many as replicas)", 0, 32
-    )
+    min_replicas: int = setting(0, "volumes that must have a blob before a PUT succeeds (0: replicas)", 0, 32)
     workers: int = setting(1, "processes that serve", 1, 256)
     volume_timeout: float = setting(5.0, "s without progress after which a volume is given up", 0.1, 3600)
     garbage_delay: float = setting(10.0, "s that replaced and deleted blobs stay, for readers under way", 0, 86400)
@@ -282,25 +260,19 @@ class Config:
     tokens: tuple[Token, ...] = ()
     anonymous: Token | None = None
 
-    def __post_init__(self) -> None:
-        if faults := check_fields(self):
-            raise ConfigError(faults)
-        object.__setattr__(self, "db", self.db or f"{self.data}/index.db")
-        object.__setattr__(self, "min_replicas", self.min_replicas or self.replicas)
-        if faults := list(self._contradictions()):
-            raise ConfigError(faults)
-
     def _contradictions(self) -> Iterator[str]:
-        """Yield what is wrong between fields that are each right."""
+        self._set("db", self.db or f"{self.data}/index.db")
+        self._set("min_replicas", self.min_replicas or self.replicas)
         if self.min_replicas > self.replicas:
             yield f"min_replicas: {self.min_replicas} is more than replicas ({self.replicas})"
         writable = sum(v.weight > 0 for v in self.volumes) if self.volumes else EMBEDDED_VOLUMES
         if writable < self.min_replicas:
             yield f"replicas: {self.min_replicas} needed for a PUT, but only {writable} volume(s) take new blobs"
-        for things, what in ((self.volumes, "name"), (self.volumes, "url"), (self.tokens, "name")):
-            given = [getattr(thing, what) for thing in cast(Sequence[object], things)]
+        names, urls = [v.name for v in self.volumes], [v.url for v in self.volumes]
+        unique = {"volume: name": names, "volume: url": urls, "token: name": [token.name for token in self.tokens]}
+        for what, given in unique.items():
             if twice := sorted({one for one in given if given.count(one) > 1}):
-                yield f"{'volume' if things is self.volumes else 'token'}: {what} {', '.join(twice)} is given twice"
+                yield f"{what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
         for secret in ("volume_secret", "link_secret"):
@@ -308,37 +280,24 @@ class Config:
                 yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
         if self.link_secret and not self.volume_secret:
             yield "link_secret: needs a volume_secret, else anybody could list, write and delete on the volumes"
-        if not (self.tokens or self.insecure or is_loopback(self.host)):
+        try:
+            loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            loopback = False
+        if not (self.tokens or self.insecure or loopback):
             yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def parse_volume_flag(flag: str) -> dict[str, str]:
-    """Split [NAME=]URL; without a name it is the URL's host:port, so that the order of flags means nothing."""
-    name, separator, url = flag.partition("=")
-    if not separator or "/" in name:
-        name, url = flag.rstrip("/").partition("://")[2].replace("/", "-"), flag
-    return {"name": name, "url": url}
-
-
 def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | None = None) -> Config:
-    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError.
-
-    Each fault names its place: the flag, or `place` and the TOML key.
-    """
+    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError, each fault
+    with its place: the flag, or `place` and the TOML key."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{place}: {error}"]) from None
-    faults: list[str] = []
+    flags, faults = dict(flags or {}), list[str]()
 
-    def build(kind: Callable[..., T], known: Collection[str], where: str, given: object) -> list[T]:
+    def build(kind: Callable[..., T], where: str, given: object, known: Collection[str]) -> list[T]:
         """Return [kind(**given)], or [] and note the faults."""
         given = given if isinstance(given, dict) else {str(given): "is no table"}
         faults.extend(f"{where}{name}: there is no such setting" for name in given if name not in known)
@@ -348,44 +307,52 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
             faults.extend(f"{where}{fault}" for fault in error.faults)
             return []
 
-    flags, values = dict(flags or {}), dict[str, Any]()
-    kinds: dict[str, Any] = {spec.name: type(spec.default) for spec in fields(Config) if spec.metadata}
-    entries: tuple[tuple[str, type[Volume | Token]], ...] = (("volume", Volume), ("token", Token))
-    for singular, kind in entries:
-        listed, known = table.pop(singular, []), [spec.name for spec in fields(kind)]
-        if not isinstance(listed, list):
+    def build_all(kind: type[T], singular: str, known: Collection[str]) -> tuple[T, ...]:
+        if not isinstance(listed := table.pop(singular, []), list):
             faults.append(f"{place}: {singular}: must be [[{singular}]], an array of tables")
             listed = []
-        numbered = enumerate(listed, 1)
-        values[f"{singular}s"] = [
-            t for i, one in numbered for t in build(kind, known, f"{place}: {singular}[{i}].", one)
-        ]
-    if isinstance(rule := table.pop("anonymous", {}), dict) and rule:
-        named = build(partial(Token, name="anonymous"), ("allow", "prefix"), f"{place}: anonymous.", rule)
-        values["anonymous"] = named[0] if named else None
+        places = ((f"{place}: {singular}[{i}].", one) for i, one in enumerate(listed, 1))
+        return tuple(thing for where, one in places for thing in build(kind, where, one, known))
+
+    volumes = build_all(Volume, "volume", [spec.name for spec in fields(Volume)])
+    tokens = build_all(Token, "token", [spec.name for spec in fields(Token)])
+    rule = table.pop("anonymous", None)
+    named = build(partial(Token, name="anonymous"), f"{place}: anonymous.", rule, ("allow", "prefix")) if rule else []
     if chosen := flags.pop("volume", None):
-        parsed = [(flag, parse_volume_flag(flag)) for flag in chosen]
-        values["volumes"] = [v for flag, one in parsed for v in build(Volume, one, f"--volume {flag}: ", one)]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        pairs = [(f"--volume {flag}: ", parse_volume_flag(flag)) for flag in chosen]
+        volumes = tuple(volume for where, one in pairs for volume in build(Volume, where, one, one))
+    kinds: dict[str, Any] = {spec.name: type(spec.default) for spec in fields(Config) if spec.metadata}
     faults += [f"{place}: {name}: there is no such setting" for name in table if name not in kinds]
-    values |= {name: value for name, value in table.items() if name in kinds}
+    values = {name: value for name, value in table.items() if name in kinds}
     for name, given in flags.items():
         try:
             values[name] = kinds[name](given)
         except ValueError:
             values[name] = given  # Config says what is wrong with it
     try:
-        config = Config(**values)
+        config = Config(volumes=volumes, tokens=tokens, anonymous=named[0] if named else None, **values)
     except ConfigError as error:
         for fault in error.faults:
-            name = fault.partition(":")[0]
-            in_file = name in table or name in ("volume", "token")
-            faults.append(
-                f"--{fault.replace('_', '-', 2)}" if name in flags else f"{place}: {fault}" if in_file else fault
-            )
+            name, _, reason = fault.partition(": ")
+            in_file = f"{place}: " if name in table or name in ("volume", "token") else ""
+            faults.append(f"--{name.replace('_', '-')}: {reason}" if name in flags else in_file + fault)
     if faults:
         raise ConfigError(faults)
     return config
+
+
+def reload_config(old: Config, new: Config) -> Config:
+    """Return `new`, but with what only a restart can change, and embedded volumes, as they were."""
+    stays: dict[str, Any] = {name: getattr(old, name) for name in RESTART_ONLY}
+    return replace(new, volumes=new.volumes or old.volumes, **stays)
+
+
+def parse_volume_flag(flag: str) -> dict[str, str]:
+    """Split [NAME=]URL; without a name it is the URL's host:port, so that the order of flags means nothing."""
+    name, separator, url = flag.partition("=")
+    if not separator or "/" in name:
+        name, url = flag.rstrip("/").partition("://")[2].replace("/", "-"), flag
+    return {"name": name, "url": url}
 
 
 # == Keys and paths ===================================================================================================
@@ -517,7 +484,7 @@ class Ring:
                     return
 
     def place(self, key: str, replicas: int, among: Collection[str] | None = None) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, in distinct zones while zones last."""
+        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct zones if they last."""
         chosen, spare, taken = list[str](), list[str](), set[str]()
         for name in self.order(key):
             if among is None or name in among:
@@ -531,7 +498,6 @@ class Ring:
 # == Records ==========================================================================================================
 # A key's row in the index, and its sidecar: the same facts as JSON.
 
-HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
 
@@ -579,7 +545,7 @@ def decode_sidecar(data: bytes, path: str) -> Record:
         media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
-    if record.size < 0 or not HEX_DIGEST.fullmatch(record.digest):
+    if record.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
     if parse_path(record.path) is None or sidecar_path(record.path) != path:
         raise ValueError("it names another key or version than its path")
@@ -589,15 +555,11 @@ def decode_sidecar(data: bytes, path: str) -> Record:
 # == Decisions ========================================================================================================
 # All policy, as pure functions and tables: they are given what is known and return what is to be done.
 
-
-class Verdict(enum.Enum):
-    PROCEED = "proceed"
-    NOT_MODIFIED = "not modified"
-    FAILED = "precondition failed"
+Verdict = enum.Enum("Verdict", "PROCEED NOT_MODIFIED FAILED")  # of a request's conditions
+Step = enum.Enum("Step", "COMMIT WRITE_MORE ROLL_BACK")  # what a PUT does next
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
+class Conditions(NamedTuple):
     """The conditional headers of a request (RFC 9110, 13.1); ETags in quotes, "*" for any."""
 
     if_match: tuple[str, ...] | None = None
@@ -638,23 +600,22 @@ def parse_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
     """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and Content-MD5 (RFC 1864)."""
     expected: dict[str, bytes] = {}
     for header in ("Repr-Digest", "Content-Digest", "Content-MD5"):
-        if header not in headers:
+        if (text := headers.get(header)) is None:
             continue
-        items = re.findall(r"(?:^|,)\s*([a-z0-9-]+)=:([^:]*):\s*(?=,|$)", headers[header])
-        given = {name.replace("sha-", "sha"): value for name, value in items if name in ("sha-256", "sha-512")}
+        given = re.findall(r"(?:^|,)\s*(sha-256|sha-512)=:([^:]*):\s*(?=,|$)", text)
         if header == "Content-MD5":
-            given = {"md5": headers[header].strip()}
+            given = [("md5", text.strip())]
         if not given:
-            raise BadRequest(f"{header}: needs sha-256=:BASE64: or sha-512=:BASE64:, not {headers[header]!r}")
-        for algorithm, value in given.items():
+            raise BadRequest(f"{header}: needs sha-256=:BASE64: or sha-512=:BASE64:, not {text!r}")
+        for name, value in given:
             try:
                 digest = base64.b64decode(value, validate=True)
             except ValueError:
                 digest = b""
-            if len(digest) != hashlib.new(algorithm, usedforsecurity=False).digest_size:
-                raise BadRequest(f"{header}: {value!r} is no {algorithm} digest in base64")
-            if expected.setdefault(algorithm, digest) != digest:
-                raise WrongDigest(f"{header}: contradicts another digest header")
+            if len(digest) != {"sha-256": 32, "sha-512": 64, "md5": 16}[name]:
+                raise BadRequest(f"{header}: {value!r} is no {name} digest in base64")
+            if expected.setdefault(name.replace("-", ""), digest) != digest:
+                raise WrongDigest(f"{header}: contradicts another digest")
     return expected
 
 
@@ -673,27 +634,18 @@ class Event(enum.Enum):
     UNREACHABLE = "unreachable"  # no connection, no answer in time, or an answer that a volume never gives
 
 
+# A PUT says all of a volume's state. ANSWERED brings back one that was down, but not its writes: a write probe follows.
+AFTER_A_PUT = {Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN}
 STATE_AFTER: Mapping[State, Mapping[Event, State]] = {
-    State.UP: {
-        Event.ANSWERED: State.UP, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
-    },
-    State.READONLY: {
-        Event.ANSWERED: State.READONLY, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
-    },
-    State.DOWN: {  # an answer to a HEAD says that it reads; the write probe that follows says whether it writes
-        Event.ANSWERED: State.READONLY, Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN,
-    },
-}  # fmt: skip
-
-
-class Step(enum.Enum):
-    COMMIT = "commit"
-    WRITE_MORE = "write more"
-    ROLL_BACK = "roll back"
+    State.UP: {Event.ANSWERED: State.UP, **AFTER_A_PUT},
+    State.READONLY: {Event.ANSWERED: State.READONLY, **AFTER_A_PUT},
+    State.DOWN: {Event.ANSWERED: State.READONLY, **AFTER_A_PUT},
+}
+States = Mapping[str, State]  # of the volumes, by name
 
 
 def plan_write(
-    ring: Ring, key: str, replicas: int, states: Mapping[str, State], done: Collection[str], failed: Collection[str]
+    ring: Ring, key: str, replicas: int, states: States, done: Collection[str], failed: Collection[str]
 ) -> tuple[str, ...]:
     """Return the volumes to write to next: where the ring puts the key among those up, less what is done or failed."""
     usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
@@ -701,15 +653,13 @@ def plan_write(
 
 
 def decide_write(done: int, left: int, replicas: int, min_replicas: int) -> Step:
-    """What a fan-out with `done` good replicas and `left` volumes still to try means."""
+    """Say what `done` good replicas and `left` volumes still to try mean."""
     if done + left < min_replicas:
         return Step.ROLL_BACK
     return Step.WRITE_MORE if done < replicas and left else Step.COMMIT
 
 
-def explain_refusal(
-    states: Mapping[str, State], ring: Ring, needed: int, failed: Mapping[str, VolumeError]
-) -> MkvError:
+def explain_refusal(states: States, ring: Ring, needed: int, failed: Mapping[str, VolumeError]) -> MkvError:
     """Say why a PUT finds too few volumes: Full if enough are alive but refuse writes, else Unavailable."""
     refusing = {name for name, state in states.items() if state is State.READONLY}
     refusing |= {name for name, error in failed.items() if isinstance(error, VolumeFull | VolumeUnexpected)}
@@ -720,7 +670,7 @@ def explain_refusal(
     return Full(detail) if refusing and len(alive & ring.zones.keys()) >= needed else Unavailable(detail)
 
 
-def choose_replica(record: Record, states: Mapping[str, State], turn: int) -> str | None:
+def choose_replica(record: Record, states: States, turn: int) -> str | None:
     """Return the volume to read from: one of the record's that is not down, by turns."""
     alive = [name for name in record.volumes if states.get(name, State.DOWN) is not State.DOWN]
     return alive[turn % len(alive)] if alive else None
@@ -732,12 +682,10 @@ def retry_delay_s(attempts: int) -> float:
 
 
 def authorize(
-    tokens: Sequence[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
+    tokens: Collection[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
 ) -> str:
     """Return the name of who may do `operation` on `key` (for a list: its prefix); raises Unauthorized or Forbidden.
-
-    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing.
-    """
+    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing."""
     rule = anonymous
     if authorization is not None and tokens:
         scheme, _, secret = authorization.partition(" ")
@@ -752,8 +700,8 @@ def authorize(
         return ""
     if operation in rule.allow and (operation == "admin" or key.startswith(rule.prefix)):
         return rule.name
-    where = f" keys that begin with {rule.prefix!r}" if rule.prefix else ""
-    raise (Unauthorized if rule is anonymous else Forbidden)(f"{rule.name} may only {', '.join(rule.allow)}{where}")
+    limits = ", ".join(rule.allow) + (f" keys that begin with {rule.prefix!r}" if rule.prefix else "")
+    raise (Unauthorized if rule is anonymous else Forbidden)(f"{rule.name} may only {limits}")
 
 
 def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tuple[float, float]:
@@ -768,8 +716,7 @@ def sign_link(path: str, secret: str, expires_s: int) -> str:
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ListQuery:
+class ListQuery(NamedTuple):
     prefix: str = ""
     delimiter: str = ""
     start: str = ""
@@ -780,6 +727,7 @@ def parse_list_query(query: str) -> ListQuery:
     """Read the query of a list request strictly; raises BadRequest."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict") if query else []
+        sizes = [len(value.encode()) for _, value in pairs]
     except ValueError:
         raise BadRequest("the query is malformed or not UTF-8") from None
     given = dict(pairs)
@@ -788,11 +736,8 @@ def parse_list_query(query: str) -> ListQuery:
     limit = given.pop("limit", "1000")
     if not re.fullmatch(r"[0-9]{1,5}", limit) or not 1 <= int(limit) <= 10000:
         raise BadRequest(f"limit must be 1 to 10000, not {limit!r}")
-    try:
-        if any("\0" in value or len(value.encode()) > MAX_KEY_BYTES for value in given.values()):
-            raise BadRequest(f"no value in the query has more than {MAX_KEY_BYTES} bytes, or NUL")
-    except UnicodeEncodeError:
-        raise BadRequest("the query is not UTF-8") from None
+    if max(sizes, default=0) > MAX_KEY_BYTES or any("\0" in value for value in given.values()):
+        raise BadRequest(f"no value in the query has more than {MAX_KEY_BYTES} bytes, or NUL")
     return ListQuery(**given, limit=int(limit))
 
 
@@ -814,13 +759,12 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 BATCH = 1000  # calls in one hop: bounds how long the others wait
-BUSY_TIMEOUT_S = 30.0  # another process writes to the same index
 
 
-def record_of_row(row: Sequence[Any]) -> Record:
+def record_of_row(row: Iterable[Any]) -> Record:
     key, version, volumes, size, digest, content_type, ext = row
-    names = tuple(volumes.split())
-    return Record(key=key, version=version, volumes=names, size=size, digest=digest, content_type=content_type, ext=ext)
+    where = tuple(volumes.split())
+    return Record(key=key, version=version, volumes=where, size=size, digest=digest, content_type=content_type, ext=ext)
 
 
 class Transaction:
@@ -853,8 +797,8 @@ class Transaction:
         """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
         for volume in volumes:
             row = (path, volume, self._now + delay_s, 0, self._now)
-            added = self._db.execute("INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)", row).rowcount
-            self._totals[GARBAGE][0] += added
+            query = "INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)"
+            self._totals[GARBAGE][0] += self._db.execute(query, row).rowcount
 
     def garbage_of(self, key: str) -> list[tuple[str, str]]:
         """Return (volume, path) of all garbage, of any version, that `key` has left."""
@@ -879,12 +823,9 @@ class Transaction:
 
 
 def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: Collection[str], delay_s: float) -> bool:
-    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new.
-
-    Whichever version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold.
-    A write that began before the current version is answered as if it had come just before it.
-    Raises PreconditionFailed; the garbage is committed all the same.
-    """
+    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new. Whichever
+    version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold. A write that began
+    before the current version is answered as if it had come just before it. PreconditionFailed undoes no garbage."""
     current = tx.get(record.key)
     tx.add_garbage(record.path, stray, delay_s)
     failed = decide_conditions(conditions, current) is not Verdict.PROCEED
@@ -947,16 +888,24 @@ def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
 
 
 class SqliteThread:
-    """One thread and the connection that it opens on first use; nobody else touches that connection."""
+    """One thread and the connection that it opens on first use; nobody else touches that connection.
 
-    def __init__(self, path: str, readonly: bool) -> None:
+    `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe` hears how many. A call
+    runs to its end even if whoever awaits it is cancelled: it waits in a list, not in the executor."""
+
+    def __init__(
+        self, path: str, readonly: bool, carry_out: Callable[[list[Any], sqlite3.Connection], Any] = lambda *_: None,
+        observe: Callable[[int], None] = lambda size: None,
+    ) -> None:  # fmt: skip
         self._uri = f"{Path(path).absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        self._pool = ThreadPoolExecutor(1, "mkv-index")
-        self._db: sqlite3.Connection | None = None
+        self._pool, self._db = ThreadPoolExecutor(1, "mkv-index"), cast(sqlite3.Connection | None, None)
+        self._carry_out, self._observe = carry_out, observe
+        self._waiting = list[tuple[Any, asyncio.Future[Any]]]()
+        self._worker: asyncio.Task[None] | None = None
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
-            self._db = sqlite3.connect(self._uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            self._db = sqlite3.connect(self._uri, uri=True, timeout=30, isolation_level=None)  # s for other processes
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -32768")
         return work(self._db)
@@ -964,33 +913,9 @@ class SqliteThread:
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
 
-    async def close(self) -> None:
-        if self._db is not None:
-            await self.run(sqlite3.Connection.close)
-            self._db = None
-        self._pool.shutdown()
-
-
-class Batch(Generic[Item, Answer]):
-    """Hands the calls that wait to a thread in one hop.
-
-    A call once made runs to its end, even if whoever awaits it is cancelled: it waits in a list, not in the executor.
-    """
-
-    def __init__(
-        self,
-        thread: SqliteThread,
-        work: Callable[[list[Item], sqlite3.Connection], list[Any]],
-        observe: Callable[[int], None],
-    ) -> None:
-        self._thread, self._carry_out, self._observe = thread, work, observe
-        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
-        self._worker: asyncio.Task[None] | None = None
-
-    def call(self, item: Item) -> asyncio.Future[Answer]:
+    def call(self, item: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((item, future))
+        self._waiting.append((item, future := loop.create_future()))
         if self._worker is None:
             self._worker = loop.create_task(self._work())
         return future
@@ -1000,7 +925,7 @@ class Batch(Generic[Item, Answer]):
             batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
             self._observe(len(batch))
             try:
-                answers = await self._thread.run(partial(self._carry_out, [item for item, _ in batch]))
+                answers = await self.run(partial(self._carry_out, [item for item, _ in batch]))
             except Exception as error:  # the whole hop failed, say on a full disk: nobody's call was carried out
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
@@ -1008,13 +933,18 @@ class Batch(Generic[Item, Answer]):
                     (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
         self._worker = None
 
-    async def drain(self) -> None:
+    async def close(self) -> None:
+        """Finish what is queued, then close. May be called twice."""
         while self._worker is not None:
             await asyncio.wait([self._worker])
+        if self._db is not None:
+            await self.run(sqlite3.Connection.close)
+            self._db = None
+        self._pool.shutdown()
 
 
 def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
-    """Look all keys up in one step of SQLite: each step gives up the GIL, and a busy event loop is slow to return it."""
+    """Look all keys up in one step of SQLite: each gives up the GIL, and a busy event loop is slow to return it."""
     query = f"SELECT json_group_array(json_array({COLUMNS})) FROM record WHERE key IN (SELECT value FROM json_each(?))"
     rows = json.loads(db.execute(query, (json.dumps(keys),)).fetchone()[0])
     found = {row[0]: record_of_row(row) for row in rows}
@@ -1022,7 +952,7 @@ def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
 
 
 def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    """Carry all mutations out in one transaction; an MkvError is one mutation's answer, anything else undoes them all."""
+    """Carry all mutations out in one transaction; an MkvError is one mutation's answer, others undo them all."""
     answers: list[Any] = []
     with db:
         db.execute("BEGIN IMMEDIATE")
@@ -1042,25 +972,32 @@ def prepare_index(db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-        elif version != SCHEMA_VERSION:
+        if version not in (0, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
+        for statement in SCHEMA.split(";") if version == 0 else ():
+            db.execute(statement)
+
+
+def lock_file(path: str, exclusive: bool) -> int:
+    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises BlockingIOError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 class Index:
-    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL, synchronous=FULL).
-
-    While it is open it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away.
-    """
+    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL, synchronous=FULL). While
+    open, it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away."""
 
     def __init__(self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None) -> None:
         self.path, self._lock = path, -1
-        self._writer, self._getter = SqliteThread(path, False), SqliteThread(path, True)
-        self._readers = [SqliteThread(path, True) for _ in range(2)]
-        self._writes = Batch[Callable[[Transaction], Any], Any](self._writer, write_all, partial(observe, "write"))
-        self._gets = Batch[str, Record | None](self._getter, get_all, partial(observe, "get"))
+        self._writer = SqliteThread(path, False, write_all, partial(observe, "write"))
+        self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
+        self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
@@ -1075,14 +1012,12 @@ class Index:
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
-        return self._gets.call(key)
+        return self._getter.call(key)
 
     def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
-        """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk.
-
-        An MkvError it raises is passed on and undoes nothing. sqlite3.Error: nothing was done.
-        """
-        return self._writes.call(mutation)
+        """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
+        it raises is passed on and undoes nothing. sqlite3.Error: nothing was done."""
+        return self._writer.call(mutation)
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -1091,24 +1026,11 @@ class Index:
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
-        await self._writes.drain()
-        await self._gets.drain()
         for thread in (self._getter, *self._readers, self._writer):
             await thread.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-
-def lock_file(path: str, exclusive: bool) -> int:
-    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises BlockingIOError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 # == Volume client ====================================================================================================
@@ -1119,8 +1041,8 @@ def lock_file(path: str, exclusive: bool) -> int:
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
-IDLE_CONNECTIONS = 64  # kept to each volume
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
+BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
 
 
 class Wire:
@@ -1163,8 +1085,7 @@ class VolumeClient:
         self._ssl = parts.scheme == "https" or None
         self._address, self._base = (parts.hostname, parts.port or (443 if self._ssl else 80)), parts.path
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
-        self._headers = {"Mkv-Volume-Secret": secret} if secret else {}
-        self._idle, self._keep = list[Wire](), IDLE_CONNECTIONS
+        self._idle, self._keep = list[Wire](), 64  # connections at most
 
     def _request(self, method: str, path: str, trail: str, framing: str) -> bytes:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
@@ -1176,78 +1097,70 @@ class VolumeClient:
 
     @contextlib.contextmanager
     def watch(self, method: str) -> Iterator[None]:
-        """Turn what can happen to a request into a VolumeError, and tell health and metrics."""
+        """Turn what can happen to a request into a VolumeError, and tell health and metrics, unless it is cancelled."""
         began, failure = time.perf_counter(), cast(VolumeError | None, None)
-        event: Event | None = Event.STORED if method == "PUT" else Event.ANSWERED
         try:
             yield
         except VolumeError as error:
-            failure, event = error, Event.UNREACHABLE if isinstance(error, VolumeDown) else Event.REFUSED
-            raise
+            failure = error
         except TimeoutError:
-            failure, event = VolumeTimeout(self.volume.name, f"{method}: no progress in time"), Event.UNREACHABLE
-            raise failure from None
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ClientError) as error:
+            failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
+        except (*BROKEN, ClientError) as error:
             failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
-            event = Event.UNREACHABLE
+        event = Event.STORED if method == "PUT" else Event.ANSWERED
+        if failure:
+            event = Event.UNREACHABLE if isinstance(failure, VolumeDown | VolumeTimeout) else Event.REFUSED
+        self._notice(event, str(failure or ""))
+        if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
+            self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
+        if failure:
             raise failure from None
-        except BaseException:
-            event = None  # cancelled: says nothing of the volume
-            raise
-        finally:
-            if event:
-                self._notice(event, str(failure or ""))
-            if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
-                self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
 
     def check(self, method: str, path: str, status: int) -> None:
         """Raise the VolumeError that `status` means, if any."""
-        if status not in (200, 201, 204) and not (method == "DELETE" and status == 404):
-            kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
-            if method in ("GET", "HEAD") and status >= 500:
-                kind = VolumeDown  # whoever cannot read is no use
-            raise kind(self.volume.name, f"{method} {path} was answered {status}")
+        if status in (200, 201, 204) or (method == "DELETE" and status == 404):
+            return
+        kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+        if method in ("GET", "HEAD") and status >= 500:
+            kind = VolumeDown  # whoever cannot read is no use
+        raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
     async def _exchange(self, method: str, bodies: Mapping[str, bytes], trail: str, timeout_s: float) -> None:
         """Send `method` for each path, pipelined, and check every answer."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
-        data = [self._request(method, path, trail, frame(len(body))) + body for path, body in bodies.items()]
+        data = b"".join(self._request(method, path, trail, frame(len(body))) + body for path, body in bodies.items())
         with self.watch(method):
             async with asyncio.timeout(timeout_s):
-                statuses = await self._converse(b"".join(data), len(bodies), method == "HEAD")
-            for path, status in zip(bodies, statuses, strict=False):
-                self.check(method, path, status)
+                while self._idle:
+                    wire = self._idle.pop()
+                    if wire.usable and await self._converse(wire, True, method, bodies, data):
+                        return
+                    wire.abort()
+                await self._converse(await self._connect(), False, method, bodies, data)
 
-    async def _converse(self, data: bytes, answers: int, head_only: bool) -> list[int]:
-        """Write `data`, read the statuses. A kept connection that the volume had closed meanwhile is replaced."""
-        while True:
-            kept = self._idle.pop() if self._idle else None
-            if kept and not kept.usable:
-                kept.abort()
-                continue
-            wire, statuses = kept or await self._connect(), list[int]()
-            try:
-                wire.writer.write(data)
-                for _ in range(answers):
-                    statuses.append(await wire.read_status(head_only))
-            except (OSError, asyncio.IncompleteReadError):
-                wire.abort()
-                if kept and not statuses:
-                    continue  # a repeat is harmless: the path names one version
-                if any(status >= 400 for status in statuses):
-                    return statuses  # nginx hangs up after an error, without a word on what follows in the pipeline
+    async def _converse(self, wire: Wire, kept: bool, method: str, paths: Iterable[str], data: bytes) -> bool:
+        """Write `data`, check the answers; return False if the volume had closed this kept connection meanwhile."""
+        answers, whole = 0, False
+        try:
+            wire.writer.write(data)
+            for path in paths:  # nginx hangs up after an error, without a word on what follows in the pipeline
+                status = await wire.read_status(method == "HEAD")
+                answers += 1
+                self.check(method, path, status)
+            whole = wire.usable and len(self._idle) < self._keep
+        except BROKEN:
+            if answers or not kept:
                 raise
-            except BaseException:
-                wire.abort()
-                raise
-            if wire.usable and len(self._idle) < self._keep:
+            return False  # a repeat is harmless: the path names one version
+        finally:
+            if whole:
                 self._idle.append(wire)
             else:
                 wire.abort()
-            return statuses
+        return True
 
     async def put(self, bodies: Mapping[str, bytes], trail: str = "") -> None:
-        """Store small files, path -> bytes, in that order; raises VolumeError unless the volume has answered for all."""
+        """Store small files, path -> bytes, in that order; raises VolumeError unless all are answered for."""
         await self._exchange("PUT", bodies, trail, self.timeout_s)
 
     async def delete(self, paths: Iterable[str], trail: str = "", timeout_s: float = 0) -> None:
@@ -1272,8 +1185,9 @@ class VolumeClient:
     async def read(self, session: ClientSession, path: str) -> AsyncIterator[ClientResponse]:
         """GET `path` and yield aiohttp's response, 200 or 404; raises VolumeError, also from reading the body."""
         url, timeout = self.volume.url + path, ClientTimeout(None, self.timeout_s, self.timeout_s)
+        headers = {"Mkv-Volume-Secret": self.secret} if self.secret else {}
         with self.watch("GET"):
-            async with session.get(url, headers=self._headers, timeout=timeout, allow_redirects=False) as response:
+            async with session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
                 if response.status != 404:
                     self.check("GET", path, response.status)
                 yield response
@@ -1327,9 +1241,7 @@ class Upload:
 # == Health ===========================================================================================================
 # One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only carries it out.
 
-PROBE_PATH = "/.mkv-probe"  # dot-files are in no listing
-PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
-PROBE_EVERY_S = 1.0
+PROBE_PATH, PROBE_BODY = "/.mkv-probe", bytes(64 * 1024)  # in no listing; large enough that a full disk refuses it
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
 PROBE_TIMEOUT_S = 2.0
 
@@ -1362,13 +1274,13 @@ class Health:
 
     async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
         """Probe all, for ever; a volume that hangs does not delay the others' probes."""
+        running: dict[str, asyncio.Task[None]] = {}
         async with asyncio.TaskGroup() as group:
-            running: dict[str, asyncio.Task[None]] = {}
             while True:
                 for client in clients():
                     if (last := running.get(client.volume.name)) is None or last.done():
                         running[client.volume.name] = group.create_task(self.probe(client))
-                await asyncio.sleep(PROBE_EVERY_S)
+                await asyncio.sleep(1.0)
 
 
 # == Metrics ==========================================================================================================
@@ -1405,18 +1317,15 @@ class Metrics:
     def __init__(self, shared: mmap.mmap | None = None, mine: int = 0) -> None:
         self._shared = shared or mmap.mmap(-1, REGION)
         self._doubles = memoryview(self._shared).cast("d")
-        self._region, self._cells = mine * REGION, dict[str, int]()
-        self._histograms: dict[tuple[str, str], list[int]] = {}
-        for name, cell in self._samples(self._region):  # a predecessor in this region died: go on where it was
-            self._cells[name] = cell
+        self._region, self._histograms = mine * REGION, dict[tuple[str, str], list[int]]()
+        self._cells = dict(self._samples(self._region))  # a predecessor in this region died: go on where it was
         self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
         for offset in range(region, region + REGION, CELL):
-            if name := self._shared[offset + 8 : offset + CELL].rstrip(b"\0").decode():
-                yield name, offset // 8
-            else:
+            if not (name := self._shared[offset + 8 : offset + CELL].rstrip(b"\0").decode()):
                 return
+            yield name, offset // 8
 
     def _cell(self, name: str) -> int:
         if name not in self._cells:
@@ -1429,7 +1338,7 @@ class Metrics:
     def add(self, name: str, amount: float = 1.0) -> None:
         self._doubles[self._cell(name)] += amount
 
-    def observe(self, name: str, labels: str, value: float, bounds: Sequence[float] = SECONDS) -> None:
+    def observe(self, name: str, labels: str, value: float, bounds: tuple[float, ...] = SECONDS) -> None:
         """Add `value` to a histogram; `labels` are as in the text format, without braces."""
         cells = self._histograms.get((name, labels))
         if cells is None:
@@ -1442,30 +1351,24 @@ class Metrics:
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Return the Prometheus text format: the sums over all processes, and `gauges` (name with labels -> value)."""
-        samples: dict[str, float] = defaultdict(float)
+        samples, lines = defaultdict[str, float](float, gauges), defaultdict[str, list[str]](list)
         for region in range(0, len(self._shared), REGION):
             for name, cell in self._samples(region):
                 samples[name] += self._doubles[cell]
-        lines: dict[str, list[str]] = {
-            name: [f"# HELP {name} {h}", f"# TYPE {name} {t}"] for name, (t, h) in FAMILIES.items()
-        }
-        for name, value in {**samples, **gauges}.items():
+        for name, value in samples.items():
             bare = name.partition("{")[0]
-            lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}")
-        return "\n".join(line for family in lines.values() if len(family) > 2 for line in family) + "\n"
+            lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}\n")
+        families = ((name, *FAMILIES[name], "".join(found)) for name, found in lines.items())
+        return "".join(f"# HELP {name} {about}\n# TYPE {name} {kind}\n{found}" for name, kind, about, found in families)
 
 
 # == Store ============================================================================================================
 # The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
 
-GARBAGE_EVERY_S = 1.0
-GARBAGE_AT_ONCE = 500  # replicas of a volume in one pass
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
-CLIENTS_REMEMBERED = 10_000  # by the rate limit of lists
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
+class View(NamedTuple):
     """What a configuration comes to. A request takes the view once; a reload swaps it as a whole."""
 
     config: Config
@@ -1473,8 +1376,7 @@ class View:
     clients: Mapping[str, VolumeClient]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
+class Draft(NamedTuple):
     """What a PUT asks for; `size` is None for a chunked body, `digests` is hashlib name -> what the client expects."""
 
     key: str
@@ -1482,7 +1384,7 @@ class Draft:
     ext: str
     size: int | None
     conditions: Conditions = UNCONDITIONAL
-    digests: Mapping[str, bytes] = field(default_factory=dict)
+    digests: Mapping[str, bytes] = {}
 
 
 class Hasher:
@@ -1492,7 +1394,7 @@ class Hasher:
         self._expected, self.size = expected, 0
         self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}}
 
-    def update(self, chunk: bytes | bytearray) -> None:
+    def update(self, chunk: bytes) -> None:
         self.size += len(chunk)
         for one in self._hashes.values():
             one.update(chunk)
@@ -1500,54 +1402,77 @@ class Hasher:
     def finish(self) -> str:
         """Return the SHA-256 in hex; raises WrongDigest."""
         for name, digest in self._expected.items():
-            if self._hashes[name].digest() != digest:
-                raise WrongDigest(
-                    f"the body's {name} is {self._hashes[name].hexdigest()}, the header says {digest.hex()}"
-                )
+            if (found := self._hashes[name].digest()) != digest:
+                raise WrongDigest(f"the body's {name} is {found.hex()}, the header says {digest.hex()}")
         return self._hashes["sha256"].hexdigest()
 
 
 class Write:
     """One PUT on its way to its volumes. `touched` may hold something of it, `done` hold all of it."""
 
-    def __init__(self, view: View, states: Mapping[str, State], draft: Draft, version: str, trail: str) -> None:
+    def __init__(self, view: View, states: States, draft: Draft, version: str, trail: str) -> None:
         self._view, self._states, self._draft, self._version, self._trail = view, states, draft, version, trail
-        self.path = blob_path(draft.key, version, draft.ext)
+        self.path, self._hasher = blob_path(draft.key, version, draft.ext), Hasher(draft.digests)
         self.touched, self.done, self.failed = set[str](), list[str](), dict[str, VolumeError]()
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
-        config = self._view.config
-        names = plan_write(self._view.ring, self._draft.key, config.replicas, self._states, done, self.failed)
-        match decide_write(len(done), len(names), config.replicas, config.min_replicas):
-            case Step.WRITE_MORE:
-                return names
-            case Step.COMMIT:
-                return ()
-            case Step.ROLL_BACK:
-                raise explain_refusal(self._states, self._view.ring, config.min_replicas, self.failed)
+        config, ring = self._view.config, self._view.ring
+        names = plan_write(ring, self._draft.key, config.replicas, self._states, done, self.failed)
+        step = decide_write(len(done), len(names), config.replicas, config.min_replicas)
+        if step is Step.ROLL_BACK:
+            raise explain_refusal(self._states, ring, config.min_replicas, self.failed)
+        return names if step is Step.WRITE_MORE else ()
 
     async def run(self, body: AsyncIterator[bytes]) -> Record:
         """Write `body` and its sidecars; return the record to commit. Raises MkvError."""
-        hasher, held = Hasher(self._draft.digests), bytearray()
-        small = self._draft.size is None or self._draft.size <= SMALL_BLOB
+        held, small = bytearray(), self._draft.size is None or self._draft.size <= SMALL_BLOB
         while small and (chunk := await anext(body, b"")):
             held += chunk
             small = len(held) <= SMALL_BLOB
-        record = await (self._write_small if small else self._write_large)(bytes(held), body, hasher)
+        record = await (self._write_small(bytes(held)) if small else self._write_large(bytes(held), body))
         return replace(record, volumes=tuple(sorted(self.done)))
 
-    def _record(self, hasher: Hasher) -> Record:
-        d, size = self._draft, hasher.size
-        if d.size not in (None, size):
-            raise BadRequest(f"the body has {size} bytes, Content-Length says {d.size}")
-        facts = {"key": d.key, "version": self._version, "content_type": d.content_type, "ext": d.ext}
-        return Record(volumes=(), size=size, digest=hasher.finish(), **facts)
+    async def _write_small(self, blob: bytes) -> Record:
+        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
+        self._hasher.update(blob)
+        record, sidecar = self._finish_body()
+        files = {self.path: blob} | sidecar
+        while names := self.plan(self.done):
+            self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
+        return record
+
+    async def _write_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
+        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
+        clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
+        try:
+            while names := self.plan(uploads):
+                start = self._each(names, lambda name: clients[name].start_upload(self.path, size, self._trail))
+                uploads |= await start
+            chunk = chunk or await anext(body, b"")
+            while chunk:
+                self._hasher.update(chunk)
+                for name, upload in list(uploads.items()):
+                    try:
+                        await upload.send(chunk)
+                    except VolumeError as error:
+                        self.failed[name] = error
+                        self._drop_failed(uploads)
+                chunk = await anext(body, b"")
+            record, sidecar = self._finish_body()
+            await self._each(uploads, lambda name: uploads[name].finish())
+            self._drop_failed(uploads)
+            self.done += await self._each(uploads, lambda name: clients[name].put(sidecar, self._trail))
+            self._drop_failed(uploads)
+            return record
+        finally:
+            for upload in uploads.values():
+                upload.abort()
 
     async def _each(self, names: Collection[str], act: Callable[[str], Awaitable[T]]) -> dict[str, T]:
         """Act on all volumes at once; note the failures, return name -> result of the others."""
         self.touched.update(names)
-        results = await asyncio.gather(*(act(name) for name in names), return_exceptions=True)
+        results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, VolumeError):
@@ -1558,53 +1483,22 @@ class Write:
                 good[name] = result
         return good
 
-    async def _write_small(self, blob: bytes, body: AsyncIterator[bytes], hasher: Hasher) -> Record:
-        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
-        hasher.update(blob)
-        record = self._record(hasher)
-        files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
-        while names := self.plan(self.done):
-            self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
-        return record
-
-    async def _write_large(self, held: bytes, body: AsyncIterator[bytes], hasher: Hasher) -> Record:
-        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
-        clients, uploads = self._view.clients, dict[str, Upload]()
-        try:
-            while names := self.plan(uploads):
-                starts = await self._each(
-                    names, lambda n: clients[n].start_upload(self.path, self._draft.size, self._trail)
-                )
-                uploads |= starts
-            chunk = held or await anext(body, b"")
-            while chunk:
-                hasher.update(chunk)
-                for name in list(uploads):
-                    try:
-                        await uploads[name].send(chunk)
-                    except VolumeError as error:
-                        self._give_up(uploads, {name: error})
-                chunk = await anext(body, b"")
-            record = self._record(hasher)
-            sidecar = {sidecar_path(self.path): encode_sidecar(record)}
-            await self._each(uploads, lambda name: uploads[name].finish())
-            self._give_up(uploads, self.failed)
-            self.done = list(await self._each(uploads, lambda name: clients[name].put(sidecar, self._trail)))
-            self._give_up(uploads, self.failed)
-            return record
-        finally:
-            for upload in uploads.values():
-                upload.abort()
-
-    def _give_up(self, uploads: dict[str, Upload], failed: Mapping[str, VolumeError]) -> None:
-        """Go on without these if the others are enough; raises Unavailable."""
-        self.failed |= failed
-        for name in failed.keys() & uploads.keys():
+    def _drop_failed(self, uploads: dict[str, Upload]) -> None:
+        """Go on without those that failed if the others are enough; raises Unavailable."""
+        for name in self.failed.keys() & uploads.keys():
             uploads.pop(name).abort()
-        config = self._view.config
-        if decide_write(len(uploads), 0, config.replicas, config.min_replicas) is Step.ROLL_BACK:
+        if len(uploads) < self._view.config.min_replicas:
             why = "; ".join(map(str, self.failed.values()))
             raise Unavailable(f"{why}; a large blob cannot begin anew elsewhere: send it again")
+
+    def _finish_body(self) -> tuple[Record, dict[str, bytes]]:
+        """Return the record (without volumes) of the body that is now complete, and its sidecar as path -> bytes."""
+        d, size = self._draft, self._hasher.size
+        if d.size not in (None, size):
+            raise BadRequest(f"the body has {size} bytes, Content-Length says {d.size}")
+        facts = {"key": d.key, "version": self._version, "content_type": d.content_type, "ext": d.ext}
+        record = Record(volumes=(), size=size, digest=self._hasher.finish(), **facts)
+        return record, {sidecar_path(self.path): encode_sidecar(record)}
 
 
 class Store:
@@ -1612,9 +1506,7 @@ class Store:
 
     def __init__(self, config: Config, metrics: Metrics | None = None, leader: bool = True) -> None:
         self.metrics, self.health, self._leader = metrics or Metrics(), Health(), leader
-        self.index = Index(
-            config.db, lambda kind, n: self.metrics.observe("mkv_index_batch_size", f'kind="{kind}"', n, SIZES)
-        )
+        self.index = Index(config.db, self._measure_batch)
         self.stopping, self.uploads, self.in_flight = False, 0, 0
         self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
         self.view = self._make_view(config, {})
@@ -1622,12 +1514,15 @@ class Store:
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
         for volume in config.volumes:
-            name, old = volume.name, before.get(volume.name)
-            kept = (volume, config.volume_secret, config.volume_timeout)
-            if old is None or (old.volume, old.secret, old.timeout_s) != kept:
-                old = VolumeClient(*kept, partial(self.health.notice, name), partial(self._measure, name))
-            clients[name] = old
-        return View(config=config, ring=Ring(config.volumes), clients=clients)
+            name, client = volume.name, before.get(volume.name)
+            facts = (volume, config.volume_secret, config.volume_timeout)
+            if client is None or (client.volume, client.secret, client.timeout_s) != facts:
+                client = VolumeClient(*facts, partial(self.health.notice, name), partial(self._measure, name))
+            clients[name] = client
+        return View(config, Ring(config.volumes), clients)
+
+    def _measure_batch(self, kind: str, size: int) -> None:
+        self.metrics.observe("mkv_index_batch_size", f'kind="{kind}"', size, SIZES)
 
     def _measure(self, volume: str, method: str, seconds: float, failure: str) -> None:
         self.metrics.add(f'mkv_volume_requests_total{{volume="{volume}",method="{method}"}}')
@@ -1654,21 +1549,17 @@ class Store:
 
     async def reload(self, config: Config) -> None:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
-        old, asked = self.view, config
-        stays: dict[str, Any] = {name: getattr(old.config, name) for name in RESTART_ONLY}
-        config = replace(config, volumes=config.volumes or old.config.volumes, **stays)  # embedded volumes go on
+        old = self.view
+        refused = [name for name in RESTART_ONLY if getattr(config, name) != getattr(old.config, name)]
+        config = reload_config(old.config, config)
         new = self._make_view(config, old.clients)
-        await asyncio.gather(
-            *(self.health.probe(c) for name, c in new.clients.items() if old.clients.get(name) is not c)
-        )
+        await asyncio.gather(*map(self.health.probe, {*new.clients.values()} - {*old.clients.values()}))
         self.view = new
-        for name, client in old.clients.items():
-            if new.clients.get(name) is not client:
-                client.close()
-            if name not in new.clients:
-                self.health.states.pop(name, None)
+        for client in {*old.clients.values()} - {*new.clients.values()}:
+            client.close()
+        for name in old.clients.keys() - new.clients.keys():
+            self.health.states.pop(name, None)
         changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(old.config, f.name)]
-        refused = [name for name in RESTART_ONLY if getattr(asked, name) != stays[name]]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
 
@@ -1695,11 +1586,8 @@ class Store:
         return url
 
     async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
-        """Store `body` under the key; return its record and whether the key is new.
-
-        Durable when it returns: blobs and sidecars are on their volumes and the record is on disk (I1). If it raises,
-        or is cancelled before the commit, the key is as it was and what was written is garbage (I2).
-        """
+        """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
+        raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
         view, current = self.view, await self.index.get(draft.key)
         if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
@@ -1745,7 +1633,7 @@ class Store:
         """Count a list request of `client`; raises TooManyRequests."""
         config, known = self.view.config, self._list_tokens
         if config.list_rate:
-            if len(known) > CLIENTS_REMEMBERED:
+            if len(known) > 10_000:
                 known.clear()  # which only forgives
             tokens, then = known.get(client, (float(config.list_burst), now))
             tokens, wait_s = take_token(tokens, now - then, config.list_rate, config.list_burst)
@@ -1773,11 +1661,9 @@ class Store:
         oldest = await self.index.read(lambda db: db.execute("SELECT min(since) FROM garbage").fetchone()[0])
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{platform.python_version()}"}}': 1,
-            "mkv_keys": status["keys"],
-            "mkv_bytes": status["bytes"],
-            "mkv_garbage_pending": status["garbage"],
+            "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
             "mkv_garbage_oldest_age_seconds": max(0.0, time.time() - oldest) if oldest else 0,
-        }
+        }  # fmt: skip
         for volume in status["volumes"]:
             label = f'volume="{volume["name"]}"'
             gauges |= {f"mkv_volume_{what}{{{label}}}": volume[what] for what in ("blobs", "bytes")}
@@ -1793,19 +1679,17 @@ class Store:
                     pass
             except sqlite3.Error as error:
                 log.error("index: %s; garbage waits", error)
-            await asyncio.sleep(GARBAGE_EVERY_S)
+            await asyncio.sleep(1.0)
 
     async def collect_garbage(self) -> int:
-        """Delete what is due on every volume that is not down; return how many replicas. Killed at any step, it goes on."""
+        """Delete what is due on every volume that is not down; return how many replicas. Can be killed at any step."""
         alive = [client for name, client in self.view.clients.items() if not self.health.is_down(name)]
         return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
-        name, query = (
-            client.volume.name,
-            "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT ?",
-        )
-        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time(), GARBAGE_AT_ONCE)).fetchall()))
+        query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
+        name = client.volume.name
+        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time())).fetchall()))
         gone, failed = list[tuple[str, str]](), list[tuple[str, str, int]]()
 
         async def collect() -> None:
@@ -1830,31 +1714,141 @@ class Store:
 
 STORE = web.AppKey("store", Store)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)  # W3C Trace Context
-RATE_GRACE_S = 30.0  # a body may start slowly
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
-CONDITIONAL = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since")
 CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
 
 
 class Call:
-    """One request on its way: what its handler and its log line need. `trail` is header lines for the volumes."""
+    """One request on its way: what it asks for, its handlers, its log line. `trail` is header lines for the volumes."""
 
     def __init__(self, request: web.Request) -> None:
-        self.request, self.store = request, request.app[STORE]
-        self.id, self.trace = (request.headers.get(name, "") for name in ("X-Request-ID", "traceparent"))
-        if not REQUEST_ID.fullmatch(self.id):
-            self.id = f"{random.getrandbits(64):016x}"
-        self.trail = f"X-Request-ID: {self.id}\r\n"
-        if TRACEPARENT.fullmatch(self.trace):
-            self.trail += f"traceparent: {self.trace}\r\n"
+        self.request, self.store, self.headers = request, request.app[STORE], request.headers
+        self.id, self.trace = self.headers.get("X-Request-ID", ""), self.headers.get("traceparent", "")
+        self.id = self.id if REQUEST_ID.fullmatch(self.id) else f"{random.getrandbits(64):016x}"
+        self.trace = self.trace if TRACEPARENT.fullmatch(self.trace) else ""
+        self.trail = f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
+        self.raw_path, self.query, self.key, self.who, self.volumes, self.size = "", "", "", "", tuple[str, ...](), 0
+
+    async def dispatch(self) -> web.StreamResponse:
+        """Find the handler by the raw request target, check who asks, call it."""
+        config, method = self.store.view.config, self.request.method
+        prefix = cast(web.Resource, self.request.match_info.route.resource).canonical.removesuffix("/{key}")
+        self.raw_path, self.query = split_target(self.request.raw_path, prefix)
+        if self.raw_path in ON_PATH and not (self.raw_path == "/" and method in ("PUT", "DELETE")):
+            (handler, operation), allowed, scope = ON_PATH[self.raw_path], ["GET", "HEAD"], ""
         else:
-            self.trace = ""
-        self.raw_path = self.query = self.key = self.who = ""
-        self.volumes: tuple[str, ...] = ()
-        self.size = 0
+            (handler, operation), allowed, scope = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY), None
+        if method not in allowed:
+            raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
+        if scope is None:
+            scope = self.key = key_of_path(self.raw_path)
+        elif operation == "list":
+            scope = parse_list_query(self.query).prefix
+        if operation:
+            shown = self.headers.get("Authorization")
+            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+        return await handler(self)
+
+    async def read(self) -> web.StreamResponse:
+        record, verdict = await self.store.find(self.key, self._read_conditions())
+        self.volumes = record.volumes
+        headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        if verdict is Verdict.NOT_MODIFIED:
+            return web.Response(status=304, headers=headers)
+        if self.request.method == "GET":
+            return web.Response(status=302, headers=headers | {"Location": self.store.locate(record)})
+        headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
+        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
+        return web.Response(headers=headers)
+
+    async def put(self) -> web.StreamResponse:
+        store, draft = self.store, self._read_draft()
+        if store.uploads >= store.view.config.max_uploads:
+            raise Unavailable("too many uploads at once")
+        store.uploads += 1
+        try:
+            record, created = await store.put(draft, self._read_body(), self.trail)
+        finally:
+            store.uploads -= 1
+        self.volumes = record.volumes
+        return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
+
+    def _read_draft(self) -> Draft:
+        """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
+        headers, size, limit = self.headers, self.request.content_length, self.store.view.config.max_blob_size
+        if headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
+        if "Content-Range" in headers:
+            raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
+        if size is None and "Transfer-Encoding" not in headers:
+            size = 0
+        if limit and size and size > limit:
+            raise TooLarge(f"a blob has at most {limit} bytes")
+        content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
+        return Draft(self.key, content_type, ext, size, self._read_conditions(), parse_digests(headers))
+
+    def _read_conditions(self) -> Conditions:
+        """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
+        given: dict[str, Any] = {}
+        for header, name in (("If-Match", "if_match"), ("If-None-Match", "if_none_match")):
+            if header in self.headers:
+                given[name] = parse_etags(", ".join(self.headers.getall(header)))
+        for header, name in (("If-Modified-Since", "modified_since_s"), ("If-Unmodified-Since", "unmodified_since_s")):
+            if header in self.headers:
+                with contextlib.suppress(ValueError, OverflowError):
+                    given[name] = parsedate_to_datetime(self.headers[header]).timestamp()
+        return Conditions(**given) if given else UNCONDITIONAL
+
+    async def _read_body(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
+        request, config, began = self.request, self.store.view.config, time.monotonic()
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer proper has not begun
+        while True:
+            try:
+                async with asyncio.timeout(config.body_timeout):
+                    chunk = await request.content.readany()
+            except TimeoutError:
+                raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
+            except CUT_SHORT as error:
+                raise BadRequest(f"the body was cut short: {error}") from None
+            if not chunk:
+                break
+            self.size += len(chunk)
+            self.store.metrics.add("mkv_received_bytes_total", len(chunk))
+            if config.max_blob_size and self.size > config.max_blob_size:
+                raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
+            elapsed_s = time.monotonic() - began
+            if elapsed_s > 30 and self.size < config.min_body_rate * elapsed_s:
+                raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
+            yield chunk
+        if isinstance(request.protocol, Connection) and request.protocol.garbled:
+            raise BadRequest("the body is longer than its Content-Length")
+
+    async def delete(self) -> web.StreamResponse:
+        await self.store.delete(self.key, self._read_conditions(), self.trail)
+        return web.Response(status=204)
+
+    async def list(self) -> web.StreamResponse:
+        self.store.limit_lists(self.request.remote or "", time.monotonic())
+        body = await self.store.list(parse_list_query(self.query))
+        self.size = len(body)
+        return web.Response(body=body, content_type="application/json")
+
+    async def report(self) -> web.StreamResponse:
+        match self.raw_path:
+            case "/-/livez":
+                return web.Response(text="alive\n")
+            case "/-/readyz":
+                await self.store.check_ready()
+                return web.Response(text="ready\n")
+            case "/-/status":
+                return web.json_response(await self.store.status())
+        body = (await self.store.render_metrics()).encode()
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     def finish(self, status: int, seconds: float) -> None:
         """Count the request and write its line."""
@@ -1863,18 +1857,28 @@ class Call:
         store.metrics.add(f"mkv_http_requests_total{{{labels}}}")
         store.metrics.observe("mkv_http_request_duration_seconds", labels, seconds)
         if store.view.config.access_log:
-            facts: dict[str, Any] = {"id": self.id, "client": request.remote or "", "method": request.method}
-            facts |= {
-                "key": self.key or self.raw_path,
-                "status": status,
-                "bytes": self.size,
-                "ms": round(seconds * 1000, 2),
-            }
+            facts = {
+                "id": self.id, "client": request.remote or "", "method": request.method,
+                "key": self.key or self.raw_path, "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
+            }  # fmt: skip
             more = {"volumes": ",".join(self.volumes), "token": self.who, "trace": self.trace}
             access_log.info("request", extra={"facts": facts | {name: value for name, value in more.items() if value}})
 
 
+Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
+ON_PATH: Mapping[str, Route] = {
+    "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
+    "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
+}  # fmt: skip
+ON_KEY: Mapping[str, Route] = {
+    "GET": (Call.read, "read"), "HEAD": (Call.read, "read"), "PUT": (Call.put, "write"),
+    "DELETE": (Call.delete, "delete"),
+}  # fmt: skip
 CALL = web.RequestKey("call", Call)
+
+
+async def dispatch(request: web.Request) -> web.StreamResponse:
+    return await request[CALL].dispatch()
 
 
 def render_error(error: MkvError, request_id: str) -> web.Response:
@@ -1891,8 +1895,8 @@ async def answer(
     """Give every request its ID, every error its answer, and every answer its line in log and metrics."""
     began, call = time.perf_counter(), Call(request)
     request[CALL], store = call, call.store
-    if isinstance(request.protocol, Connection):
-        request.protocol.heard = True
+    if isinstance(request.protocol, Connection) and request.protocol.impatience:
+        request.protocol.impatience.cancel()
     store.in_flight += 1
     store.metrics.add("mkv_http_requests_in_flight")
     try:
@@ -1918,147 +1922,6 @@ async def answer(
     return response
 
 
-def parse_conditions(headers: CIMultiDictProxy[str]) -> Conditions:
-    """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
-    if not any(name in headers for name in CONDITIONAL):
-        return UNCONDITIONAL
-    tags = [parse_etags(", ".join(headers.getall(name))) if name in headers else None for name in CONDITIONAL[:2]]
-    dates: list[float | None] = []
-    for name in CONDITIONAL[2:]:
-        try:
-            dates.append(parsedate_to_datetime(headers[name]).timestamp())
-        except (KeyError, ValueError, OverflowError):
-            dates.append(None)
-    return Conditions(if_match=tags[0], if_none_match=tags[1], modified_since_s=dates[0], unmodified_since_s=dates[1])
-
-
-def parse_draft(request: web.Request, key: str, max_size: int) -> Draft:
-    """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
-    headers, size = request.headers, request.content_length
-    if headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
-    if "Content-Range" in headers:
-        raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
-    if size is None and "Transfer-Encoding" not in headers:
-        size = 0
-    if max_size and size and size > max_size:
-        raise TooLarge(f"a blob has at most {max_size} bytes")
-    content_type, ext = media_type_of(headers.get("Content-Type"), key)
-    conditions, digests = parse_conditions(headers), parse_digests(headers)
-    return Draft(key=key, content_type=content_type, ext=ext, size=size, conditions=conditions, digests=digests)
-
-
-async def read_body(call: Call) -> AsyncIterator[bytes]:
-    """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
-    request, config, began = call.request, call.store.view.config, time.monotonic()
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
-    while True:
-        try:
-            async with asyncio.timeout(config.body_timeout):
-                chunk = await request.content.readany()
-        except TimeoutError:
-            raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
-        except CUT_SHORT as error:
-            raise BadRequest(f"the body was cut short: {error}") from None
-        if not chunk:
-            break
-        call.size += len(chunk)
-        call.store.metrics.add("mkv_received_bytes_total", len(chunk))
-        if config.max_blob_size and call.size > config.max_blob_size:
-            raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
-        elapsed_s = time.monotonic() - began
-        if elapsed_s > RATE_GRACE_S and call.size < config.min_body_rate * elapsed_s:
-            raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
-        yield chunk
-    if isinstance(request.protocol, Connection) and request.protocol.garbled:
-        raise BadRequest("the body is longer than its Content-Length")
-
-
-async def put_key(call: Call) -> web.StreamResponse:
-    store = call.store
-    draft = parse_draft(call.request, call.key, store.view.config.max_blob_size)
-    if store.uploads >= store.view.config.max_uploads:
-        raise Unavailable("too many uploads at once")
-    store.uploads += 1
-    try:
-        record, created = await store.put(draft, read_body(call), call.trail)
-    finally:
-        store.uploads -= 1
-    call.volumes = record.volumes
-    return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
-
-
-async def read_key(call: Call) -> web.StreamResponse:
-    record, verdict = await call.store.find(call.key, parse_conditions(call.request.headers))
-    call.volumes = record.volumes
-    headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
-    if verdict is Verdict.NOT_MODIFIED:
-        return web.Response(status=304, headers=headers)
-    if call.request.method == "GET":
-        return web.Response(status=302, headers=headers | {"Location": call.store.locate(record)})
-    headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
-    headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
-    headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
-    return web.Response(headers=headers)
-
-
-async def delete_key(call: Call) -> web.StreamResponse:
-    await call.store.delete(call.key, parse_conditions(call.request.headers), call.trail)
-    return web.Response(status=204)
-
-
-async def get_list(call: Call) -> web.StreamResponse:
-    call.store.limit_lists(call.request.remote or "", time.monotonic())
-    body = await call.store.list(parse_list_query(call.query))
-    call.size = len(body)
-    return web.Response(body=body, content_type="application/json")
-
-
-async def get_report(call: Call) -> web.StreamResponse:
-    match call.raw_path:
-        case "/-/livez":
-            return web.Response(text="alive\n")
-        case "/-/readyz":
-            await call.store.check_ready()
-            return web.Response(text="ready\n")
-        case "/-/status":
-            return web.json_response(await call.store.status())
-    body = (await call.store.render_metrics()).encode()
-    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
-ON_PATH: Mapping[str, Route] = {
-    "/": (get_list, "list"), "/-/livez": (get_report, ""), "/-/readyz": (get_report, ""),
-    "/-/status": (get_report, "admin"), "/-/metrics": (get_report, "admin"),
-}  # fmt: skip
-ON_KEY: Mapping[str, Route] = {
-    "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (put_key, "write"), "DELETE": (delete_key, "delete"),
-}  # fmt: skip
-
-
-async def dispatch(request: web.Request) -> web.StreamResponse:
-    """Find the handler by the raw request target, check who asks, call it."""
-    call, config, method = request[CALL], request.app[STORE].view.config, request.method
-    prefix = cast(web.Resource, request.match_info.route.resource).canonical.removesuffix("/{key}")
-    call.raw_path, call.query = split_target(request.raw_path, prefix)
-    if call.raw_path in ON_PATH and not (call.raw_path == "/" and method in ("PUT", "DELETE")):
-        (handler, operation), allowed = ON_PATH[call.raw_path], ["GET", "HEAD"]
-    else:
-        (handler, operation), allowed = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY)
-    if method not in allowed:
-        raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
-    if handler is get_list:
-        scope = parse_list_query(call.query).prefix
-    else:
-        scope = call.key = "" if handler is get_report else key_of_path(call.raw_path)
-    if operation:
-        call.who = authorize(config.tokens, config.anonymous, request.headers.get("Authorization"), operation, scope)
-    return await handler(call)
-
-
 async def expect_nothing(request: web.Request) -> None:
     """Leave 100 Continue to read_body, so that a PUT that is refused is refused before its body is sent."""
 
@@ -2069,8 +1932,7 @@ def create_app(config: Config, *, metrics: Metrics | None = None, leader: bool =
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
     Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the index cannot be used.
-    Of several processes that share an index, one alone is the leader, which deletes the garbage.
-    """
+    Of several processes that share an index, one alone is the leader, which deletes the garbage."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
@@ -2090,10 +1952,11 @@ class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
     def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
-        keepalive_s = store.view.config.keepalive_timeout
-        loop = asyncio.get_running_loop()
-        super().__init__(manager, loop=loop, keepalive_timeout=keepalive_s, access_log=None, auto_decompress=False)  # type: ignore[arg-type]
-        self._store, self._opened, self._client, self.heard, self._refused = store, opened, "", False, False
+        options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
+        options["keepalive_timeout"] = store.view.config.keepalive_timeout
+        super().__init__(manager, loop=asyncio.get_running_loop(), **options)
+        self._store, self._opened, self._client, self._refused = store, opened, "", False
+        self.impatience: asyncio.TimerHandle | None = None  # until the first request is heard
 
     @property
     def garbled(self) -> bool:
@@ -2108,11 +1971,7 @@ class Connection(web.RequestHandler):
             transport.close()
         else:
             super().connection_made(transport)
-            asyncio.get_running_loop().call_later(config.header_timeout, self._expect_heard)
-
-    def _expect_heard(self) -> None:
-        if not self.heard:
-            self.force_close()
+            self.impatience = asyncio.get_running_loop().call_later(config.header_timeout, self.force_close)
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
@@ -2152,7 +2011,7 @@ class EmbeddedVolume:
         self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
 
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
             raw_path, query = split_target(request.raw_path)
             path = unquote_to_bytes(raw_path).decode()
@@ -2164,18 +2023,8 @@ class EmbeddedVolume:
             return web.Response(status=404, text="not found\n")
         except OSError as error:
             log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
-            return web.Response(
-                status=507 if error.errno in (errno.ENOSPC, errno.EDQUOT) else 500, text=f"{error.strerror}\n"
-            )
-
-    def _locate(self, path: str) -> Path:
-        """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
-        parts = path.split("/")
-        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
-            raise BadRequest("the path leaves the volume")
-        if path != PROBE_PATH and any(part.startswith(".") for part in parts):
-            raise NotFound("dot-files are the volume's own")
-        return self._root / path[1:]
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return web.Response(status=507 if full else 500, text=f"{error.strerror}\n")
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
@@ -2193,6 +2042,15 @@ class EmbeddedVolume:
             if expires < time.time():
                 raise web.HTTPGone(text="the link has expired\n")
 
+    def _locate(self, path: str) -> Path:
+        """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
+        parts = path.split("/")
+        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
+            raise BadRequest("the path leaves the volume")
+        if path != PROBE_PATH and any(part.startswith(".") for part in parts):
+            raise NotFound("dot-files are the volume's own")
+        return self._root / path[1:]
+
     async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
         folder = path.endswith("/")
         match request.method:
@@ -2205,7 +2063,8 @@ class EmbeddedVolume:
             case "DELETE" if not folder:
                 if request.content_length or "Transfer-Encoding" in request.headers:
                     raise UnsupportedEncoding("a DELETE has no body")
-                await asyncio.to_thread(delete_file, file)
+                await asyncio.to_thread(file.unlink)
+                await asyncio.to_thread(sync_folder, file.parent)
                 return web.Response(status=204)
             case "GET" | "HEAD" if folder:
                 return web.Response(body=await asyncio.to_thread(list_folder, file), content_type="application/json")
@@ -2219,8 +2078,7 @@ class EmbeddedVolume:
         """Stream the body to a temporary file, sync it, move it to `target`; return whether it replaced a file."""
         temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
         try:
-            file: Any = await asyncio.to_thread(open, temporary, "wb", 0)
-            with file:
+            with await asyncio.to_thread(open, temporary, "wb", 0) as file:
                 while chunk := await request.content.readany():
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
@@ -2241,14 +2099,6 @@ def write_file(file: Any, data: bytes, sync: bool) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def move_file(source: Path, target: Path) -> bool:
     """Rename, then sync every folder that is new or has changed; return whether it replaced a file."""
     new = [folder for folder in target.parents if not folder.exists()]
@@ -2260,9 +2110,12 @@ def move_file(source: Path, target: Path) -> bool:
     return replaced
 
 
-def delete_file(target: Path) -> None:
-    target.unlink()
-    sync_folder(target.parent)
+def sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def list_folder(folder: Path) -> bytes:
@@ -2280,20 +2133,20 @@ def list_folder(folder: Path) -> bytes:
 async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
     """Serve until the runner's cleanup()."""
     app = web.Application()
-    app.router.add_route("*", "/{path:[\\s\\S]*}", volume._serve)
+    app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
     runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=5)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()
     return runner
 
 
-def embedded_volumes(listeners: Sequence[socket.socket]) -> tuple[Volume, ...]:
+def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
     ports = [listener.getsockname()[1] for listener in listeners]
     return tuple(Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}") for i, port in enumerate(ports, 1))
 
 
 @contextlib.asynccontextmanager
-async def run_embedded(config: Config, listeners: Sequence[socket.socket] = ()) -> AsyncIterator[Config]:
+async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     volumes, runners = embedded_volumes(listeners), list[web.AppRunner]()
@@ -2309,17 +2162,13 @@ async def run_embedded(config: Config, listeners: Sequence[socket.socket] = ()) 
 # == Command line =====================================================================================================
 # The only part that reads arguments and the environment, prints, handles signals and starts processes.
 
-LINGER_S = 0.5  # at shutdown, for kept connections to hear `Connection: close`
+PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
 CONFIG_ONLY = ("tokens", "anonymous", "volume_secret", "link_secret")  # secrets on a command line are public
 
 
 class LogHandler(logging.Handler):
-    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way.
-
-    The lines of one turn of the event loop are written together.
-    """
-
-    PLAIN = re.compile(r"[!#-~]+")
+    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way. The lines of one
+    turn of the event loop are written together."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -2328,23 +2177,21 @@ class LogHandler(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        message = record.getMessage()
+        level, message = record.levelname.lower(), record.getMessage()
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         if self._as_json:
-            return json.dumps({"time": when, "level": record.levelname.lower(), "message": message} | facts)
-        words = [
-            f"{k}={v if type(v) is not str or self.PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items()
-        ]
-        return " ".join([when, record.levelname.lower(), message, *words])
+            return json.dumps({"time": when, "level": level, "message": message} | facts)
+        words = (f"{k}={v if type(v) is not str or PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items())
+        return " ".join([when, level, message, *words])
 
     def emit(self, record: logging.LogRecord) -> None:
         self._lines.append(self.format(record))
-        try:
-            if len(self._lines) == 1:
+        if len(self._lines) == 1:
+            try:
                 asyncio.get_running_loop().call_soon(self.flush)
-        except RuntimeError:  # not on the event loop
-            self.flush()
+            except RuntimeError:  # not on the event loop
+                self.flush()
 
     def flush(self) -> None:
         lines, self._lines = self._lines, []
@@ -2393,68 +2240,64 @@ def new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def read_config(file: str) -> str:
-    try:
-        return Path(file).read_text() if file else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"--config: {error}"]) from None
-
-
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
-    return parse_config(read_config(file), file or "config", flags)
+    try:
+        text = Path(file).read_text() if file else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"--config: {error}"]) from None
+    return parse_config(text, file or "config", flags)
 
 
-def announce(config: Config, listener: socket.socket, embedded: bool) -> None:
+def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     where = f" (embedded, under {config.data})" if embedded else ""
-    print(f"mkv is ready on {url} (index {config.db})")
-    print(f"volumes: {' '.join(f'{v.name}={v.url}' for v in config.volumes)}{where}")
-    print(f"try: curl -LT README.md {url}/hello && curl -L {url}/hello", flush=True)
+    volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes) + where
+    trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
+    return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
+
+
+async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the process; `reload` at
+    SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
+    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    print(greeting, end="", flush=True)
     notify_systemd("READY=1")
-
-
-async def wait_for_stop(on_hangup: Callable[[], None], ready: Callable[[], None] = lambda: None) -> None:
-    """Say `ready` once signals are heard; return at SIGTERM or SIGINT, keeping systemd's watchdog content until then; a second one ends the process."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: os._exit(1) if stop.is_set() else stop.set())
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    ready()
-    watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
-    while not stop.is_set():
+    watchdog_s, stop = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, False
+    while not stop:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), watchdog_s)
+            stop = await asyncio.wait_for(signals.get(), watchdog_s) != signal.SIGHUP
+            if reload and not stop:
+                await reload()
         notify_systemd("WATCHDOG=1")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, os._exit, 1)
     notify_systemd("STOPPING=1")
 
 
 async def serve_store(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], ready: Callable[[Config], None],
+    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str],
     metrics: Metrics, leader: bool,
 ) -> None:  # fmt: skip
     """Serve the store on `listener` until a signal, then let the requests under way finish."""
-    app, reloads = create_app(config, metrics=metrics, leader=leader), set[asyncio.Task[None]]()
+    app, loop = create_app(config, metrics=metrics, leader=leader), asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    store, manager, opened = app[STORE], cast(web.Server, runner.server), defaultdict[str, int](int)
-    loop = asyncio.get_running_loop()
-    connect = partial(Connection, store, opened, manager)
+    store, manager = app[STORE], cast(web.Server, runner.server)
+    connect = partial(Connection, store, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             await store.reload(reread())
-        except ConfigError as error:
-            log.error("configuration not reloaded, everything stays: %s", "; ".join(error.faults))
+        except Exception as error:  # whatever it is, the store goes on
+            log.error("configuration not reloaded, everything stays: %s", str(error).replace("\n", "; "))
         notify_systemd("READY=1")
 
-    def on_hangup() -> None:
-        reloads.add(task := asyncio.create_task(reload()))
-        task.add_done_callback(reloads.discard)
-
-    await wait_for_stop(on_hangup, lambda: ready(store.view.config))
+    await wait_for_stop(greeting(store.view.config), reload)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -2463,57 +2306,56 @@ async def serve_store(
     server.close()
     began = time.monotonic()
     while (waited_s := time.monotonic() - began) < store.view.config.drain:
-        if not store.in_flight and (waited_s > LINGER_S or not manager.connections):
-            break
+        if not store.in_flight and (waited_s > 0.5 or not manager.connections):
+            break  # kept connections had time to hear `Connection: close`
         await asyncio.sleep(0.01)
     await runner.cleanup()
     log.info("stopped")
 
 
-def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping[str, Any]) -> int:
-    """Fork `config.workers` processes, and one (number -1) for embedded volumes; start again who dies; return the exit code.
-
-    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals.
-    """
+def supervise(
+    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str]
+) -> int:
+    """Fork the workers, and one process (number -1) for embedded volumes; start again who dies; return the exit code.
+    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals."""
     parent_r, parent_w = os.pipe()  # nobody writes: its end of file tells the others that this process is gone
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     shared, children, stopping, code = mmap.mmap(-1, config.workers * REGION), dict[int, int](), False, 0
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
-    async def work(number: int, ready: Callable[[Config], None]) -> None:
+    async def work(number: int, greeting: Callable[[Config], str]) -> None:
         asyncio.get_running_loop().add_reader(parent_r, os._exit, 1)
+        if number != 0:
+            os.environ.pop("NOTIFY_SOCKET", None)
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
             async with run_embedded(config, sockets):
-                await wait_for_stop(lambda: None)
-            return
-        if number > 0:
-            os.environ.pop("NOTIFY_SOCKET", None)
+                return await wait_for_stop()
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(
-            ours, listener, partial(load_config, file, flags), ready, Metrics(shared, number), number == 0
-        )
+        await serve_store(ours, listener, reread, greeting, Metrics(shared, number), number == 0)
 
-    def start(number: int, ready: Callable[[Config], None] = lambda config: None) -> None:
+    def start(number: int, greeting: Callable[[Config], str] = lambda config: "") -> None:
         if pid := os.fork():
             children[pid] = number
             return
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-        exit_code = run(work(number, ready))
+        exit_code = run(work(number, greeting))
         logging.shutdown()
         os._exit(exit_code)
 
-    for number in [-1] * bool(sockets) + list(range(config.workers)):
-        announcing = partial(announce, listener=listener, embedded=bool(sockets))
-        start(number, announcing) if number == 0 else start(number)
+    if sockets:
+        start(-1)
+    start(0, greeting)
+    for number in range(1, config.workers):
+        start(number)
     while children:
         number = signal.sigwait(watched)
         if number == signal.SIGHUP:
             with contextlib.suppress(ConfigError):  # the workers say what is wrong
-                config = replace(load_config(file, flags), workers=config.workers)
+                config = reload_config(config, reread())
         elif number != signal.SIGCHLD:
             number, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
@@ -2527,7 +2369,7 @@ def supervise(config: Config, listener: socket.socket, file: str, flags: Mapping
                 start(worker)
         last = set(children.values()) == {-1}  # requests under way need the volumes
         for pid, worker in children.items():
-            if stopping and last or number != signal.SIGCHLD and (worker >= 0 or number == signal.SIGKILL):
+            if (stopping and last) or (number != signal.SIGCHLD and (worker >= 0 or number == signal.SIGKILL)):
                 os.kill(pid, signal.SIGTERM if last else number)
     return code
 
@@ -2536,19 +2378,13 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
     runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
-
-    def ready() -> None:
-        print(
-            f"mkv volume is ready on http://{config.host}:{listener.getsockname()[1]} (files in {folder})", flush=True
-        )
-        notify_systemd("READY=1")
-
-    await wait_for_stop(lambda: None, ready)
+    url = f"http://{config.host}:{listener.getsockname()[1]}"
+    await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
     await runner.cleanup()
 
 
 def run(main: Coroutine[Any, Any, None]) -> int:
-    """Run to the end on uvloop if that is installed; print what is wrong with the configuration. Returns the exit code."""
+    """Run to the end on uvloop if that is installed; print what is wrong with the configuration; return exit code."""
     try:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main)
@@ -2571,7 +2407,7 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
             parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(prog="mkv.py", description="A distributed key-value store for blobs.")
     parser.add_argument("--version", action="version", version=f"mkv {__version__}")
@@ -2589,14 +2425,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         set_up_logging(config)
         if command == "volume":
             return run(serve_one_volume(config, folder))
-        listener = listen(config.host, config.port)
+        listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        greeting = partial(greet, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
-            return supervise(config, listener, file, flags)
+            return supervise(config, listener, reread, greeting)
+        return run(serve_store(config, listener, reread, greeting, Metrics(), True))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2
-    ready = partial(announce, listener=listener, embedded=not config.volumes)
-    return run(serve_store(config, listener, partial(load_config, file, flags), ready, Metrics(), True))
 
 
 if __name__ == "__main__":
