@@ -81,7 +81,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
@@ -173,7 +173,7 @@ class Checked:
             if kind is float and type(given) is int:  # a whole number is taken for a float
                 self._set(spec.name, given := float(given))
             if type(given) is not kind and bounds:
-                faults.append(f"{spec.name}: must be {kind.__name__}, not {given!r}")
+                faults.append(f"{spec.name}: must be {kind.__name__}{f', not {given!r}' if spec.repr else ''}")
                 wrong_type = True
             elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
                 faults.append(f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}")
@@ -195,7 +195,7 @@ class Volume(Checked):
     name: str = setting("", "what records and the ring call it; never reuse a name for another disk")
     url: str = setting("", "where the index server reaches it")
     public_url: str = setting("", "where clients reach it (default: url)")
-    weight: float = setting(1.0, "its share of new blobs; 0 drains it", 0, 1000)
+    weight: float = setting(1.0, "its share of new blobs; 0 drains it", 0, 100)
     zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
 
     def _contradictions(self) -> Iterator[str]:
@@ -255,7 +255,7 @@ class Config(Checked):
     access_log: bool = setting(True, "write one line a request")
     volume_secret: str = setting("", "what volumes ask for before they write, delete or list", secret=True)
     link_secret: str = setting("", "signs redirects, so that volumes serve nobody without one", secret=True)
-    link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1)
+    link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
     insecure: bool = setting(False, "listen beyond loopback without any token")
     tokens: tuple[Token, ...] = ()
     anonymous: Token | None = None
@@ -280,11 +280,7 @@ class Config(Checked):
                 yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
         if self.link_secret and not self.volume_secret:
             yield "link_secret: needs a volume_secret, else anybody could list, write and delete on the volumes"
-        try:
-            loopback = self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = False
-        if not (self.tokens or self.insecure or loopback):
+        if not (self.tokens or self.insecure or is_loopback(self.host)):
             yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
 
 
@@ -341,10 +337,17 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
     return config
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def reload_config(old: Config, new: Config) -> Config:
     """Return `new`, but with what only a restart can change, and embedded volumes, as they were."""
-    stays: dict[str, Any] = {name: getattr(old, name) for name in RESTART_ONLY}
-    return replace(new, volumes=new.volumes or old.volumes, **stays)
+    names: tuple[str, ...] = RESTART_ONLY if new.volumes else (*RESTART_ONLY, "volumes", "volume_secret", "link_secret")
+    return replace(new, **{name: getattr(old, name) for name in names})
 
 
 def parse_volume_flag(flag: str) -> dict[str, str]:
@@ -436,7 +439,8 @@ def parse_path(path: str) -> tuple[str, str, str] | None:
 
 def next_version(now_ns: int, current: str | None, salt: int) -> str:
     """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back."""
-    return f"{max(now_ns, int(current[:16], 16) + 1 if current else 0):016x}{salt & 0xFFFF:04x}"
+    least = int(current[:16], 16) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
+    return f"{max(now_ns, least):016x}{salt & 0xFFFF:04x}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
@@ -827,8 +831,13 @@ def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: C
     version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold. A write that began
     before the current version is answered as if it had come just before it. PreconditionFailed undoes no garbage."""
     current = tx.get(record.key)
-    tx.add_garbage(record.path, stray, delay_s)
+    if current is None or current.path != record.path:
+        tx.add_garbage(record.path, stray, delay_s)
     failed = decide_conditions(conditions, current) is not Verdict.PROCEED
+    if (
+        current and current.version == record.version
+    ):  # two writes drew the same version: both are suspect, none is lost
+        raise Unavailable("another write of this key took the same version; send it again")
     if failed or (current and current.version >= record.version):
         tx.add_garbage(record.path, record.volumes, delay_s)
         if failed:
@@ -860,16 +869,21 @@ def commit_discard(tx: Transaction, key: str, path: str, volumes: Collection[str
         tx.add_garbage(path, volumes, delay_s)
 
 
+LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
+
+
 def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
     """Return one page of keys and common prefixes: a range scan that seeks past each common prefix."""
     page: dict[str, Any] = {"keys": [], "prefixes": [], "next": None}
     start: str | None = max(query.prefix, query.start)
+    room = LIST_BYTES
     end = after_prefix(query.prefix)
     sql = f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
     while start is not None:
         rows, start = db.execute(sql, (start, end) if end else (start,)), None
         for record in map(record_of_row, rows):
-            if len(page["keys"]) + len(page["prefixes"]) == query.limit:
+            room -= 256 + len(record.key)
+            if len(page["keys"]) + len(page["prefixes"]) == query.limit or room < 0:
                 return page | {"next": record.key}
             cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
             if cut >= 0:
@@ -1105,7 +1119,7 @@ class VolumeClient:
             failure = error
         except TimeoutError:
             failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
-        except (*BROKEN, ClientError) as error:
+        except (*BROKEN, ClientError, UnicodeError) as error:  # UnicodeError: a host name that IDNA refuses
             failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
         event = Event.STORED if method == "PUT" else Event.ANSWERED
         if failure:
@@ -1269,8 +1283,12 @@ class Health:
         write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
         if write:
             self._next_write[name] = now + WRITE_PROBE_EVERY_S
-        with contextlib.suppress(VolumeError):
+        try:
             await client.probe(write)
+        except VolumeError:
+            pass  # the client has told `notice`
+        except Exception:
+            log.exception("unexpected error in a probe of volume %s", name)
 
     async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
         """Probe all, for ever; a volume that hangs does not delay the others' probes."""
@@ -1287,7 +1305,7 @@ class Health:
 # Counters in memory that all worker processes share: a process writes only its own region, a scrape adds up all
 # regions, and what a process that died had counted stays. Names and labels by the Prometheus conventions.
 
-CELL = 128  # bytes a sample: its value as a double, then its name with labels
+CELL = 256  # bytes a sample: its value as a double, then its name with labels
 REGION = 4096 * CELL  # bytes a process
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0, 60.0)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -1307,6 +1325,7 @@ FAMILIES = {
     "mkv_bytes": ("gauge", "Bytes of all keys, each counted once."),
     "mkv_garbage_pending": ("gauge", "Replicas that wait to be deleted."),
     "mkv_garbage_oldest_age_seconds": ("gauge", "How long the oldest garbage has waited."),
+    "mkv_samples_dropped_total": ("counter", "Sum of what found no place in memory: too many volumes."),
     "mkv_index_batch_size": ("histogram", "Calls that shared one hop to the index."),
 }
 
@@ -1329,8 +1348,10 @@ class Metrics:
 
     def _cell(self, name: str) -> int:
         if name not in self._cells:
-            used = min(len(self._cells), REGION // CELL - 1)  # labels are bounded: never full in practice
-            offset = self._region + used * CELL
+            used = min(len(self._cells), REGION // CELL - 1)  # labels are bounded: full with some hundred volumes,
+            offset = self._region + used * CELL  # and then the last cell counts for all that came too late
+            if used == REGION // CELL - 1:
+                name = "mkv_samples_dropped_total"
             self._shared[offset + 8 : offset + 8 + len(name)] = name.encode()
             self._cells[name] = offset // 8
         return self._cells[name]
@@ -1550,8 +1571,8 @@ class Store:
     async def reload(self, config: Config) -> None:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
         old = self.view
-        refused = [name for name in RESTART_ONLY if getattr(config, name) != getattr(old.config, name)]
-        config = reload_config(old.config, config)
+        asked, config = config, reload_config(old.config, config)
+        refused = [f.name for f in fields(config) if getattr(asked, f.name) != getattr(config, f.name)]
         new = self._make_view(config, old.clients)
         await asyncio.gather(*map(self.health.probe, {*new.clients.values()} - {*old.clients.values()}))
         self.view = new
@@ -1560,6 +1581,7 @@ class Store:
         for name in old.clients.keys() - new.clients.keys():
             self.health.states.pop(name, None)
         changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(old.config, f.name)]
+        refused = [name for name in refused if name != "volumes"]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
 
@@ -1577,8 +1599,9 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config, name = self.view.config, choose_replica(record, self.health.states, random.getrandbits(16))
-        if name is None or name not in self.view.clients:
+        config, states = self.view.config, {n: s for n, s in self.health.states.items() if n in self.view.clients}
+        name = choose_replica(record, states, random.getrandbits(16))
+        if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
         url = self.view.clients[name].volume.public_url + record.path
         if config.link_secret:  # the volume checks the path that it is asked for, so that of public_url counts
@@ -1591,7 +1614,7 @@ class Store:
         view, current = self.view, await self.index.get(draft.key)
         if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
-        version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(16))
+        version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(40))
         write, delay_s = Write(view, self.health.states, draft, version, trail), view.config.garbage_delay
         write.plan(())  # says no before the body is asked for
         try:
@@ -1677,8 +1700,8 @@ class Store:
             try:
                 while await self.collect_garbage():
                     pass
-            except sqlite3.Error as error:
-                log.error("index: %s; garbage waits", error)
+            except Exception as error:
+                log.error("garbage waits: %s: %s", type(error).__name__, error)
             await asyncio.sleep(1.0)
 
     async def collect_garbage(self) -> int:
@@ -2010,6 +2033,9 @@ class EmbeddedVolume:
     def __init__(self, folder: Path, volume_secret: str = "", link_secret: str = "") -> None:
         self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        for left in (self._root / ".tmp").iterdir():  # by a crash; a tool may serve the same folder, so not the young
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -2342,9 +2368,7 @@ def supervise(
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-        exit_code = run(work(number, greeting))
-        logging.shutdown()
-        os._exit(exit_code)
+        run(work(number, greeting))
 
     if sockets:
         start(-1)
@@ -2359,10 +2383,10 @@ def supervise(
         elif number != signal.SIGCHLD:
             number, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
-        while number == signal.SIGCHLD and children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:  # one SIGCHLD may stand for several
             worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
-                stopping, code, number = True, 2, signal.SIGTERM
+                stopping, code, number = True, 2, number if number == signal.SIGKILL else signal.SIGTERM
             elif not stopping:
                 log.error("worker %d ended with %d, starting it again", worker, status)
                 time.sleep(1)
@@ -2383,15 +2407,23 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     await runner.cleanup()
 
 
-def run(main: Coroutine[Any, Any, None]) -> int:
-    """Run to the end on uvloop if that is installed; print what is wrong with the configuration; return exit code."""
+def run(main: Coroutine[Any, Any, None]) -> NoReturn:
+    """Run to the end on uvloop if that is installed, print what is wrong with the configuration, end the process.
+
+    The event loop is left unclosed: nothing is left in it, and uvloop's close() was seen to wait for ever for a
+    connect that had been cut off."""
+    code = 0
     try:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(main)
-        return 0
+        asyncio.Runner(loop_factory=new_loop).run(main)
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
-        return 2
+        code = 2
+    except Exception:
+        log.exception("unexpected error")
+        code = 1
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
@@ -2416,20 +2448,25 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, ("host", "port", "log_format"))
+    add_settings(volume, ("host", "port", "log_format", "insecure"))
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
     raise_file_limit()
     try:
-        config = load_config(file, ({} if command == "serve" else {"port": "3001", "insecure": True}) | flags)
+        config = load_config(file, flags if command == "serve" else {"port": "3001", "insecure": True} | flags)
         set_up_logging(config)
         if command == "volume":
-            return run(serve_one_volume(config, folder))
+            if not (config.volume_secret or flags.get("insecure") or is_loopback(config.host)):
+                raise ConfigError(
+                    [f"host: {config.host} is reachable from outside; set a volume_secret or say insecure"]
+                )
+            run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
         greeting = partial(greet, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
             return supervise(config, listener, reread, greeting)
-        return run(serve_store(config, listener, reread, greeting, Metrics(), True))
+        run(serve_store(config, listener, reread, greeting, Metrics(), True))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
         return 2

@@ -74,7 +74,7 @@ from mkv import (
     ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index,
     MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
     VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix,
-    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, new_loop, parse_path, prepare_index, read_totals,
+    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, read_totals,
     record_of_row, run_embedded, sidecar_path, sync_folder,
 )
 # isort: on
@@ -1593,7 +1593,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
     try:
-        with asyncio.Runner(loop_factory=new_loop) as runner:
+        with asyncio.Runner() as runner:  # not uvloop, whose close() was seen to hang after a connect that was cut off
             runner.run(run(options, report))
     except ConfigError as error:
         print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)

@@ -341,12 +341,23 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("[[token]]\nname='a'\nallow=['fly']", "token[1].allow"),
         ("[anonymous]\nallow=[]", "anonymous.allow"),
         ("access_log = 1", "access_log: must be bool"),
+        ("anonymous = 5", "anonymous"),
+        ("link_ttl = inf", "link_ttl: must be"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
     with pytest.raises(mkv.ConfigError) as caught:
         mkv.parse_config(text, "mkv.toml")
     assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["volume_secret = 1234567", "link_secret = 1234567", "[[token]]\nname='a'\nsha256=1234567"]
+)
+def test_configuration_faults_show_no_secret(text: str) -> None:
+    with pytest.raises(mkv.ConfigError) as caught:
+        mkv.parse_config(text, "mkv.toml")
+    assert "1234567" not in str(caught.value)
 
 
 def test_flags_beat_the_file_and_a_volume_is_named_by_its_address() -> None:
@@ -732,6 +743,15 @@ async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     assert await all_garbage(index) == {(v, make_record("k", n).path) for n in (1, 2) for v in "ab"}
 
 
+async def test_two_writes_of_one_version_lose_neither(index: mkv.Index) -> None:
+    await put(index, make_record("k", 1))
+    with pytest.raises(mkv.Unavailable):
+        await index.write(lambda tx: mkv.commit_put(tx, make_record("k", 1), mkv.UNCONDITIONAL, ("c",), 0.0))
+    path = make_record("k", 1).path
+    await index.write(lambda tx: mkv.commit_discard(tx, "k", path, ("a", "b", "c"), 0.0))
+    assert await index.get("k") == make_record("k", 1) and await all_garbage(index) == set()
+
+
 async def test_condition_is_checked_again_in_the_commit(index: mkv.Index) -> None:
     await put(index, make_record("k", 1))
     with pytest.raises(mkv.PreconditionFailed):
@@ -803,6 +823,13 @@ async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeyp
     assert len(used) == 3 and threading.get_ident() not in used
 
 
+async def test_page_of_a_list_is_bounded_in_bytes(index: mkv.Index) -> None:
+    keys = [f"{i:05d}" + "k" * 1000 for i in range(4000)]
+    await index.write(lambda tx: [tx.insert(make_record(key)) for key in keys])
+    page = await index.read(lambda db: mkv.list_keys(db, mkv.ListQuery(limit=10000)))
+    assert 1000 < len(page["keys"]) < 4000 and page["next"] == keys[len(page["keys"])]
+
+
 async def test_index_of_another_schema_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "index.db")) as db:
         db.execute("PRAGMA user_version = 99")
@@ -843,6 +870,36 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
         start = page["next"]
     db.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# == Metrics and store ================================================================================================
+
+
+def test_metrics_hold_long_names_and_too_many_of_them() -> None:
+    metrics, name = mkv.Metrics(), "v" * 63
+    metrics.observe("mkv_volume_request_duration_seconds", f'volume="{name}"', 0.5)
+    for i in range(mkv.REGION // mkv.CELL + 10):
+        metrics.add(f'mkv_volume_requests_total{{volume="v{i}",method="PUT"}}')
+    families = {one.name: one for one in text_string_to_metric_families(metrics.render({}))}
+    (count,) = [s.value for s in families["mkv_volume_request_duration_seconds"].samples if s.name.endswith("_count")]
+    assert count == 1 and families["mkv_samples_dropped"].samples[0].value > 0
+
+
+async def test_read_goes_to_no_volume_that_was_removed(tmp_path: Path) -> None:
+    config = mkv.Config(data=str(tmp_path), replicas=1, volumes=tuple(volumes("a")))
+    store = mkv.Store(config)
+    store.health.states |= {"a": UP, "removed": UP}  # a request under way has told of it
+    record = make_record("k", 1, ("a", "removed"))
+    assert all(store.locate(record).startswith("http://h/") for _ in range(50))
+
+
+def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
+    (tmp_path / ".tmp").mkdir()
+    for name in ("old", "young"):
+        (tmp_path / ".tmp" / name).write_text("cut off")
+    os.utime(tmp_path / ".tmp" / "old", (1, 1))
+    mkv.EmbeddedVolume(tmp_path)
+    assert [one.name for one in (tmp_path / ".tmp").iterdir()] == ["young"]
 
 
 # == HTTP: the same contract over embedded volumes and over real nginx ================================================
@@ -1361,6 +1418,27 @@ def test_workers_share_port_and_index(start: Callable[..., Program], number: int
     eventually(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
+def test_many_workers_that_cannot_start_end_with_one_exit_code(tmp_path: Path) -> None:
+    for _ in range(3):
+        command = [*SERVE, "--port", "0", "--workers", "6", "--db", str(tmp_path)]  # a folder is no index
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        assert ended.returncode == 2 and "db:" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Program]) -> None:
+    server = start("--workers", "2")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    server.config.write_text('db = "elsewhere.db"\n')
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: server.log().count("needs a restart: db") == 2)
+    for pid in children_of(server.process.pid):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: server.log().count("starting it again") >= 3)
+    for _ in range(10):
+        eventually(lambda: try_ask(server.url + "/k") == 302)
+    assert not (server.folder / "elsewhere.db").exists()
+
+
 def test_second_start_finds_the_data_again(start: Callable[..., Program]) -> None:
     first = start()
     assert ask(first.url + "/k.txt", "PUT", b"x")[0] == 201
@@ -1807,11 +1885,12 @@ def test_reload_under_load_fails_no_request(
 
 def test_reload_says_what_needs_a_restart(start: Callable[..., Program]) -> None:
     server = start()
-    server.config.write_text('db = "elsewhere.db"\nworkers = 4\nmax_blob_size = 10\n')
+    server.config.write_text('db = "elsewhere.db"\nworkers = 4\nmax_blob_size = 10\nvolume_secret = "new"\n')
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: "configuration reloaded" in server.log())
     (line,) = [line for line in server.log().splitlines() if "configuration reloaded" in line]
-    assert "max_blob_size" in line and "needs a restart: db, workers" in line
+    assert "max_blob_size" in line and "needs a restart: db, workers, volume_secret" in line  # of embedded volumes
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     assert ask(server.url + "/k", "PUT", b"x" * 11)[0] == 413
 
 
