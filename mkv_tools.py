@@ -311,7 +311,7 @@ class Getter:
     """Reads small files and folders from one volume."""
 
     def __init__(self, client: VolumeClient) -> None:
-        self.client, self._idle = client, list[Wire]()
+        self.client, self._idle, self._closed = client, list[Wire](), False
 
     async def get(self, paths: Sequence[str]) -> list[tuple[int, bytes]]:
         """Return (status, body) for each path; raises VolumeError unless all are answered in full."""
@@ -339,7 +339,7 @@ class Getter:
                 if not kept and len(answers) == before:
                     raise ConnectionResetError(f"no whole answer: {error}") from None
             finally:
-                if whole and wire.usable:
+                if whole and wire.usable and not self._closed:
                     self._idle.append(wire)
                 else:
                     wire.abort()
@@ -357,6 +357,8 @@ class Getter:
         return listings
 
     def close(self) -> None:
+        """Close the idle connections; what is under way, when another volume has failed, is not kept after it."""
+        self._closed = True
         while self._idle:
             self._idle.pop().abort()
 
