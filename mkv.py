@@ -2410,8 +2410,7 @@ async def serve_one_volume(config: Config, folder: str) -> None:
 def run(main: Coroutine[Any, Any, None]) -> NoReturn:
     """Run to the end on uvloop if that is installed, print what is wrong with the configuration, end the process.
 
-    The event loop is left unclosed: nothing is left in it, and uvloop's close() was seen to wait for ever for a
-    connect that had been cut off."""
+    os._exit, so that nothing that a shutdown cut off can hold the process up: all that matters is closed before."""
     code = 0
     try:
         asyncio.Runner(loop_factory=new_loop).run(main)
