@@ -295,7 +295,9 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
 
     def build(kind: Callable[..., T], where: str, given: object, known: Collection[str]) -> list[T]:
         """Return [kind(**given)], or [] and note the faults."""
-        given = given if isinstance(given, dict) else {str(given): "is no table"}
+        if not isinstance(given, dict):  # without its value, which may be a secret
+            faults.append(f"{where.rstrip('.')}: must be a table")
+            return []
         faults.extend(f"{where}{name}: there is no such setting" for name in given if name not in known)
         try:
             return [kind(**{name: value for name, value in given.items() if name in known})]
@@ -763,6 +765,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 BATCH = 1000  # calls in one hop: bounds how long the others wait
+LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -831,14 +834,11 @@ def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: C
     version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold. A write that began
     before the current version is answered as if it had come just before it. PreconditionFailed undoes no garbage."""
     current = tx.get(record.key)
-    if current is None or current.path != record.path:
-        tx.add_garbage(record.path, stray, delay_s)
-    failed = decide_conditions(conditions, current) is not Verdict.PROCEED
-    if (
-        current and current.version == record.version
-    ):  # two writes drew the same version: both are suspect, none is lost
+    if current and current.version == record.version:  # two writes drew one version: neither may become garbage here
         raise Unavailable("another write of this key took the same version; send it again")
-    if failed or (current and current.version >= record.version):
+    tx.add_garbage(record.path, stray, delay_s)
+    failed = decide_conditions(conditions, current) is not Verdict.PROCEED
+    if failed or (current and current.version > record.version):
         tx.add_garbage(record.path, record.volumes, delay_s)
         if failed:
             raise PreconditionFailed("the key has changed meanwhile")
@@ -867,9 +867,6 @@ def commit_discard(tx: Transaction, key: str, path: str, volumes: Collection[str
     current = tx.get(key)
     if current is None or current.path != path:
         tx.add_garbage(path, volumes, delay_s)
-
-
-LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
 
 
 def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
@@ -1946,7 +1943,7 @@ async def answer(
 
 
 async def expect_nothing(request: web.Request) -> None:
-    """Leave 100 Continue to read_body, so that a PUT that is refused is refused before its body is sent."""
+    """Leave 100 Continue to Call._read_body, so that a PUT that is refused is refused before its body is sent."""
 
 
 def create_app(config: Config, *, metrics: Metrics | None = None, leader: bool = True) -> web.Application:
@@ -2275,6 +2272,10 @@ def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     return parse_config(text, file or "config", flags)
 
 
+def print_faults(error: ConfigError) -> None:
+    print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+
+
 def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     where = f" (embedded, under {config.data})" if embedded else ""
@@ -2415,7 +2416,7 @@ def run(main: Coroutine[Any, Any, None]) -> NoReturn:
     try:
         asyncio.Runner(loop_factory=new_loop).run(main)
     except ConfigError as error:
-        print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+        print_faults(error)
         code = 2
     except Exception:
         log.exception("unexpected error")
@@ -2467,7 +2468,7 @@ def main(arguments: list[str] | None = None) -> int:
             return supervise(config, listener, reread, greeting)
         run(serve_store(config, listener, reread, greeting, Metrics(), True))
     except ConfigError as error:
-        print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+        print_faults(error)
         return 2
 
 

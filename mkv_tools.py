@@ -74,7 +74,8 @@ from mkv import (
     ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index,
     MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
     VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix,
-    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, read_totals,
+    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults,
+    read_totals,
     record_of_row, run_embedded, sidecar_path, sync_folder,
 )
 # isort: on
@@ -1598,7 +1599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with asyncio.Runner() as runner:  # measured: uvloop makes no tool faster
             runner.run(run(options, report))
     except ConfigError as error:
-        print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
+        print_faults(error)
         return 2
     except (ToolError, MkvError, sqlite3.Error, OSError) as error:
         print(f"mkv: {error}", file=sys.stderr)

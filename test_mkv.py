@@ -358,7 +358,15 @@ def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["volume_secret = 1234567", "link_secret = 1234567", "[[token]]\nname='a'\nsha256=1234567"]
+    "text",
+    [
+        "volume_secret = 1234567",
+        "link_secret = 1234567",
+        "[[token]]\nname='a'\nsha256=1234567",
+        "token = ['1234567']",
+        "volume = ['1234567']",
+        "anonymous = '1234567'",
+    ],
 )
 def test_configuration_faults_show_no_secret(text: str) -> None:
     with pytest.raises(mkv.ConfigError) as caught:
