@@ -75,7 +75,7 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
@@ -84,7 +84,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, web
+from aiohttp import ClientError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 __version__ = "1.0.0"
@@ -93,6 +93,7 @@ __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "crea
 log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
+Answer = tuple[int, bytes]  # of a volume: status, body
 
 # == Errors ===========================================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
@@ -750,6 +751,10 @@ def parse_list_query(query: str) -> ListQuery:
 # == Index ============================================================================================================
 # SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it. Calls that wait
 # while a thread works are handed to it together, so that they share one hop, and mutations one transaction.
+#
+# A claim says where somebody is about to write a replica that no record names yet. It is there before the first byte,
+# and goes in the transaction that commits the record. So what a crash leaves on the volumes is known: when the process
+# of that number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
 
 SCHEMA_VERSION = 1
 SCHEMA = f"""
@@ -759,11 +764,14 @@ CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NUL
     since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE INDEX garbage_due ON garbage (volume, due);
 CREATE INDEX garbage_since ON garbage (since);
+CREATE TABLE claim (path TEXT NOT NULL, volume TEXT NOT NULL, owner INTEGER NOT NULL,
+    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
+TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
 
@@ -808,10 +816,14 @@ class Transaction:
             self._totals[GARBAGE][0] += self._db.execute(query, row).rowcount
 
     def garbage_of(self, key: str) -> list[tuple[str, str]]:
-        """Return (volume, path) of all garbage, of any version, that `key` has left."""
+        """Return (volume, path) of all that `key` has left, of any version: garbage, and copies by a tool."""
         start = blob_path(key, "", "")
-        query = "SELECT volume, path FROM garbage WHERE path >= ? AND path < ?"
-        return list(self._db.execute(query, (start, after_prefix(start))))
+        query = """SELECT volume, path FROM garbage WHERE path >= ?1 AND path < ?2
+            UNION SELECT volume, path FROM claim WHERE path >= ?1 AND path < ?2 AND owner = ?3"""
+        return list(self._db.execute(query, (start, after_prefix(start), TOOL)))
+
+    def garbage_at(self, path: str) -> list[tuple[str, str]]:
+        return list(self._db.execute("SELECT volume, path FROM garbage WHERE path = ?", (path,)))
 
     def settle_garbage(self, gone: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]]) -> None:
         """Forget the (volume, path) that are gone; put off the (volume, path, attempts) that failed."""
@@ -822,6 +834,24 @@ class Transaction:
             query = "UPDATE garbage SET due = ?, attempts = ? WHERE path = ? AND volume = ?"
             self._db.execute(query, (self._now + retry_delay_s(attempts), attempts, path, volume))
 
+    def claim(self, path: str, volumes: Iterable[str], owner: int) -> None:
+        rows = [(path, volume, owner) for volume in volumes]
+        self._db.executemany("INSERT OR REPLACE INTO claim VALUES (?,?,?)", rows)
+
+    def take_claims(self, path: str) -> set[str]:
+        """End the claims on `path`; return the volumes that stood in them."""
+        return {row[0] for row in self._db.execute("DELETE FROM claim WHERE path = ? RETURNING volume", (path,))}
+
+    def discard(self, path: str, delay_s: float) -> None:
+        """Make garbage of what is claimed at `path`; once it is committed, nothing is."""
+        self.add_garbage(path, self.take_claims(path), delay_s)
+
+    def release_claims(self, owner: int, workers: int = sys.maxsize) -> None:
+        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now."""
+        query = "DELETE FROM claim WHERE owner = ? OR owner >= ? RETURNING path, volume"
+        for path, volume in self._db.execute(query, (owner, workers)).fetchall():
+            self.add_garbage(path, [volume])
+
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
         query = """INSERT INTO total VALUES (?, ?, ?)
@@ -829,20 +859,23 @@ class Transaction:
         self._db.executemany(query, [(name, *total) for name, total in self._totals.items()])
 
 
-def commit_put(tx: Transaction, record: Record, conditions: Conditions, stray: Collection[str], delay_s: float) -> bool:
+def commit_put(tx: Transaction, record: Record, conditions: Conditions, delay_s: float) -> bool:
     """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new. Whichever
-    version loses becomes garbage in the same transaction, and so does what `stray` volumes may hold. A write that began
-    before the current version is answered as if it had come just before it. PreconditionFailed undoes no garbage."""
-    current = tx.get(record.key)
+    version loses becomes garbage in the same transaction, and so does what claimed volumes hold besides. A write that
+    began before the current version is answered as if it had come just before it. An MkvError undoes no garbage."""
+    current, claimed = tx.get(record.key), tx.take_claims(record.path)
     if current and current.version == record.version:  # two writes drew one version: neither may become garbage here
         raise Unavailable("another write of this key took the same version; send it again")
-    tx.add_garbage(record.path, stray, delay_s)
     failed = decide_conditions(conditions, current) is not Verdict.PROCEED
-    if failed or (current and current.version > record.version):
-        tx.add_garbage(record.path, record.volumes, delay_s)
+    released = not claimed.issuperset(record.volumes)  # by a process that took our number: it may be deleting already
+    if failed or released or (current and current.version > record.version):
+        tx.add_garbage(record.path, claimed.union(record.volumes), delay_s)
         if failed:
             raise PreconditionFailed("the key has changed meanwhile")
+        if released:
+            raise Unavailable("another server has started with this index; send it again")
         return False
+    tx.add_garbage(record.path, claimed.difference(record.volumes), delay_s)
     if current:
         tx.remove(current)
         tx.add_garbage(current.path, current.volumes, delay_s)
@@ -860,13 +893,6 @@ def commit_delete(tx: Transaction, key: str, conditions: Conditions, delay_s: fl
     tx.remove(current)
     tx.add_garbage(current.path, current.volumes, delay_s)
     return tx.garbage_of(key)
-
-
-def commit_discard(tx: Transaction, key: str, path: str, volumes: Collection[str], delay_s: float) -> None:
-    """Put what a failed PUT wrote into the garbage, unless it was committed after all."""
-    current = tx.get(key)
-    if current is None or current.path != path:
-        tx.add_garbage(path, volumes, delay_s)
 
 
 def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
@@ -1045,35 +1071,55 @@ class Index:
 
 
 # == Volume client ====================================================================================================
-# What the index server sends to a volume is small or a stream, and its answer is a status. So PUT and DELETE go over
-# plain asyncio streams, blob and sidecar pipelined on one kept connection (a fifth of the CPU of a general client);
-# whatever reads from a volume (listings, sidecars, blobs: the tools) goes through aiohttp's client.
+# What goes to a volume or comes from it is small, or a stream. Small requests are pipelined on kept connections, over
+# plain asyncio streams (a fifth of the CPU of a general client); a large blob has a connection of its own.
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
-BROKEN = (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError)
+BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 
 
 class Wire:
-    """One connection to a volume: requests written, statuses read in the same order (HTTP/1.1 pipelining)."""
+    """One connection to a volume: requests written, answers read in the same order (HTTP/1.1 pipelining)."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self.writer, self.reusable = reader, writer, True
 
-    async def read_status(self, head_only: bool = False) -> int:
-        """Read one answer, drop its body, return its status; raises OSError or asyncio.IncompleteReadError."""
+    async def read_head(self, head_only: bool = False) -> tuple[int, AsyncIterator[bytes]]:
+        """Read the head of an answer; return its status, and its body in pieces. Raises one of BROKEN, also later."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         if not head.startswith(b"http/1.") or not head[9:12].isdigit():
-            raise ConnectionResetError("the answer is not HTTP")
+            raise ValueError("the answer is not HTTP")
         if head[9:10] == b"1":  # 100 Continue
-            return await self.read_status(head_only)
-        length, bodyless = CONTENT_LENGTH.search(head), head_only or head[9:12] in (b"204", b"304")
-        if length and not bodyless:
-            await self._reader.readexactly(int(length[1]))
-        self.reusable = bool(length or bodyless) and b"\r\nconnection: close" not in head
-        return int(head[9:12])
+            return await self.read_head(head_only)
+        self.reusable = b"\r\nconnection: close" not in head
+        if head_only or head[9:12] in (b"204", b"304"):
+            return int(head[9:12]), self._read_pieces(0)
+        if length := CONTENT_LENGTH.search(head):
+            return int(head[9:12]), self._read_pieces(int(length[1]))
+        if b"\r\ntransfer-encoding: chunked" not in head:
+            raise ValueError("the answer has no length")
+        return int(head[9:12]), self._read_chunks()
+
+    async def _read_pieces(self, size: int) -> AsyncIterator[bytes]:
+        while size:
+            if not (piece := await self._reader.read(min(size, SMALL_BLOB))):
+                raise EOFError("it closed the connection in the middle of an answer")
+            yield piece
+            size -= len(piece)
+
+    async def _read_chunks(self) -> AsyncIterator[bytes]:
+        while size := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16):
+            async for piece in self._read_pieces(size):
+                yield piece
+            await self._reader.readexactly(2)
+        await self._reader.readexactly(2)
+
+    async def read_answer(self, head_only: bool = False) -> Answer:
+        status, pieces = await self.read_head(head_only)
+        return status, b"".join([piece async for piece in pieces])
 
     @property
     def usable(self) -> bool:
@@ -1098,7 +1144,7 @@ class VolumeClient:
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
         self._idle, self._keep = list[Wire](), 64  # connections at most
 
-    def _request(self, method: str, path: str, trail: str, framing: str) -> bytes:
+    def _request(self, method: str, path: str, trail: str = "", framing: str = "") -> bytes:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     async def _connect(self) -> Wire:
@@ -1116,7 +1162,7 @@ class VolumeClient:
             failure = error
         except TimeoutError:
             failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
-        except (*BROKEN, ClientError, UnicodeError) as error:  # UnicodeError: a host name that IDNA refuses
+        except BROKEN as error:
             failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
         event = Event.STORED if method == "PUT" else Event.ANSWERED
         if failure:
@@ -1136,52 +1182,83 @@ class VolumeClient:
             kind = VolumeDown  # whoever cannot read is no use
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
-    async def _exchange(self, method: str, bodies: Mapping[str, bytes], trail: str, timeout_s: float) -> None:
-        """Send `method` for each path, pipelined, and check every answer."""
+    async def _exchange(self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "") -> list[Answer]:
+        """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
-        data = b"".join(self._request(method, path, trail, frame(len(body))) + body for path, body in bodies.items())
+        requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
+        answers: list[Answer] = []
         with self.watch(method):
-            async with asyncio.timeout(timeout_s):
-                while self._idle:
-                    wire = self._idle.pop()
-                    if wire.usable and await self._converse(wire, True, method, bodies, data):
+            while len(answers) < len(requests):
+                await self._converse(method, requests[len(answers) :], answers)
+        return answers
+
+    async def _converse(self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer]) -> None:
+        """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
+        repeat is harmless: a path names one version."""
+        kept, before, whole = self._take_idle(), len(answers), False
+        async with asyncio.timeout(self.timeout_s) as deadline:
+            wire = kept or await self._connect()
+            try:
+                wire.writer.write(b"".join([data for _, data in requests]))
+                for path, _ in requests:
+                    answers.append(await wire.read_answer(method == "HEAD"))
+                    if method != "GET":  # nginx hangs up after an error, without a word on what follows
+                        self.check(method, path, answers[-1][0])
+                    if not wire.reusable:
                         return
+                    deadline.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
+                whole = wire.usable and len(self._idle) < self._keep
+            except BROKEN:
+                if not kept and len(answers) == before:
+                    raise
+            finally:
+                if whole:
+                    self._idle.append(wire)
+                else:
                     wire.abort()
-                await self._converse(await self._connect(), False, method, bodies, data)
 
-    async def _converse(self, wire: Wire, kept: bool, method: str, paths: Iterable[str], data: bytes) -> bool:
-        """Write `data`, check the answers; return False if the volume had closed this kept connection meanwhile."""
-        answers, whole = 0, False
-        try:
-            wire.writer.write(data)
-            for path in paths:  # nginx hangs up after an error, without a word on what follows in the pipeline
-                status = await wire.read_status(method == "HEAD")
-                answers += 1
-                self.check(method, path, status)
-            whole = wire.usable and len(self._idle) < self._keep
-        except BROKEN:
-            if answers or not kept:
-                raise
-            return False  # a repeat is harmless: the path names one version
-        finally:
-            if whole:
-                self._idle.append(wire)
-            else:
-                wire.abort()
-        return True
+    def _take_idle(self) -> Wire | None:
+        while self._idle:
+            if (wire := self._idle.pop()).usable:
+                return wire
+            wire.abort()
+        return None
 
-    async def put(self, bodies: Mapping[str, bytes], trail: str = "") -> None:
+    async def put(self, files: Mapping[str, bytes], trail: str = "") -> None:
         """Store small files, path -> bytes, in that order; raises VolumeError unless all are answered for."""
-        await self._exchange("PUT", bodies, trail, self.timeout_s)
+        await self._exchange("PUT", files.items(), trail)
 
-    async def delete(self, paths: Iterable[str], trail: str = "", timeout_s: float = 0) -> None:
+    async def delete(self, paths: Iterable[str], trail: str = "") -> None:
         """Delete files in that order; one that is not there is no error. Raises VolumeError."""
-        await self._exchange("DELETE", dict.fromkeys(paths, b""), trail, timeout_s or self.timeout_s)
+        await self._exchange("DELETE", [(path, b"") for path in paths], trail)
 
     async def probe(self, write: bool) -> None:
         """See whether the volume answers, or takes writes; raises VolumeError."""
-        method, files = ("PUT", {PROBE_PATH: PROBE_BODY}) if write else ("HEAD", {"/": b""})
-        await self._exchange(method, files, "", min(PROBE_TIMEOUT_S, self.timeout_s))
+        await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
+
+    async def get(self, paths: Iterable[str]) -> list[Answer]:
+        """Read small files or listings; return (status, body) of each, whole. Raises VolumeError."""
+        return await self._exchange("GET", [(path, b"") for path in paths])
+
+    async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
+        """Read a blob of any size in pieces; raises NotFound and VolumeError."""
+        with self.watch("GET"):
+            async with asyncio.timeout(self.timeout_s):
+                wire = await self._connect()
+            try:
+                wire.writer.write(self._request("GET", path))
+                async with asyncio.timeout(self.timeout_s):
+                    status, pieces = await wire.read_head()
+                if status == 404:
+                    raise NotFound(path)
+                self.check("GET", path, status)
+                while True:
+                    async with asyncio.timeout(self.timeout_s):
+                        if not (piece := await anext(pieces, b"")):
+                            break
+                    yield piece
+            finally:
+                wire.abort()
 
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
@@ -1191,17 +1268,6 @@ class VolumeClient:
         framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         wire.writer.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
-
-    @contextlib.asynccontextmanager
-    async def read(self, session: ClientSession, path: str) -> AsyncIterator[ClientResponse]:
-        """GET `path` and yield aiohttp's response, 200 or 404; raises VolumeError, also from reading the body."""
-        url, timeout = self.volume.url + path, ClientTimeout(None, self.timeout_s, self.timeout_s)
-        headers = {"Mkv-Volume-Secret": self.secret} if self.secret else {}
-        with self.watch("GET"):
-            async with session.get(url, headers=headers, timeout=timeout, allow_redirects=False) as response:
-                if response.status != 404:
-                    self.check("GET", path, response.status)
-                yield response
 
     def close(self) -> None:
         """Close the idle connections; what is under way goes on, and is not kept after it."""
@@ -1215,7 +1281,7 @@ class Upload:
 
     def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
         self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
-        self._answer = asyncio.ensure_future(wire.read_status())
+        self._answer = asyncio.ensure_future(wire.read_answer())
 
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
@@ -1227,7 +1293,7 @@ class Upload:
         with self._client.watch("SEND"):
             async with asyncio.timeout(self._client.timeout_s):
                 if self._answer.done():
-                    self._client.check("PUT", self._path, await self._answer)
+                    self._client.check("PUT", self._path, (await self._answer)[0])
                     raise VolumeUnexpected(self._client.volume.name, "answered before it had the whole blob")
                 if not self._wire.usable:
                     raise ConnectionResetError("it closed the connection")
@@ -1239,7 +1305,7 @@ class Upload:
             if self._chunked and self._wire.usable and not self._answer.done():
                 self._wire.writer.write(b"0\r\n\r\n")
             async with asyncio.timeout(self._client.timeout_s + min(self._size, SYNC_EVERY) / SLOWEST_DISK):
-                self._client.check("PUT", self._path, await self._answer)
+                self._client.check("PUT", self._path, (await self._answer)[0])
         self.abort()
 
     def abort(self) -> None:
@@ -1254,7 +1320,6 @@ class Upload:
 
 PROBE_PATH, PROBE_BODY = "/.mkv-probe", bytes(64 * 1024)  # in no listing; large enough that a full disk refuses it
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
-PROBE_TIMEOUT_S = 2.0
 
 
 class Health:
@@ -1428,8 +1493,12 @@ class Hasher:
 class Write:
     """One PUT on its way to its volumes. `touched` may hold something of it, `done` hold all of it."""
 
-    def __init__(self, view: View, states: States, draft: Draft, version: str, trail: str) -> None:
+    def __init__(
+        self, view: View, states: States, draft: Draft, version: str, trail: str,
+        claim: Callable[[str, Collection[str]], Awaitable[None]],
+    ) -> None:  # fmt: skip
         self._view, self._states, self._draft, self._version, self._trail = view, states, draft, version, trail
+        self._claim = claim
         self.path, self._hasher = blob_path(draft.key, version, draft.ext), Hasher(draft.digests)
         self.touched, self.done, self.failed = set[str](), list[str](), dict[str, VolumeError]()
 
@@ -1441,6 +1510,12 @@ class Write:
         if step is Step.ROLL_BACK:
             raise explain_refusal(self._states, ring, config.min_replicas, self.failed)
         return names if step is Step.WRITE_MORE else ()
+
+    async def _plan_and_claim(self, done: Collection[str]) -> tuple[str, ...]:
+        if names := self.plan(done):
+            self.touched.update(names)
+            await self._claim(self.path, names)
+        return names
 
     async def run(self, body: AsyncIterator[bytes]) -> Record:
         """Write `body` and its sidecars; return the record to commit. Raises MkvError."""
@@ -1456,7 +1531,7 @@ class Write:
         self._hasher.update(blob)
         record, sidecar = self._finish_body()
         files = {self.path: blob} | sidecar
-        while names := self.plan(self.done):
+        while names := await self._plan_and_claim(self.done):
             self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
         return record
 
@@ -1464,7 +1539,7 @@ class Write:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
         clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
         try:
-            while names := self.plan(uploads):
+            while names := await self._plan_and_claim(uploads):
                 start = self._each(names, lambda name: clients[name].start_upload(self.path, size, self._trail))
                 uploads |= await start
             chunk = chunk or await anext(body, b"")
@@ -1489,7 +1564,6 @@ class Write:
 
     async def _each(self, names: Collection[str], act: Callable[[str], Awaitable[T]]) -> dict[str, T]:
         """Act on all volumes at once; note the failures, return name -> result of the others."""
-        self.touched.update(names)
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
@@ -1522,8 +1596,8 @@ class Write:
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
-    def __init__(self, config: Config, metrics: Metrics | None = None, leader: bool = True) -> None:
-        self.metrics, self.health, self._leader = metrics or Metrics(), Health(), leader
+    def __init__(self, config: Config, metrics: Metrics | None = None, number: int = 0) -> None:
+        self.metrics, self.health, self._number = metrics or Metrics(), Health(), number
         self.index = Index(config.db, self._measure_batch)
         self.stopping, self.uploads, self.in_flight = False, 0, 0
         self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
@@ -1550,10 +1624,13 @@ class Store:
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
+        number, workers = self._number, self.view.config.workers
         await self.index.open()
         await asyncio.gather(*map(self.health.probe, self.view.clients.values()))
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
-        if self._leader:
+        if number != TOOL:
+            await self.index.write(lambda tx: tx.release_claims(number, workers))
+        if number == 0:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
 
     async def close(self) -> None:
@@ -1612,22 +1689,24 @@ class Store:
         if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
         version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(40))
-        write, delay_s = Write(view, self.health.states, draft, version, trail), view.config.garbage_delay
+        write, delay_s = Write(view, self.health.states, draft, version, trail, self._claim), view.config.garbage_delay
         write.plan(())  # says no before the body is asked for
         try:
             record = await write.run(body)
-            stray = write.touched - set(write.done)
-            return record, await self.index.write(lambda tx: commit_put(tx, record, draft.conditions, stray, delay_s))
+            return record, await self.index.write(lambda tx: commit_put(tx, record, draft.conditions, delay_s))
         except BaseException:
             if write.touched:
                 await self._discard(view, draft.key, write)
             raise
 
+    async def _claim(self, path: str, volumes: Collection[str]) -> None:
+        await self.index.write(lambda tx: tx.claim(path, volumes, self._number))
+
     async def _discard(self, view: View, key: str, write: Write) -> None:
         """Make garbage of what a failed PUT wrote; if not even the index can be written, delete it right here."""
         path, names, delay_s = write.path, write.touched, view.config.garbage_delay
         try:
-            await self.index.write(lambda tx: commit_discard(tx, key, path, names, delay_s))
+            await self.index.write(lambda tx: tx.discard(path, delay_s))
         except sqlite3.Error as error:
             log.error("index: %s; deleting what was written for %r at once", error, key)
             current = await self.index.get(key)
@@ -1641,9 +1720,10 @@ class Store:
         for name, path in await self.index.write(lambda tx: commit_delete(tx, key, conditions, config.garbage_delay)):
             if name in self.view.clients and not self.health.is_down(name):
                 sidecars[name].append(sidecar_path(path))
-        patience_s = min(DELETE_PATIENCE_S, config.volume_timeout)
-        deletes = (self.view.clients[name].delete(paths, trail, patience_s) for name, paths in sidecars.items())
-        await asyncio.gather(*deletes, return_exceptions=True)  # what was not reached waits in the garbage
+        deletes = (self.view.clients[name].delete(paths, trail) for name, paths in sidecars.items())
+        with contextlib.suppress(TimeoutError):  # what was not reached waits in the garbage
+            async with asyncio.timeout(DELETE_PATIENCE_S):
+                await asyncio.gather(*deletes, return_exceptions=True)
 
     async def list(self, query: ListQuery) -> bytes:
         """Return one page as JSON, made on the reader's thread."""
@@ -1946,18 +2026,18 @@ async def expect_nothing(request: web.Request) -> None:
     """Leave 100 Continue to Call._read_body, so that a PUT that is refused is refused before its body is sent."""
 
 
-def create_app(config: Config, *, metrics: Metrics | None = None, leader: bool = True) -> web.Application:
+def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 0) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it to another one:
 
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
     Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the index cannot be used.
-    Of several processes that share an index, one alone is the leader, which deletes the garbage."""
+    Processes that share an index: set config.workers to their count, give each a `number`; 0 alone deletes garbage."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             ready = config if config.volumes else await stack.enter_async_context(run_embedded(config))
-            app[STORE] = Store(ready, metrics, leader)
+            app[STORE] = Store(ready, metrics, number)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
             yield
@@ -2306,10 +2386,10 @@ async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]
 
 async def serve_store(
     config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str],
-    metrics: Metrics, leader: bool,
+    metrics: Metrics, number: int,
 ) -> None:  # fmt: skip
     """Serve the store on `listener` until a signal, then let the requests under way finish."""
-    app, loop = create_app(config, metrics=metrics, leader=leader), asyncio.get_running_loop()
+    app, loop = create_app(config, metrics=metrics, number=number), asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
@@ -2360,7 +2440,7 @@ def supervise(
             async with run_embedded(config, sockets):
                 return await wait_for_stop()
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, greeting, Metrics(shared, number), number == 0)
+        await serve_store(ours, listener, reread, greeting, Metrics(shared, number), number)
 
     def start(number: int, greeting: Callable[[Config], str] = lambda config: "") -> None:
         if pid := os.fork():
@@ -2408,13 +2488,17 @@ async def serve_one_volume(config: Config, folder: str) -> None:
     await runner.cleanup()
 
 
-def run(main: Coroutine[Any, Any, None]) -> NoReturn:
+def run(main: Awaitable[None]) -> NoReturn:
     """Run to the end on uvloop if that is installed, print what is wrong with the configuration, end the process.
 
     os._exit, so that nothing that a shutdown cut off can hold the process up: all that matters is closed before."""
+
+    async def begin() -> None:
+        await main
+
     code = 0
     try:
-        asyncio.Runner(loop_factory=new_loop).run(main)
+        asyncio.Runner(loop_factory=new_loop).run(begin())
     except ConfigError as error:
         print_faults(error)
         code = 2
@@ -2466,7 +2550,7 @@ def main(arguments: list[str] | None = None) -> int:
         greeting = partial(greet, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
             return supervise(config, listener, reread, greeting)
-        run(serve_store(config, listener, reread, greeting, Metrics(), True))
+        run(serve_store(config, listener, reread, greeting, Metrics(), 0))
     except ConfigError as error:
         print_faults(error)
         return 2

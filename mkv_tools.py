@@ -7,7 +7,7 @@ takes to walk, compare, copy and report. Theory of operation:
     walk the 65,536 folders in order, on all volumes in step, a few at a time: memory does not grow with the number of
     keys. Listings (nginx's autoindex JSON) are read strictly: a folder that is not there is empty, anything else that
     is not a whole listing is a failure. A timeout is never read as absence (I8).
-2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined on kept connections (Getter).
+2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined (VolumeClient.get).
 3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder is merged by itself:
     of each key the highest version with a sound sidecar and its blob beside it becomes the record, older versions
     become garbage. One sidecar is read for each version; the others count if they have the same size. The result is a
@@ -16,14 +16,14 @@ takes to walk, compare, copy and report. Theory of operation:
     is garbage there without being the record's is never adopted. Without an old index the sidecars alone decide.
     A volume that it has blobs on must be there and not be empty, lest a disk that is not mounted counts as read.
 5.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim, copy, commit.
-    Claim, one transaction: if a record still is what the plan saw, the copies to come enter the garbage, due in a
-    week and a half; a bad replica leaves the record. Copy: read one replica, check its digest, write blob, then
-    sidecar. Commit, one transaction: if nothing came between, the record gets its new volumes, the claims leave the
-    garbage and dropped replicas enter it; else the copies are due to be deleted, and the key is left to the client.
-6.  So whenever a tool is killed (I7), a copy that no record names is in the garbage: for a DELETE to find, for rebuild
-    to ignore. The next run takes over the claims of a dead one (only one tool moves at a time: INDEX.tools), and hands
-    what it has no use for to the server to delete. Nothing is ever copied where other garbage waits, since the server
-    may be deleting just there: rebalance waits a while for that, then leaves the key to a later run.
+    Claim, one transaction: if a record still is what the plan saw, the copies to come are claimed; a bad replica leaves
+    the record. Copy: read one replica, check its digest, write blob, then sidecar. Commit, one transaction: if nothing
+    came between, the record gets its new volumes, the claims end and dropped replicas become garbage; else the copies
+    do, and the key is left to the client.
+6.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to find, for rebuild to
+    ignore. The next run takes over the claims of a dead one (only one tool moves at a time: INDEX.tools), and makes
+    garbage of what it has no use for. Nothing is ever copied where garbage waits, since the server may be deleting just
+    there: rebalance waits a while for that, then leaves the key to a later run.
 7.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest right, and that one
     or its copies stay.
 8.  verify notes the path of every record in a scratch file beside the index, then walks the folders and compares. The
@@ -71,11 +71,10 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, COLUMNS, CONTENT_LENGTH, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, Config, ConfigError, Hasher, Index,
+    ALL_KEYS, COLUMNS, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index,
     MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
-    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, Wire, WrongDigest, add_settings, after_prefix,
-    decode_sidecar, encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults,
-    read_totals,
+    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar,
+    encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults, read_totals,
     record_of_row, run_embedded, sidecar_path, sync_folder,
 )
 # isort: on
@@ -86,6 +85,7 @@ File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no
 Files = dict[str, File]  # what is in one folder of one volume, by name
 Found = dict[str, dict[str, Files]]  # volume -> folder -> files
 Place = tuple[str, str]  # (volume, path)
+Clients = Mapping[str, VolumeClient]
 Case = tuple[str, ...]  # something found: (kind, volume, path, key, detail), the last ones may be left out
 
 # == Plans ============================================================================================================
@@ -231,7 +231,7 @@ def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T
     return batches
 
 
-def judge_blob(answer: tuple[int, bytes] | VolumeError, record: Record) -> bytes | str:
+def judge_blob(answer: Answer | VolumeError, record: Record) -> bytes | str:
     """Return the bytes of a replica if they are good, else what is wrong."""
     if isinstance(answer, VolumeError):
         return f"unreadable: {answer}"
@@ -284,96 +284,35 @@ def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
 
 
 # == Reading volumes ==================================================================================================
-# Many small GETs, pipelined on kept connections: a tenth of the CPU of a general client.
+# Many small GETs, pipelined, from all volumes at once.
 
 AHEAD = 6  # runs of folders under way at once
 RUN_FILES = 4000  # files in one run, about
 
 
-async def read_answer(wire: Wire) -> tuple[int, bytes]:
-    """Read one answer with its body; raises OSError or asyncio.IncompleteReadError if it is not whole."""
-    reader = wire._reader
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    if not head.startswith(b"http/1.") or not head[9:12].isdigit():
-        raise ConnectionResetError("the answer is not HTTP")
-    wire.reusable = b"\r\nconnection: close" not in head
-    if length := CONTENT_LENGTH.search(head):
-        return int(head[9:12]), await reader.readexactly(int(length[1]))
-    if b"\r\ntransfer-encoding: chunked" not in head:
-        raise ConnectionResetError("the answer has no length")
-    chunks = []
-    while size := int((await reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-        chunks.append((await reader.readexactly(size + 2))[:-2])
-    await reader.readexactly(2)
-    return int(head[9:12]), b"".join(chunks)
+async def list_folders(client: VolumeClient, folders: Sequence[str]) -> list[Files]:
+    """Return each folder's files; raises VolumeError unless all of them are known for sure."""
+    listings: list[Files] = []
+    for folder, (status, body) in zip(folders, await client.get(folders), strict=True):
+        try:
+            if status != 200 and (status != 404 or folder == "/"):
+                raise ValueError(f"it was answered {status}")
+            listings.append(parse_listing(body) if status == 200 else {})
+        except ValueError as error:
+            raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
+    return listings
 
 
-class Getter:
-    """Reads small files and folders from one volume."""
-
-    def __init__(self, client: VolumeClient) -> None:
-        self.client, self._idle, self._closed = client, list[Wire](), False
-
-    async def get(self, paths: Sequence[str]) -> list[tuple[int, bytes]]:
-        """Return (status, body) for each path; raises VolumeError unless all are answered in full."""
-        answers: list[tuple[int, bytes]] = []
-        while len(answers) < len(paths):
-            with self.client.watch("GET"):
-                await self._get_some(paths[len(answers) :], answers)
-        return answers
-
-    async def _get_some(self, paths: Sequence[str], answers: list[tuple[int, bytes]]) -> None:
-        """Take from one connection what it gives: it may close after some answers, or a kept one before any."""
-        loop, before, whole = asyncio.get_running_loop(), len(answers), False
-        kept = self._idle.pop() if self._idle else None
-        async with asyncio.timeout(self.client.timeout_s) as deadline:
-            wire = kept or await self.client._connect()
-            try:
-                wire.writer.write(b"".join(self.client._request("GET", path, "", "") for path in paths))
-                for _ in paths:
-                    answers.append(await read_answer(wire))
-                    deadline.reschedule(loop.time() + self.client.timeout_s)
-                    if not wire.reusable:
-                        break
-                whole = True
-            except (OSError, ValueError, asyncio.IncompleteReadError) as error:
-                if not kept and len(answers) == before:
-                    raise ConnectionResetError(f"no whole answer: {error}") from None
-            finally:
-                if whole and wire.usable and not self._closed:
-                    self._idle.append(wire)
-                else:
-                    wire.abort()
-
-    async def list(self, folders: Sequence[str]) -> list[Files]:
-        """Return each folder's files; raises VolumeError unless all of them are known for sure."""
-        listings: list[Files] = []
-        for folder, (status, body) in zip(folders, await self.get(folders), strict=True):
-            try:
-                if status != 200 and (status != 404 or folder == "/"):
-                    raise ValueError(f"it was answered {status}")
-                listings.append(parse_listing(body) if status == 200 else {})
-            except ValueError as error:
-                raise VolumeUnexpected(self.client.volume.name, f"no listing of {folder}: {error}") from None
-        return listings
-
-    def close(self) -> None:
-        """Close the idle connections; what is under way, when another volume has failed, is not kept after it."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().abort()
-
-
-async def get_each(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> list[tuple[int, bytes] | VolumeError]:
+async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | VolumeError]:
     """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it."""
     numbers: dict[str, list[int]] = defaultdict(list)
-    answers: dict[int, tuple[int, bytes] | VolumeError] = {}
+    answers: dict[int, Answer | VolumeError] = {}
     for i, (volume, _) in enumerate(wanted):
         numbers[volume].append(i)
 
     async def get(volume: str) -> None:
         try:
-            bodies = await getters[volume].get([wanted[i][1] for i in numbers[volume]])
+            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]])
             answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
@@ -382,10 +321,10 @@ async def get_each(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> li
     return [answers[i] for i in range(len(wanted))]
 
 
-async def read_sidecars(getters: Mapping[str, Getter], wanted: Sequence[Place]) -> list[Record | str]:
+async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Record | str]:
     """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
     results: list[Record | str] = []
-    for (volume, path), answer in zip(wanted, await get_each(getters, wanted), strict=True):
+    for (volume, path), answer in zip(wanted, await get_each(clients, wanted), strict=True):
         if isinstance(answer, VolumeError):
             raise answer
         if answer[0] not in (200, 404):
@@ -416,8 +355,8 @@ async def ahead(jobs: AsyncIterator[Awaitable[T]], at_once: int) -> AsyncIterato
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
-    def __init__(self, getters: Mapping[str, Getter], failed: Callable[[VolumeError], None]) -> None:
-        self._getters, self._failed, self._at_once = getters, failed, 64
+    def __init__(self, clients: Clients, failed: Callable[[VolumeError], None]) -> None:
+        self._clients, self._failed, self._at_once = clients, failed, 64
         self.foreign: list[Case] = []
         self.done = 0.0  # the share of the folders that are behind
 
@@ -426,7 +365,9 @@ class Walk:
 
         async def listing(volume: str) -> Found:
             try:
-                return {volume: dict(zip(on[volume], await self._getters[volume].list(on[volume]), strict=True))}
+                return {
+                    volume: dict(zip(on[volume], await list_folders(self._clients[volume], on[volume]), strict=True))
+                }
             except VolumeError as error:
                 self._failed(error)
                 return {}
@@ -450,7 +391,7 @@ class Walk:
 
     async def top(self) -> dict[str, list[str]]:
         """Return volume -> the folders /aa/ that it has."""
-        return self._descend(await self._list({volume: ["/"] for volume in self._getters}))
+        return self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
     async def runs(
         self, top: Mapping[str, Sequence[str]], more: Callable[[str], Awaitable[set[str]]] | None = None
@@ -478,15 +419,7 @@ class Walk:
 # == Moving replicas ==================================================================================================
 # Claim, copy, commit: points 5 to 7 of the theory of operation.
 
-CLAIM_S = 1e6  # when a claim is due; other garbage is due within a day, and so a claim is told by CLAIMED_S
-CLAIMED_S = 1e5
 INTERRUPTED = "interrupted"
-
-
-def garbage_at(tx: Transaction, path: str) -> dict[str, bool]:
-    """Return volume -> whether it is a claim, for all garbage at `path`."""
-    query = "SELECT volume, due > ? FROM garbage WHERE path = ?"
-    return dict(tx._db.execute(query, (time.time() + CLAIMED_S, path)))
 
 
 def set_record(tx: Transaction, before: Record, after: Record) -> None:
@@ -496,38 +429,29 @@ def set_record(tx: Transaction, before: Record, after: Record) -> None:
 
 
 def claim(tx: Transaction, move: Move) -> str:
-    """Enter the copies that `move` will make in the garbage; return why it must not begin, if so."""
-    path = move.record.path
-    garbage = {volume: claimed for volume, claimed in garbage_at(tx, path).items() if volume in move.copy}
+    """Claim where `move` will write; return why it must not begin, if so."""
     if tx.get(move.record.key) != move.record:
         return "changed"
-    if not all(garbage.values()):
+    if {(volume, move.record.path) for volume in move.copy}.intersection(tx.garbage_at(move.record.path)):
         return "waiting"  # the server may be deleting there just now
     set_record(tx, move.record, move.meanwhile)
-    tx.settle_garbage([(volume, path) for volume in garbage], [])  # a dead run's claims
-    tx.add_garbage(path, move.copy, CLAIM_S)
+    tx.claim(move.record.path, move.copy, TOOL)  # or take a dead run's claims over
     return ""
 
 
 def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so."""
-    path, garbage = move.record.path, garbage_at(tx, move.record.path)
-    if tx.get(move.record.key) != move.meanwhile or not all(garbage.get(volume) for volume in move.copy):
+    if failed == INTERRUPTED:
+        return failed  # the claims stay, for the next run to take over
+    claimed = tx.take_claims(move.record.path)
+    if tx.get(move.record.key) != move.meanwhile or not claimed.issuperset(move.copy):
         failed = "changed"
     if failed:
-        if failed != INTERRUPTED:  # then the claims stay, for the next run to take over
-            tx.settle_garbage([], [(volume, path, 0) for volume in move.copy])
+        tx.add_garbage(move.record.path, claimed)
         return failed
     set_record(tx, move.meanwhile, move.after)
-    tx.settle_garbage([(volume, path) for volume in move.copy], [])
-    tx.add_garbage(path, move.drop, delay_s)
+    tx.add_garbage(move.record.path, move.drop, delay_s)
     return ""
-
-
-def release_claims(tx: Transaction) -> None:
-    """Hand the claims of dead runs that nobody took over to the server's garbage collection."""
-    claims = tx._db.execute("SELECT volume, path, 0 FROM garbage WHERE due > ?", (time.time() + CLAIMED_S,))
-    tx.settle_garbage([], claims.fetchall())
 
 
 class Mover:
@@ -536,10 +460,8 @@ class Mover:
     `note` hears of every replica that turns out not to be good.
     """
 
-    def __init__(self, store: Store, session: ClientSession, rate: float, note: Callable[..., None]) -> None:
-        self._store, self._session, self._rate, self._note = store, session, rate, note
-        self.clients = store.view.clients
-        self.getters = {name: Getter(client) for name, client in self.clients.items()}
+    def __init__(self, store: Store, rate: float, note: Callable[..., None]) -> None:
+        self._store, self._rate, self._note, self.clients = store, rate, note, store.view.clients
         self.bytes, self._free_at = 0, 0.0
 
     async def _pace(self, size: int) -> None:
@@ -551,7 +473,7 @@ class Mover:
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        answers = await get_each(self.getters, [(volume, record.path) for volume, record in wanted])
+        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted])
         return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
@@ -568,14 +490,15 @@ class Mover:
         try:
             for target in targets:
                 uploads.append(await self.clients[target].start_upload(record.path, record.size))
-            async for chunk in self._chunks(source, record.path):
-                await self._pace(len(chunk) * max(1, len(uploads)))
-                hasher.update(chunk)
-                if hasher.size > record.size:
-                    return "corrupt"
-                if held:
-                    await send(held)
-                held = chunk
+            async with contextlib.aclosing(self.clients[source].stream(record.path)) as chunks:
+                async for chunk in chunks:
+                    await self._pace(len(chunk) * max(1, len(uploads)))
+                    hasher.update(chunk)
+                    if hasher.size > record.size:
+                        return "corrupt"
+                    if held:
+                        await send(held)
+                    held = chunk
             hasher.finish()
             await send(held)
             await asyncio.gather(*(upload.finish() for upload in uploads))
@@ -591,15 +514,6 @@ class Mover:
         finally:
             for upload in uploads:
                 upload.abort()
-
-    async def _chunks(self, volume: str, path: str) -> AsyncIterator[bytes]:
-        """Read a file in pieces; raises NotFound and VolumeError. What the reader does meanwhile is not its fault."""
-        async with contextlib.AsyncExitStack() as stack:
-            response = await stack.enter_async_context(self.clients[volume].read(self._session, path))
-            if response.status == 404:
-                raise NotFound(path)
-            async for chunk in response.content.iter_chunked(SMALL_BLOB):
-                yield chunk
 
     async def check(self, wanted: Sequence[tuple[str, Record]]) -> list[str]:
         """Read replicas, (volume, record), in full: each "" if it is good, else what is wrong with it."""
@@ -683,8 +597,9 @@ class Mover:
         """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
         upload = await self.clients[volume].start_upload(f"/corrupt/{path.rpartition('/')[2]}", None)
         try:
-            async for chunk in self._chunks(volume, path):
-                await upload.send(chunk)
+            async with contextlib.aclosing(self.clients[volume].stream(path)) as chunks:
+                async for chunk in chunks:
+                    await upload.send(chunk)
             await upload.finish()
         except NotFound:
             pass  # nothing to set aside
@@ -796,7 +711,7 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
         if moving:
             lock = lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running")
             stack.callback(os.close, lock)
-        store = Store(config, leader=False)
+        store = Store(config, number=TOOL)
         stack.push_async_callback(store.close)
         try:
             await store.start()
@@ -804,18 +719,7 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             raise ToolError(str(error)) from None
         yield store
         if moving:
-            await store.index.write(release_claims)
-
-
-@contextlib.asynccontextmanager
-async def open_mover(store: Store, options: argparse.Namespace, report: Report) -> AsyncIterator[Mover]:
-    async with ClientSession(connector=TCPConnector(limit=0), auto_decompress=False) as session:
-        mover = Mover(store, session, options.limit_rate * 1e6, report.add)
-        try:
-            yield mover
-        finally:
-            for getter in mover.getters.values():
-                getter.close()
+            await store.index.write(lambda tx: tx.release_claims(TOOL))  # that nobody took over: the server deletes
 
 
 def select_page(after: str, db: sqlite3.Connection) -> list[Record]:
@@ -884,18 +788,21 @@ def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
         raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
 
 
+GARBAGE_AND_CLAIMS = "SELECT volume, path FROM garbage UNION SELECT volume, path FROM claim"
+
+
 def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
-    """Return the garbage in a range of folders."""
-    query = "SELECT volume, path FROM garbage WHERE path >= ? AND path < ?"
+    """Return the garbage, and what may become garbage, in a range of folders."""
+    query = f"SELECT volume, path FROM ({GARBAGE_AND_CLAIMS}) WHERE path >= ? AND path < ?"
     return list(db.execute(query, (span[0], after_prefix(span[1]))))
 
 
 class Rebuild:
     """Makes the new index of one store, run by run. `old` is None if there is no old one that can be read."""
 
-    def __init__(self, getters: Mapping[str, Getter], old: SqliteThread | None, new: Index, report: Report) -> None:
-        self._getters, self._old, self._new, self._report = getters, old, new, report
-        self.walk = Walk(getters, self._fail)
+    def __init__(self, clients: Clients, old: SqliteThread | None, new: Index, report: Report) -> None:
+        self._clients, self._old, self._new, self._report = clients, old, new, report
+        self.walk = Walk(clients, self._fail)
         self.keys = self.bytes = self.garbage = 0
         self._revived: list[Place] = []
 
@@ -920,7 +827,7 @@ class Rebuild:
                 yield self._merge(run, on)
 
         if self._old:
-            cursor = await self._old.run(lambda db: db.execute("SELECT volume, path FROM garbage"))
+            cursor = await self._old.run(lambda db: db.execute(GARBAGE_AND_CLAIMS))
             while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
                 await self._new.write(partial(self._write, [], rows))
         records, garbage = list[Record](), list[Place]()
@@ -977,7 +884,7 @@ class Rebuild:
         """Return each version's record and cases; the record of one that is garbage has no volumes."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         while wanted := [(v, version.stem) for version in versions for v in plan_sidecars(version, read[version.stem])]:
-            sidecars = await read_sidecars(self._getters, [(volume, f"{stem}.key") for volume, stem in wanted])
+            sidecars = await read_sidecars(self._clients, [(volume, f"{stem}.key") for volume, stem in wanted])
             for (volume, stem), sidecar in zip(wanted, sidecars, strict=True):
                 read[stem][volume] = sidecar
         results = []
@@ -1007,11 +914,11 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         stack.callback(remove_index, fresh)
         stack.push_async_callback(new.close)
         await new.open()
-        clients = Store(config, leader=False).view.clients
-        getters = {name: Getter(client) for name, client in clients.items() if name not in options.allow_missing}
-        for getter in getters.values():
-            stack.callback(getter.close)
-        work = Rebuild(getters, old if exists and not damage else None, new, report)
+        clients = Store(config).view.clients
+        clients = {name: client for name, client in clients.items() if name not in options.allow_missing}
+        for client in clients.values():
+            stack.callback(client.close)
+        work = Rebuild(clients, old if exists and not damage else None, new, report)
         progress = Progress(lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
         async with progress:
             await work.run(await work.check_volumes(options.allow_missing))
@@ -1104,7 +1011,8 @@ class Rebalance:
 
 async def rebalance(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Bring every key to the volumes that the ring names, beside a running server; or only say what that takes."""
-    async with open_store(config, not options.dry_run) as store, open_mover(store, options, report) as mover:
+    async with open_store(config, not options.dry_run) as store:
+        mover = Mover(store, options.limit_rate * 1e6, report.add)
         work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
         progress = Progress(
             lambda: (
@@ -1169,7 +1077,7 @@ class Verify:
 
     def __init__(self, store: Store, mover: Mover, scratch: SqliteThread, report: Report, deep: bool) -> None:
         self._store, self._mover, self._scratch, self._report, self._deep = store, mover, scratch, report, deep
-        self.walk = Walk(mover.getters, self._fail)
+        self.walk = Walk(mover.clients, self._fail)
         self.failed: set[str] = set()
         self.keys = self.replicas = self.young = self.repaired = 0
 
@@ -1234,7 +1142,7 @@ class Verify:
                     elif self._deep or version.sidecars[volume][0] != size:  # of another make, or cut short
                         doubtful.append((volume, record))
         places = [(volume, sidecar_path(record.path)) for volume, record in doubtful]
-        for (volume, record), sidecar in zip(doubtful, await read_sidecars(self._mover.getters, places), strict=True):
+        for (volume, record), sidecar in zip(doubtful, await read_sidecars(self._mover.clients, places), strict=True):
             if isinstance(sidecar, str) or replace(sidecar, volumes=record.volumes) != record:
                 faults[volume, record] = "bad sidecar"
         if self._deep:
@@ -1290,7 +1198,7 @@ class Verify:
         return not await self._store.index.write(lambda tx: remove_stray(tx, record.key, path, volume))
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
-        sidecars = await read_sidecars(self._mover.getters, [(volume, sidecar_path(path)) for volume, path in strays])
+        sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
         keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
         noted = list[Place]()
         current = await self._store.index.read(partial(get_all, keys))
@@ -1306,7 +1214,7 @@ class Verify:
         cursor = await self._scratch.run(lambda db: db.execute("SELECT volume, path FROM stray"))
         while strays := await self._scratch.run(lambda db: cursor.fetchmany(500)):
             places = [(volume, sidecar_path(path)) for volume, path in strays]
-            sidecars = await read_sidecars(self._mover.getters, places)
+            sidecars = await read_sidecars(self._mover.clients, places)
             keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
             rows = [(key, path, volume) for key, (volume, path) in zip(keys, strays, strict=True)]
             self.repaired += sum(await self._store.index.write(partial(remove_strays, rows)))
@@ -1318,7 +1226,8 @@ def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> list
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
-    async with open_store(config, options.repair) as store, open_mover(store, options, report) as mover:
+    async with open_store(config, options.repair) as store:
+        mover = Mover(store, options.limit_rate * 1e6, report.add)
         file, lock = f"{config.db}.scratch", lock_alone(f"{config.db}.verify", "another verify is running")
         remove_index(file)
         scratch = SqliteThread(file, False)
@@ -1392,6 +1301,8 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
     with contextlib.closing(sqlite3.connect(target)) as copy:
         db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
+        with copy:
+            copy.execute("DELETE FROM claim")  # by the time that it is restored, what is claimed now may be committed
         if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
         return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
@@ -1522,7 +1433,7 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
 # == Command line =====================================================================================================
 
 SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
-TOOLS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awaitable[None]], str]] = {
+COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awaitable[None]], str]] = {
     "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The old one stays, as "
                 "INDEX.<date>. If it can be read, its garbage is honoured: what was deleted stays deleted; else "
                 "sidecars alone decide. If any volume cannot be read in full, nothing changes."),
@@ -1549,9 +1460,9 @@ def at_least(kind: Callable[[str], T], low: float) -> Callable[[str], T]:
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(TOOLS))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     add = {}
-    for name, (_, about) in TOOLS.items():
+    for name, (_, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about.partition(".")[0], description=about)
         if name != "token":
             add_settings(command, SETTINGS)
@@ -1587,7 +1498,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
     config = load_config(getattr(options, "config", ""), flags)
-    await TOOLS[options.command][0](config, options, report)
+    await COMMANDS[options.command][0](config, options, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
