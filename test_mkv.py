@@ -149,16 +149,8 @@ class Program:
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config)
         self.log_file = folder / "log"
-        command = [
-            sys.executable,
-            str(HERE / "mkv.py"),
-            "serve",
-            "--config",
-            str(self.config),
-            "--port",
-            "0",
-            *arguments,
-        ]
+        patient = ["--volume-timeout", "60"]  # a CI machine's disk may stand still for seconds
+        command = [*SERVE, "--config", str(self.config), "--port", "0", *patient, *arguments]
         with open(self.log_file, "ab") as log:
             environ = {**os.environ, **(env or {})}
             self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ)
@@ -2303,7 +2295,7 @@ class Cluster:
 
     def configure(self, *volumes: str, weights: dict[str, float] | None = None, **settings: Any) -> Config:
         """Write mkv.toml with the volumes named (embedded: none) and return it as a Config."""
-        facts = {"data": str(self.data), "db": str(self.db), "garbage_delay": 0.0, "volume_timeout": 3.0} | settings
+        facts = {"data": str(self.data), "db": str(self.db), "garbage_delay": 0.0, "volume_timeout": 30.0} | settings
         lines = [f"{name} = {json.dumps(value)}" for name, value in facts.items()]
         for name in volumes if self.kind == "nginx" else ():
             weight = (weights or {}).get(name, 1.0)
