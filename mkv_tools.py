@@ -26,10 +26,10 @@ takes to walk, compare, copy and report. Theory of operation:
     there: rebalance waits a while for that, then leaves the key to a later run.
 7.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest right, and that one
     or its copies stay.
-8.  verify notes the path of every record in a scratch file beside the index, then walks the folders and compares. The
-    store is in use: what looks wrong is looked up again before it counts. Strays are noted and removed at the end:
+8.  verify notes the path of every record in a temporary table beside the index, then walks the folders and compares.
+    The store is in use: what looks wrong is looked up again before it counts. Strays are noted and removed at the end:
     only if no volume failed, only if older than --grace by version and by mtime, and by entering the garbage in a
-    transaction that looks the record up once more.
+    transaction that looks the record up once more. No PUT can still commit one: its claim would be there.
 9.  A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks. Then the good bytes
     are PUT to its path. That is no overwriting of a blob in place (a volume renames a whole file there) and no new
     version: a path names a version, and the version's digest names the bytes.
@@ -64,7 +64,7 @@ from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
@@ -82,17 +82,29 @@ from mkv import (
 
 T = TypeVar("T")
 File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no plain file
-Files = dict[str, File]  # what is in one folder of one volume, by name
-Found = dict[str, dict[str, Files]]  # volume -> folder -> files
+Files = dict[str, File]  # by name or path
+Found = dict[str, Files]  # volume -> path -> file
 Place = tuple[str, str]  # (volume, path)
+Replica = tuple[str, Record]  # (volume, record)
 Clients = Mapping[str, VolumeClient]
-Case = tuple[str, ...]  # something found: (kind, volume, path, key, detail), the last ones may be left out
+On = Mapping[str, Sequence[str]]  # volume -> folders that it has
+Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
 
 # == Plans ============================================================================================================
 # What is to be done, from what is known. Pure: no clock, no I/O.
 
 SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 BATCH_KEYS, BATCH_BYTES = 48, 4 * 1024 * 1024  # small blobs that are moved together
+
+
+class Case(NamedTuple):
+    """Something found."""
+
+    kind: str
+    volume: str = ""
+    path: str = ""
+    key: str = ""
+    detail: str = ""
 
 
 @dataclass(slots=True)
@@ -128,20 +140,18 @@ def parse_listing(body: bytes) -> Files:
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     """Sort what was found by version (stem -> version); name what mkv never wrote."""
     versions, foreign = dict[str, Version](), list[Case]()
-    for volume, folders in found.items():
-        for folder, files in folders.items():
-            for name, file in files.items():
-                path = folder + name
-                parsed = parse_path(path) if file[0] >= 0 else None
-                if parsed is None or (parsed[2] == "key" and file[0] > SIDECAR_BYTES):
-                    left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
-                    foreign.append(("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
-                    continue
-                version = versions.get(path[:STEM]) or versions.setdefault(path[:STEM], Version(path[:STEM]))
-                if parsed[2] == "key":
-                    version.sidecars[volume] = file
-                else:
-                    version.blobs.setdefault(volume, {})[path] = file
+    for volume, files in found.items():
+        for path, file in files.items():
+            parsed = parse_path(path) if file[0] >= 0 else None
+            if parsed is None or (parsed[2] == "key" and file[0] > SIDECAR_BYTES):
+                left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
+                foreign.append(Case("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
+                continue
+            version = versions.get(path[:STEM]) or versions.setdefault(path[:STEM], Version(path[:STEM]))
+            if parsed[2] == "key":
+                version.sidecars[volume] = file
+            else:
+                version.blobs.setdefault(volume, {})[path] = file
     return versions, foreign
 
 
@@ -160,19 +170,20 @@ def judge_version(version: Version, read: Mapping[str, Record | str]) -> tuple[R
     None if no sidecar is sound, or if two contradict each other. A sidecar that was not read is like the others.
     """
     path, bad = f"{version.stem}.key", {volume: r for volume, r in read.items() if isinstance(r, str)}
-    cases: list[Case] = [("bad sidecar", volume, path, "", wrong) for volume, wrong in bad.items()]
+    cases = [Case("bad sidecar", volume, path, "", wrong) for volume, wrong in bad.items()]
     records = {r for r in read.values() if isinstance(r, Record)}
     if len(records) != 1:
         names = " ".join(sorted(read.keys() - bad.keys()))
-        return None, cases + ([("contradicting sidecars", names, path)] if records else [])
+        return None, cases + ([Case("contradicting sidecars", names, path)] if records else [])
     record, volumes = records.pop(), []
     for volume in sorted(version.sidecars.keys() - bad.keys()):
         if (size := version.size(volume, record.path)) == record.size:
             volumes.append(volume)
         elif size is None:
-            cases.append(("sidecar without blob", volume, path, record.key))
+            cases.append(Case("sidecar without blob", volume, path, record.key))
         else:
-            cases.append(("wrong size", volume, record.path, record.key, f"{size} bytes instead of {record.size}"))
+            detail = f"{size} bytes instead of {record.size}"
+            cases.append(Case("wrong size", volume, record.path, record.key, detail))
     return replace(record, volumes=tuple(volumes)), cases
 
 
@@ -290,17 +301,17 @@ AHEAD = 6  # runs of folders under way at once
 RUN_FILES = 4000  # files in one run, about
 
 
-async def list_folders(client: VolumeClient, folders: Sequence[str]) -> list[Files]:
-    """Return each folder's files; raises VolumeError unless all of them are known for sure."""
-    listings: list[Files] = []
+async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
+    """Return path -> file of all that is in `folders`; raises VolumeError unless it is known for sure."""
+    files: Files = {}
     for folder, (status, body) in zip(folders, await client.get(folders), strict=True):
         try:
             if status != 200 and (status != 404 or folder == "/"):
                 raise ValueError(f"it was answered {status}")
-            listings.append(parse_listing(body) if status == 200 else {})
+            files |= {folder + name: file for name, file in parse_listing(body).items()} if status == 200 else {}
         except ValueError as error:
             raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
-    return listings
+    return files
 
 
 async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | VolumeError]:
@@ -336,16 +347,16 @@ async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Recor
     return results
 
 
-async def ahead(jobs: AsyncIterator[Awaitable[T]], at_once: int) -> AsyncIterator[T]:
-    """Carry out `jobs`, some at once; yield their results in order."""
-    running: deque[asyncio.Future[T]] = deque()
+async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
+    """Carry out `jobs`, some at once; if one fails, end the others."""
+    running: deque[asyncio.Future[None]] = deque()
     try:
         async for job in jobs:
             running.append(asyncio.ensure_future(job))
             if len(running) >= at_once:
-                yield await running.popleft()
+                await running.popleft()
         while running:
-            yield await running.popleft()
+            await running.popleft()
     finally:
         for task in running:
             task.cancel()
@@ -355,64 +366,59 @@ async def ahead(jobs: AsyncIterator[Awaitable[T]], at_once: int) -> AsyncIterato
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
-    def __init__(self, clients: Clients, failed: Callable[[VolumeError], None]) -> None:
-        self._clients, self._failed, self._at_once = clients, failed, 64
-        self.foreign: list[Case] = []
+    def __init__(self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]) -> None:
+        self._clients, self._report, self._failed, self._at_once = clients, report, failed, 64
         self.done = 0.0  # the share of the folders that are behind
 
-    async def _list(self, on: Mapping[str, Sequence[str]]) -> Found:
-        """List folders, volume -> their names; a volume that fails is left out."""
+    async def _list(self, on: On) -> Found:
+        """List folders; a volume that fails is left out."""
+        found: Found = {}
 
-        async def listing(volume: str) -> Found:
+        async def fill(volume: str, folders: Sequence[str]) -> None:
             try:
-                return {
-                    volume: dict(zip(on[volume], await list_folders(self._clients[volume], on[volume]), strict=True))
-                }
+                found[volume] = await list_folders(self._clients[volume], folders)
             except VolumeError as error:
                 self._failed(error)
-                return {}
 
-        found: Found = {}
-        for one in await asyncio.gather(*(listing(volume) for volume in on)):
-            found |= one
+        await asyncio.gather(*(fill(volume, folders) for volume, folders in on.items()))
         return found
 
     def _descend(self, found: Found) -> dict[str, list[str]]:
         """Return volume -> the folders one level deeper; note whatever else is there."""
         deeper: dict[str, list[str]] = {volume: [] for volume in found}
-        for volume, folders in found.items():
-            for folder, files in folders.items():
-                for name, (size, _) in files.items():
-                    if size < 0 and re.fullmatch("[0-9a-f]{2}", name):
-                        deeper[volume].append(f"{folder}{name}/")
-                    elif (folder, name) != ("/", "corrupt"):
-                        self.foreign.append(("foreign file", volume, folder + name))
+        for volume, files in found.items():
+            for path, (size, _) in files.items():
+                if size < 0 and re.fullmatch("(/[0-9a-f]{2}){1,2}", path):
+                    deeper[volume].append(f"{path}/")
+                elif path != "/corrupt":
+                    self._report.add(Case("foreign file", volume, path))
         return deeper
 
-    async def top(self) -> dict[str, list[str]]:
-        """Return volume -> the folders /aa/ that it has."""
-        return self._descend(await self._list({volume: ["/"] for volume in self._clients}))
+    async def start(self) -> None:
+        """Find out which folders /aa/ each volume has: `top`."""
+        self.top = self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
-    async def runs(
-        self, top: Mapping[str, Sequence[str]], more: Callable[[str], Awaitable[set[str]]] | None = None
-    ) -> AsyncIterator[tuple[list[str], dict[str, list[str]]]]:
-        """Yield all folders /aa/bb/ in runs short enough for memory, and which of them each volume has.
+    async def run(self, work: Work, more: Callable[[str], Awaitable[Iterable[str]]] | None = None) -> None:
+        """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the names, and which of them
+        each volume has. `more` names further ones below a folder /aa/."""
 
-        `more` names further ones below a folder /aa/.
-        """
-        for number in range(256):
-            self.done, first = number / 256, f"/{number:02x}/"
-            on = self._descend(await self._list({v: [first] for v, folders in top.items() if first in folders}))
-            names = sorted(set().union(*on.values(), await more(first) if more else ()))
-            while names:
-                run, names = names[: self._at_once], names[self._at_once :]
-                yield run, {v: [one for one in folders if run[0] <= one <= run[-1]] for v, folders in on.items()}
+        async def jobs() -> AsyncIterator[Awaitable[None]]:
+            for number in range(256):
+                self.done, first = number / 256, f"/{number:02x}/"
+                on = self._descend(
+                    await self._list({v: [first] for v, folders in self.top.items() if first in folders})
+                )
+                names = sorted(set().union(*on.values(), await more(first) if more else ()))
+                while names:
+                    run, names = names[: self._at_once], names[self._at_once :]
+                    yield work(run, {v: [name for name in run if name in folders] for v, folders in on.items()})
 
-    async def list_run(self, on: Mapping[str, Sequence[str]]) -> Found:
+        await run_all(jobs(), AHEAD)
+
+    async def list_run(self, on: On) -> Found:
         found = await self._list({volume: folders for volume, folders in on.items() if folders})
-        folders = [files for each in found.values() for files in each.values()]
-        per_folder = sum(map(len, folders)) / max(1, len(folders))
-        self._at_once = max(1, min(256, int(RUN_FILES / (per_folder * len(found) + 1))))
+        names, files = max([1, *map(len, on.values())]), sum(map(len, found.values()))
+        self._at_once = max(1, min(256, RUN_FILES * names // (names + files)))
         return found
 
 
@@ -454,14 +460,21 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     return ""
 
 
+async def in_step(acts: Iterable[Awaitable[None]]) -> None:
+    """Await all to their end, then raise what the first that failed did: none goes on by itself."""
+    for error in await asyncio.gather(*acts, return_exceptions=True):
+        if error:
+            raise error
+
+
 class Mover:
     """Reads, checks and copies replicas through a Store's clients, at most `rate` bytes a second (0: no limit).
 
-    `note` hears of every replica that turns out not to be good.
+    Every replica that turns out not to be good goes into the report.
     """
 
-    def __init__(self, store: Store, rate: float, note: Callable[..., None]) -> None:
-        self._store, self._rate, self._note, self.clients = store, rate, note, store.view.clients
+    def __init__(self, store: Store, rate: float, report: Report) -> None:
+        self._store, self._rate, self._report, self.clients = store, rate, report, store.view.clients
         self.bytes, self._free_at = 0, 0.0
 
     async def _pace(self, size: int) -> None:
@@ -484,9 +497,6 @@ class Mover:
         """
         uploads, hasher, held = list[Upload](), Hasher({"sha256": bytes.fromhex(record.digest)}), b""
 
-        async def send(chunk: bytes) -> None:
-            await asyncio.gather(*(upload.send(chunk) for upload in uploads))
-
         try:
             for target in targets:
                 uploads.append(await self.clients[target].start_upload(record.path, record.size))
@@ -497,11 +507,11 @@ class Mover:
                     if hasher.size > record.size:
                         return "corrupt"
                     if held:
-                        await send(held)
+                        await in_step(upload.send(held) for upload in uploads)
                     held = chunk
             hasher.finish()
-            await send(held)
-            await asyncio.gather(*(upload.finish() for upload in uploads))
+            await in_step(upload.send(held) for upload in uploads)
+            await in_step(upload.finish() for upload in uploads)
             return ""
         except WrongDigest:
             return "corrupt"
@@ -582,7 +592,7 @@ class Mover:
                 wrong = await self.stream(record, source, move.copy)
                 if not wrong:
                     sidecar = {sidecar_path(record.path): encode_sidecar(record)}
-                    await asyncio.gather(*(self.clients[volume].put(sidecar) for volume in move.copy))
+                    await in_step(self.clients[volume].put(sidecar) for volume in move.copy)
                     return {record.key: ""}
                 self._note_bad(move, source, wrong)
             return {record.key: "no good replica could be read"}
@@ -591,7 +601,7 @@ class Mover:
 
     def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
         kind, _, detail = wrong.partition(": ")
-        self._note(kind, volume, move.record.path, move.record.key, detail)
+        self._report.add(Case(kind, volume, move.record.path, move.record.key, detail))
 
     async def set_aside(self, volume: str, path: str) -> None:
         """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
@@ -618,29 +628,29 @@ class Report:
 
     def __init__(self, keep_all: bool) -> None:
         self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
-        self.facts: dict[str, Any] = {}
-        self.lines: list[str] = []
-        self.code = 0
+        self._began, self.facts, self.lines, self.code = time.monotonic(), dict[str, Any](), list[str](), 0
 
-    def add(self, kind: str, *where: str) -> None:
-        self.counts[kind] += 1
-        if self._keep_all or self.counts[kind] <= self.FIRST:
-            self._cases[kind].append(where)
+    @property
+    def seconds(self) -> float:
+        return max(1e-6, time.monotonic() - self._began)
+
+    def add(self, *cases: Case) -> None:
+        for case in cases:
+            self.counts[case.kind] += 1
+            if self._keep_all or self.counts[case.kind] <= self.FIRST:
+                self._cases[case.kind].append(case)
 
     def as_json(self) -> str:
-        names = ("volume", "path", "key", "detail")
-        cases = [
-            {"kind": kind, **dict(zip(names, one, strict=False))} for kind, each in self._cases.items() for one in each
-        ]
-        return json.dumps(self.facts | {"found": self.counts, "cases": cases})
+        cases = [case._asdict() for each in self._cases.values() for case in each]
+        return json.dumps(self.facts | {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases})
 
     def as_text(self) -> str:
         lines = []
         for kind, count in sorted(self.counts.items()):
             lines.append(f"{count} x {kind}")
-            for volume, path, key, detail in ((*one, "", "", "")[:4] for one in self._cases[kind][: self.FIRST]):
-                shown = (volume, path.encode("utf-8", "backslashreplace").decode(), key and json.dumps(key), detail)
-                lines.append("  " + "  ".join(filter(None, shown)))
+            for case in self._cases[kind][: self.FIRST]:
+                path, key = case.path.encode("utf-8", "backslashreplace").decode(), case.key and json.dumps(case.key)
+                lines.append("  " + "  ".join(filter(None, (case.volume, path, key, case.detail))))
             lines += [f"  and {count - self.FIRST} more (--json lists them)"] if count > self.FIRST else []
         return "\n".join(lines + self.lines)
 
@@ -650,32 +660,26 @@ def show_bytes(size: float) -> str:
     return f"{size / 1000**power:.{1 if power else 0}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
 
 
-class Progress:
-    """While the block runs, shows `text` and the time left, from `done`, on stderr: live on a terminal, else lines."""
+@contextlib.asynccontextmanager
+async def show_progress(report: Report, text: Callable[[], str], done: Callable[[], float]) -> AsyncIterator[None]:
+    """Meanwhile show `text` and the time left, from the share `done`, on stderr: live on a terminal, else in lines."""
+    live = sys.stderr.isatty()
 
-    def __init__(self, text: Callable[[], str], done: Callable[[], float]) -> None:
-        self._text, self._done, self._began, self._live = text, done, time.monotonic(), sys.stderr.isatty()
-
-    @property
-    def seconds(self) -> float:
-        return max(1e-6, time.monotonic() - self._began)
-
-    async def _show(self) -> None:
+    async def show() -> None:
         while True:
-            await asyncio.sleep(0.2 if self._live else 5)
-            done = self._done()
-            left = f", {self.seconds * (1 - done) / done:.0f} s left" if done > 0 else ""
-            line = f"{done:4.0%} {self._text()}{left}"
-            print(*(["\r\x1b[K", line] if self._live else [line, "\n"]), sep="", end="", file=sys.stderr, flush=True)
+            await asyncio.sleep(0.2 if live else 5)
+            share = done()
+            left = f", {report.seconds * (1 - share) / share:.0f} s left" if share > 0 else ""
+            line = f"{share:4.0%} {text()}{left}"
+            print(f"\r\x1b[K{line}" if live else f"{line}\n", end="", file=sys.stderr, flush=True)
 
-    async def __aenter__(self) -> Progress:
-        self._task = asyncio.create_task(self._show())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        print("\r\x1b[K" if self._live else "", end="", file=sys.stderr, flush=True)
+    task = asyncio.create_task(show())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        print("\r\x1b[K" if live else "", end="", file=sys.stderr, flush=True)
 
 
 class ToolError(Exception):
@@ -763,12 +767,10 @@ def remove_index(path: str) -> None:
         Path(path + suffix).unlink(missing_ok=True)
 
 
-def keep_old_index(path: str, damage: str) -> str:
-    """Give the index a second, dated name, and its log too if that could not be brought in; return the name."""
-    name = stamp = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}"
-    while Path(name).exists():
-        name = f"{stamp}-{secrets.token_hex(2)}"
-    for suffix in ("", "-wal") if damage else ("",):
+def keep_old_index(path: str) -> str:
+    """Give the index, and its log if that could not be brought in, a second, dated name; return that."""
+    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
+    for suffix in ("", "-wal"):
         if Path(path + suffix).exists():
             try:
                 os.link(path + suffix, name + suffix)
@@ -802,101 +804,82 @@ class Rebuild:
 
     def __init__(self, clients: Clients, old: SqliteThread | None, new: Index, report: Report) -> None:
         self._clients, self._old, self._new, self._report = clients, old, new, report
-        self.walk = Walk(clients, self._fail)
+        self.walk = Walk(clients, report, self._fail)
         self.keys = self.bytes = self.garbage = 0
-        self._revived: list[Place] = []
 
     def _fail(self, error: VolumeError) -> None:
         raise error
 
-    async def check_volumes(self, allowed: Collection[str]) -> dict[str, list[str]]:
-        """List the top of every volume; raise ToolError for an empty or unknown one that the old index has blobs on."""
-        top = await self.walk.top()
-        totals = await self._old.run(read_totals) if self._old else {}
-        for name, (blobs, _) in totals.items():
-            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not top.get(name):
-                state = "is empty" if name in top else "is not configured"
-                raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
-        return top
-
-    async def run(self, top: Mapping[str, Sequence[str]]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; then merge all folders."""
-
-        async def jobs() -> AsyncIterator[Awaitable[tuple[list[Record], list[Place]]]]:
-            async for run, on in self.walk.runs(top):
-                yield self._merge(run, on)
-
+    async def run(self, allowed: Collection[str]) -> None:
+        """Carry the old garbage over, due at once, since nobody reads; then decide on the keys of all folders."""
+        await self.walk.start()
         if self._old:
+            self._check_volumes(await self._old.run(read_totals), allowed)
             cursor = await self._old.run(lambda db: db.execute(GARBAGE_AND_CLAIMS))
             while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
-                await self._new.write(partial(self._write, [], rows))
-        records, garbage = list[Record](), list[Place]()
-        async for more_records, more_garbage in ahead(jobs(), AHEAD):
-            records += more_records
-            garbage += more_garbage
-            if len(records) + len(garbage) >= 1000:
-                await self._new.write(partial(self._write, records, garbage))
-                records, garbage = [], []
-        await self._new.write(partial(self._write, records, garbage))
-        await self._new.write(lambda tx: tx.settle_garbage(self._revived, []))
+                await self._new.write(partial(self._write, [], rows, []))
+        await self.walk.run(self._merge)
 
-    def _write(self, records: list[Record], garbage: list[Place], tx: Transaction) -> None:
-        for record in records:
-            tx.insert(record)
-            self.bytes += record.size
+    def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
+        """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
+        for name, (blobs, _) in totals.items():
+            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not self.walk.top.get(name):
+                state = "is empty" if name in self.walk.top else "is not configured"
+                raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
+
+    def _write(
+        self, records: Collection[Record], garbage: Collection[Place], alive: Iterable[Place], tx: Transaction
+    ) -> None:
         for volume, path in garbage:
             tx.add_garbage(path, [volume])
-        self.keys += len(records)
-        self.garbage += len(garbage)
+            self.garbage += 1
+        for record in records:
+            tx.insert(record)
+            self.keys += 1
+            self.bytes += record.size
+        tx.settle_garbage(alive, [])
 
-    async def _merge(self, run: list[str], on: Mapping[str, Sequence[str]]) -> tuple[list[Record], list[Place]]:
+    async def _merge(self, run: list[str], on: On) -> None:
         """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
         versions, cases = group_files(await self.walk.list_run(on))
-        garbage: dict[str, set[str]] = defaultdict(set)
-        if self._old:
-            for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))):
-                garbage[path[:STEM]].add(volume)
-        queues: dict[str, list[Version]] = defaultdict(list)
+        read = await self._read(versions.values())
+        garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
+        for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))) if self._old else ():
+            garbage[path[:STEM]].add(volume)
+        adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
         for stem in sorted(versions, reverse=True):
-            queues[stem[:-20]].append(versions[stem])
-            blobs, sidecars = versions[stem].blobs, versions[stem].sidecars
-            cases += [("blob without sidecar", v, *blobs[v]) for v in blobs.keys() - sidecars.keys() - garbage[stem]]
-        records, dead = list[Record](), list[Place]()
-        while queues:
-            tops = {h: queue.pop(0) for h, queue in queues.items()}
-            judged = await self._judge(tops.values(), garbage)
-            for (h, version), (record, more) in zip(tops.items(), judged, strict=True):
-                cases += more
-                if record and record.volumes:
-                    records.append(record)
-                    older = queues.pop(h)
-                    dead += [place for one in older if one.sidecars for place in one.places]
-                elif record and garbage[version.stem]:
-                    dead += version.places
-            queues = {h: queue for h, queue in queues.items() if queue}
-        for case in cases:
-            self._report.add(*case)
-        return records, dead
+            version, key_hash = versions[stem], stem[:-20]
+            unmarked = version.blobs.keys() - version.sidecars.keys() - garbage[stem]
+            cases += [Case("blob without sidecar", volume, *version.blobs[volume]) for volume in unmarked]
+            if key_hash in adopted:
+                dead += version.places if version.sidecars else []
+                continue
+            record, more = judge_version(version, read[stem])
+            cases += more
+            if record and garbage[stem]:
+                record = await self._judge_garbage(record, garbage[stem])
+                dead += [] if record.volumes else version.places
+                alive += [(volume, record.path) for volume in record.volumes]
+            if record and record.volumes:
+                adopted[key_hash] = record
+        await self._new.write(partial(self._write, adopted.values(), dead, alive))
+        self._report.add(*cases)
 
-    async def _judge(
-        self, versions: Collection[Version], garbage: Mapping[str, set[str]]
-    ) -> list[tuple[Record | None, list[Case]]]:
-        """Return each version's record and cases; the record of one that is garbage has no volumes."""
+    async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
+        """Return stem -> volume -> sidecar: one for each version, or all where that leaves a doubt."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         while wanted := [(v, version.stem) for version in versions for v in plan_sidecars(version, read[version.stem])]:
             sidecars = await read_sidecars(self._clients, [(volume, f"{stem}.key") for volume, stem in wanted])
             for (volume, stem), sidecar in zip(wanted, sidecars, strict=True):
                 read[stem][volume] = sidecar
-        results = []
-        for version in versions:
-            record, cases = judge_version(version, read[version.stem])
-            if record and (dead := garbage.get(version.stem)):
-                old = (await self._old.run(partial(get_all, [record.key])))[0] if self._old else None
-                standing = tuple(v for v in record.volumes if v not in dead) or record.volumes  # never none of them
-                record = replace(record, volumes=standing if old and old.version == record.version else ())
-                self._revived += [(v, record.path) for v in record.volumes if v in dead]
-            results.append((record, cases))
-        return results
+        return read
+
+    async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
+        """Return a record that is garbage on some volumes without these, but never without any; or, if the old index
+        has no such record, without all."""
+        (old,) = await self._old.run(partial(get_all, [record.key])) if self._old else [None]
+        standing = tuple(volume for volume in record.volumes if volume not in dead) or record.volumes
+        return replace(record, volumes=standing if old and old.version == record.version else ())
 
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -919,11 +902,9 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         for client in clients.values():
             stack.callback(client.close)
         work = Rebuild(clients, old if exists and not damage else None, new, report)
-        progress = Progress(lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
+        progress = show_progress(report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
         async with progress:
-            await work.run(await work.check_volumes(options.allow_missing))
-        for case in work.walk.foreign:
-            report.add(*case)
+            await work.run(options.allow_missing)
         report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
         if report.counts["contradicting sidecars"]:
             report.lines = ["nothing was changed: of sidecars that contradict each other, move the wrong ones away"]
@@ -932,11 +913,10 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         await new.read(partial(check_new_index, work.keys, work.bytes))
         await new.close()
         await old.close()
-        kept = keep_old_index(config.db, damage) if exists else ""
+        kept = keep_old_index(config.db) if exists else ""
         os.replace(fresh, config.db)
         sync_folder(folder)
-    report.facts |= {"old_index": kept, "seconds": round(progress.seconds, 3)}
-    rate = work.keys / progress.seconds
+    report.facts["old_index"], rate = kept, work.keys / report.seconds
     report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
     report.lines += [f"the old index is {kept}"] if kept else []
     report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
@@ -958,14 +938,14 @@ class Rebalance:
 
     async def run(self, patience_s: float) -> None:
         """Go over the keys until those left cannot be moved; garbage that is in the way gets some time."""
-        least, since = math.inf, time.monotonic()
+        since = time.monotonic()
         while True:
-            moved = self.moved
+            before = self.moved
             await self._pass()
-            if self.left["waiting"] < least:
-                least, since = self.left["waiting"], time.monotonic()
-            stuck = moved == self.moved and not self.left["waiting"]
-            if not self._mover or not self.left.total() or stuck or time.monotonic() - since > patience_s:
+            if self.moved > before:
+                since = time.monotonic()
+            stuck = self.moved == before and not self.left["waiting"]
+            if not self._mover or not self.left or stuck or time.monotonic() - since > patience_s:
                 return
             await asyncio.sleep(1)
 
@@ -973,8 +953,7 @@ class Rebalance:
         self.left.clear()
         totals = await self._store.index.read(read_totals)
         self.keys, self.checked = totals.get(ALL_KEYS, (0, 0))[0], 0
-        async for _ in ahead(self._jobs(), self._concurrency):
-            pass
+        await run_all(self._jobs(), self._concurrency)
 
     async def _jobs(self) -> AsyncIterator[Awaitable[None]]:
         view, states, pending = self._store.view, self._store.health.states, list[Move]()
@@ -1012,28 +991,25 @@ class Rebalance:
 async def rebalance(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Bring every key to the volumes that the ring names, beside a running server; or only say what that takes."""
     async with open_store(config, not options.dry_run) as store:
-        mover = Mover(store, options.limit_rate * 1e6, report.add)
+        mover = Mover(store, options.limit_rate * 1e6, report)
         work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
-        progress = Progress(
-            lambda: (
-                f"{work.moved} keys moved, {work.left.total()} left, {show_bytes(mover.bytes)} copied, "
-                f"{show_bytes(mover.bytes / progress.seconds)}/s"
-            ),
-            lambda: work.checked / max(1, work.keys),
-        )
-        async with progress:
+
+        def text() -> str:
+            speed = show_bytes(mover.bytes / report.seconds)
+            return f"{work.moved} keys moved, {work.left.total()} left, {show_bytes(mover.bytes)} copied, {speed}/s"
+
+        async with show_progress(report, text, lambda: work.checked / max(1, work.keys)):
             await work.run(min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
-    work.left = +work.left
     pairs = [{"from": a, "to": b, "replicas": n, "bytes": size} for (a, b), (n, size) in sorted(work.pairs.items())]
     count, size = (sum(pair[i] for pair in work.pairs.values()) for i in (0, 1))
     report.facts = {"keys": work.keys, "moved": work.moved, "replicas": count, "bytes": size, "dropped": work.dropped}
     report.facts |= {"changed": work.changed, "left": work.left.total(), "why_left": work.left, "pairs": pairs}
-    report.facts |= {"dry_run": options.dry_run, "seconds": round(progress.seconds, 3)}
+    report.facts["dry_run"] = options.dry_run
     report.lines = [f"{a} -> {b}: {n} replicas, {show_bytes(size)}" for (a, b), (n, size) in sorted(work.pairs.items())]
-    verb, rate = "to be moved" if options.dry_run else "moved", work.moved / progress.seconds
+    verb, rate = "to be moved" if options.dry_run else "moved", work.moved / report.seconds
     report.lines.append(
         f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, {work.dropped} to drop; "
-        f"{rate:.0f} keys and {show_bytes(size / progress.seconds)} a second"
+        f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
     )
     why = {"waiting": "garbage waits where they go; the server deletes it"}
     report.lines += [f"left {count}: {why.get(reason, reason)}" for reason, count in work.left.items()]
@@ -1043,78 +1019,80 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
 # == verify ===========================================================================================================
 
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
-Replica = tuple[str, Record]  # (volume, record)
 
 
-def prepare_scratch(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA synchronous = OFF")
-    db.execute("CREATE TABLE want (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID")
-    db.execute("CREATE TABLE stray (volume TEXT NOT NULL, path TEXT NOT NULL) STRICT")
+def prepare_notes(db: sqlite3.Connection) -> None:
+    """Make temporary tables: SQLite keeps them in a file without a name, which goes with the connection."""
+    db.execute("CREATE TEMP TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID")
+    db.execute("CREATE TEMP TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT")
 
 
-def insert_pairs(table: str, rows: Iterable[tuple[str, str]], db: sqlite3.Connection) -> None:
+def insert_notes(table: str, rows: Iterable[tuple[str, ...]], db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN")
-        db.executemany(f"INSERT INTO {table} VALUES (?, ?)", rows)
+        for row in rows:
+            db.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
 
 
-def select_wanted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, str]:
-    """Return path -> key of the records noted in a range of folders."""
-    return dict(db.execute("SELECT path, key FROM want WHERE path >= ? AND path < ?", (span[0], after_prefix(span[1]))))
+def select_folders(first: str, db: sqlite3.Connection) -> list[str]:
+    """Return the folders /aa/bb/ below /aa/ that records were noted in."""
+    query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
+    return [row[0] for row in db.execute(query, (first, after_prefix(first)))]
 
 
-def remove_stray(tx: Transaction, key: str, path: str, volume: str) -> bool:
-    """Put `path` on `volume` in the garbage unless the record of `key` names it; return whether it did not."""
-    current = tx.get(key)
-    if current and current.path[:STEM] == path[:STEM] and volume in current.volumes:
-        return False
-    tx.add_garbage(path, [volume])
-    return True
+def select_noted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, Record]:
+    """Return, by stem, the records in a range of folders that are still where they were noted."""
+    query = f"SELECT path, {COLUMNS} FROM noted CROSS JOIN record USING (key) WHERE path >= ? AND path < ?"
+    rows = [(row[0], record_of_row(row[1:])) for row in db.execute(query, (span[0], after_prefix(span[1])))]
+    return {path[:STEM]: record for path, record in rows if path == record.path}
+
+
+def is_named(record: Record | None, volume: str, path: str) -> bool:
+    """Whether the record stands on that volume with the version that `path` names."""
+    return record is not None and record.path[:STEM] == path[:STEM] and volume in record.volumes
+
+
+def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
+    """Put each (key, volume, path) in the garbage unless the key's record names it; return how many."""
+    strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
+    for volume, path in strays:
+        tx.add_garbage(path, [volume])
+    return len(strays)
 
 
 class Verify:
-    """Compares the index with the volumes, and with --repair makes them agree. `scratch` is a file of its own."""
+    """Compares the index with the volumes, and with --repair makes them agree. `notes` is a connection to the index."""
 
-    def __init__(self, store: Store, mover: Mover, scratch: SqliteThread, report: Report, deep: bool) -> None:
-        self._store, self._mover, self._scratch, self._report, self._deep = store, mover, scratch, report, deep
-        self.walk = Walk(mover.clients, self._fail)
+    def __init__(self, store: Store, mover: Mover, notes: SqliteThread, report: Report, deep: bool) -> None:
+        self._store, self._mover, self._notes, self._report, self._deep = store, mover, notes, report, deep
+        self.walk = Walk(mover.clients, report, self._fail)
         self.failed: set[str] = set()
         self.keys = self.replicas = self.young = self.repaired = 0
 
     def _fail(self, error: VolumeError) -> None:
         if error.volume not in self.failed:
             self.failed.add(error.volume)
-            self._report.add("failed volume", error.volume, "", "", str(error))
+            self._report.add(Case("failed volume", error.volume, "", "", str(error)))
 
     async def run(self, repair: bool, grace_s: float) -> None:
         self._repair, self._before_s = repair, time.time() - grace_s
-        await self._scratch.run(prepare_scratch)
+        await self._notes.run(prepare_notes)
         async for page in read_pages(self._store.index):
-            await self._scratch.run(partial(insert_pairs, "want", [(record.path, record.key) for record in page]))
-        async for _ in ahead(self._jobs(await self.walk.top()), AHEAD):
-            pass
-        for case in self.walk.foreign:
-            self._report.add(*case)
-        if self._repair and not self.failed:
+            await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
+        await self.walk.start()
+        await self.walk.run(self._compare, lambda first: self._notes.run(partial(select_folders, first)))
+        if repair and not self.failed:
             await self._remove_strays()
 
-    async def _jobs(self, top: Mapping[str, Sequence[str]]) -> AsyncIterator[Awaitable[None]]:
-        async def wanted(first: str) -> set[str]:
-            return {path[:7] for path in await self._scratch.run(partial(select_wanted, (first, first)))}
-
-        async for run, on in self.walk.runs(top, wanted):
-            yield self._compare(run, on)
-
-    async def _compare(self, run: list[str], on: Mapping[str, Sequence[str]]) -> None:
+    async def _compare(self, run: list[str], on: On) -> None:
         """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
-        index, span = self._store.index, (run[0], run[-1])
+        span = (run[0], run[-1])
         try:
-            garbage = await index.read(partial(select_garbage, span))
+            garbage = await self._notes.run(partial(select_garbage, span))
             versions, cases = group_files(await self.walk.list_run(on))
-            wanted = await self._scratch.run(partial(select_wanted, span))
-            current = await index.read(partial(get_all, list(wanted.values())))
-            garbage += await index.read(partial(select_garbage, span))
-            records = {record.path[:STEM]: record for record in current if record and record.path in wanted}
+            records = await self._notes.run(partial(select_noted, span))
+            garbage += await self._notes.run(partial(select_garbage, span))
+            self._report.add(*cases)
             await self._check(records.values(), versions)
             dead = {(volume, path[:STEM]) for volume, path in garbage}
             strays, young = find_strays(versions.values(), records, dead, self._before_s)
@@ -1122,40 +1100,38 @@ class Verify:
             await self._note_strays(strays)
         except VolumeError as error:
             self._fail(error)
-        for case in cases:
-            self._report.add(*case)
 
     async def _check(self, records: Collection[Record], versions: Mapping[str, Version]) -> None:
         """Find what is wrong with the replicas of `records`; settle what still is when it has been found."""
         self.keys += len(records)
         self.replicas += sum(len(record.volumes) for record in records)
-        faults: dict[Replica, str] = {}
+        faults: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> volume -> what is wrong
         doubtful: list[Replica] = []
         for record in records:
             version, size = versions.get(record.path[:STEM]) or Version(""), len(encode_sidecar(record))
             for volume in record.volumes:
                 if volume not in self._mover.clients:
-                    faults[volume, record] = "not configured"
+                    faults[record][volume] = "not configured"
                 elif volume not in self.failed:
                     if wrong := judge_replica(record, version, volume):
-                        faults[volume, record] = wrong
+                        faults[record][volume] = wrong
                     elif self._deep or version.sidecars[volume][0] != size:  # of another make, or cut short
                         doubtful.append((volume, record))
         places = [(volume, sidecar_path(record.path)) for volume, record in doubtful]
         for (volume, record), sidecar in zip(doubtful, await read_sidecars(self._mover.clients, places), strict=True):
             if isinstance(sidecar, str) or replace(sidecar, volumes=record.volumes) != record:
-                faults[volume, record] = "bad sidecar"
+                faults[record][volume] = "bad sidecar"
         if self._deep:
-            doubtful += [replica for replica, wrong in faults.items() if wrong == "missing sidecar"]
-            for replica, wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
-                faults |= {replica: wrong} if wrong else {}
-        faulty: dict[Record, dict[str, str]] = defaultdict(dict)
-        for (volume, record), wrong in faults.items():
-            faulty[record][volume] = wrong
-        current = await self._store.index.read(partial(get_all, [record.key for record in faulty]))
-        for record, now in zip(list(faulty), current, strict=True):
+            doubtful += [
+                (v, record) for record in faults for v in faults[record] if faults[record][v] == "missing sidecar"
+            ]
+            for (volume, record), wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
+                if wrong:
+                    faults[record][volume] = wrong
+        current = await self._store.index.read(partial(get_all, [record.key for record in faults]))
+        for (record, wrongs), now in zip(faults.items(), current, strict=True):
             if record == now:  # else a client came between
-                await self._settle(record, faulty[record])
+                await self._settle(record, wrongs)
 
     async def _settle(self, record: Record, faults: Mapping[str, str]) -> None:
         """Repair a record's replicas if told to, and note each fault."""
@@ -1163,9 +1139,10 @@ class Verify:
         self.repaired += len(repaired)
         for volume, wrong in faults.items():
             kind, _, detail = wrong.partition(": ")
-            self._report.add(kind, volume, record.path, record.key, "repaired" if volume in repaired else detail)
+            detail = "repaired" if volume in repaired else detail
+            self._report.add(Case(kind, volume, record.path, record.key, detail))
         if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
-            self._report.add("no good replica", "", record.path, record.key)
+            self._report.add(Case("no good replica", "", record.path, record.key))
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
         """Make replicas good from good ones; return the volumes where that succeeded."""
@@ -1181,7 +1158,7 @@ class Verify:
                 for volume in bad:
                     await self._mover.set_aside(volume, record.path)
             except VolumeError as error:
-                self._report.add("not set aside", error.volume, record.path, record.key, str(error))
+                self._report.add(Case("not set aside", error.volume, record.path, record.key, str(error)))
                 return repaired
             keep = tuple(v for v in record.volumes if v not in bad)
             outcome = await self._mover.move([Move(record=record, sources=sources, keep=keep, copy=bad)])
@@ -1195,55 +1172,42 @@ class Verify:
             await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
         except VolumeError:
             return False
-        return not await self._store.index.write(lambda tx: remove_stray(tx, record.key, path, volume))
+        return not await self._store.index.write(partial(remove_strays, [(record.key, volume, path)]))
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
         sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
         keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
-        noted = list[Place]()
         current = await self._store.index.read(partial(get_all, keys))
+        noted = list[tuple[str, str, str]]()
         for (volume, path), sidecar, key, record in zip(strays, sidecars, keys, current, strict=True):
-            if record and record.path[:STEM] == path[:STEM] and volume in record.volumes:
-                continue  # written since the records were noted
-            self._report.add(name_stray(path, sidecar, record), volume, path, key)
-            noted.append((volume, path))
-        await self._scratch.run(partial(insert_pairs, "stray", noted))
+            if not is_named(record, volume, path):  # else it was written since the records were noted
+                self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
+                noted.append((key, volume, path))
+        await self._notes.run(partial(insert_notes, "stray", noted))
 
     async def _remove_strays(self) -> None:
-        """Put the strays in the garbage: each one's sidecar is read again, its key's record in the transaction."""
-        cursor = await self._scratch.run(lambda db: db.execute("SELECT volume, path FROM stray"))
-        while strays := await self._scratch.run(lambda db: cursor.fetchmany(500)):
-            places = [(volume, sidecar_path(path)) for volume, path in strays]
-            sidecars = await read_sidecars(self._mover.clients, places)
-            keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
-            rows = [(key, path, volume) for key, (volume, path) in zip(keys, strays, strict=True)]
-            self.repaired += sum(await self._store.index.write(partial(remove_strays, rows)))
-
-
-def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> list[bool]:
-    return [remove_stray(tx, *row) for row in rows]
+        """Put the strays in the garbage: each one's record is looked up again in the transaction."""
+        cursor = await self._notes.run(lambda db: db.execute("SELECT key, volume, path FROM stray"))
+        while strays := await self._notes.run(lambda db: cursor.fetchmany(500)):
+            self.repaired += await self._store.index.write(partial(remove_strays, strays))
 
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
     async with open_store(config, options.repair) as store:
-        mover = Mover(store, options.limit_rate * 1e6, report.add)
-        file, lock = f"{config.db}.scratch", lock_alone(f"{config.db}.verify", "another verify is running")
-        remove_index(file)
-        scratch = SqliteThread(file, False)
-        work = Verify(store, mover, scratch, report, options.deep)
+        mover = Mover(store, options.limit_rate * 1e6, report)
+        notes = SqliteThread(config.db, readonly=True)
+        work = Verify(store, mover, notes, report, options.deep)
         text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
-        progress = Progress(lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done)
+        progress = show_progress(report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done)
         try:
             async with progress:
                 await work.run(options.repair, options.grace)
         finally:
-            await scratch.close()
-            remove_index(file)
-            os.close(lock)
+            await notes.close()
     left = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.repaired
     report.facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young}
-    report.facts |= {"repaired": work.repaired, "left": left, "seconds": round(progress.seconds, 3)}
+    report.facts |= {"repaired": work.repaired, "left": left}
     report.lines = [f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read"]
     report.lines[0] += f": {work.repaired} faults repaired, {left} left"
     if work.young:
@@ -1416,7 +1380,7 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
     connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
     async with ClientSession(connector=connector, timeout=timeout, headers=authorization(options)) as session:
         work = Bench(session, options)
-        async with Progress(lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
+        async with show_progress(report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
             try:
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
@@ -1446,15 +1410,13 @@ COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awai
 }  # fmt: skip
 
 
-def at_least(kind: Callable[[str], T], low: float) -> Callable[[str], T]:
-    def parse(text: str) -> T:
-        value: Any = kind(text)
-        if not low <= value < math.inf:
+def at_least(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low <= (value := kind(text)) < math.inf:
             raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
-        return cast(T, value)
+        return value
 
-    parse.__name__ = getattr(kind, "__name__", "number")
-    return parse
+    return number
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -1498,6 +1460,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
     config = load_config(getattr(options, "config", ""), flags)
+    os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))  # for temporary tables
     await COMMANDS[options.command][0](config, options, report)
 
 
