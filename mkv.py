@@ -59,12 +59,10 @@ import errno
 import fcntl
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import mmap
 import os
-import platform
 import random
 import re
 import resource
@@ -152,6 +150,7 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 
 URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
+LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
 RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")  # what a reload cannot change
@@ -281,70 +280,56 @@ class Config(Checked):
                 yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
         if self.link_secret and not self.volume_secret:
             yield "link_secret: needs a volume_secret, else anybody could list, write and delete on the volumes"
-        if not (self.tokens or self.insecure or is_loopback(self.host)):
+        if not (self.tokens or self.insecure or LOOPBACK.fullmatch(self.host)):
             yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
 
 
 def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | None = None) -> Config:
-    """Make a Config from TOML `text` and `flags` (setting -> string or bool; they win); raises ConfigError, each fault
-    with its place: the flag, or `place` and the TOML key."""
+    """Make a Config from TOML `text` and `flags` (they win); raises ConfigError with the place of each fault."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{place}: {error}"]) from None
     flags, faults = dict(flags or {}), list[str]()
 
-    def build(kind: Callable[..., T], where: str, given: object, known: Collection[str]) -> list[T]:
-        """Return [kind(**given)], or [] and note the faults."""
+    def build(kind: type[T], given: object, where: str, **fixed: object) -> list[T]:
+        """Return [kind(**given, **fixed)], or [] and note the faults."""
         if not isinstance(given, dict):  # without its value, which may be a secret
             faults.append(f"{where.rstrip('.')}: must be a table")
             return []
+        make = cast(Any, kind)
+        known = {spec.name for spec in fields(make)} - fixed.keys()
         faults.extend(f"{where}{name}: there is no such setting" for name in given if name not in known)
         try:
-            return [kind(**{name: value for name, value in given.items() if name in known})]
+            return [make(**fixed, **{name: value for name, value in given.items() if name in known})]
         except ConfigError as error:
             faults.extend(f"{where}{fault}" for fault in error.faults)
             return []
 
-    def build_all(kind: type[T], singular: str, known: Collection[str]) -> tuple[T, ...]:
+    def build_all(kind: type[T], singular: str) -> tuple[T, ...]:
         if not isinstance(listed := table.pop(singular, []), list):
             faults.append(f"{place}: {singular}: must be [[{singular}]], an array of tables")
             listed = []
-        places = ((f"{place}: {singular}[{i}].", one) for i, one in enumerate(listed, 1))
-        return tuple(thing for where, one in places for thing in build(kind, where, one, known))
+        built = (build(kind, one, f"{place}: {singular}[{i}].") for i, one in enumerate(listed, 1))
+        return tuple(thing for things in built for thing in things)
 
-    volumes = build_all(Volume, "volume", [spec.name for spec in fields(Volume)])
-    tokens = build_all(Token, "token", [spec.name for spec in fields(Token)])
+    volumes, tokens = build_all(Volume, "volume"), build_all(Token, "token")
     rule = table.pop("anonymous", None)
-    named = build(partial(Token, name="anonymous"), f"{place}: anonymous.", rule, ("allow", "prefix")) if rule else []
+    rules = [] if rule is None else build(Token, rule, f"{place}: anonymous.", name="anonymous", sha256="")
     if chosen := flags.pop("volume", None):
-        pairs = [(f"--volume {flag}: ", parse_volume_flag(flag)) for flag in chosen]
-        volumes = tuple(volume for where, one in pairs for volume in build(Volume, where, one, one))
-    kinds: dict[str, Any] = {spec.name: type(spec.default) for spec in fields(Config) if spec.metadata}
-    faults += [f"{place}: {name}: there is no such setting" for name in table if name not in kinds]
-    values = {name: value for name, value in table.items() if name in kinds}
+        built = (build(Volume, parse_volume_flag(flag), f"--volume {flag}: ") for flag in chosen)
+        volumes = tuple(volume for volumes in built for volume in volumes)
+    kinds: dict[str, Any] = {spec.name: type(spec.default) for spec in fields(Config)}
     for name, given in flags.items():
-        try:
-            values[name] = kinds[name](given)
-        except ValueError:
-            values[name] = given  # Config says what is wrong with it
-    try:
-        config = Config(volumes=volumes, tokens=tokens, anonymous=named[0] if named else None, **values)
-    except ConfigError as error:
-        for fault in error.faults:
-            name, _, reason = fault.partition(": ")
-            in_file = f"{place}: " if name in table or name in ("volume", "token") else ""
-            faults.append(f"--{name.replace('_', '-')}: {reason}" if name in flags else in_file + fault)
+        with contextlib.suppress(ValueError):  # Config says what is wrong with it
+            flags[name] = kinds[name](given)
+    nested = {"volumes": volumes, "tokens": tokens, "anonymous": rules[0] if rules else None}
+    config = build(Config, table | flags, f"{place}: ", **nested)
+    for name in flags:
+        faults = [fault.replace(f"{place}: {name}: ", f"--{name.replace('_', '-')}: ") for fault in faults]
     if faults:
         raise ConfigError(faults)
-    return config
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return config[0]
 
 
 def reload_config(old: Config, new: Config) -> Config:
@@ -634,12 +619,9 @@ class State(enum.Enum):
     DOWN = "down"
 
 
-class Event(enum.Enum):
-    ANSWERED = "answered"  # a HEAD, a DELETE: it is there, which says nothing of writes
-    STORED = "stored"  # a PUT succeeded
-    REFUSED = "refused"  # a PUT or DELETE was answered with an error
-    UNREACHABLE = "unreachable"  # no connection, no answer in time, or an answer that a volume never gives
-
+# What a request tells of its volume. ANSWERED: a HEAD or a DELETE was, which says nothing of writes. STORED: a PUT was.
+# REFUSED: a PUT or DELETE met an error. UNREACHABLE: no connection, no answer in time, or one that no volume gives.
+Event = enum.Enum("Event", "ANSWERED STORED REFUSED UNREACHABLE")
 
 # A PUT says all of a volume's state. ANSWERED brings back one that was down, but not its writes: a write probe follows.
 AFTER_A_PUT = {Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN}
@@ -1005,7 +987,15 @@ def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connect
 
 def prepare_index(db: sqlite3.Connection) -> None:
     """Make the tables of a new index; raises sqlite3.DatabaseError if it is of another schema."""
-    db.execute("PRAGMA journal_mode = WAL")
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:  # of two processes that find it new, SQLite lets one not even wait
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -1598,7 +1588,8 @@ class Store:
 
     def __init__(self, config: Config, metrics: Metrics | None = None, number: int = 0) -> None:
         self.metrics, self.health, self._number = metrics or Metrics(), Health(), number
-        self.index = Index(config.db, self._measure_batch)
+        observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
+        self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
         self.stopping, self.uploads, self.in_flight = False, 0, 0
         self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
         self.view = self._make_view(config, {})
@@ -1612,9 +1603,6 @@ class Store:
                 client = VolumeClient(*facts, partial(self.health.notice, name), partial(self._measure, name))
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
-
-    def _measure_batch(self, kind: str, size: int) -> None:
-        self.metrics.observe("mkv_index_batch_size", f'kind="{kind}"', size, SIZES)
 
     def _measure(self, volume: str, method: str, seconds: float, failure: str) -> None:
         self.metrics.add(f'mkv_volume_requests_total{{volume="{volume}",method="{method}"}}')
@@ -1646,7 +1634,6 @@ class Store:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
         old = self.view
         asked, config = config, reload_config(old.config, config)
-        refused = [f.name for f in fields(config) if getattr(asked, f.name) != getattr(config, f.name)]
         new = self._make_view(config, old.clients)
         await asyncio.gather(*map(self.health.probe, {*new.clients.values()} - {*old.clients.values()}))
         self.view = new
@@ -1654,8 +1641,9 @@ class Store:
             client.close()
         for name in old.clients.keys() - new.clients.keys():
             self.health.states.pop(name, None)
-        changed = [f.name for f in fields(config) if getattr(config, f.name) != getattr(old.config, f.name)]
-        refused = [name for name in refused if name != "volumes"]
+        names = [spec.name for spec in fields(config)]
+        changed = [name for name in names if getattr(config, name) != getattr(old.config, name)]
+        refused = [name for name in names if getattr(config, name) != getattr(asked, name) and name != "volumes"]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
 
@@ -1760,7 +1748,7 @@ class Store:
         status = await self.status()
         oldest = await self.index.read(lambda db: db.execute("SELECT min(since) FROM garbage").fetchone()[0])
         gauges: dict[str, float] = {
-            f'mkv_build_info{{version="{__version__}",python="{platform.python_version()}"}}': 1,
+            f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
             "mkv_garbage_oldest_age_seconds": max(0.0, time.time() - oldest) if oldest else 0,
         }  # fmt: skip
@@ -1925,7 +1913,7 @@ class Call:
             if elapsed_s > 30 and self.size < config.min_body_rate * elapsed_s:
                 raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
-        if isinstance(request.protocol, Connection) and request.protocol.garbled:
+        if any(hasattr(message, "exc") for message, _ in request.protocol._messages):  # what follows is no HTTP
             raise BadRequest("the body is longer than its Content-Length")
 
     async def delete(self) -> web.StreamResponse:
@@ -1995,8 +1983,6 @@ async def answer(
     """Give every request its ID, every error its answer, and every answer its line in log and metrics."""
     began, call = time.perf_counter(), Call(request)
     request[CALL], store = call, call.store
-    if isinstance(request.protocol, Connection) and request.protocol.impatience:
-        request.protocol.impatience.cancel()
     store.in_flight += 1
     store.metrics.add("mkv_http_requests_in_flight")
     try:
@@ -2052,32 +2038,25 @@ class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
     def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
+        self._config, self._opened, self._client = store.view.config, opened, ""
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
-        options["keepalive_timeout"] = store.view.config.keepalive_timeout
+        options["keepalive_timeout"] = self._config.keepalive_timeout
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
-        self._store, self._opened, self._client, self._refused = store, opened, "", False
-        self.impatience: asyncio.TimerHandle | None = None  # until the first request is heard
-
-    @property
-    def garbled(self) -> bool:
-        """Whether what follows the current request on this connection is no HTTP."""
-        return any(hasattr(message, "exc") for message, _ in self._messages)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        config, self._client = self._store.view.config, (transport.get_extra_info("peername") or ("",))[0]
+        super().connection_made(transport)
+        self._impatience = asyncio.get_running_loop().call_later(self._config.header_timeout, self._give_up)
+        self._client = (transport.get_extra_info("peername") or ("",))[0]
         self._opened[self._client] += 1
-        self._refused = self._opened[self._client] > config.max_connections
-        if self._refused:
-            transport.close()
-        else:
-            super().connection_made(transport)
-            self.impatience = asyncio.get_running_loop().call_later(config.header_timeout, self.force_close)
+        if self._opened[self._client] > self._config.max_connections:
+            self.force_close()
 
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
+    def _give_up(self) -> None:
+        if not self._request_count:  # the first request's headers have not come yet
+            self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._impatience.cancel()
         self._opened[self._client] -= 1
         if not self._opened[self._client]:
             del self._opened[self._client]
@@ -2265,49 +2244,39 @@ async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()
 # == Command line =====================================================================================================
 # The only part that reads arguments and the environment, prints, handles signals and starts processes.
 
+new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+with contextlib.suppress(ImportError):
+    from uvloop import new_event_loop as new_loop
 PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
-CONFIG_ONLY = ("tokens", "anonymous", "volume_secret", "link_secret")  # secrets on a command line are public
 
 
-class LogHandler(logging.Handler):
-    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way. The lines of one
-    turn of the event loop are written together."""
+class LogFormatter(logging.Formatter):
+    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way."""
+
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
-        self._as_json, self._lines = as_json, list[str]()
+        self.converter, self._as_json = time.gmtime, as_json
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
-        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
-        level, message = record.levelname.lower(), record.getMessage()
+        when, level, message = self.formatTime(record), record.levelname.lower(), record.getMessage()
         if record.exc_info:
-            message += "\n" + logging.Formatter().formatException(record.exc_info)
+            message += "\n" + self.formatException(record.exc_info)
         if self._as_json:
             return json.dumps({"time": when, "level": level, "message": message} | facts)
         words = (f"{k}={v if type(v) is not str or PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items())
         return " ".join([when, level, message, *words])
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
-        if len(self._lines) == 1:
-            try:
-                asyncio.get_running_loop().call_soon(self.flush)
-            except RuntimeError:  # not on the event loop
-                self.flush()
-
-    def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        if lines:
-            with contextlib.suppress(OSError):
-                os.write(2, ("\n".join(lines) + "\n").encode())
-
 
 def set_up_logging(config: Config) -> None:
-    logging.basicConfig(level=logging.INFO, handlers=[LogHandler(config.log_format == "json")], force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.log_format == "json"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # nobody prints them
-    logging._srcfile = None  # nor the caller: "Optimization" in the logging HOWTO
+    logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    logging._srcfile = None  # nobody prints the caller: "Optimization" in the logging HOWTO
 
 
 def notify_systemd(message: str) -> None:
@@ -2327,22 +2296,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError([f"port: cannot listen on {host}:{port}: {error.strerror or error}"]) from None
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files as we may: each connection is one."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """Return uvloop's event loop if that is installed."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
     try:
@@ -2358,8 +2311,8 @@ def print_faults(error: ConfigError) -> None:
 
 def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
-    where = f" (embedded, under {config.data})" if embedded else ""
-    volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes) + where
+    volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
+    volumes += f" (embedded, under {config.data})" if embedded else ""
     trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
     return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
 
@@ -2385,10 +2338,9 @@ async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]
 
 
 async def serve_store(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str],
-    metrics: Metrics, number: int,
-) -> None:  # fmt: skip
-    """Serve the store on `listener` until a signal, then let the requests under way finish."""
+    config: Config, listener: socket.socket, reread: Callable[[], Config], metrics: Metrics, number: int, embedded: bool
+) -> None:
+    """Serve the store on `listener` until a signal, then let the requests under way finish. Process 0 greets."""
     app, loop = create_app(config, metrics=metrics, number=number), asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -2404,7 +2356,7 @@ async def serve_store(
             log.error("configuration not reloaded, everything stays: %s", str(error).replace("\n", "; "))
         notify_systemd("READY=1")
 
-    await wait_for_stop(greeting(store.view.config), reload)
+    await wait_for_stop(greet(store.view.config, listener, embedded) if number == 0 else "", reload)
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -2420,9 +2372,7 @@ async def serve_store(
     log.info("stopped")
 
 
-def supervise(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], greeting: Callable[[Config], str]
-) -> int:
+def supervise(config: Config, listener: socket.socket, reread: Callable[[], Config]) -> int:
     """Fork the workers, and one process (number -1) for embedded volumes; start again who dies; return the exit code.
     They share the listening socket and the metrics. This process runs no event loop: it only waits for signals."""
     parent_r, parent_w = os.pipe()  # nobody writes: its end of file tells the others that this process is gone
@@ -2431,7 +2381,7 @@ def supervise(
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
-    async def work(number: int, greeting: Callable[[Config], str]) -> None:
+    async def work(number: int) -> None:
         asyncio.get_running_loop().add_reader(parent_r, os._exit, 1)
         if number != 0:
             os.environ.pop("NOTIFY_SOCKET", None)
@@ -2440,21 +2390,18 @@ def supervise(
             async with run_embedded(config, sockets):
                 return await wait_for_stop()
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, greeting, Metrics(shared, number), number)
+        await serve_store(ours, listener, reread, Metrics(shared, number), number, bool(sockets))
 
-    def start(number: int, greeting: Callable[[Config], str] = lambda config: "") -> None:
+    def start(number: int) -> None:
         if pid := os.fork():
             children[pid] = number
             return
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
-        run(work(number, greeting))
+        run(work(number))
 
-    if sockets:
-        start(-1)
-    start(0, greeting)
-    for number in range(1, config.workers):
+    for number in range(-1 if sockets else 0, config.workers):
         start(number)
     while children:
         number = signal.sigwait(watched)
@@ -2489,9 +2436,7 @@ async def serve_one_volume(config: Config, folder: str) -> None:
 
 
 def run(main: Awaitable[None]) -> NoReturn:
-    """Run to the end on uvloop if that is installed, print what is wrong with the configuration, end the process.
-
-    os._exit, so that nothing that a shutdown cut off can hold the process up: all that matters is closed before."""
+    """Run to the end and end the process: by os._exit, so that nothing that a shutdown cut off can hold it up."""
 
     async def begin() -> None:
         await main
@@ -2505,7 +2450,6 @@ def run(main: Awaitable[None]) -> NoReturn:
     except Exception:
         log.exception("unexpected error")
         code = 1
-    logging.shutdown()
     sys.stdout.flush()
     os._exit(code)
 
@@ -2515,11 +2459,13 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
     parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
-        if spec.name == "volumes" and spec.name in names:
+        if spec.name not in names:
+            continue
+        if spec.name == "volumes":
             parser.add_argument("--volume", metavar="[NAME=]URL", action="append", help="a volume; may be repeated")
-        elif isinstance(spec.default, bool) and spec.name in names:
+        elif isinstance(spec.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
-        elif spec.name in names:
+        elif spec.metadata:
             parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
 
 
@@ -2528,7 +2474,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mkv.py", description="A distributed key-value store for blobs.")
     parser.add_argument("--version", action="version", version=f"mkv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|volume")
-    settings = [spec.name for spec in fields(Config) if spec.name not in CONFIG_ONLY]
+    settings = [spec.name for spec in fields(Config) if spec.repr]  # secrets on a command line are public
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
@@ -2536,21 +2482,20 @@ def main(arguments: list[str] | None = None) -> int:
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
-    raise_file_limit()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection is an open file
     try:
         config = load_config(file, flags if command == "serve" else {"port": "3001", "insecure": True} | flags)
         set_up_logging(config)
         if command == "volume":
-            if not (config.volume_secret or flags.get("insecure") or is_loopback(config.host)):
-                raise ConfigError(
-                    [f"host: {config.host} is reachable from outside; set a volume_secret or say insecure"]
-                )
+            if not (config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)):
+                raise ConfigError([f"host: {config.host} is reachable from outside; set volume_secret or say insecure"])
             run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
-        greeting = partial(greet, listener=listener, embedded=not config.volumes)
         if config.workers > 1:
-            return supervise(config, listener, reread, greeting)
-        run(serve_store(config, listener, reread, greeting, Metrics(), 0))
+            return supervise(config, listener, reread)
+        run(serve_store(config, listener, reread, Metrics(), 0, not config.volumes))
     except ConfigError as error:
         print_faults(error)
         return 2

@@ -745,6 +745,22 @@ async def all_garbage(index: mkv.Index) -> set[tuple[str, str]]:
     return set(await index.read(lambda db: db.execute("SELECT volume, path FROM garbage").fetchall()))
 
 
+def test_index_can_be_made_by_several_at_once(tmp_path: Path) -> None:
+    """As workers do that start on a new index: SQLite does not make all of them wait."""
+    barrier = threading.Barrier(6)
+
+    def make(file: Path) -> None:
+        with contextlib.closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as db:
+            barrier.wait(30)
+            mkv.prepare_index(db)
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+    with ThreadPoolExecutor(6) as pool:
+        for i in range(12):
+            for made in [pool.submit(make, tmp_path / f"{i}.db") for _ in range(6)]:
+                made.result()
+
+
 async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     assert await put(index, make_record("k", 2)) is True
     assert await put(index, make_record("k", 1)) is False
@@ -1639,6 +1655,7 @@ def test_many_workers_that_cannot_start_end_with_one_exit_code(tmp_path: Path) -
 
 def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Program]) -> None:
     server = start("--workers", "2")
+    assert "embedded, under mkv-data" in server.said
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     server.config.write_text('db = "elsewhere.db"\n')
     server.process.send_signal(signal.SIGHUP)
@@ -3448,7 +3465,9 @@ def test_verify_killed_at_any_moment_can_be_run_again(cluster: Cluster) -> None:
     assert cluster.tool("rebalance")[0] == 0  # restores what a kill left with fewer replicas
     assert [row[:2] for row in cluster.rows()] == [row[:2] for row in before]
     check_placement(cluster)
-    assert {one.name for one in cluster.db.parent.glob("index.db*")} <= {f"index.db{end}" for end in ("", ".lock", ".tools")}
+    assert {one.name for one in cluster.db.parent.glob("index.db*")} <= {
+        f"index.db{end}" for end in ("", ".lock", ".tools")
+    }
 
 
 # == Tools: the others ================================================================================================
