@@ -1803,6 +1803,7 @@ class Store:
 STORE = web.AppKey("store", Store)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
+RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
 CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
 
@@ -1910,7 +1911,7 @@ class Call:
             if config.max_blob_size and self.size > config.max_blob_size:
                 raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
             elapsed_s = time.monotonic() - began
-            if elapsed_s > 30 and self.size < config.min_body_rate * elapsed_s:
+            if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
                 raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
         if any(hasattr(message, "exc") for message, _ in request.protocol._messages):  # what follows is no HTTP

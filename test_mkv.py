@@ -1770,6 +1770,23 @@ async def test_store_in_another_application(tmp_path: Path, aiohttp_client: Any)
     assert (await client.post("/blobs/k")).status == 405
 
 
+async def test_body_that_trickles_is_408(tmp_path: Path, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is never silent for body_timeout, and still too slow."""
+    monkeypatch.setattr(mkv, "RATE_GRACE_S", 0.05)
+    app = web.Application()
+    app.add_subapp("/blobs/", mkv.create_app(Config(data=str(tmp_path / "data"), min_body_rate=1e6)))
+    client = await aiohttp_client(app)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        for _ in range(500):
+            yield b"x"
+            await asyncio.sleep(0.01)
+
+    answer = await client.put("/blobs/k", data=trickle())
+    assert answer.status == 408 and "bytes/s" in (await answer.json())["detail"]
+    assert (await client.get("/blobs/k")).status == 404
+
+
 def test_readme_names_what_the_code_has() -> None:
     readme = (HERE / "README.md").read_text()
     for spec in fields(mkv.Config):
