@@ -2405,25 +2405,28 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     for number in range(-1 if sockets else 0, config.workers):
         start(number)
     while children:
-        number = signal.sigwait(watched)
-        if number == signal.SIGHUP:
+        heard, passed_on = signal.sigwait(watched), 0
+        if heard == signal.SIGHUP:
+            passed_on = signal.SIGHUP
             with contextlib.suppress(ConfigError):  # the workers say what is wrong
                 config = reload_config(config, reread())
-        elif number != signal.SIGCHLD:
-            number, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
+        elif heard != signal.SIGCHLD:
+            passed_on, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
         while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:  # one SIGCHLD may stand for several
             worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
-                stopping, code, number = True, 2, number if number == signal.SIGKILL else signal.SIGTERM
+                stopping, code, passed_on = True, 2, passed_on if passed_on == signal.SIGKILL else signal.SIGTERM
             elif not stopping:
                 log.error("worker %d ended with %d, starting it again", worker, status)
                 time.sleep(1)
                 start(worker)
-        last = set(children.values()) == {-1}  # requests under way need the volumes
+        only_volumes = set(children.values()) == {-1}  # they go last: requests under way need them
         for pid, worker in children.items():
-            if (stopping and last) or (number != signal.SIGCHLD and (worker >= 0 or number == signal.SIGKILL)):
-                os.kill(pid, signal.SIGTERM if last else number)
+            if passed_on == signal.SIGKILL or (passed_on and worker >= 0):
+                os.kill(pid, passed_on)
+            elif stopping and only_volumes:
+                os.kill(pid, signal.SIGTERM)
     return code
 
 
