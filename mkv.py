@@ -1102,9 +1102,7 @@ class Wire:
 
     async def _read_chunks(self) -> AsyncIterator[bytes]:
         while size := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            async for piece in self._read_pieces(size):
-                yield piece
-            await self._reader.readexactly(2)
+            yield (await self._reader.readexactly(size + 2))[:-2]
         await self._reader.readexactly(2)
 
     async def read_answer(self, head_only: bool = False) -> Answer:

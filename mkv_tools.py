@@ -411,7 +411,8 @@ class Walk:
                 names = sorted(set().union(*on.values(), await more(first) if more else ()))
                 while names:
                     run, names = names[: self._at_once], names[self._at_once :]
-                    yield work(run, {v: [name for name in run if name in folders] for v, folders in on.items()})
+                    on_run = {v: [f for f in folders if run[0] <= f <= run[-1]] for v, folders in on.items()}
+                    yield work(run, on_run)
 
         await run_all(jobs(), AHEAD)
 
