@@ -1077,37 +1077,36 @@ class Wire:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self.writer, self.reusable = reader, writer, True
 
-    async def read_head(self, head_only: bool = False) -> tuple[int, AsyncIterator[bytes]]:
-        """Read the head of an answer; return its status, and its body in pieces. Raises one of BROKEN, also later."""
+    async def read_head(self, head_only: bool = False) -> tuple[int, int | None]:
+        """Read the head of an answer; return its status, and the size of its body (None: chunked). Raises BROKEN."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         if not head.startswith(b"http/1.") or not head[9:12].isdigit():
             raise ValueError("the answer is not HTTP")
         if head[9:10] == b"1":  # 100 Continue
             return await self.read_head(head_only)
         self.reusable = b"\r\nconnection: close" not in head
-        if head_only or head[9:12] in (b"204", b"304"):
-            return int(head[9:12]), self._read_pieces(0)
-        if length := CONTENT_LENGTH.search(head):
-            return int(head[9:12]), self._read_pieces(int(length[1]))
-        if b"\r\ntransfer-encoding: chunked" not in head:
+        length, bodyless = CONTENT_LENGTH.search(head), head_only or head[9:12] in (b"204", b"304")
+        if not length and not bodyless and b"\r\ntransfer-encoding: chunked" not in head:
             raise ValueError("the answer has no length")
-        return int(head[9:12]), self._read_chunks()
+        return int(head[9:12]), 0 if bodyless else int(length[1]) if length else None
 
-    async def _read_pieces(self, size: int) -> AsyncIterator[bytes]:
+    async def read_pieces(self, size: int | None) -> AsyncIterator[bytes]:
+        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
+        while size is None and (length := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16)):
+            yield (await self._reader.readexactly(length + 2))[:-2]
+        if size is None:
+            await self._reader.readexactly(2)
         while size:
             if not (piece := await self._reader.read(min(size, SMALL_BLOB))):
                 raise EOFError("it closed the connection in the middle of an answer")
             yield piece
             size -= len(piece)
 
-    async def _read_chunks(self) -> AsyncIterator[bytes]:
-        while size := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16):
-            yield (await self._reader.readexactly(size + 2))[:-2]
-        await self._reader.readexactly(2)
-
     async def read_answer(self, head_only: bool = False) -> Answer:
-        status, pieces = await self.read_head(head_only)
-        return status, b"".join([piece async for piece in pieces])
+        status, size = await self.read_head(head_only)
+        if size is not None:
+            return status, await self._reader.readexactly(size)
+        return status, b"".join([piece async for piece in self.read_pieces(size)])
 
     @property
     def usable(self) -> bool:
@@ -1183,7 +1182,7 @@ class VolumeClient:
     async def _converse(self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer]) -> None:
         """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
         repeat is harmless: a path names one version."""
-        kept, before, whole = self._take_idle(), len(answers), False
+        loop, kept, before, whole = asyncio.get_running_loop(), self._take_idle(), len(answers), False
         async with asyncio.timeout(self.timeout_s) as deadline:
             wire = kept or await self._connect()
             try:
@@ -1194,7 +1193,7 @@ class VolumeClient:
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
                         return
-                    deadline.reschedule(asyncio.get_running_loop().time() + self.timeout_s)
+                    deadline.reschedule(loop.time() + self.timeout_s)
                 whole = wire.usable and len(self._idle) < self._keep
             except BROKEN:
                 if not kept and len(answers) == before:
@@ -1236,10 +1235,11 @@ class VolumeClient:
             try:
                 wire.writer.write(self._request("GET", path))
                 async with asyncio.timeout(self.timeout_s):
-                    status, pieces = await wire.read_head()
+                    status, size = await wire.read_head()
                 if status == 404:
                     raise NotFound(path)
                 self.check("GET", path, status)
+                pieces = wire.read_pieces(size)
                 while True:
                     async with asyncio.timeout(self.timeout_s):
                         if not (piece := await anext(pieces, b"")):
