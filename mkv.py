@@ -39,7 +39,8 @@ Invariants (the tests cite them):
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and the index decides.
 A record only moves to a higher version, in one transaction that also puts what it replaces into the garbage. So a late
-clean-up can never hit a newer write, and several processes and tools can share one index.
+clean-up can never hit a newer write, and several processes and tools can share one index. Whoever writes to a volume
+claims the path in the index before, so what a crash leaves there is known, and becomes garbage.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
