@@ -829,11 +829,12 @@ class Transaction:
         """Make garbage of what is claimed at `path`; once it is committed, nothing is."""
         self.add_garbage(path, self.take_claims(path), delay_s)
 
-    def release_claims(self, owner: int, workers: int = sys.maxsize) -> None:
-        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now."""
+    def release_claims(self, owner: int, workers: int, delay_s: float) -> None:
+        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now,
+        due in `delay_s`: a volume may still be writing."""
         query = "DELETE FROM claim WHERE owner = ? OR owner >= ? RETURNING path, volume"
         for path, volume in self._db.execute(query, (owner, workers)).fetchall():
-            self.add_garbage(path, [volume])
+            self.add_garbage(path, [volume], delay_s)
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -1111,7 +1112,8 @@ class Wire:
 
     @property
     def usable(self) -> bool:
-        return self.reusable and not self._reader.at_eof() and not self.writer.is_closing()
+        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]  # no answer to the next
+        return self.reusable and not unread and not self.writer.is_closing()
 
     def abort(self) -> None:
         self.writer.transport.abort()
@@ -1204,6 +1206,8 @@ class VolumeClient:
                     self._idle.append(wire)
                 else:
                     wire.abort()
+                if deadline.expired():  # the network may have forgotten the other kept connections, too
+                    self._drop_idle()
 
     def _take_idle(self) -> Wire | None:
         while self._idle:
@@ -1261,6 +1265,9 @@ class VolumeClient:
     def close(self) -> None:
         """Close the idle connections; what is under way goes on, and is not kept after it."""
         self._keep = 0
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
         while self._idle:
             self._idle.pop().abort()
 
@@ -1611,14 +1618,26 @@ class Store:
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
-        number, workers = self._number, self.view.config.workers
+        number, config = self._number, self.view.config
+        if number >= config.workers:
+            raise ConfigError([f"workers: {config.workers}, so there is no number {number}"])
         await self.index.open()
-        await asyncio.gather(*map(self.health.probe, self.view.clients.values()))
+        await self._meet(self.view.clients.values())
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
         if number != TOOL:
-            await self.index.write(lambda tx: tx.release_claims(number, workers))
+            delay_s = max(config.garbage_delay, config.volume_timeout)
+            try:
+                await self.index.write(lambda tx: tx.release_claims(number, config.workers, delay_s))
+            except sqlite3.Error as error:  # a full disk: reads go on
+                log.error("index: %s; what the last run left on the volumes waits for the next start", error)
         if number == 0:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
+
+    async def _meet(self, clients: Iterable[VolumeClient]) -> None:
+        """Probe volumes that are new. One that does not answer soon counts as down until it does."""
+        if probes := [asyncio.create_task(self.health.probe(client)) for client in clients]:
+            for late in (await asyncio.wait(probes, timeout=2.0))[1]:
+                late.cancel()
 
     async def close(self) -> None:
         """Stop the tasks, flush and close the index."""
@@ -1634,7 +1653,7 @@ class Store:
         old = self.view
         asked, config = config, reload_config(old.config, config)
         new = self._make_view(config, old.clients)
-        await asyncio.gather(*map(self.health.probe, {*new.clients.values()} - {*old.clients.values()}))
+        await self._meet({*new.clients.values()} - {*old.clients.values()})
         self.view = new
         for client in {*old.clients.values()} - {*new.clients.values()}:
             client.close()

@@ -457,7 +457,9 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
         tx.add_garbage(move.record.path, claimed)
         return failed
     set_record(tx, move.meanwhile, move.after)
-    tx.add_garbage(move.record.path, move.drop, delay_s)
+    tx.add_garbage(
+        move.record.path, claimed.union(move.drop).difference(move.after.volumes), delay_s
+    )  # or a dead run's
     return ""
 
 
@@ -724,7 +726,8 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             raise ToolError(str(error)) from None
         yield store
         if moving:
-            await store.index.write(lambda tx: tx.release_claims(TOOL))  # that nobody took over: the server deletes
+            delay_s = max(config.garbage_delay, config.volume_timeout)
+            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize, delay_s))  # what nobody took over
 
 
 def select_page(after: str, db: sqlite3.Connection) -> list[Record]:

@@ -794,9 +794,12 @@ async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -
     record = make_record("k", 1, ("a", "b"))
     await index.write(lambda tx: tx.claim(record.path, record.volumes, 3))
     for number, workers in ((0, 4), (mkv.TOOL, 4)):
-        await index.write(lambda tx, n=number, w=workers: tx.release_claims(n, w))
+        await index.write(lambda tx, n=number, w=workers: tx.release_claims(n, w, 0.0))
     assert await all_garbage(index) == set()
-    await index.write(lambda tx: tx.release_claims(0, 3))
+    await index.write(lambda tx: tx.release_claims(0, 3, 60.0))
+    assert await index.read(
+        lambda db: db.execute("SELECT min(due) > ? FROM garbage", (time.time() + 50,)).fetchone()[0]
+    )
     assert await all_garbage(index) == {("a", record.path), ("b", record.path)}
     with pytest.raises(mkv.Unavailable):
         await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0))
@@ -1770,6 +1773,42 @@ async def test_store_in_another_application(tmp_path: Path, aiohttp_client: Any)
     assert (await client.post("/blobs/k")).status == 405
 
 
+async def test_kept_connections_that_the_network_forgot_are_dropped_together() -> None:
+    """Each would cost a timeout: with 64 of them a volume that is well again would be down for minutes."""
+    opened, closed, forgotten, end = list[int](), asyncio.Queue[int](), set[int](), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(number := len(opened))
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                if number in forgotten:
+                    await end.wait()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
+        await writer.wait_closed()
+        closed.put_nowait(number)
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        client = mkv.VolumeClient(Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None)
+        await asyncio.gather(*(client.get(["/"]) for _ in range(5)))
+        forgotten.update(opened)
+        assert len(forgotten) == 5
+        with pytest.raises(mkv.VolumeTimeout):
+            await client.get(["/"])
+        assert await client.get(["/"]) == [(200, b"ok")] and len(opened) == 6
+        end.set()
+        client.close()
+        for _ in opened:
+            await closed.get()
+
+
+async def test_number_of_a_process_is_below_workers(tmp_path: Path) -> None:
+    """Else number 0 would take its claims for those of a process that is gone."""
+    with pytest.raises(mkv.ConfigError, match="no number 1"):
+        await Store(Config(db=str(tmp_path / "i.db")), number=1).start()
+
+
 async def test_body_that_trickles_is_408(tmp_path: Path, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never silent for body_timeout, and still too slow."""
     monkeypatch.setattr(mkv, "RATE_GRACE_S", 0.05)
@@ -2347,7 +2386,7 @@ class Cluster:
                 config = self.config
                 if not config.volumes:
                     config = await stack.enter_async_context(mkv.run_embedded(config))
-                store = Store(config, number=1)
+                store = Store(replace(config, workers=2), number=1)
                 stack.push_async_callback(store.close)
                 await store.start()
                 return await work(store)
@@ -2359,9 +2398,10 @@ class Cluster:
         self.use(lambda store: put_all(store, blobs))
 
     def collect(self) -> None:
-        """Delete all garbage, as a running server would."""
+        """Delete all garbage, as a running server would in time."""
 
         async def work(store: Store) -> None:
+            await store.index.write(lambda tx: tx._db.execute("UPDATE garbage SET due = 0").rowcount)
             while await store.index.read(lambda db: db.execute("SELECT count(*) FROM garbage").fetchone()[0]):
                 await store.collect_garbage()
 
@@ -2656,6 +2696,15 @@ def test_claim_waits_for_garbage_but_takes_over_a_dead_claim(tx: mkv.Transaction
     assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
 
 
+def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(tx: mkv.Transaction) -> None:
+    """As when the ring was changed after a rebalance was killed: c was copied, d is where it goes now."""
+    mkv_tools.claim(tx, MOVE)
+    again = replace(MOVE, copy=("d",))
+    assert mkv_tools.claim(tx, again) == "" and mkv_tools.commit(tx, again, "", 10.0) == ""
+    assert tx.get("k") == replace(R, volumes=("a", "d"))
+    assert {volume for volume, _ in tx.garbage_at(R.path)} == {"b", "c"} and not tx.take_claims(R.path)
+
+
 def test_delete_finds_a_tools_copies_but_not_those_of_a_put_under_way(tx: mkv.Transaction) -> None:
     """I4 for the copies; the PUT is committed after the DELETE, and needs its sidecars (I1)."""
     mkv_tools.claim(tx, MOVE)
@@ -2678,6 +2727,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
                 ask(url, *rng.choice([("PUT", b"x" * rng.choice([1, 5000, LARGE])), ("DELETE",)]))
                 done.append(1)
 
+    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0)
     for seed in range(3):
         done, stop = list[int](), threading.Event()
         with cluster.serve() as (port, process), ThreadPoolExecutor(16) as pool:
