@@ -1445,6 +1445,7 @@ class Metrics:
 # The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
 
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
+MEETING_PATIENCE_S = 2.0  # how long a start or a reload waits for the first probe of a new volume
 
 
 class View(NamedTuple):
@@ -1636,7 +1637,7 @@ class Store:
     async def _meet(self, clients: Iterable[VolumeClient]) -> None:
         """Probe volumes that are new. One that does not answer soon counts as down until it does."""
         if probes := [asyncio.create_task(self.health.probe(client)) for client in clients]:
-            for late in (await asyncio.wait(probes, timeout=2.0))[1]:
+            for late in (await asyncio.wait(probes, timeout=MEETING_PATIENCE_S))[1]:
                 late.cancel()
 
     async def close(self) -> None:
