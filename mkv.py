@@ -73,14 +73,14 @@ import sqlite3
 import sys
 import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, web
@@ -93,6 +93,7 @@ log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
 Answer = tuple[int, bytes]  # of a volume: status, body
+Place = tuple[str, str]  # (volume, path)
 
 # == Errors ===========================================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
@@ -123,6 +124,7 @@ class UnsupportedEncoding(MkvError):
 class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
 class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
+class Unfinished(MkvError): status, title = 504, "Gateway Timeout"
 class Full(MkvError): status, title = 507, "Insufficient Storage"
 
 class ConfigError(MkvError):
@@ -150,6 +152,7 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 # key, a flag (dashes for underscores) and a row of the README's table.
 
 URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
+VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "delete", "list", "admin")
@@ -200,7 +203,7 @@ class Volume(Checked):
     zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
 
     def _contradictions(self) -> Iterator[str]:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}", self.name):
+        if not VOLUME_NAME.fullmatch(self.name):
             yield f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}"
         for which, url in (("url", self.url), ("public_url", self.public_url or self.url)):
             if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
@@ -353,6 +356,7 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 MAX_KEY_BYTES = 1024
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
+END_OF_VERSIONS_NS = 2**62  # in 2116; a higher one can only be damage, and would leave no room above it
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
 # Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with the blob's own type.
@@ -420,16 +424,31 @@ def sidecar_path(path: str) -> str:
     return path[:STEM] + ".key"
 
 
+def mark_path(path: str) -> str:
+    """Return the path of the mark that says that the version of the blob at `path` is dead."""
+    return path[:STEM] + ".del"
+
+
+def version_of(path: str) -> str:
+    return path[STEM - 20 : STEM]
+
+
 def parse_path(path: str) -> tuple[str, str, str] | None:
-    """Return (hash of the key, version, extension) of a blob's or a sidecar's path, None for anything else."""
+    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a mark's path, else None."""
     found = PATH.fullmatch(path)
     return (found[3], found[4], found[5] or "") if found else None
 
 
-def next_version(now_ns: int, current: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back."""
-    least = int(current[:16], 16) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
-    return f"{max(now_ns, least):016x}{salt & 0xFFFF:04x}"
+def next_version(now_ns: int, newest: str | None, salt: int) -> str:
+    """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock says.
+
+    `salt` is 16 random bits. Raises Unavailable from the year 2116 on.
+    """
+    least_ns = int(newest[:16], 16) + 1 if newest else 0
+    version_ns = max(now_ns, least_ns)
+    if version_ns >= END_OF_VERSIONS_NS:
+        raise Unavailable("the clock of the index server, or this key's version, is beyond the year 2116")
+    return f"{version_ns:016x}{salt:04x}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
@@ -488,8 +507,8 @@ class Ring:
         return tuple((chosen + spare)[:replicas])
 
 
-# == Records ==========================================================================================================
-# A key's row in the index, and its sidecar: the same facts as JSON.
+# == Records, sidecars, marks =========================================================================================
+# A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is dead.
 
 SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
@@ -524,6 +543,26 @@ def encode_sidecar(record: Record) -> bytes:
     return json.dumps({name: getattr(record, name) for name in SIDECAR_FIELDS}, ensure_ascii=False).encode()
 
 
+def encode_mark(path: str, volumes: Collection[str]) -> bytes:
+    """Say on a volume that the version of the blob at `path` is dead, though `volumes` may still show its sidecar."""
+    return json.dumps({"blob": path, "volumes": sorted(volumes)}).encode()
+
+
+def decode_mark(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
+    """Read the mark found at `path`: the blob's path and the volumes; raises ValueError."""
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    blob = facts.get("blob") if isinstance(facts, dict) else None
+    if type(blob) is not str or parse_path(blob) is None or mark_path(blob) != path:
+        raise ValueError("it names another version than its path")
+    names = facts.get("volumes")
+    if type(names) is not list or not all(type(name) is str and VOLUME_NAME.fullmatch(name) for name in names):
+        raise ValueError("it names no volumes")
+    return blob, tuple(names)
+
+
 def decode_sidecar(data: bytes, path: str) -> Record:
     """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
     try:
@@ -548,6 +587,8 @@ def decode_sidecar(data: bytes, path: str) -> Record:
 # == Decisions ========================================================================================================
 # All policy, as pure functions and tables: they are given what is known and return what is to be done.
 
+HUNG_S = 24 * 3600.0  # how long a volume that did not answer in time may take to carry out what it was sent
+BROKEN_S = 30.0  # the same where the connection broke, or whoever sent it was killed
 Verdict = enum.Enum("Verdict", "PROCEED NOT_MODIFIED FAILED")  # of a request's conditions
 Step = enum.Enum("Step", "COMMIT WRITE_MORE ROLL_BACK")  # what a PUT does next
 
@@ -671,6 +712,215 @@ def retry_delay_s(attempts: int) -> float:
     return float(min(2 ** min(attempts, 12), 3600))
 
 
+class PendingState(enum.StrEnum):
+    """What a row of `pending` says of a path on a volume.
+
+    The first four are claims: their owner is about to write there, and no record names the place yet.
+    """
+
+    CLAIMED = "claimed"  # by a PUT without a condition
+    OVERTAKEN = "overtaken"  # the same; since then a write has come that this one may have come just before
+    BOUND = "bound"  # by a PUT under a condition
+    COPYING = "copying"  # by a tool, which copies a replica of the key's record
+    GARBAGE = "garbage"  # to be deleted
+    WATCHED = "watched"  # has been deleted, but a write that was never answered may still come
+    KEPT = "kept"  # a record names the place, but if the record goes, such a write may still come
+    MARK = "mark"  # a mark, to be deleted when nothing else of its version is pending
+
+
+CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, PendingState.COPYING)
+DEAD = (PendingState.GARBAGE, PendingState.WATCHED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A place on a volume that is claimed or to be deleted. Times are seconds of the index's own clock."""
+
+    path: str  # of the blob; of a mark: its own
+    volume: str
+    state: PendingState
+    owner: int | None = None  # of a claim
+    due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
+    attempts: int = 0  # to delete it
+    since_s: float = 0.0  # since when it is garbage
+    doubt_s: float | None = None  # until when a write that was never answered may still come; None: there was none
+    sent: int = 1  # how many times a sidecar may come there
+
+    @property
+    def version(self) -> str:
+        return version_of(self.path)
+
+
+Rows = Mapping[Place, Pending]
+Doubts = Mapping[str, float]  # volume that was sent something and has not answered -> for how many seconds it may come
+NO_DOUBTS: Doubts = {}
+
+
+def bury(
+    rows: Rows, path: str, volumes: Iterable[str], now_s: float, delay_s: float, doubts: Doubts = NO_DOUBTS
+) -> dict[Place, Pending]:
+    """Return `rows` with garbage at `path` on `volumes`, due in `delay_s`. What is garbage already stays as it is."""
+    after = dict(rows)
+    for volume in volumes:
+        old = rows.get((volume, path))
+        if old is not None and old.state in DEAD:
+            continue
+        new = Pending(
+            path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
+            doubt_s=now_s + doubts[volume] if volume in doubts else None,
+        )  # fmt: skip
+        if old is not None and old.doubt_s is not None:
+            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0), sent=old.sent)
+        after[volume, path] = new
+    return after
+
+
+def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doubts: Doubts) -> dict[Place, Pending]:
+    """Return `rows` without claims at `path`: what the record now names is done with, unless in doubt; the rest is
+    garbage."""
+    after = dict(rows)
+    for place, row in rows.items():
+        if row.path != path or row.state not in CLAIMS:
+            continue
+        if row.volume not in named:
+            after = bury(after, path, [row.volume], now_s, 0.0, doubts)
+        elif row.doubt_s is None:
+            del after[place]
+        else:
+            after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+    return after
+
+
+def plan_discard(rows: Rows, path: str, now_s: float, doubts: Doubts) -> dict[Place, Pending]:
+    """Return `rows` after the PUT to `path` has been given up: nobody else writes there, so these are all doubts."""
+    after = {place: row for place, row in rows.items() if row.path != path}
+    return bury(after, path, [row.volume for row in rows.values() if row.path == path], now_s, 0.0, doubts)
+
+
+def is_unconditional(conditions: Conditions) -> bool:
+    """Whether a write under these conditions goes through whatever the key is."""
+    return conditions.if_match is None and conditions.if_none_match is None and conditions.unmodified_since_s is None
+
+
+def lets_before(conditions: Conditions) -> bool:
+    """Whether a write under these conditions would also have gone through if any PUT had come just before it."""
+    if conditions.if_none_match is not None:
+        return False
+    if conditions.if_match is not None:
+        return "*" in conditions.if_match
+    return conditions.unmodified_since_s is None
+
+
+def tell_others(rows: Rows, path: str, conditions: Conditions, now_s: float) -> dict[Place, Pending]:
+    """Return `rows` after a write under `conditions` has been committed: what it means to claims but those at `path`.
+
+    A PUT under way may have happened just before it, if neither has a condition that forbids that. What a tool copies
+    is a dead version now, and it may still be writing.
+    """
+    after = dict(rows)
+    for place, row in rows.items():
+        if row.path == path:
+            continue
+        if row.state is PendingState.CLAIMED and lets_before(conditions):
+            after[place] = replace(row, state=PendingState.OVERTAKEN)
+        elif row.state is PendingState.COPYING:
+            after = bury(after, row.path, [row.volume], now_s, 0.0, {row.volume: HUNG_S})
+    return after
+
+
+class Commit(enum.Enum):
+    """What becomes of a PUT whose replicas are written."""
+
+    DONE = "it becomes the key's record"
+    OVERTAKEN = "a newer write is there already; it is as if this one had come just before a newer one"
+    CHANGED = "the key is no longer what its conditions ask for"
+    LOST = "newer writes leave no moment at which it could have happened"
+
+
+def decide_put(record: Record, conditions: Conditions, current: Record | None, rows: Rows) -> Commit:
+    """Say what becomes of the PUT that made `record`; `rows` are what is pending on its key.
+
+    Versions have the order in which writes began. A write that ends after a newer one cannot become the record, since
+    rebuild takes the highest version. Its claims say whether there was a moment at which it may have happened.
+    """
+    if decide_conditions(conditions, current) is not Verdict.PROCEED:
+        return Commit.CHANGED
+    claims = {row.volume: row.state for row in rows.values() if row.path == record.path and row.state in CLAIMS}
+    if not claims.keys() >= set(record.volumes):
+        return Commit.LOST
+    versions = {row.version for row in rows.values() if row.state not in CLAIMS}
+    if current is not None:
+        versions.add(current.version)
+    if all(version < record.version for version in versions):
+        return Commit.DONE
+    overtaken = all(state is PendingState.OVERTAKEN for state in claims.values())
+    return Commit.OVERTAKEN if overtaken else Commit.LOST
+
+
+def plan_put(
+    record: Record, conditions: Conditions, current: Record | None, rows: Rows,
+    now_s: float, delay_s: float, doubts: Doubts,
+) -> dict[Place, Pending]:  # fmt: skip
+    """Return what is pending on the key after the PUT that made `record` is DONE."""
+    after = end_claims(rows, record.path, record.volumes, now_s, doubts)
+    after = tell_others(after, record.path, conditions, now_s)
+    if current is not None:
+        after = bury(after, current.path, current.volumes, now_s, delay_s)
+    return after
+
+
+def plan_delete(
+    current: Record, conditions: Conditions, rows: Rows, now_s: float, delay_s: float
+) -> dict[Place, Pending]:
+    """Return what is pending on the key after `current` is deleted."""
+    after = bury(rows, current.path, current.volumes, now_s, delay_s)
+    return tell_others(after, "", conditions, now_s)
+
+
+def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
+    """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was just deleted there.
+
+    Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does.
+    """
+    found = seen.get((row.volume, row.path))
+    if found is None:
+        return False
+    return row.doubt_s is None or row.sent <= found
+
+
+def plan_marks(rows: Rows, seen: Mapping[Place, bool], copies: int) -> dict[str, list[str]]:
+    """Return path of a blob -> volumes that may still show its sidecar, for each dead version that needs marks.
+
+    `rows` are what is pending on a key, `seen` as in is_gone; a version needs `copies` marks.
+    """
+    marks = Counter(row.version for row in rows.values() if row.state is PendingState.MARK and row.doubt_s is None)
+    needed = defaultdict[str, list[str]](list)
+    for row in rows.values():
+        if row.state in DEAD and not is_gone(row, seen) and marks[row.version] < copies:
+            needed[row.path].append(row.volume)
+    return dict(needed)
+
+
+def paths_to_delete(row: Pending) -> tuple[str, ...]:
+    """Return the files to delete for a row that is due, in that order: a blob without a sidecar is nothing."""
+    if row.state is PendingState.MARK:
+        return (row.path,)
+    return (sidecar_path(row.path), row.path) if row.state in DEAD else ()
+
+
+def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
+    """Return what becomes of a row when its place has been deleted (`found`) or was not there; None: it is done with.
+
+    A place that a write may still come to is looked at again, ever more seldom.
+    """
+    gone = is_gone(row, {(row.volume, row.path): found})
+    if row.state not in DEAD or gone or row.doubt_s is None or row.doubt_s <= now_s:
+        return None
+    attempts = row.attempts + 1
+    due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
+    return replace(row, state=PendingState.WATCHED, attempts=attempts, due_s=due_s, sent=row.sent - found)
+
+
 def authorize(
     tokens: Collection[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
 ) -> str:
@@ -735,24 +985,38 @@ def parse_list_query(query: str) -> ListQuery:
 # SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it. Calls that wait
 # while a thread works are handed to it together, so that they share one hop, and mutations one transaction.
 #
-# A claim says where somebody is about to write a replica that no record names yet. It is there before the first byte,
-# and goes in the transaction that commits the record. So what a crash leaves on the volumes is known: when the process
-# of that number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
+# What is on a volume and in no record is in `pending`. A claim is there before the first byte is written, and goes in
+# the transaction that commits the record. So what a crash leaves on the volumes is known: when the process of that
+# number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
+#
+# Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a step of the wall
+# clock neither hastens nor delays a deletion. After a boot of the machine it goes on from the wall clock.
 
-SCHEMA_VERSION = 1
-SCHEMA = f"""
+SCHEMA_VERSION = 2
+RECORDS = """
 CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
     digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL,
-    since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
-CREATE INDEX garbage_due ON garbage (volume, due);
-CREATE INDEX garbage_since ON garbage (since);
-CREATE TABLE claim (path TEXT NOT NULL, volume TEXT NOT NULL, owner INTEGER NOT NULL,
-    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
 """
+PENDING = """
+CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT NULL, owner INTEGER, due REAL,
+    attempts INTEGER NOT NULL, since REAL NOT NULL, doubt REAL, sent INTEGER NOT NULL,
+    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
+CREATE INDEX pending_due ON pending (volume, due) WHERE due IS NOT NULL;
+CREATE INDEX pending_since ON pending (since) WHERE state = 'garbage';
+CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
+INSERT INTO clock VALUES ('', 0);
+"""
+FROM_1_TO_2 = """
+INSERT INTO pending SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
+INSERT OR IGNORE INTO pending SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
+DROP TABLE garbage;
+DROP TABLE claim;
+"""
+STEPS = {0: RECORDS + PENDING, 1: PENDING + FROM_1_TO_2}  # from a schema to this one
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
+PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
@@ -765,11 +1029,29 @@ def record_of_row(row: Iterable[Any]) -> Record:
     return Record(key=key, version=version, volumes=where, size=size, digest=digest, content_type=content_type, ext=ext)
 
 
+def pending_of_row(row: Iterable[Any]) -> Pending:
+    path, volume, state, owner, due, attempts, since, doubt, sent = row
+    return Pending(
+        path=path, volume=volume, state=PendingState(state), owner=owner,
+        due_s=due, attempts=attempts, since_s=since, doubt_s=doubt, sent=sent,
+    )  # fmt: skip
+
+
+def row_of_pending(p: Pending) -> tuple[Any, ...]:
+    return p.path, p.volume, p.state, p.owner, p.due_s, p.attempts, p.since_s, p.doubt_s, p.sent
+
+
+def read_clock(db: sqlite3.Connection) -> float:
+    """Return the time by the index's own clock, in seconds."""
+    return time.monotonic() + float(db.execute("SELECT ahead FROM clock").fetchone()[0])
+
+
 class Transaction:
-    """What a mutation may do: the records, the garbage, and with both, always, the totals."""
+    """What a mutation may do: the records, what is pending, and with both, always, the totals."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        self._db, self._now = db, time.time()
+        self._db = db
+        self.now_s = read_clock(db)
         self._totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def get(self, key: str) -> Record | None:
@@ -791,50 +1073,128 @@ class Transaction:
             self._totals[name][0] += sign
             self._totals[name][1] += sign * record.size
 
-    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0) -> None:
-        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+    def pending_below(self, start: str) -> dict[Place, Pending]:
+        """Return what is pending on paths that begin with `start`: of a key, of a version, or at one path."""
+        query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
+        rows = map(pending_of_row, self._db.execute(query, (start, after_prefix(start))))
+        return {(row.volume, row.path): row for row in rows}
+
+    def pending_of(self, key: str) -> dict[Place, Pending]:
+        return self.pending_below(blob_path(key, "", ""))
+
+    def change(self, before: Rows, after: Rows) -> None:
+        """Make `after` of the rows `before`, and keep the total of the garbage."""
+        for place, old in before.items():
+            if place not in after:
+                self._db.execute("DELETE FROM pending WHERE path = ? AND volume = ?", (old.path, old.volume))
+        for place, new in after.items():
+            if before.get(place) != new:
+                self._db.execute("INSERT OR REPLACE INTO pending VALUES (?,?,?,?,?,?,?,?,?)", row_of_pending(new))
+        for rows, sign in ((before, -1), (after, 1)):
+            garbage = [row for row in rows.values() if row.state is PendingState.GARBAGE]
+            self._totals[GARBAGE][0] += sign * len(garbage)
+
+    def draw_path(self, key: str, ext: str) -> str:
+        """Return the path of a new version of `key`, higher than all that is known of it, dead or alive."""
+        current = self.get(key)
+        versions = [row.version for row in self.pending_of(key).values()]
+        if current is not None:
+            versions.append(current.version)
+        version = next_version(time.time_ns(), max(versions, default=None), random.getrandbits(16))
+        return blob_path(key, version, ext)
+
+    def claim(self, path: str, volumes: Iterable[str], owner: int, state: PendingState) -> None:
+        """Note that `owner` is about to write at `path`. What is in doubt stays so."""
+        before = self.pending_below(path)
+        if any(row.state is PendingState.OVERTAKEN for row in before.values()):
+            state = PendingState.OVERTAKEN
+        after = dict(before)
         for volume in volumes:
-            row = (path, volume, self._now + delay_s, 0, self._now)
-            query = "INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)"
-            self._totals[GARBAGE][0] += self._db.execute(query, row).rowcount
+            new = Pending(path=path, volume=volume, state=state, owner=owner)
+            old = before.get((volume, path))
+            if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
+                new = replace(new, doubt_s=self.now_s + BROKEN_S, sent=old.sent + 1)
+            elif old is not None and old.doubt_s is not None:
+                new = replace(new, doubt_s=old.doubt_s, sent=old.sent + 1)
+            after[volume, path] = new
+        self.change(before, after)
 
-    def garbage_of(self, key: str) -> list[tuple[str, str]]:
-        """Return (volume, path) of all that `key` has left, of any version: garbage, and copies by a tool."""
-        start = blob_path(key, "", "")
-        query = """SELECT volume, path FROM garbage WHERE path >= ?1 AND path < ?2
-            UNION SELECT volume, path FROM claim WHERE path >= ?1 AND path < ?2 AND owner = ?3"""
-        return list(self._db.execute(query, (start, after_prefix(start), TOOL)))
+    def end_claims(self, path: str, named: Collection[str], doubts: Doubts = NO_DOUBTS) -> None:
+        """End all claims at `path`: the record names the volumes in `named`, what the others have is garbage."""
+        before = self.pending_below(path)
+        self.change(before, end_claims(before, path, named, self.now_s, doubts))
 
-    def garbage_at(self, path: str) -> list[tuple[str, str]]:
-        return list(self._db.execute("SELECT volume, path FROM garbage WHERE path = ?", (path,)))
+    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0, doubts: Doubts = NO_DOUBTS) -> None:
+        """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+        before = self.pending_below(path)
+        self.change(before, bury(before, path, volumes, self.now_s, delay_s, doubts))
 
-    def settle_garbage(self, gone: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]]) -> None:
-        """Forget the (volume, path) that are gone; put off the (volume, path, attempts) that failed."""
-        for volume, path in gone:
-            query = "DELETE FROM garbage WHERE path = ? AND volume = ?"
-            self._totals[GARBAGE][0] -= self._db.execute(query, (path, volume)).rowcount
-        for volume, path, attempts in failed:
-            query = "UPDATE garbage SET due = ?, attempts = ? WHERE path = ? AND volume = ?"
-            self._db.execute(query, (self._now + retry_delay_s(attempts), attempts, path, volume))
+    def keep(self, path: str, volumes: Collection[str]) -> None:
+        """Take back that what is at `path` on `volumes` is garbage: a record names it."""
+        before = self.pending_below(path)
+        after = dict(before)
+        for place, row in before.items():
+            if row.path == path and row.volume in volumes:
+                del after[place]
+                if row.doubt_s is not None:
+                    after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+        self.change(before, after)
 
-    def claim(self, path: str, volumes: Iterable[str], owner: int) -> None:
-        rows = [(path, volume, owner) for volume in volumes]
-        self._db.executemany("INSERT OR REPLACE INTO claim VALUES (?,?,?)", rows)
+    def settle(self, seen: Mapping[Place, bool], failed: Collection[Place] = ()) -> None:
+        """Note where garbage has been deleted (place -> whether its sidecar was there), and where that failed: there it
+        is tried again later."""
+        for place in (*seen, *failed):
+            volume, path = place
+            before = self._row_at(volume, path)
+            after = {}
+            for row in before.values():
+                new = settle(row, seen[place], self.now_s) if place in seen else self._put_off(row)
+                if new is not None:
+                    after[place] = new
+            self.change(before, after)
+            if not after:
+                self._release_marks(path)
 
-    def take_claims(self, path: str) -> set[str]:
-        """End the claims on `path`; return the volumes that stood in them."""
-        return {row[0] for row in self._db.execute("DELETE FROM claim WHERE path = ? RETURNING volume", (path,))}
+    def note_found(self, places: Iterable[Place]) -> None:
+        """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
+        for volume, path in places:
+            before = self._row_at(volume, path)
+            self.change(before, {place: replace(row, sent=row.sent - 1) for place, row in before.items()})
 
-    def discard(self, path: str, delay_s: float) -> None:
-        """Make garbage of what is claimed at `path`; once it is committed, nothing is."""
-        self.add_garbage(path, self.take_claims(path), delay_s)
+    def _put_off(self, row: Pending) -> Pending:
+        attempts = row.attempts + 1
+        return replace(row, attempts=attempts, due_s=self.now_s + retry_delay_s(attempts))
 
-    def release_claims(self, owner: int, workers: int, delay_s: float) -> None:
-        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now,
-        due in `delay_s`: a volume may still be writing."""
-        query = "DELETE FROM claim WHERE owner = ? OR owner >= ? RETURNING path, volume"
-        for path, volume in self._db.execute(query, (owner, workers)).fetchall():
-            self.add_garbage(path, [volume], delay_s)
+    def _row_at(self, volume: str, path: str) -> dict[Place, Pending]:
+        """Return the row there, unless somebody has claimed the place meanwhile."""
+        rows = self.pending_below(path)
+        return {place: row for place, row in rows.items() if place == (volume, path) and row.state not in CLAIMS}
+
+    def _release_marks(self, path: str) -> None:
+        """Have the marks of a version deleted if nothing else of it is pending."""
+        before = self.pending_below(path[:STEM])
+        if all(row.state is PendingState.MARK for row in before.values()):
+            self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
+
+    def add_marks(self, path: str, volumes: Iterable[str], doubtful: Iterable[str]) -> None:
+        """Note that `volumes` have the mark of the version of the blob at `path`, and those in `doubtful` perhaps."""
+        mark = mark_path(path)
+        before = self.pending_below(mark)
+        after = dict(before)
+        for volume in volumes:
+            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
+        for volume in doubtful:
+            doubt_s = self.now_s + HUNG_S
+            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
+        self.change(before, after)
+        self._release_marks(path)
+
+    def release_claims(self, owner: int, workers: int) -> None:
+        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now. The
+        volumes may still carry out what they were sent."""
+        query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
+        for (path,) in self._db.execute(query, (owner, workers)).fetchall():
+            self.end_claims(path, (), {volume: BROKEN_S for volume, _ in self.pending_below(path)})
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -843,40 +1203,70 @@ class Transaction:
         self._db.executemany(query, [(name, *total) for name, total in self._totals.items()])
 
 
-def commit_put(tx: Transaction, record: Record, conditions: Conditions, delay_s: float) -> bool:
-    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new. Whichever
-    version loses becomes garbage in the same transaction, and so does what claimed volumes hold besides. A write that
-    began before the current version is answered as if it had come just before it. An MkvError undoes no garbage."""
-    current, claimed = tx.get(record.key), tx.take_claims(record.path)
-    if current and current.version == record.version:  # two writes drew one version: neither may become garbage here
-        raise Unavailable("another write of this key took the same version; send it again")
-    failed = decide_conditions(conditions, current) is not Verdict.PROCEED
-    released = not claimed.issuperset(record.volumes)  # by a process that took our number: it may be deleting already
-    if failed or released or (current and current.version > record.version):
-        tx.add_garbage(record.path, claimed.union(record.volumes), delay_s)
-        if failed:
+class Lost(Unavailable):
+    """Newer writes of the key leave no moment at which this PUT could have happened: it has to begin anew."""
+
+
+def commit_put(
+    tx: Transaction, record: Record, conditions: Conditions, delay_s: float, doubts: Doubts = NO_DOUBTS
+) -> bool:
+    """Carry out decide_put; return whether the key is new. If it raises, nothing has changed."""
+    current = tx.get(record.key)
+    rows = tx.pending_of(record.key)
+    match decide_put(record, conditions, current, rows):
+        case Commit.CHANGED:
             raise PreconditionFailed("the key has changed meanwhile")
-        if released:
-            raise Unavailable("another server has started with this index; send it again")
-        return False
-    tx.add_garbage(record.path, claimed.difference(record.volumes), delay_s)
-    if current:
-        tx.remove(current)
-        tx.add_garbage(current.path, current.volumes, delay_s)
-    tx.insert(record)
-    return current is None
+        case Commit.LOST:
+            raise Lost("another write of this key came in between; send it again")
+        case Commit.OVERTAKEN:
+            tx.end_claims(record.path, (), doubts)
+            return False
+        case Commit.DONE:
+            tx.change(rows, plan_put(record, conditions, current, rows, tx.now_s, delay_s, doubts))
+            if current is not None:
+                tx.remove(current)
+            tx.insert(record)
+            return current is None
+        case never:
+            assert_never(never)
 
 
-def commit_delete(tx: Transaction, key: str, conditions: Conditions, delay_s: float) -> list[tuple[str, str]]:
-    """Move the key's replicas to the garbage; return (volume, path) of all versions whose sidecars must go now."""
+def commit_delete(
+    tx: Transaction, key: str, conditions: Conditions, delay_s: float,
+    answering: Collection[str] | None = None, copies: int = 1,
+) -> dict[Place, Pending]:  # fmt: skip
+    """Delete the record; return what is then pending on the key: no sidecar may stay there. If it raises, nothing has
+    changed.
+
+    Where a sidecar cannot be deleted now the version has to get `copies` marks. If there are too few volumes for that,
+    `answering` are those on which sidecars can be deleted at least.
+    """
     current = tx.get(key)
+    rows = tx.pending_of(key)
     if current is None:
         raise NotFound("no such key")
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         raise PreconditionFailed("the key is not what the condition asks for")
+    after = plan_delete(current, conditions, rows, tx.now_s, delay_s)
+    if answering is not None:
+        seen = {(volume, path): False for volume, path in after if volume in answering}
+        if plan_marks(after, seen, copies):
+            raise Unavailable("too few volumes are up to note that it is deleted, for those that are down")
+    tx.change(rows, after)
     tx.remove(current)
-    tx.add_garbage(current.path, current.volumes, delay_s)
-    return tx.garbage_of(key)
+    return after
+
+
+def discard_put(tx: Transaction, key: str, path: str, doubts: Doubts) -> tuple[dict[Place, Pending], bool]:
+    """Make garbage of what a PUT that is refused has written at `path`; return that, and whether the key's record is
+    newer, so that no rebuild could take it instead. Once the PUT is committed, nothing happens."""
+    current = tx.get(key)
+    if not path or (current is not None and current.path == path):
+        return {}, True
+    before = tx.pending_below(path)
+    after = plan_discard(before, path, tx.now_s, doubts)
+    tx.change(before, after)
+    return after, current is not None and current.version > version_of(path)
 
 
 def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
@@ -901,6 +1291,18 @@ def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
             facts = {"key": record.key, "size": record.size, "etag": record.etag}
             page["keys"].append(facts | {"content_type": record.content_type, "modified": when})
     return page
+
+
+def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
+    """Return some of what is due on a volume, the oldest first."""
+    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
+    return [pending_of_row(row) for row in db.execute(query, (volume, read_clock(db)))]
+
+
+def read_garbage_age(db: sqlite3.Connection) -> float:
+    """Return for how many seconds the oldest garbage has waited, 0 if there is none."""
+    oldest = db.execute("SELECT min(since) FROM pending WHERE state = 'garbage'").fetchone()[0]
+    return max(0.0, read_clock(db) - oldest) if oldest is not None else 0.0
 
 
 def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
@@ -988,7 +1390,8 @@ def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connect
 
 
 def prepare_index(db: sqlite3.Connection) -> None:
-    """Make the tables of a new index; raises sqlite3.DatabaseError if it is of another schema."""
+    """Make the tables of a new index, bring an older one to this schema, set the clock after a boot; raises
+    sqlite3.DatabaseError if it is of another schema."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -1001,10 +1404,30 @@ def prepare_index(db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (*STEPS, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
-        for statement in SCHEMA.split(";") if version == 0 else ():
+        if version not in (0, SCHEMA_VERSION):
+            keep_copy(db, version)
+        for statement in STEPS.get(version, "").split(";"):
             db.execute(statement)
+        if version != SCHEMA_VERSION:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else "unknown"
+        ahead = time.time() - time.monotonic()
+        db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+
+
+def keep_copy(db: sqlite3.Connection, version: int) -> None:
+    """Copy an index of an older schema, which nobody else can change now, to a file of its own beside it."""
+    path = db.execute("PRAGMA database_list").fetchone()[2]
+    if not path:
+        return  # in memory
+    target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    log.warning(
+        "the index %s is brought from schema %d to %d; a copy is kept as %s", path, version, SCHEMA_VERSION, target
+    )
 
 
 def lock_file(path: str, exclusive: bool) -> int:
@@ -1220,9 +1643,10 @@ class VolumeClient:
         """Store small files, path -> bytes, in that order; raises VolumeError unless all are answered for."""
         await self._exchange("PUT", files.items(), trail)
 
-    async def delete(self, paths: Iterable[str], trail: str = "") -> None:
-        """Delete files in that order; one that is not there is no error. Raises VolumeError."""
-        await self._exchange("DELETE", [(path, b"") for path in paths], trail)
+    async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
+        """Delete files in that order; return which of them were there. Raises VolumeError."""
+        answers = await self._exchange("DELETE", [(path, b"") for path in paths], trail)
+        return [status != 404 for status, _ in answers]
 
     async def probe(self, write: bool) -> None:
         """See whether the volume answers, or takes writes; raises VolumeError."""
@@ -1445,6 +1869,7 @@ class Metrics:
 # The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
 
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
+WRITE_ATTEMPTS = 4  # of a small PUT that other writes of its key leave no moment for
 MEETING_PATIENCE_S = 2.0  # how long a start or a reload waits for the first probe of a new volume
 
 
@@ -1488,16 +1913,17 @@ class Hasher:
 
 
 class Write:
-    """One PUT on its way to its volumes. `touched` may hold something of it, `done` hold all of it."""
+    """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
-    def __init__(
-        self, view: View, states: States, draft: Draft, version: str, trail: str,
-        claim: Callable[[str, Collection[str]], Awaitable[None]],
-    ) -> None:  # fmt: skip
-        self._view, self._states, self._draft, self._version, self._trail = view, states, draft, version, trail
-        self._claim = claim
-        self.path, self._hasher = blob_path(draft.key, version, draft.ext), Hasher(draft.digests)
-        self.touched, self.done, self.failed = set[str](), list[str](), dict[str, VolumeError]()
+    def __init__(self, view: View, states: States, draft: Draft, trail: str, index: Index, owner: int) -> None:
+        self._view, self._states, self._draft, self._trail = view, states, draft, trail
+        self._index, self._owner = index, owner
+        self._hasher = Hasher(draft.digests)
+        self.path = ""
+        self.claimed = set[str]()  # where something of it may be
+        self.doubts = dict[str, float]()  # of these, where all of it was sent, and was not answered
+        self.done = list[str]()  # where all of it is
+        self.failed = dict[str, VolumeError]()
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
@@ -1509,31 +1935,36 @@ class Write:
         return names if step is Step.WRITE_MORE else ()
 
     async def _plan_and_claim(self, done: Collection[str]) -> tuple[str, ...]:
-        if names := self.plan(done):
-            self.touched.update(names)
-            await self._claim(self.path, names)
+        names = self.plan(done)
+        if names:
+            self.claimed.update(names)
+            await self._index.write(partial(self._claim, names))
         return names
 
-    async def run(self, body: AsyncIterator[bytes]) -> Record:
-        """Write `body` and its sidecars; return the record to commit. Raises MkvError."""
-        held, small = bytearray(), self._draft.size is None or self._draft.size <= SMALL_BLOB
-        while small and (chunk := await anext(body, b"")):
-            held += chunk
-            small = len(held) <= SMALL_BLOB
-        record = await (self._write_small(bytes(held)) if small else self._write_large(bytes(held), body))
-        return replace(record, volumes=tuple(sorted(self.done)))
+    def _claim(self, names: Collection[str], tx: Transaction) -> None:
+        if not self.path:
+            self.path = tx.draw_path(self._draft.key, self._draft.ext)
+        bound = not is_unconditional(self._draft.conditions)
+        tx.claim(self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED)
 
-    async def _write_small(self, blob: bytes) -> Record:
-        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
+    async def store_small(self, blob: bytes) -> Record:
+        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order. Return the record
+        to commit; raises MkvError."""
         self._hasher.update(blob)
-        record, sidecar = self._finish_body()
-        files = {self.path: blob} | sidecar
+        digest = self._finish_body()
         while names := await self._plan_and_claim(self.done):
-            self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
-        return record
+            record = self._make_record(digest)
+            files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
+            self.doubts |= dict.fromkeys(names, HUNG_S)
+            self.done += await self._each(names, partial(self._put_files, files))
+        return self._make_record(digest)
 
-    async def _write_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
-        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
+    async def _put_files(self, files: Mapping[str, bytes], name: str) -> None:
+        await self._view.clients[name].put(files, self._trail)
+
+    async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
+        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
+        Return the record to commit; raises MkvError."""
         clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
         try:
             while names := await self._plan_and_claim(uploads):
@@ -1549,12 +1980,15 @@ class Write:
                         self.failed[name] = error
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
-            record, sidecar = self._finish_body()
+            digest = self._finish_body()
+            self.doubts |= dict.fromkeys(uploads, HUNG_S)
             await self._each(uploads, lambda name: uploads[name].finish())
             self._drop_failed(uploads)
-            self.done += await self._each(uploads, lambda name: clients[name].put(sidecar, self._trail))
+            sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
+            self.doubts |= dict.fromkeys(uploads, HUNG_S)
+            self.done += await self._each(uploads, partial(self._put_files, sidecar))
             self._drop_failed(uploads)
-            return record
+            return self._make_record(digest)
         finally:
             for upload in uploads.values():
                 upload.abort()
@@ -1564,6 +1998,10 @@ class Write:
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
+            if isinstance(result, VolumeDown) and name in self.doubts:
+                self.doubts[name] = BROKEN_S
+            elif not isinstance(result, VolumeTimeout):
+                self.doubts.pop(name, None)
             if isinstance(result, VolumeError):
                 self.failed[name] = result
             elif isinstance(result, BaseException):
@@ -1580,14 +2018,31 @@ class Write:
             why = "; ".join(map(str, self.failed.values()))
             raise Unavailable(f"{why}; a large blob cannot begin anew elsewhere: send it again")
 
-    def _finish_body(self) -> tuple[Record, dict[str, bytes]]:
-        """Return the record (without volumes) of the body that is now complete, and its sidecar as path -> bytes."""
-        d, size = self._draft, self._hasher.size
-        if d.size not in (None, size):
-            raise BadRequest(f"the body has {size} bytes, Content-Length says {d.size}")
-        facts = {"key": d.key, "version": self._version, "content_type": d.content_type, "ext": d.ext}
-        record = Record(volumes=(), size=size, digest=self._hasher.finish(), **facts)
-        return record, {sidecar_path(self.path): encode_sidecar(record)}
+    def _finish_body(self) -> str:
+        """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
+        expected, size = self._draft.size, self._hasher.size
+        if expected not in (None, size):
+            raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
+        return self._hasher.finish()
+
+    def _make_record(self, digest: str) -> Record:
+        draft = self._draft
+        return Record(
+            key=draft.key, version=version_of(self.path), volumes=tuple(sorted(self.done)), size=self._hasher.size,
+            digest=digest, content_type=draft.content_type, ext=draft.ext,
+        )  # fmt: skip
+
+
+async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[bytes, bool]:
+    """Read a body of `size` bytes (None: not known) if it is small; return its beginning, and whether that is all."""
+    held = bytearray()
+    if size is not None and size > SMALL_BLOB:
+        return b"", False
+    while chunk := await anext(body, b""):
+        held += chunk
+        if len(held) > SMALL_BLOB:
+            return bytes(held), False
+    return bytes(held), True
 
 
 class Store:
@@ -1626,9 +2081,8 @@ class Store:
         await self._meet(self.view.clients.values())
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
         if number != TOOL:
-            delay_s = max(config.garbage_delay, config.volume_timeout)
             try:
-                await self.index.write(lambda tx: tx.release_claims(number, config.workers, delay_s))
+                await self.index.write(lambda tx: tx.release_claims(number, config.workers))
             except sqlite3.Error as error:  # a full disk: reads go on
                 log.error("index: %s; what the last run left on the volumes waits for the next start", error)
         if number == 0:
@@ -1692,45 +2146,116 @@ class Store:
     async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
         """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
         raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
-        view, current = self.view, await self.index.get(draft.key)
-        if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
+        view = self.view
+        if decide_conditions(draft.conditions, await self.index.get(draft.key)) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
-        version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(40))
-        write, delay_s = Write(view, self.health.states, draft, version, trail, self._claim), view.config.garbage_delay
-        write.plan(())  # says no before the body is asked for
-        try:
-            record = await write.run(body)
-            return record, await self.index.write(lambda tx: commit_put(tx, record, draft.conditions, delay_s))
-        except BaseException:
-            if write.touched:
-                await self._discard(view, draft.key, write)
-            raise
+        self._begin_write(view, draft, trail).plan(())  # says no before the body is asked for
+        begin, whole = await hold_small(body, draft.size)
+        attempts_left = WRITE_ATTEMPTS if whole else 1
+        while True:
+            write = self._begin_write(view, draft, trail)
+            attempts_left -= 1
+            try:
+                record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+                commit = partial(
+                    commit_put, record=record, conditions=draft.conditions, delay_s=view.config.garbage_delay,
+                    doubts=dict(write.doubts),
+                )  # fmt: skip
+                return record, await self.index.write(commit)
+            except BaseException as error:
+                if write.claimed:
+                    await self._discard(view, draft.key, write, trail)
+                if not isinstance(error, Lost) or not attempts_left:
+                    raise
 
-    async def _claim(self, path: str, volumes: Collection[str]) -> None:
-        await self.index.write(lambda tx: tx.claim(path, volumes, self._number))
+    def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
+        return Write(view, self.health.states, draft, trail, self.index, self._number)
 
-    async def _discard(self, view: View, key: str, write: Write) -> None:
-        """Make garbage of what a failed PUT wrote; if not even the index can be written, delete it right here."""
-        path, names, delay_s = write.path, write.touched, view.config.garbage_delay
+    async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
+        """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
         try:
-            await self.index.write(lambda tx: tx.discard(path, delay_s))
+            rows, outlived = await self.index.write(lambda tx: discard_put(tx, key, write.path, write.doubts))
         except sqlite3.Error as error:
-            log.error("index: %s; deleting what was written for %r at once", error, key)
-            current = await self.index.get(key)
-            if current is None or current.path != path:  # else the commit that seemed to fail did not
-                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in names)
+            log.error("index: %s; deleting what was written for %r all the same", error, key)
+            path, current = write.path, await self.index.get(key)
+            if path and (current is None or current.path != path):  # else the commit that seemed to fail did not
+                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed)
                 await asyncio.gather(*deletes, return_exceptions=True)
+        else:
+            copies = 0 if outlived else view.config.min_replicas
+            await self._bury(view, key, rows, trail, copies, and_blobs=True)
 
     async def delete(self, key: str, conditions: Conditions, trail: str) -> None:
-        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer (I4)."""
-        config, sidecars = self.view.config, defaultdict[str, list[str]](list)
-        for name, path in await self.index.write(lambda tx: commit_delete(tx, key, conditions, config.garbage_delay)):
-            if name in self.view.clients and not self.health.is_down(name):
-                sidecars[name].append(sidecar_path(path))
-        deletes = (self.view.clients[name].delete(paths, trail) for name, paths in sidecars.items())
-        with contextlib.suppress(TimeoutError):  # what was not reached waits in the garbage
+        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer; for the
+        others there are marks (I4). Raises Unfinished if volumes fail just then."""
+        view, states = self.view, self.health.states
+        delay_s, copies = view.config.garbage_delay, view.config.min_replicas
+        up = [name for name in view.clients if states.get(name) is State.UP]
+        answering = None
+        if len(up) < copies:
+            answering = frozenset(name for name in view.clients if not self.health.is_down(name))
+        rows = await self.index.write(lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies))
+        if not await self._bury(view, key, rows, trail, copies):
+            raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
+
+    async def _bury(self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False) -> bool:
+        """Delete the sidecars of a key's dead versions from all volumes that answer soon; where that cannot be done, or
+        proves nothing, put `copies` marks of the version on others. Return whether that succeeded."""
+        sidecars = defaultdict[str, list[Place]](list)
+        for (volume, path), row in rows.items():
+            if row.state in DEAD and volume in view.clients and not self.health.is_down(volume):
+                sidecars[volume].append((volume, path))
+        seen = dict[Place, bool]()
+
+        async def delete(volume: str, places: list[Place]) -> None:
+            paths = [sidecar_path(path) for _, path in places]
+            if and_blobs:
+                paths += [path for _, path in places]
+            found = await view.clients[volume].delete(paths, trail)
+            seen.update(zip(places, found, strict=False))
+
+        deletes = (delete(volume, places) for volume, places in sidecars.items())
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DELETE_PATIENCE_S):
                 await asyncio.gather(*deletes, return_exceptions=True)
+        proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
+        if and_blobs and seen:
+            await self.index.write(lambda tx: tx.settle(seen))
+        elif proofs:
+            await self.index.write(lambda tx: tx.note_found(proofs))
+        needed = plan_marks(rows, seen, copies)
+        if not needed:
+            return True
+        silent = {volume for volume, places in sidecars.items() if not seen.keys() >= set(places)}
+        return await self._put_marks(view, key, needed, silent, copies)
+
+    async def _put_marks(
+        self, view: View, key: str, needed: Mapping[str, Collection[str]], silent: Collection[str], copies: int
+    ) -> bool:
+        """Put the marks of dead versions (path of the blob -> volumes that may show its sidecar) on `copies` volumes
+        that are up, if possible others than these, and note them in the index. Return whether that succeeded."""
+        files = {mark_path(path): encode_mark(path, volumes) for path, volumes in needed.items()}
+        doubted = set[str]().union(*needed.values())
+        states = self.health.states
+        fit = [name for name in view.clients if states.get(name) is State.UP and name not in silent]
+        waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + key)))
+        done = list[str]()
+        failed = list[str]()
+
+        async def put(name: str) -> None:
+            try:
+                await view.clients[name].put(files)
+                done.append(name)
+            except VolumeError:
+                failed.append(name)
+
+        while waiting and len(done) < copies:
+            missing = copies - len(done)
+            await asyncio.gather(*map(put, waiting[:missing]))
+            waiting = waiting[missing:]
+        for path in needed:
+            await self.index.write(lambda tx, path=path: tx.add_marks(path, done, failed))  # type: ignore[misc]
+        return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:
         """Return one page as JSON, made on the reader's thread."""
@@ -1765,11 +2290,11 @@ class Store:
 
     async def render_metrics(self) -> str:
         status = await self.status()
-        oldest = await self.index.read(lambda db: db.execute("SELECT min(since) FROM garbage").fetchone()[0])
+        oldest_s = await self.index.read(read_garbage_age)
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
-            "mkv_garbage_oldest_age_seconds": max(0.0, time.time() - oldest) if oldest else 0,
+            "mkv_garbage_oldest_age_seconds": oldest_s,
         }  # fmt: skip
         for volume in status["volumes"]:
             label = f'volume="{volume["name"]}"'
@@ -1794,26 +2319,25 @@ class Store:
         return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
-        query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
         name = client.volume.name
-        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time())).fetchall()))
-        gone, failed = list[tuple[str, str]](), list[tuple[str, str, int]]()
+        due = iter(await self.index.read(partial(select_due, name)))
+        seen = dict[Place, bool]()
+        failed = list[Place]()
 
         async def collect() -> None:
-            for path, attempts in due:
+            for row in due:
                 if self.health.is_down(name):
                     return
                 try:
-                    await client.delete([sidecar_path(path)])  # first: a blob without it is an unfinished write
-                    await client.delete([path])
-                    gone.append((name, path))
+                    found = [(await client.delete([path]))[0] for path in paths_to_delete(row)]
+                    seen[name, row.path] = bool(found) and found[0]
                 except VolumeError:
-                    failed.append((name, path, attempts + 1))
+                    failed.append((name, row.path))
 
         await asyncio.gather(*(collect() for _ in range(4)))
-        if gone or failed:
-            await self.index.write(lambda tx: tx.settle_garbage(gone, failed))
-        return len(gone)
+        if seen or failed:
+            await self.index.write(lambda tx: tx.settle(seen, failed))
+        return len(seen)
 
 
 # == HTTP =============================================================================================================

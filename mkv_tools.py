@@ -71,11 +71,11 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, COLUMNS, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index,
-    MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
-    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar,
-    encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults, read_totals,
-    record_of_row, run_embedded, sidecar_path, sync_folder,
+    ALL_KEYS, BROKEN_S, CLAIMS, COLUMNS, GARBAGE, HUNG_S, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config,
+    ConfigError, Hasher, Index, MkvError, NotFound, PendingState, Record, Ring, SqliteThread, State, Store, Token,
+    Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest,
+    add_settings, after_prefix, decode_sidecar, encode_sidecar, get_all, load_config, lock_file, parse_path,
+    prepare_index, print_faults, read_totals, record_of_row, run_embedded, sidecar_path, sync_folder,
 )
 # isort: on
 # fmt: on
@@ -439,10 +439,11 @@ def claim(tx: Transaction, move: Move) -> str:
     """Claim where `move` will write; return why it must not begin, if so."""
     if tx.get(move.record.key) != move.record:
         return "changed"
-    if {(volume, move.record.path) for volume in move.copy}.intersection(tx.garbage_at(move.record.path)):
+    rows = [row for row in tx.pending_below(move.record.path).values() if row.volume in move.copy]
+    if any(row.due_s is not None and row.due_s <= tx.now_s for row in rows):
         return "waiting"  # the server may be deleting there just now
     set_record(tx, move.record, move.meanwhile)
-    tx.claim(move.record.path, move.copy, TOOL)  # or take a dead run's claims over
+    tx.claim(move.record.path, move.copy, TOOL, PendingState.COPYING)  # or take a dead run's claims over
     return ""
 
 
@@ -450,16 +451,19 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
-    claimed = tx.take_claims(move.record.path)
+    path = move.record.path
+    claimed = {row.volume for row in tx.pending_below(path).values() if row.path == path and row.state in CLAIMS}
     if tx.get(move.record.key) != move.meanwhile or not claimed.issuperset(move.copy):
         failed = "changed"
+    doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_S)  # of a dead run that this one has no use for
+    if failed not in ("", "changed"):
+        doubts |= dict.fromkeys(move.copy, HUNG_S)
     if failed:
-        tx.add_garbage(move.record.path, claimed)
+        tx.end_claims(path, (), doubts)
         return failed
     set_record(tx, move.meanwhile, move.after)
-    tx.add_garbage(
-        move.record.path, claimed.union(move.drop).difference(move.after.volumes), delay_s
-    )  # or a dead run's
+    tx.end_claims(path, move.after.volumes, doubts)
+    tx.add_garbage(path, move.drop, delay_s)
     return ""
 
 
@@ -726,8 +730,7 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             raise ToolError(str(error)) from None
         yield store
         if moving:
-            delay_s = max(config.garbage_delay, config.volume_timeout)
-            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize, delay_s))  # what nobody took over
+            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))  # what nobody took over
 
 
 def select_page(after: str, db: sqlite3.Connection) -> list[Record]:
@@ -794,7 +797,7 @@ def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
         raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
 
 
-GARBAGE_AND_CLAIMS = "SELECT volume, path FROM garbage UNION SELECT volume, path FROM claim"
+GARBAGE_AND_CLAIMS = "SELECT volume, path FROM pending WHERE state NOT IN ('mark', 'kept')"
 
 
 def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
@@ -841,7 +844,8 @@ class Rebuild:
             tx.insert(record)
             self.keys += 1
             self.bytes += record.size
-        tx.settle_garbage(alive, [])
+        for volume, path in alive:
+            tx.keep(path, [volume])
 
     async def _merge(self, run: list[str], on: On) -> None:
         """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
@@ -1270,7 +1274,8 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
         db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
         with copy:
-            copy.execute("DELETE FROM claim")  # by the time that it is restored, what is claimed now may be committed
+            # by the time that it is restored, what is claimed now may be committed
+            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
         if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
         return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
