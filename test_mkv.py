@@ -956,6 +956,15 @@ async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
     await index.close()
 
 
+@pytest.fixture
+def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
+    with contextlib.closing(sqlite3.connect(tmp_path / "i.db", isolation_level=None)) as db:
+        mkv.prepare_index(db)
+        transaction = mkv.Transaction(db)
+        transaction.insert(R)
+        yield transaction
+
+
 async def put(index: mkv.Index, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL) -> bool:
     return await index.write(lambda tx: claim_and_commit(tx, record, conditions))
 
@@ -1124,6 +1133,84 @@ async def test_index_of_another_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mkv.ConfigError, match="schema is 99"):
         await index.open()
     await index.close()
+
+
+FIRST_EDITION = """
+CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
+    digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL,
+    since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
+CREATE INDEX garbage_due ON garbage (volume, due);
+CREATE INDEX garbage_since ON garbage (since);
+CREATE TABLE claim (path TEXT NOT NULL, volume TEXT NOT NULL, owner INTEGER NOT NULL,
+    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
+CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+INSERT INTO record VALUES ('k', '00000000000000020000', 'a b', 5, 'x', 'a/b', '');
+INSERT INTO garbage VALUES ('/old', 'a', 7.0, 3, 6.0), ('/both', 'a', 7.0, 0, 6.0);
+INSERT INTO claim VALUES ('/new', 'b', 0), ('/both', 'a', 0);
+INSERT INTO total VALUES ('', 1, 5), ('a', 1, 5), ('b', 1, 5), ('*', 2, 0);
+PRAGMA user_version = 1;
+"""
+
+
+async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.db")) as db:
+        db.executescript(FIRST_EDITION)
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    assert (await index.get("k")) == replace(make_record("k", 2), digest="x")
+    rows = await all_pending(index)
+    assert {place: row.state.value for place, row in rows.items()} == {
+        ("a", "/old"): "garbage", ("a", "/both"): "garbage", ("b", "/new"): "claimed"
+    }  # fmt: skip
+    assert (rows["a", "/old"].due_s, rows["a", "/old"].attempts, rows["b", "/new"].owner) == (7.0, 3, 0)
+    await index.close()
+    (copy,) = tmp_path.glob("index.db.schema1.*")
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+        assert db.execute("SELECT count(*) FROM claim").fetchone() == (2,)
+    again = mkv.Index(str(tmp_path / "index.db"))
+    await again.open()
+    await again.close()
+    assert list(tmp_path.glob("index.db.schema1.*")) == [copy]
+
+
+@pytest.mark.parametrize("step_s", [3600.0, -3600.0])
+def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
+    tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, step_s: float
+) -> None:
+    tx.add_garbage("/p", ["a"], 10.0)
+    wall, monotonic = time.time, time.monotonic
+    monkeypatch.setattr(time, "time", lambda: wall() + step_s)
+    mkv.prepare_index(tx._db)  # as another process does that starts after the step
+    assert mkv.select_due("a", tx._db) == []
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 11.0)
+    assert [row.path for row in mkv.select_due("a", tx._db)] == ["/p"]
+
+
+def test_clock_of_the_index_goes_on_after_a_boot(
+    tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "boot").write_text("another boot\n")
+    tx.add_garbage("/p", ["a"], 10.0)
+    monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    mkv.prepare_index(tx._db)
+    assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
+
+
+@pytest.mark.parametrize("known", ["record", "garbage", "watched", "mark", "bound"])
+def test_version_is_higher_than_all_that_is_known_of_its_key(
+    tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    """Whatever is dead but still on a volume must not beat what is acknowledged later, in a rebuild."""
+    future = f"{time.time_ns() + 10**15:016x}"
+    if known == "record":
+        tx.insert(make_record("q", int(future, 16)))
+    else:
+        path = mkv.blob_path("q", future + "0000", "")
+        tx.change({}, {("a", path): mkv.Pending(path=path, volume="a", state=mkv.PendingState(known))})
+    assert mkv.version_of(tx.draw_path("q", "")) > future + "ffff"
 
 
 LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
@@ -2959,15 +3046,6 @@ def test_strays_are_what_neither_record_nor_garbage_names_and_not_young() -> Non
 # -- claim and commit --
 
 
-@pytest.fixture
-def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
-    with contextlib.closing(sqlite3.connect(tmp_path / "i.db", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        transaction = mkv.Transaction(db)
-        transaction.insert(R)
-        yield transaction
-
-
 MOVE = mkv_tools.Move(record=R, sources=("a",), keep=("a",), copy=("c",), drop=("b",))
 REPAIR = mkv_tools.Move(record=R, sources=("a",), keep=("a",), copy=("b",))
 
@@ -3050,6 +3128,172 @@ def test_delete_finds_a_tools_copies_but_not_those_of_a_put_under_way(tx: mkv.Tr
 
 
 # == Tools: rebuild ===================================================================================================
+
+
+def lose_the_index(cluster: Cluster) -> None:
+    for file in cluster.db.parent.glob("index.db*"):
+        file.unlink()
+
+
+def sidecars(cluster: Cluster) -> list[str]:
+    return sorted(path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".key"))
+
+
+def all_files(cluster: Cluster) -> list[str]:
+    return sorted(path for name in cluster.volumes for path in cluster.files(name))
+
+
+@on_nginx
+@pytest.mark.parametrize("way", ["down", "hung"])
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_lost(
+    cluster: Cluster, way: str, overwritten: bool
+) -> None:
+    """I4: marks on the other volumes say so, until the volume is back."""
+    names = ("volume1", "volume2", "volume3")
+    cluster.configure(*names, replicas=3, min_replicas=2, volume_timeout=0.5)
+    cluster.put({"gone": b"1", "stays": b"2"})
+    cluster.volumes["volume3"].signal(signal.SIGSTOP if way == "hung" else signal.SIGKILL)
+
+    async def work(store: Store) -> None:
+        if overwritten:
+            await put_one(store, "gone", b"new")
+        await store.delete("gone", mkv.UNCONDITIONAL, "")
+
+    cluster.use(work)
+    before = cluster.rows()
+    lose_the_index(cluster)
+    if way == "hung":
+        cluster.volumes["volume3"].signal(signal.SIGCONT)
+    else:
+        cluster.start("volume3")
+    assert len([path for path in all_files(cluster) if path.endswith(".del")]) >= 2
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+    with cluster.serve():
+        eventually(lambda: len(all_files(cluster)) == 6)  # of "stays": no garbage, no marks
+    assert cluster.tool("verify", "--grace", 0)[0] == 0
+
+
+@on_nginx
+def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> None:
+    """I2: else it could become the record if the index were lost just then."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, garbage_delay=3600.0)
+
+    async def work(store: Store) -> list[str]:
+        await put_one(store, "k", b"A")
+        etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
+
+        async def body() -> AsyncIterator[bytes]:
+            yield b"x" * (mkv.SMALL_BLOB + 1)
+            await put_one(store, "k", b"B")
+            yield b"y"
+
+        conditions = mkv.Conditions(if_match=(etag,))
+        with pytest.raises(mkv.PreconditionFailed):
+            await store.put(mkv.Draft("k", "a/b", "", None, conditions), body(), "")
+        return sidecars(cluster)
+
+    found = cluster.use(work)
+    before = cluster.rows()
+    assert len(found) == 6  # of A, for readers under way, and of B
+    lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+@on_nginx
+def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_lost(cluster: Cluster) -> None:
+    """A volume hangs, takes the PUT after it was refused, and the index is lost."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=0.5)
+    cluster.put({"k": b"old"})
+    before = cluster.rows()
+
+    async def work(store: Store) -> None:
+        cluster.volumes["volume3"].signal(signal.SIGSTOP)
+        with pytest.raises(mkv.Unavailable):
+            await put_one(store, "k", b"new")
+
+    cluster.use(work)
+    assert len(sidecars(cluster)) == 3
+    cluster.volumes["volume3"].signal(signal.SIGCONT)
+    eventually(lambda: len(sidecars(cluster)) == 4)  # the late write: this is what the test is about
+    lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+@on_nginx
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, index: str) -> None:
+    """The other worker answers the collector with 404, and the stopped one writes when it wakes."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2, volume_timeout=0.5)
+    worker, *others = children_of(cluster.volumes["volume3"].process.pid)
+    assert others, "nginx must have two workers or more"
+
+    async def work(store: Store) -> None:
+        await put_all(store, {f"warm{i}": b"x" for i in range(64)})
+        os.kill(worker, signal.SIGSTOP)
+        await asyncio.gather(*(put_one(store, f"k{i}", b"x") for i in range(16)))
+        for i in range(16):
+            await store.delete(f"k{i}", mkv.UNCONDITIONAL, "")
+        while (await store.status())["garbage"]:
+            await store.health.probe(store.view.clients["volume3"])
+            await store.collect_garbage()
+
+    try:
+        cluster.use(work)
+        before = cluster.rows()
+        known = len(sidecars(cluster))
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    eventually(lambda: len(sidecars(cluster)) > known)  # the late writes: this is what the test is about
+    if index == "lost":
+        lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+    with cluster.serve():
+        eventually(lambda: len(all_files(cluster)) == 64 * 6)
+
+
+@on_nginx
+def test_delete_is_refused_while_too_few_volumes_could_take_a_mark(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    cluster.put({"k": b"x"})
+    cluster.stop(*cluster.record("k").volumes)
+
+    async def refused(store: Store) -> None:
+        with pytest.raises(mkv.Unavailable):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+        assert (await store.find("k", mkv.UNCONDITIONAL))[0].size == 1
+
+    cluster.use(refused)
+
+
+@on_nginx
+def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    cluster.put({"k": b"x"})
+
+    async def work(store: Store) -> None:
+        cluster.stop(*cluster.record("k").volumes)
+        with pytest.raises(mkv.Unfinished):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+        with pytest.raises(mkv.NotFound):
+            await store.find("k", mkv.UNCONDITIONAL)
+
+    cluster.use(work)
+
+
+@on_nginx
+def test_sidecars_that_a_crash_left_are_deleted_at_the_next_start(cluster: Cluster) -> None:
+    """However long replaced blobs are kept for readers: nobody was ever sent to these."""
+    cluster.configure("volume1", "volume2", "volume3", garbage_delay=3600.0, volume_timeout=60.0)
+
+    async def work(store: Store) -> None:
+        write = store._begin_write(store.view, mkv.Draft("k", "a/b", "", 1), "")
+        await write.store_small(b"x")
+
+    cluster.use(work)
+    assert len(sidecars(cluster)) == 2
+    with cluster.serve():
+        eventually(lambda: not all_files(cluster))
 
 
 def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluster) -> None:
