@@ -11,9 +11,11 @@ import ast
 import asyncio
 import base64
 import contextlib
+import enum
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -23,19 +25,21 @@ import shutil
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from email.utils import parsedate_to_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -4232,3 +4236,1275 @@ def test_progress_is_plain_lines_off_a_terminal(
 
     asyncio.run(work())
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
+
+
+# == Linearizability ==================================================================================================
+# Clients write, read, list and delete a few keys while volumes and the server fail beneath them. The answers must have
+# an order: one that no clock contradicts and in which each answer is true. First the checker, then what it is fed with.
+
+ABSENT = ""  # the state of a key that is not there; else its state is the name of a value
+OTHER = "another value"  # any that an excerpt of a history does not mention
+SHORT_STORY = 8  # requests that are shown from their beginning
+FOREVER = 1 << 63  # ns; when a request that was never answered has ended
+
+Outcome = enum.Enum("Outcome", "SEEN DONE REFUSED")  # REFUSED: its condition did not hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One request about one key, as its client saw it. What is DONE but has no end was not answered: it may have
+    happened at any time since it began, or never."""
+
+    method: str
+    outcome: Outcome
+    value: str = ABSENT  # what it leaves, or what it saw
+    if_match: str = ""  # "*" or a value
+    if_new: bool = False  # If-None-Match: *
+    began: int  # ns of the monotonic clock
+    ended: int = FOREVER
+    client: int = 0
+    status: int = 0
+
+    @property
+    def is_optional(self) -> bool:
+        return self.outcome is Outcome.DONE and self.ended == FOREVER
+
+    @property
+    def kind(self) -> tuple[str, str, bool]:
+        """Unanswered requests of one kind can stand for each other."""
+        return self.value, self.if_match, self.if_new
+
+    def _condition_holds(self, state: str) -> bool:
+        if self.if_new and state != ABSENT:
+            return False
+        if self.if_match == "*":
+            return state != ABSENT
+        return self.if_match in ("", state)
+
+    def leaves(self, state: str) -> str | None:
+        """Return what it makes of `state`; None if its answer would be wrong there."""
+        match self.outcome:
+            case Outcome.SEEN:
+                return state if state == self.value else None
+            case Outcome.REFUSED:
+                return None if self._condition_holds(state) else state
+            case Outcome.DONE:
+                return self.value if self._condition_holds(state) else None
+
+    def __str__(self) -> str:
+        asked = self.method
+        if self.outcome is not Outcome.SEEN and self.method == "PUT":
+            asked += f" {self.value}"
+        if self.if_match:
+            asked += f" If-Match: {self.if_match}"
+        if self.if_new:
+            asked += " If-None-Match: *"
+        answer = str(self.status) if self.status else "no answer"
+        if self.outcome is Outcome.SEEN:
+            answer += f", saw {self.value or 'nothing'}"
+        return f"client {self.client:<3} {asked:40} {answer}"
+
+
+class Moment(NamedTuple):
+    """How far a search has come: the key's state, and as bits which operations have happened."""
+
+    state: str
+    answered: int
+    optional: int
+
+
+class Search:
+    """Looks for an order: Wing and Gong's search (1993) with Lowe's memory (2017) of what has led nowhere.
+
+    Next may come whatever began before the first of those left ended. Two things keep that short. Who only saw or was
+    refused, and may come now, comes now: it changes nothing, and later its answer may be wrong. And whoever got as far
+    with fewer of the optional ones can do all that one with more of them can.
+    """
+
+    def __init__(self, history: Iterable[Operation]) -> None:
+        in_time = sorted(history, key=lambda operation: operation.began)
+        self._answered = [one for one in in_time if not one.is_optional]
+        self._optional = [one for one in in_time if one.is_optional]
+        self._all = (1 << len(self._answered)) - 1
+        self._met = defaultdict[tuple[str, int], list[int]](list)
+
+    def find_order(self, start: str = ABSENT) -> list[Operation] | None:
+        """Return an order that explains all answers, None if there is none."""
+        first = Moment(start, 0, 0)
+        path: list[tuple[Operation | None, Moment, Iterator[tuple[Operation, Moment]]]]
+        path = [(None, first, self._choices(first))]
+        while path:
+            _, moment, choices = path[-1]
+            if moment.answered == self._all:
+                return [operation for operation, _, _ in path if operation]
+            choice = next(choices, None)
+            if choice is None:
+                path.pop()
+                continue
+            operation, then = choice
+            if not self._was_met(then):
+                path.append((operation, then, self._choices(then)))
+        return None
+
+    def _was_met(self, moment: Moment) -> bool:
+        """Whether the search has been here, or at a moment that could do as much; note it if not."""
+        met = self._met[moment.state, moment.answered]
+        if any(one & moment.optional == one for one in met):
+            return True
+        met.append(moment.optional)
+        return False
+
+    def _choices(self, moment: Moment) -> Iterator[tuple[Operation, Moment]]:
+        """Yield what may happen next, and the moment after it."""
+        state, answered, optional = moment
+        pending = self._pending(answered)
+        for number, operation in pending:
+            if operation.outcome is not Outcome.DONE and operation.leaves(state) is not None:
+                yield operation, Moment(state, answered | 1 << number, optional)
+                return
+        for number, operation in sorted(pending, key=lambda one: one[1].ended):
+            after = operation.leaves(state)
+            if after is not None:
+                yield operation, Moment(after, answered | 1 << number, optional)
+        limit = min((operation.ended for _, operation in pending), default=FOREVER)
+        kinds = set()
+        for number, operation in enumerate(self._optional):
+            if operation.began > limit:
+                return
+            after = operation.leaves(state)
+            if optional >> number & 1 or operation.kind in kinds or after in (None, state):
+                continue
+            kinds.add(operation.kind)
+            yield operation, Moment(after, answered, optional | 1 << number)
+
+    def _pending(self, answered: int) -> list[tuple[int, Operation]]:
+        """Return those left that began before the first of them ended, with their numbers."""
+        left = self._all & ~answered
+        number = (left & -left).bit_length() - 1  # of the first one left
+        limit = FOREVER
+        found = []
+        while 0 <= number < len(self._answered) and self._answered[number].began <= limit:
+            if left >> number & 1:
+                found.append((number, self._answered[number]))
+                limit = min(limit, self._answered[number].ended)
+            number += 1
+        return found
+
+
+def has_order(history: Collection[Operation], starts: Iterable[str] = (ABSENT,)) -> bool:
+    search = Search(history)
+    return any(search.find_order(start) is not None for start in starts)
+
+
+def end_at(history: Iterable[Operation], moment: int) -> list[Operation]:
+    """Return the history as it was known at `moment`: if it has no order then, it has none."""
+    known = []
+    for one in history:
+        if one.ended <= moment:
+            known.append(one)
+        elif one.began <= moment and one.outcome is Outcome.DONE:
+            known.append(replace(one, ended=FOREVER))
+    return known
+
+
+def begin_at(history: Iterable[Operation], moment: int) -> list[Operation]:
+    """Return what is known of a history from `moment` on, if no state before is known: whatever was done across that
+    moment may have happened before it."""
+    known = []
+    for one in history:
+        if one.began >= moment:
+            known.append(one)
+        elif one.ended >= moment and one.outcome is Outcome.DONE:
+            known.append(replace(one, ended=FOREVER))
+    return known
+
+
+def possible_starts(part: Iterable[Operation], whole: Iterable[Operation]) -> list[str]:
+    """Return the states that a part of a history may begin in, those that it does not mention as one."""
+    written = {one.value for one in whole if one.outcome is Outcome.DONE}
+    mentioned = {one.value for one in part} | {one.if_match for one in part}
+    return sorted({ABSENT, OTHER} | (mentioned & written))
+
+
+def last_true(count: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest number below `count` for which `holds` is true, by bisection; it is true for 0."""
+    low, high = 0, count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def shorten(history: Collection[Operation]) -> tuple[list[Operation], bool]:
+    """Return the least part of a history without an order that has none by itself, and whether it begins in the middle,
+    in a state that is not known. Each step only takes knowledge away, so what it shows is true of the whole."""
+    ends = sorted(one.ended for one in history if one.ended < FOREVER)
+    ends.reverse()
+    last = last_true(len(ends), lambda number: not has_order(end_at(history, ends[number])))
+    kept = end_at(history, ends[last])
+    begins = [0, *sorted(one.began for one in kept)]
+
+    def is_enough(number: int) -> bool:
+        part = begin_at(kept, begins[number])
+        return not has_order(part, possible_starts(part, history))
+
+    first = -1
+    starts = [ABSENT]
+    if len(kept) > SHORT_STORY and is_enough(0):
+        first = last_true(len(begins), is_enough)
+        kept = begin_at(kept, begins[first])
+        starts = possible_starts(kept, history)
+    for one in list(kept):
+        less = [other for other in kept if other is not one]
+        if one.outcome is not Outcome.DONE and not has_order(less, starts):
+            kept = less
+    return kept, first >= 0
+
+
+def explain(key: str, history: Collection[Operation]) -> str:
+    """Return "" if the answers have an order, else the shortest story that has none."""
+    if has_order(history):
+        return ""
+    kept, from_the_middle = shorten(history)
+    lines = [f"{key}: these answers have no order (ms)"]
+    if from_the_middle:
+        lines.append("  it begins with any value, or none")
+    answered = [one for one in kept if not one.is_optional]
+    named = {one.value for one in answered} | {one.if_match for one in answered}
+    is_told = {id(one): not one.is_optional or one.value in named - {ABSENT} for one in kept}
+    others = Counter(f"{one.method} {one.value}".strip() for one in kept if not is_told[id(one)])
+    told = sorted((one for one in kept if is_told[id(one)]), key=lambda one: one.began)
+    zero = told[0].began
+    for one in told:
+        end = "?" if one.ended == FOREVER else f"{(one.ended - zero) / 1e6:.1f}"
+        lines.append(f"  {(one.began - zero) / 1e6:8.1f} .. {end:>8}  {one}")
+    if others:
+        counted = ", ".join(f"{count} x {what}" for what, count in others.items())
+        lines.append(f"  and at any time, or never: {counted}")
+    return "\n".join(lines)
+
+
+def read_history(text: str) -> list[Operation]:
+    """Read "0-2 PUT a done; 1- DELETE; 3-4 GET a": a line each, or divided by semicolons; no end: no answer."""
+    history = []
+    for number, line in enumerate(re.split("[;\n]", text.strip())):
+        when, method, *words = line.split()
+        began, _, ended = when.partition("-")
+        facts: dict[str, Any] = {"outcome": Outcome.SEEN}
+        for word in ("done", "refused"):
+            if word in words:
+                facts["outcome"] = Outcome[word.upper()]
+                words.remove(word)
+        if not ended:
+            facts["outcome"] = Outcome.DONE
+        if "if" in words:
+            facts["if_match"] = words.pop(words.index("if") + 1)
+            words.remove("if")
+        if "new" in words:
+            facts["if_new"] = True
+            words.remove("new")
+        if method == "DELETE" and facts["outcome"] is not Outcome.SEEN:
+            facts.setdefault("if_match", "*")  # else it is a 404
+        (value,) = words or [ABSENT]
+        times = {"began": int(began), "ended": int(ended) if ended else FOREVER}
+        history.append(Operation(method=method, value=value, client=number, **times, **facts))
+    return history
+
+
+@pytest.mark.parametrize(
+    ("story", "text"),
+    [
+        ("nothing", "0-1 GET; 0-1 HEAD; 2-3 LIST; 4-5 DELETE"),
+        ("one after the other", "0-1 PUT a done; 2-3 GET a; 4-5 DELETE done; 6-7 GET; 8-9 DELETE"),
+        ("two writes at once, either first", "0-9 PUT a done; 0-9 PUT b done; 10-11 GET a"),
+        ("two writes at once, the other first", "0-9 PUT a done; 0-9 PUT b done; 10-11 GET b"),
+        ("seen before it was answered", "0-9 PUT a done; 1-2 GET; 3-4 GET a; 5-6 GET a"),
+        ("not answered, happened", "0- PUT a; 5-6 GET a"),
+        ("not answered, happened late", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
+        ("not answered, never happened", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b"),
+        ("not answered, and two that need it", "0- PUT a; 1-2 DELETE done; 3-4 PUT b new done"),
+        ("two of a kind not answered", "0- PUT a; 1- DELETE; 2- PUT a; 3-4 GET a; 5-6 GET; 7-8 GET a"),
+        ("refused at some moment", "0-1 PUT a done; 2-9 PUT b new refused; 3-4 DELETE done; 5-6 GET"),
+        ("refused by one not answered", "0- PUT a; 1-2 PUT b new refused; 3-4 GET a"),
+        ("swapped there and back", "0-1 PUT a done; 2-3 PUT d if a done; 4-5 PUT a if d done; 6-7 GET a"),
+        ("a swap before the way there", "0-1 PUT a done; 2-9 PUT b if a done; 3-4 PUT d done; 10-11 GET d"),
+        ("a slow write before another one", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d done; 10-11 GET d"),
+        ("a slow write comes last", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET b"),
+        ("deleted if it is that", "0-1 PUT a done; 2-3 DELETE if b refused; 4-5 DELETE if a done; 6-7 GET"),
+        ("any will do", "0-1 PUT a if * refused; 2-3 PUT a done; 4-5 PUT b if * done; 6-7 GET b"),
+    ],
+)
+def test_history_with_an_order(story: str, text: str) -> None:
+    assert explain(story, read_history(text)) == ""
+
+
+@pytest.mark.parametrize(
+    ("story", "text"),
+    [
+        ("never written", "0-1 GET a"),
+        ("refused, yet there", "0-1 PUT a if * refused; 2-3 GET a"),
+        ("lost", "0-1 PUT a done; 2-3 GET"),
+        ("read before it was written", "0-1 GET a; 2-3 PUT a done"),
+        ("stale", "0-1 PUT a done; 2-3 PUT b done; 4-5 GET a"),
+        ("stale in a list", "0-1 PUT a done; 2-3 DELETE done; 4-5 LIST a"),
+        ("there and back", "0-9 PUT a done; 0-9 PUT b done; 10-11 GET a; 12-13 GET b"),
+        ("seen, then not yet", "0-9 PUT a done; 1-2 GET a; 3-4 GET; 10-11 GET a"),
+        ("came back", "0-1 PUT a done; 2-3 DELETE done; 4-5 GET; 6-7 GET a"),
+        ("not answered, happened twice", "0- PUT a; 1-2 GET a; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
+        ("two made it new", "0-9 PUT a new done; 0-9 PUT b new done; 10-11 GET a"),
+        ("two swapped one", "0-1 PUT a done; 2-9 PUT b if a done; 2-9 PUT c if a done; 10-11 GET b"),
+        ("deleted twice", "0-1 PUT a done; 2-9 DELETE done; 2-9 DELETE done"),
+        ("refused for nothing", "0-1 PUT a done; 2-3 PUT b if a refused"),
+        ("refused for nothing, and new", "0-1 PUT a new refused; 2-3 GET"),
+        ("missed", "0-1 PUT a done; 2-3 DELETE"),
+        ("issue 7, 1", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET d"),
+        ("issue 7, 2", "0-9 PUT b done; 1-2 PUT d new done; 10-11 GET d"),
+        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done; 3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
+        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done; 3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
+    ],
+)
+def test_history_without_an_order(story: str, text: str) -> None:
+    assert "no order" in explain(story, read_history(text))
+
+
+def has_order_by_trying_all(history: Sequence[Operation]) -> bool:
+    """The definition itself: some of the optional ones and all others, in any order that keeps to the clock."""
+    optional = [one for one in history if one.is_optional]
+    answered = [one for one in history if not one.is_optional]
+    for count in range(len(optional) + 1):
+        for chosen in itertools.combinations(optional, count):
+            if any(map(is_order, itertools.permutations([*answered, *chosen]))):
+                return True
+    return False
+
+
+def is_order(order: Sequence[Operation]) -> bool:
+    if any(one.began > later.ended for one, later in itertools.combinations(order, 2)):
+        return False
+    state: str | None = ABSENT
+    for one in order:
+        state = one.leaves(state)
+        if state is None:
+            return False
+    return True
+
+
+def play(chance: random.Random, count: int, slip: int = 0, lost: float = 0.2) -> list[Operation]:
+    """Carry out random requests on one key, each at a point of its time, or up to `slip` beside it: return what their
+    clients saw. The answers of a share `lost` are lost, and perhaps the requests themselves."""
+    state = ABSENT
+    history = []
+    for point in range(0, 10 * count, 10):
+        middle = point + chance.randint(-slip, slip)
+        width = chance.choice([3, 10, 30, 100])
+        facts: dict[str, Any] = {"began": middle - chance.randrange(width)}
+        facts["ended"] = middle + chance.randrange(width)
+        method = chance.choice(["PUT", "PUT", "DELETE", "GET"])
+        if method == "GET":
+            history.append(Operation(method=method, outcome=Outcome.SEEN, value=state, **facts))
+            continue
+        facts["if_match"] = chance.choice(["", "", "*", "a", "b"])
+        if method == "PUT":
+            facts["value"] = chance.choice("ab")
+            facts["if_new"] = chance.random() < 0.2
+        elif state == ABSENT:
+            history.append(Operation(method=method, outcome=Outcome.SEEN, **facts | {"if_match": ""}))
+            continue
+        else:
+            facts["if_match"] = facts["if_match"] or "*"
+        done = Operation(method=method, outcome=Outcome.DONE, **facts)
+        after = done.leaves(state)
+        if chance.random() < lost:
+            history.append(replace(done, ended=FOREVER))
+            state = state if after is None or chance.random() < 0.5 else after
+        elif after is None:
+            history.append(replace(done, outcome=Outcome.REFUSED))
+        else:
+            history.append(done)
+            state = after
+    return history
+
+
+def test_search_finds_what_trying_all_finds() -> None:
+    chance = random.Random(1)
+    verdicts = Counter[bool]()
+    for _ in range(6000):
+        history = play(chance, chance.randint(2, 6), slip=chance.choice([0, 20, 40]))
+        verdict = has_order(history)
+        assert verdict == has_order_by_trying_all(history), explain("k", history) or history
+        verdicts[verdict] += 1
+    assert min(verdicts.values()) > 200
+
+
+def test_what_a_key_may_have_done_has_an_order() -> None:
+    for seed in range(100):
+        history = play(random.Random(seed), 200)
+        order = Search(history).find_order()
+        assert order and is_order(order) and {*map(id, order)} >= {id(one) for one in history if not one.is_optional}
+
+
+def test_one_false_answer_is_found_and_the_story_is_short() -> None:
+    for seed in range(12):
+        history = play(random.Random(seed), 200, lost=0.03)
+        last = max(one.ended for one in history if one.ended < FOREVER)
+        wrong = Operation(method="GET", outcome=Outcome.SEEN, value="c", began=last + 1, ended=last + 2)
+        story = explain("k", [*history, wrong])
+        assert "saw c" in story and story.count("\n") < 8, story
+
+
+# -- clients --
+
+PATIENCE_S = 20.0  # of a client with the server; with a volume it has less, since it can ask again
+NOT_DONE = (429, 503, 507)  # a write that was answered so has not happened, and never will
+
+
+class NotSent(Exception):
+    """There was no connection: nobody has heard of the request."""
+
+
+class NotAnswered(Exception):
+    """The request was sent, or a part of it: nobody knows what became of it."""
+
+
+class Values:
+    """Blobs by short names, each of which fills its blob: so no part of one is a part of another."""
+
+    EMPTY = "empty"
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._sizes = {self.EMPTY: 0}
+        self._names = {hashlib.sha256(b"").hexdigest(): self.EMPTY}
+
+    def make(self, size: int, name: str = "") -> str:
+        if not size:
+            return self.EMPTY
+        name = name or f"v{next(self._numbers)}"
+        self._sizes[name] = max(size, len(name) + 1)
+        self._names[hashlib.sha256(self.body(name)).hexdigest()] = name
+        return name
+
+    def body(self, name: str) -> bytes:
+        line = f"{name}\n".encode()
+        size = self._sizes[name]
+        return (line * (size // len(line) + 1))[:size]
+
+    def etag(self, name: str) -> str:
+        return f'"{hashlib.sha256(self.body(name)).hexdigest()}"'
+
+    def name_of(self, etag: str) -> str:
+        """Return the name of the value with this ETag; the ETag itself if nobody ever made such a value."""
+        return self._names.get(etag.strip('"'), etag)
+
+
+def condition_headers(asked: Operation, values: Values) -> dict[str, str]:
+    headers = {}
+    if asked.if_match:
+        headers["If-Match"] = "*" if asked.if_match == "*" else values.etag(asked.if_match)
+    if asked.if_new:
+        headers["If-None-Match"] = "*"
+    return headers
+
+
+def judge_write(asked: Operation, status: int, ended: int) -> Operation | None:
+    """Return what an answer to a PUT or a DELETE says; None if it says that nothing was done."""
+    answered = replace(asked, ended=ended, status=status)
+    if status in (201, 204):
+        return answered
+    if status == 412:
+        return replace(answered, outcome=Outcome.REFUSED)
+    if status == 404 and asked.method == "DELETE":
+        return replace(answered, outcome=Outcome.SEEN, if_match="")
+    if status == 504:
+        return asked
+    assert status in NOT_DONE, f"{asked.method} was answered {status}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What clients do. On a strict key every write has a condition but the slow ones: so nothing hides what they do."""
+
+    clients: int = 8
+    keys: int = 3  # at once; every round has new ones
+    round_s: float = 20.0
+    strict: float = 0.5  # share of the keys
+    slow: float = 0.2  # share of the PUTs
+    again: float = 0.07  # share of the PUTs that repeat a value
+    sizes: tuple[int, ...] = (1000, 1000, 400_000)
+
+
+class Traffic:
+    """Clients at work, and what they were answered: a history for each key."""
+
+    def __init__(self, address: Callable[[], str], load: Load, seed: int) -> None:
+        self.address, self.load, self.seed = address, load, seed
+        self.values = Values()
+        self.history = defaultdict[str, list[Operation]](list)
+        self.latest = defaultdict[str, str](lambda: ABSENT)  # what somebody saw of a key lately
+        self.answers = Counter[str]()
+        self.wrong = list[str]()
+        self.ended = threading.Event()
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+
+    def keys_of(self, number: int) -> list[str]:
+        return [f"round{number}/k{i}" for i in range(self.load.keys)]
+
+    def choose_round(self, chance: random.Random) -> int:
+        """Return the number of this round, or now and then of an older one."""
+        now = int((time.monotonic() - self._began) / self.load.round_s)
+        return now if chance.random() < 0.85 else chance.randint(0, now)
+
+    def is_strict(self, key: str) -> bool:
+        return int(key.rpartition("k")[2]) < self.load.strict * self.load.keys
+
+    def note(self, key: str, operation: Operation) -> None:
+        with self._lock:
+            self.history[key].append(operation)
+            if operation.outcome is not Outcome.REFUSED and not operation.is_optional:
+                self.latest[key] = operation.value
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self.answers[what] += 1
+
+    def run_for(self, seconds: float, meanwhile: Callable[[float], None]) -> None:
+        """Let the clients work while `meanwhile` runs, which is told until when."""
+        clients = [Client(self, number) for number in range(self.load.clients)]
+        threads = [threading.Thread(target=client.run) for client in clients]
+        for thread in threads:
+            thread.start()
+        try:
+            meanwhile(time.monotonic() + seconds)
+        finally:
+            self.ended.set()
+            for thread in threads:
+                thread.join(4 * PATIENCE_S)
+
+    def look_again(self) -> None:
+        """Read every key, now that all is well."""
+        client = Client(self, self.load.clients)
+        for key in list(self.history):
+            eventually(lambda key=key: client.get(key))  # type: ignore[misc]
+        client.close()
+
+    def find_faults(self) -> list[str]:
+        """Return what no order of the requests explains, and what is wrong by itself."""
+        stories = [explain(key, history) for key, history in self.history.items()]
+        return self.wrong + [story for story in stories if story]
+
+
+class Client:
+    """One client: it asks at random, one request at a time, and notes what it was answered."""
+
+    def __init__(self, traffic: Traffic, number: int) -> None:
+        self._traffic, self._number = traffic, number
+        self._values, self._load = traffic.values, traffic.load
+        self._chance = random.Random(f"{traffic.seed} {number}")
+        self._kept = dict[str, http.client.HTTPConnection]()
+
+    def run(self) -> None:
+        try:
+            while not self._traffic.ended.is_set():
+                try:
+                    self._act()
+                except NotSent:
+                    time.sleep(0.05)  # the server is being started again
+        except BaseException:
+            self._traffic.wrong.append(traceback.format_exc())
+            raise
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for connection in self._kept.values():
+            connection.close()
+
+    def _act(self) -> None:
+        number = self._traffic.choose_round(self._chance)
+        key = self._chance.choice(self._traffic.keys_of(number))
+        act = self._chance.random()
+        if act < 0.4:
+            self._put(key)
+        elif act < 0.55:
+            self._delete(key)
+        elif act < 0.8:
+            self.get(key)
+        elif act < 0.9:
+            self._head(key)
+        else:
+            self._list(number)
+
+    def _ask(
+        self, url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] = MappingProxyType({}),
+        patience_s: float = PATIENCE_S,
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:  # fmt: skip
+        """Make one request on a kept connection; raises NotSent and NotAnswered."""
+        parts = urlsplit(url)
+        connection = self._kept.pop(parts.netloc, None)
+        if connection is None:
+            connection = http.client.HTTPConnection(parts.netloc, timeout=patience_s)
+            try:
+                connection.connect()
+            except OSError:
+                raise NotSent from None
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it may have answered before it had the whole body
+                connection.request(method, target, body, dict(headers))
+            answer = connection.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise NotAnswered from None
+        if answer.will_close:
+            connection.close()
+        else:
+            self._kept[parts.netloc] = connection
+        return answer.status, answer.headers, data
+
+    def _ask_server(self, method: str, target: str, **more: Any) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Ask the index server; count the answer."""
+        name = "LIST" if target.startswith("/?") else method
+        try:
+            answer = self._ask(self._traffic.address() + target, method, **more)
+        except NotAnswered:
+            self._traffic.count(f"{name} unanswered")
+            raise
+        self._traffic.count(f"{name} {answer[0]}")
+        return answer
+
+    # -- writes --
+
+    def _put(self, key: str) -> None:
+        latest, chance = self._traffic.latest[key], self._chance
+        name = latest
+        if latest == ABSENT or chance.random() > self._load.again:
+            name = self._values.make(chance.choice(self._load.sizes))
+        is_slow = chance.random() < self._load.slow
+        ways = ["never seen", "seen", "new", "any"]
+        if is_slow or not self._traffic.is_strict(key):
+            ways += ["always"] * 3
+        way = chance.choice(ways[1:] if latest != ABSENT else ["new", *ways[4:]])
+        if_match = {"seen": latest, "any": "*"}.get(way, "")
+        body = self._values.body(name)
+        self._write(key, "PUT", name, self._drip(body) if is_slow else body, if_match=if_match, if_new=way == "new")
+
+    def _drip(self, body: bytes) -> Iterator[bytes]:
+        pause_s = self._chance.uniform(0.02, 0.2)
+        step = len(body) // 5 + 1
+        for start in range(0, len(body), step):
+            yield body[start : start + step]
+            time.sleep(pause_s)
+
+    def _delete(self, key: str) -> None:
+        latest = self._traffic.latest[key]
+        is_strict = self._traffic.is_strict(key)
+        if latest != ABSENT and (is_strict or self._chance.random() < 0.4):
+            self._write(key, "DELETE", if_match=latest)
+        elif not is_strict:
+            self._write(key, "DELETE", if_match="*")
+
+    def _write(self, key: str, method: str, name: str = ABSENT, body: Any = None, **condition: Any) -> None:
+        asked = Operation(
+            method=method, outcome=Outcome.DONE, value=name, client=self._number, began=time.monotonic_ns(), **condition
+        )
+        headers = condition_headers(asked, self._values)
+        if method == "PUT":
+            headers["Content-Length"] = str(len(self._values.body(name)))
+        try:
+            status, _, _ = self._ask_server(method, f"/{key}", body=body, headers=headers)
+            answered = judge_write(asked, status, time.monotonic_ns())
+        except NotAnswered:
+            answered = asked
+        if answered:
+            self._traffic.note(key, answered)
+
+    # -- observations --
+
+    def _see(self, key: str, method: str, value: str, began: int, ended: int, status: int) -> None:
+        seen = Operation(
+            method=method, outcome=Outcome.SEEN, value=value, client=self._number, began=began, ended=ended,
+            status=status,
+        )  # fmt: skip
+        self._traffic.note(key, seen)
+
+    def get(self, key: str) -> bool:
+        """Read a key as README demands: who meets no blob where the redirect led asks again. Return whether it saw
+        anything."""
+        for _ in range(10):
+            began = time.monotonic_ns()
+            try:
+                status, headers, _ = self._ask_server("GET", f"/{key}")
+            except NotAnswered:
+                return False
+            ended = time.monotonic_ns()
+            if status == 404:
+                self._see(key, "GET", ABSENT, began, ended, status)
+                return True
+            if status == 302 and self._is_read(headers):
+                self._see(key, "GET", self._values.name_of(headers["ETag"]), began, ended, status)
+                return True
+            if status == 503:
+                return False
+            if status != 302:
+                self._traffic.wrong.append(f"GET {key} was answered {status}")
+            self._traffic.count("GET again")
+        return False
+
+    def _is_read(self, redirect: http.client.HTTPMessage) -> bool:
+        """Follow a redirect: whether the blob was there, whole."""
+        try:
+            status, _, blob = self._ask(redirect["Location"], patience_s=2.0)
+        except (NotSent, NotAnswered):
+            return False
+        if status == 200 and f'"{hashlib.sha256(blob).hexdigest()}"' != redirect["ETag"]:
+            self._traffic.wrong.append(f"{redirect['Location']} has {blob[:40]!r}, not {redirect['ETag']}")
+        if status not in (200, 404):
+            self._traffic.wrong.append(f"{redirect['Location']} was answered {status}")
+        return status == 200
+
+    def _head(self, key: str) -> None:
+        began = time.monotonic_ns()
+        try:
+            status, headers, _ = self._ask_server("HEAD", f"/{key}")
+        except NotAnswered:
+            return
+        if status in (200, 404):
+            value = self._values.name_of(headers["ETag"]) if status == 200 else ABSENT
+            self._see(key, "HEAD", value, began, time.monotonic_ns(), status)
+        elif status not in NOT_DONE:
+            self._traffic.wrong.append(f"HEAD {key} was answered {status}")
+
+    def _list(self, number: int) -> None:
+        began = time.monotonic_ns()
+        keys = self._traffic.keys_of(number)
+        try:
+            status, _, page = self._ask_server("GET", f"/?prefix={keys[0].partition('/')[0]}/")
+        except NotAnswered:
+            return
+        ended = time.monotonic_ns()
+        if status == 200:
+            found = {row["key"]: self._values.name_of(row["etag"]) for row in json.loads(page)["keys"]}
+            if not found.keys() <= {*keys}:
+                self._traffic.wrong.append(f"a list shows {sorted(found)}")
+            for key in keys:
+                self._see(key, "LIST", found.get(key, ABSENT), began, ended, status)
+        elif status not in NOT_DONE:
+            self._traffic.wrong.append(f"a list was answered {status}")
+
+
+# -- directed --
+
+
+class SlowPut:
+    """A PUT whose headers the server has taken and whose body it waits for, until `finish`."""
+
+    def __init__(self, store: Program, key: str, body: bytes, headers: Mapping[str, str]) -> None:
+        self._body = body
+        self._connection = socket.create_connection(("127.0.0.1", store.port), timeout=PATIENCE_S)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answers = self._connection.makefile("rb")
+        head = f"PUT /{key} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        self._connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+        assert self._read_status() == 100
+        self._connection.sendall(body[: len(body) // 2])
+
+    def _read_status(self) -> int:
+        status = int(self._answers.readline().split()[1])
+        while self._answers.readline().strip():
+            pass
+        return status
+
+    def finish(self) -> int:
+        """Send the rest; return the status of the answer."""
+        self._connection.sendall(self._body[len(self._body) // 2 :])
+        status = self._read_status()
+        self._answers.close()
+        self._connection.close()
+        return status
+
+
+class Teller:
+    """Tells a story about one key: one request after another, but for a slow PUT from SLOW to END."""
+
+    def __init__(self, store: Program, size: int) -> None:
+        self._store, self._key = store, f"told-{os.urandom(8).hex()}"
+        self._values = Values()
+        self._bodies = {name: self._values.body(self._values.make(size, name)) for name in "abd"}
+        self._slow: tuple[SlowPut, Operation] | None = None
+        self._statuses = list[int]()
+        self.history = list[Operation]()
+
+    def tell(self, steps: str) -> list[int]:
+        """Carry out the steps, then look; return the statuses of the writes in the order of their answers."""
+        for step in steps.split("; "):
+            if step == "END":
+                assert self._slow
+                self._note(self._slow[1], self._slow[0].finish())
+            else:
+                self._write(step)
+        began = time.monotonic_ns()
+        status, headers, _ = ask(f"{self._store.url}/{self._key}")
+        value = self._values.name_of(headers["etag"]) if status == 302 else ABSENT
+        seen = Operation(method="GET", outcome=Outcome.SEEN, value=value, began=began, ended=time.monotonic_ns())
+        self.history.append(replace(seen, status=status))
+        return self._statuses
+
+    def _write(self, step: str) -> None:
+        (asked,) = read_history(f"0- {step.replace('SLOW', 'PUT')}")
+        asked = replace(asked, began=time.monotonic_ns())
+        headers = condition_headers(asked, self._values)
+        body = self._bodies.get(asked.value)
+        if step.startswith("SLOW"):
+            assert body
+            time.sleep(0.02)  # a version may be up to 17 ms ahead of the clock; so this one's is not
+            asked = replace(asked, began=time.monotonic_ns())
+            self._slow = SlowPut(self._store, self._key, body, headers), replace(asked, client=1)
+            return
+        named = {name.replace("-", "_"): value for name, value in headers.items()}
+        self._note(asked, ask(f"{self._store.url}/{self._key}", asked.method, body, **named)[0])
+
+    def _note(self, asked: Operation, status: int) -> None:
+        self._statuses.append(status)
+        answered = judge_write(asked, status, time.monotonic_ns())
+        self.history += [answered] if answered else []
+
+
+@pytest.mark.parametrize("size", [1000, 400_000])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "PUT a; SLOW b; PUT d if a; END",
+        "SLOW b; PUT d new; END",
+        "PUT a; SLOW b if a; PUT d if a; PUT a if d; END",
+        "PUT a; SLOW b if *; DELETE if a; PUT d new; END",
+    ],
+)
+def test_slow_write_and_conditional_ones_have_an_order(store: Program, steps: str, size: int) -> None:
+    """The others have been done when the slow one is answered, so that one came last, or it was not done."""
+    teller = Teller(store, size)
+    *others, slow = teller.tell(steps)
+    assert {*others} <= {201, 204} and slow in (201, 204, 412, 503)
+    assert explain("told", teller.history) == ""
+
+
+@pytest.mark.parametrize("size", [1000, 400_000])
+@pytest.mark.parametrize("steps", ["PUT a; SLOW b; PUT d; END", "SLOW b; PUT d; END"])
+def test_writes_at_once_without_conditions_both_succeed(store: Program, steps: str, size: int) -> None:
+    teller = Teller(store, size)
+    assert {*teller.tell(steps)} <= {201, 204}
+    assert explain("told", teller.history) == ""
+
+
+# -- faults --
+
+
+class Site:
+    """Four volumes, a server with two workers, and its tools; all of it to be broken on purpose, and healed."""
+
+    WORKERS = 2
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.folder = folder
+        self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(4)]
+        self.weights = [1.0] * len(self.volumes)
+        self.garbage_delay_s = 1.0
+        self.faults = Counter[str]()  # how often each was met
+        self.ends = Counter[str]()  # of tools: name and exit code
+        self.wrong = list[str]()
+        self._tool: tuple[str, subprocess.Popen[bytes]] | None = None
+        self._config = folder / "server" / "mkv.toml"
+        self.begin_server()
+        stack.callback(lambda: self.server.stop(signal.SIGKILL))
+        stack.callback(self.await_tool)
+
+    def url_of(self, number: int) -> str:
+        return self.volumes[number].url
+
+    def configuration(self) -> str:
+        settings = {
+            "data": str(self.folder / "data"), "replicas": 2, "volume_timeout": 0.7, "list_rate": 0.0,
+            "garbage_delay": self.garbage_delay_s, "access_log": False, "workers": self.WORKERS,
+        }  # fmt: skip
+        lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+        for number, weight in enumerate(self.weights):
+            lines.append(f'[[volume]]\nname = "n{number}"\nurl = "{self.url_of(number)}"\nweight = {weight}')
+        return "\n".join(lines)
+
+    def begin_server(self) -> None:
+        flags = ("--volume-timeout", "0.7")  # Program has another one
+        self.server = Program(self._config.parent, *flags, config=self.configuration())
+
+    def address(self) -> str:
+        return self.server.url
+
+    def reload(self) -> None:
+        self._config.write_text(self.configuration())
+        self.server.process.send_signal(signal.SIGHUP)
+
+    def begin_tool(self, command: str, *arguments: object) -> None:
+        """Start a tool once the one before has ended."""
+        self.await_tool()
+        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self._config, *map(str, arguments)]
+        with open(self.folder / "tool.log", "wb") as log:
+            self._tool = command, subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+
+    def await_tool(self) -> int:
+        """Wait for the end of the tool that runs; return its exit code, 0 if none does."""
+        if self._tool is None:
+            return 0
+        command, process = self._tool
+        self._tool = None
+        code = process.wait(120)
+        self.ends[f"{command} {code}"] += 1
+        said = (self.folder / "tool.log").read_text()
+        if code not in (0, 1) or "Traceback" in said:
+            self.wrong.append(f"{command} ended with {code}: {said}")
+        return code
+
+    # -- each breaks something, and heals it at the end --
+
+    @contextlib.contextmanager
+    def kill_volume(self, chance: random.Random) -> Iterator[None]:
+        volume = chance.choice(self.volumes)
+        volume.signal(signal.SIGKILL)
+        yield
+        volume.begin()
+
+    @contextlib.contextmanager
+    def stop_volume(self, chance: random.Random) -> Iterator[None]:
+        volume = chance.choice(self.volumes)
+        volume.signal(signal.SIGSTOP)
+        yield
+        volume.signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def stop_one_process_of_a_volume(self, chance: random.Random) -> Iterator[None]:
+        """Nginx has one for each processor; the others go on."""
+        process = chance.choice(children_of(chance.choice(self.volumes).process.pid))
+        os.kill(process, signal.SIGSTOP)
+        yield
+        os.kill(process, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def kill_server(self, chance: random.Random) -> Iterator[None]:
+        self.server.stop(signal.SIGKILL)
+        yield
+        self.begin_server()
+
+    @contextlib.contextmanager
+    def change_volumes(self, chance: random.Random) -> Iterator[None]:
+        """Drain one, then bring it back; each time a rebalance moves the blobs, and may outlast this fault."""
+        number = chance.randrange(len(self.volumes))
+        self.weights[number] = 0.0
+        self.reload()
+        self.begin_tool("rebalance")
+        yield
+        self.weights[number] = 1.0
+        self.reload()
+        self.begin_tool("rebalance")
+
+    def break_and_heal(self, chance: random.Random, kinds: Sequence[Fault], until: float) -> None:
+        """Break one thing after another until then; every kind has its turn, whatever that takes."""
+        deck = list[Fault]()
+        while len(self.faults) < len(kinds) or time.monotonic() < until:
+            deck = deck or chance.sample(kinds, len(kinds))
+            fault = deck.pop()
+            self.faults[fault.__name__] += 1
+            with fault(self, chance):
+                time.sleep(chance.uniform(0.3, 1.6))
+            time.sleep(chance.uniform(0.1, 0.5))
+        self.await_tool()
+
+    def is_well(self) -> bool:
+        status, _, body = ask(self.address() + "/-/status")
+        return status == 200 and all(one["state"] == "up" for one in json.loads(body)["volumes"])
+
+    def find_bugs_in_log(self) -> list[str]:
+        log = self.server.log()
+        return self.wrong + [log[at.start() : at.start() + 2000] for at in re.finditer("Traceback|unexpected", log)]
+
+
+Fault = Callable[[Site, random.Random], contextlib.AbstractContextManager[None]]
+FAULTS: tuple[Fault, ...] = (
+    Site.kill_volume, Site.stop_volume, Site.stop_one_process_of_a_volume, Site.kill_server, Site.change_volumes,
+)  # fmt: skip
+LONG_S = float(os.environ.get("MKV_LONG_S", "60"))  # of each test that is marked long
+SEED = int(os.environ.get("MKV_SEED", "1"))
+long = pytest.mark.long
+patient = pytest.mark.timeout(2 * LONG_S + 600)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with contextlib.ExitStack() as stack:
+        yield Site(tmp_path, stack)
+
+
+def work_through_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
+    """Let clients work while things fail; then heal all, look at all keys, and say how it went."""
+    chance = random.Random(f"{traffic.seed} faults")
+
+    def meanwhile(until: float) -> None:
+        if kinds:
+            site.break_and_heal(chance, kinds, until)
+        time.sleep(max(0.0, until - time.monotonic()))
+
+    traffic.run_for(seconds, meanwhile)
+    eventually(site.is_well)
+    traffic.look_again()
+    print(f"seed {traffic.seed}: {traffic.answers.total()} requests about {len(traffic.history)} keys")
+    for counted in filter(None, (traffic.answers, site.faults, site.ends)):
+        print("  " + ", ".join(f"{name} {count}" for name, count in sorted(counted.items())))
+
+
+def check_answers(site: Site, traffic: Traffic) -> None:
+    """The answers have an order, and there were enough of each kind to show something."""
+    assert not site.find_bugs_in_log()
+    faults = traffic.find_faults()
+    assert not faults, "\n".join(faults)
+    for answer in ("PUT 201", "PUT 204", "PUT 412", "DELETE 204", "GET 302", "GET 404", "HEAD 200", "LIST 200"):
+        assert traffic.answers[answer] > 5, (answer, traffic.answers)
+
+
+def test_answers_have_an_order_whatever_fails(site: Site) -> None:
+    traffic = Traffic(site.address, Load(), SEED)
+    work_through_faults(site, traffic, 9.0, FAULTS)
+    check_answers(site, traffic)
+
+
+@long
+@patient
+def test_answers_have_an_order_for_long(site: Site) -> None:
+    traffic = Traffic(site.address, Load(), random.getrandbits(32))
+    work_through_faults(site, traffic, LONG_S, FAULTS)
+    check_answers(site, traffic)
+
+
+def test_slow_and_conditional_writes_have_an_order(site: Site) -> None:
+    """Without faults; this load finds soonest what a slow write and conditional ones do to each other."""
+    traffic = Traffic(site.address, Load(strict=1.0, slow=0.4, again=0.1, sizes=(1000, 400_000)), SEED)
+    work_through_faults(site, traffic, 4.0, ())
+    check_answers(site, traffic)
+
+
+# == Soak =============================================================================================================
+# The same clients and faults, and more of both, for as long as MKV_LONG_S says; at the end everything that is left is
+# looked at: each replica of each key, the lists, what verify finds, and what a rebuild from the volumes alone gives.
+
+
+class Cable:
+    """What a volume is reached through, so that its connections can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._ends = set[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._join, args=(near,), daemon=True).start()
+
+    def _join(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)) as far:
+            ends = {near, far}
+            self._ends |= ends
+            back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
+            back.start()
+            self._pass_on(near, far)
+            back.join()
+            self._ends -= ends
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> int:
+        """Cut all connections; return how many ends that were."""
+        ends = self._ends.copy()
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RDWR)
+        return len(ends)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+
+class Estate(Site):
+    """A site whose first volume has a disk of its own, if root runs this, and whose last one is reached by a cable."""
+
+    DISK = 1 << 30  # bytes at most; it takes memory only for what is on it
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._disk = folder / "n0"
+        self._disk.mkdir()
+        self._cable: Cable | None = None
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.DISK}", "tmpfs", str(self._disk)]
+        self.has_disk = subprocess.run(mount, capture_output=True).returncode == 0
+        if self.has_disk:
+            stack.callback(subprocess.run, ["umount", "-l", str(self._disk)], check=True)
+        super().__init__(folder, stack)
+        stack.callback(lambda: self._cable and self._cable.close())
+
+    def url_of(self, number: int) -> str:
+        if number != len(self.volumes) - 1:
+            return super().url_of(number)
+        self._cable = self._cable or Cable(self.volumes[number].port)
+        return self._cable.url
+
+    @contextlib.contextmanager
+    def fill_disk(self, chance: random.Random) -> Iterator[None]:
+        def resize(size: int) -> bool:
+            resized = ["mount", "-o", f"remount,size={size}", str(self._disk)]
+            return subprocess.run(resized, capture_output=True).returncode == 0
+
+        eventually(lambda: resize(shutil.disk_usage(self._disk).used + 8192))  # not if it has grown meanwhile
+        yield
+        assert resize(self.DISK)
+
+    @contextlib.contextmanager
+    def cut_connections(self, chance: random.Random) -> Iterator[None]:
+        assert self._cable
+        eventually(self._cable.cut)
+        yield
+
+    @contextlib.contextmanager
+    def kill_worker(self, chance: random.Random) -> Iterator[None]:
+        os.kill(chance.choice(children_of(self.server.process.pid)), signal.SIGKILL)
+        yield
+        eventually(lambda: len(children_of(self.server.process.pid)) == self.WORKERS)
+
+    @contextlib.contextmanager
+    def change_configuration(self, chance: random.Random) -> Iterator[None]:
+        self.garbage_delay_s = chance.choice([0.0, 0.5, 1.0, 3.0])
+        self.reload()
+        yield
+
+    @contextlib.contextmanager
+    def repair(self, chance: random.Random) -> Iterator[None]:
+        self.begin_tool("verify", "--repair", *chance.choice([(), ("--deep",)]))
+        yield
+
+    @contextlib.contextmanager
+    def back_up(self, chance: random.Random) -> Iterator[None]:
+        self.begin_tool("backup", self.folder / "copy.db")
+        yield
+
+    def run_tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any]]:
+        """Run a tool to its end; return exit code and summary."""
+        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self._config, "--json"]
+        done = subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True)
+        return done.returncode, json.loads(done.stdout or "{}")
+
+    def records(self, db: Path) -> list[Record]:
+        with contextlib.closing(sqlite3.connect(db)) as index:
+            rows = index.execute(f"SELECT {mkv.COLUMNS} FROM record ORDER BY key").fetchall()
+        return [mkv.record_of_row(row) for row in rows]
+
+
+EVERYTHING: tuple[Fault, ...] = (
+    *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker, Estate.change_configuration,
+    Estate.repair, Estate.back_up,
+)  # fmt: skip
+
+
+class Audit:
+    """Looks at everything that is left once all is well, and names what is wrong."""
+
+    def __init__(self, estate: Estate, traffic: Traffic) -> None:
+        self.wrong = list[str]()
+        self.replicas = self.bytes = 0
+        self._estate, self._traffic = estate, traffic
+        self._index = estate.folder / "data" / "index.db"
+
+    def run(self) -> None:
+        estate = self._estate
+        eventually(estate.is_well)
+        eventually(lambda: estate.run_tool("rebalance")[0] == 0, 120)
+        eventually(lambda: json.loads(ask(estate.address() + "/-/status")[2])["garbage"] == 0, 300)
+        self.records = estate.records(self._index)
+        self._read_replicas()
+        self._compare_lists()
+        self._compare_volumes()
+
+    def _read_replicas(self) -> None:
+        """Read every replica of every record from its volume."""
+        urls = {f"n{number}": self._estate.url_of(number) for number in range(len(self._estate.volumes))}
+        for record in self.records:
+            if len(record.volumes) != 2:
+                self.wrong.append(f"{record.key} is on {record.volumes}")
+            for volume in record.volumes:
+                status, _, blob = ask(urls[volume] + record.path)
+                self.replicas += 1
+                self.bytes += len(blob)
+                if (status, hashlib.sha256(blob).hexdigest()) != (200, record.digest):
+                    self.wrong.append(f"{volume}{record.path} of {record.key}: {status}, {blob[:40]!r}")
+
+    def _compare_lists(self) -> None:
+        """Compare pages of the list, what every key answers, and the records."""
+        etags = {record.key: record.etag for record in self.records}
+        listed = dict[str, str]()
+        start: str | None = ""
+        while start is not None:
+            page = json.loads(ask(f"{self._estate.address()}/?limit=50&start={quote(start)}")[2])
+            listed |= {row["key"]: row["etag"] for row in page["keys"]}
+            start = page["next"]
+        if listed != etags:
+            self.wrong.append(f"lists differ from the records: {sorted({*listed.items()} ^ {*etags.items()})}")
+        for key in self._traffic.history:
+            status, headers, _ = ask(f"{self._estate.address()}/{key}", "HEAD")
+            if (status, headers.get("etag")) != ((200, etags[key]) if key in etags else (404, None)):
+                self.wrong.append(f"HEAD {key}: {status}, {headers.get('etag')}, not {etags.get(key)}")
+
+    def _compare_volumes(self) -> None:
+        """Compare the index with all that is on the volumes, first as verify does, then as rebuild does."""
+        code, facts = self._estate.run_tool("verify", "--deep", "--grace", 0)
+        if code:
+            self.wrong.append(f"verify: {json.dumps(facts)[:3000]}")
+        alone = self._estate.folder / "alone.db"
+        code, facts = self._estate.run_tool("rebuild", "--db", alone)
+        if code:
+            self.wrong.append(f"rebuild: {json.dumps(facts)[:3000]}")
+            return
+        for record in {*self._estate.records(alone)} ^ {*self.records}:
+            self.wrong.append(f"a rebuild from the volumes alone differs: {record}")
+
+
+@long
+@patient
+def test_soak(tmp_path: Path) -> None:
+    load = Load(
+        strict=0.25, keys=4, round_s=8.0,
+        sizes=(0, 12, 1000, 1000, 5000, 70_000, mkv.SMALL_BLOB, mkv.SMALL_BLOB + 1, 400_000, 1_500_000, 4_000_000),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        estate = Estate(tmp_path, stack)
+        kinds = [kind for kind in EVERYTHING if estate.has_disk or kind is not Estate.fill_disk]
+        traffic = Traffic(estate.address, load, random.getrandbits(32))
+        work_through_faults(estate, traffic, LONG_S, kinds)
+        audit = Audit(estate, traffic)
+        audit.run()
+        traffic.look_again()
+        wrong = estate.find_bugs_in_log() + audit.wrong + traffic.find_faults()
+        unanswered = sum(count for what, count in traffic.answers.items() if what.endswith("unanswered"))
+        print(f"  {LONG_S:.0f} s, {traffic.answers.total()} requests, {unanswered} of them not answered")
+        print(f"  {estate.faults.total()} faults, {estate.ends.total()} tools, {len(wrong)} violations")
+        print(f"  {len(audit.records)} keys, {audit.replicas} replicas with {audit.bytes} bytes read at the end")
+        assert not wrong, "\n".join(wrong)
