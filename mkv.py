@@ -13,34 +13,43 @@ On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of
 
     /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
     /h[0:2]/h[2:4]/h-version.key      its sidecar, JSON: key, version, size, digest, content_type, ext
+    /h[0:2]/h[2:4]/h-version.del      a mark, JSON: this version is dead, though some volume may still show its sidecar
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A blob without a
-sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars.
+sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars. A mark
+is there only while a volume that should delete a sidecar does not answer, or may not have carried out a late write.
 
     PUT /key      201 new, 204 replaced      400 408 412 413 415 422 503 507
     GET /key      302 to a volume            304 404 412 503
     HEAD /key     200 from the index alone   304 404 412
-    DELETE /key   204                        404 412
+    DELETE /key   204                        404 412 503 504
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
     GET /-/livez /-/readyz /-/status /-/metrics          (everywhere, with tokens: 401 403)
 
 Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar, the record is on disk.
-    I2  Anything else to a PUT leaves the key as it was, and what was written becomes garbage.
+    I2  Anything else to a PUT leaves the key as it was, and what was written is deleted, sidecars before the answer.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back: not after a crash, not by rebuild.
+    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not after a crash, not by
+        rebuild, with the index or, while a volume with the mark is there, without it.
     I5  A reader gets one whole version, never a mix and never a short blob.
     I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes nothing.
     I7  Every tool can be killed at any step and run again.
     I8  No tool deletes the last good replica of a record. A timeout is never read as absence.
     I9  Memory is bounded by the number of connections, never by the size of a blob.
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
+    I11 All answers about a key have an order that explains them, in which no request comes before one that was
+        answered before it was sent. One without an answer (or 504) may have happened or not, 412, 429, 503 and 507
+        have not. Only 201 and 204 of PUTs that overlap may be told each other's way.
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and the index decides.
 A record only moves to a higher version, in one transaction that also puts what it replaces into the garbage. So a late
 clean-up can never hit a newer write, and several processes and tools can share one index. Whoever writes to a volume
 claims the path in the index before, so what a crash leaves there is known, and becomes garbage.
+
+What no index and no mark can cover: a request that was under way when the index was lost may have happened, whatever
+its conditions; a volume that hangs for more than a day and then carries out what it was sent.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
