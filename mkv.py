@@ -1144,7 +1144,9 @@ class VolumeStream(asyncio.StreamReaderProtocol):
         if exc and self.transport and not self.transport.get_extra_info("ssl_object"):
             with contextlib.suppress(OSError):
                 fd = self.transport.get_extra_info("socket").fileno()
-                self.reader.feed_data(os.read(fd, HEAD_BYTES + ANSWER_BYTES))
+                unread = os.read(fd, HEAD_BYTES + ANSWER_BYTES)
+                if unread:
+                    self.reader.feed_data(unread)
         super().connection_lost(None)
 
 

@@ -1023,6 +1023,7 @@ async def upload(client: mkv.VolumeClient, size: int, piece: int = 50_000, chunk
     try:
         for _ in range(size // piece):
             await one.send(bytes(piece))
+            await asyncio.sleep(0)  # a client's body comes piece by piece, and the loop turns meanwhile
         await one.finish()
     finally:
         one.abort()
@@ -1237,6 +1238,27 @@ def test_full_volume_that_hangs_up_is_full_not_down(new_loop: Any, body: int) ->
     volume = fake_volume(lambda connection: refuse_early(connection, body))
     with volume as url, asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(work(url))
+
+
+@pytest.mark.parametrize("how", ["reset", "end and reset"])
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"])
+def test_volume_that_hangs_up_without_a_word_is_down(new_loop: Any, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(20_000)
+        if how != "reset":
+            connection.shutdown(socket.SHUT_WR)
+
+    async def work(url: str) -> None:
+        client, heard = client_that_hears(url)
+        for i in range(20):
+            with pytest.raises(mkv.VolumeDown):
+                await upload(client, 20_000_000, piece=(1000, 50_000, 250_000)[i % 3], chunked=i % 2 == 0)
+            assert heard[-1] is mkv.Event.UNREACHABLE
+        client.close()
+
+    with fake_volume(serve, 4096) as url, asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work(url))
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("kind", ["nginx", "embedded"])
