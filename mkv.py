@@ -85,6 +85,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 
 __version__ = "1.0.0"
@@ -974,7 +975,28 @@ def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
 
 
 def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    """Carry all mutations out in one transaction; an MkvError is one mutation's answer, others undo them all."""
+    """Carry all mutations out in one transaction; what one raises is its answer. If that is no
+    MkvError, it may have done half its work: then nothing was done, and each gets a transaction of
+    its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's fault."""
+    try:
+        return write_together(mutations, db)
+    except sqlite3.OperationalError:
+        raise
+    except Exception:
+        return [write_alone(mutation, db) for mutation in mutations]
+
+
+def write_alone(mutation: Callable[[Transaction], Any], db: sqlite3.Connection) -> Any:
+    """Carry one mutation out; return its answer, or what it raises."""
+    try:
+        return write_together([mutation], db)[0]
+    except StopIteration as error:
+        return RuntimeError(repr(error))  # a future refuses the one itself
+    except Exception as error:
+        return error
+
+
+def write_together(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
     answers: list[Any] = []
     with db:
         db.execute("BEGIN IMMEDIATE")
@@ -1046,7 +1068,7 @@ class Index:
 
     def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
         """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
-        it raises is passed on and undoes nothing. sqlite3.Error: nothing was done."""
+        it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(mutation)
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -2256,8 +2278,8 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
 class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
-    def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config, self._opened, self._client = store.view.config, opened, ""
+    def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
+        self._config, self._opened, self._client = config, opened, ""
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
         options["keepalive_timeout"] = self._config.keepalive_timeout
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
@@ -2300,13 +2322,35 @@ class Connection(web.RequestHandler):
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
+BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
+# A blob is a stranger's: a browser must neither guess its type nor run what is in it.
+SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
+
+
+class StoredFile(web.FileResponse):
+    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
+    the index server's, and has been compared there."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        headers = {}
+        for name in BY_DATE:
+            if name in request.headers and request.headers[name].isascii():
+                headers[name] = request.headers[name]
+        if "If-Range" in request.headers and request.if_range is None:
+            headers.pop("Range", None)  # the client may have a part of another version
+        return await super().prepare(request.clone(headers=headers))
 
 
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
-    def __init__(self, folder: Path, volume_secret: str = "", link_secret: str = "") -> None:
+    def __init__(
+        self, folder: Path, volume_secret: str = "", link_secret: str = "",
+        body_timeout_s: float = 60.0,
+    ) -> None:  # fmt: skip
         self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
+        self._body_timeout_s = body_timeout_s
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
         for left in (self._root / ".tmp").iterdir():  # by a crash; a tool may serve the same folder, so not the young
             if time.time() - left.stat().st_mtime > 86400:
@@ -2315,17 +2359,16 @@ class EmbeddedVolume:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
             raw_path, query = split_target(request.raw_path)
-            path = unquote_to_bytes(raw_path).decode()
+            path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
             self._admit(request, path, query)
             return await self._act(request, path, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return web.Response(status=404, text="not found\n")
         except OSError as error:
-            log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return web.Response(status=507 if full else 500, text=f"{error.strerror}\n")
+            status = status_of(error, request.method)
+            if status >= 500:
+                log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
+            return web.Response(status=status, text=f"{error.strerror}\n")
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
@@ -2346,11 +2389,17 @@ class EmbeddedVolume:
     def _locate(self, path: str) -> Path:
         """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
         parts = path.split("/")
-        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
+        if "\0" in path or ".." in parts or not self._holds(path):
             raise BadRequest("the path leaves the volume")
         if path != PROBE_PATH and any(part.startswith(".") for part in parts):
             raise NotFound("dot-files are the volume's own")
         return self._root / path[1:]
+
+    def _holds(self, path: str) -> bool:
+        try:
+            return (self._root / path[1:]).resolve().is_relative_to(self._root)
+        except RuntimeError:  # links that lead to each other
+            return False
 
     async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
         folder = path.endswith("/")
@@ -2372,7 +2421,8 @@ class EmbeddedVolume:
             case "GET" | "HEAD":
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
-                return web.FileResponse(file, headers={"Content-Type": MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)})
+                media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
+                return StoredFile(file, headers={"Content-Type": media_type})
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder))
 
     async def _put(self, request: web.Request, target: Path) -> bool:
@@ -2380,7 +2430,7 @@ class EmbeddedVolume:
         temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
         try:
             with await asyncio.to_thread(open, temporary, "wb", 0) as file:
-                while chunk := await request.content.readany():
+                while chunk := await self._read(request):
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
@@ -2390,6 +2440,25 @@ class EmbeddedVolume:
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    async def _read(self, request: web.Request) -> bytes:
+        """Return what has come of the body, nothing at its end; raises SlowBody."""
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {self._body_timeout_s:g} s") from None
+
+
+def status_of(error: OSError, method: str) -> int:
+    """Return the status that a file which cannot be had, or written, is answered with."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 507
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return 400
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):  # a file where a folder is
+        return 409 if method == "PUT" else 404
+    return 404 if error.errno == errno.ENOENT and method != "PUT" else 500
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -2431,14 +2500,33 @@ def list_folder(folder: Path) -> bytes:
     return json.dumps(rows).encode()
 
 
-async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
-    """Serve until the runner's cleanup()."""
+async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
+    response.headers.update(SAFETY)
+    response.headers.pop("ETag", None)
+
+
+Stop = Callable[[], Awaitable[None]]
+
+
+async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
+    """Serve `folder` until what is returned is called."""
+    patience_s = BODY_PATIENCE * config.body_timeout
+    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
     app = web.Application()
     app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=5)
+    app.on_response_prepare.append(harden)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
-    return runner
+    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
+    connect = partial(Connection, config, defaultdict[str, int](int), manager)
+    server = await loop.create_server(connect, sock=listener, backlog=1024)
+
+    async def stop() -> None:
+        server.close()
+        await runner.cleanup()
+
+    return stop
 
 
 def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
@@ -2450,14 +2538,14 @@ def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]
 async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes, runners = embedded_volumes(listeners), list[web.AppRunner]()
+    volumes = embedded_volumes(listeners)
+    stops = list[Stop]()
     try:
         for volume, listener in zip(volumes, listeners, strict=True):
-            server = EmbeddedVolume(Path(config.data, volume.name), config.volume_secret, config.link_secret)
-            runners.append(await serve_volume(server, listener))
+            stops.append(await serve_volume(Path(config.data, volume.name), listener, config))
         yield replace(config, volumes=volumes)
     finally:
-        await asyncio.gather(*(runner.cleanup() for runner in runners))
+        await asyncio.gather(*(stop() for stop in stops))
 
 
 # == Command line =====================================================================================================
@@ -2564,7 +2652,7 @@ async def serve_store(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
-    connect = partial(Connection, store, defaultdict[str, int](int), manager)
+    connect = partial(Connection, store.view.config, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
@@ -2651,10 +2739,10 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
+    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
     await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await runner.cleanup()
+    await stop()
 
 
 def run(main: Awaitable[None]) -> NoReturn:
@@ -2676,8 +2764,11 @@ def run(main: Awaitable[None]) -> NoReturn:
     os._exit(code)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Give `parser` --config and a flag for each setting in `names`; flags not given are None."""
+def add_settings(
+    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any] = {}
+) -> None:  # fmt: skip
+    """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
+    its help, `defaults` stand for Config's own."""
     parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
@@ -2688,7 +2779,16 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
         elif isinstance(spec.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         elif spec.metadata:
-            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
+            about += f" [{defaults.get(spec.name, spec.default)}]"
+            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=about)
+
+
+# Of the `volume` command. It has no tokens, so `insecure` means something else there: see below.
+VOLUME_DEFAULTS: dict[str, Any] = {"port": "3001", "insecure": True}
+VOLUME_SETTINGS = (
+    "host", "port", "log_format", "insecure",
+    "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2700,7 +2800,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, ("host", "port", "log_format", "insecure"))
+    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
@@ -2708,7 +2808,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection is an open file
     try:
-        config = load_config(file, flags if command == "serve" else {"port": "3001", "insecure": True} | flags)
+        config = load_config(file, flags if command == "serve" else VOLUME_DEFAULTS | flags)
         set_up_logging(config)
         if command == "volume":
             if not (config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)):
