@@ -1090,7 +1090,8 @@ class Index:
 # plain asyncio streams (a fifth of the CPU of a general client); a large blob has a connection of its own.
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
-UPLOAD_BUFFER = 128 * 1024  # bytes that may wait for each volume, here and again in the kernel
+UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
+KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 
@@ -1287,10 +1288,11 @@ class Patience:
 
     def __init__(self, wire: Wire, timeout_s: float) -> None:
         self._wire, self._timeout_s, self._taken = wire, timeout_s, -1
-        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(timeout_s)
+        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._deadline.__aenter__()
+        self.renew()
         self._timer = self._loop.call_later(self._timeout_s / 4, self._look)
         return self
 
@@ -1298,15 +1300,19 @@ class Patience:
         self._timer.cancel()
         await self._deadline.__aexit__(*raised)
 
-    def _look(self) -> None:
-        if not self._deadline.expired():
-            if (taken := self._wire.taken) != self._taken:
-                self._taken = taken
-                self.renew()
-            self._timer = self._loop.call_later(self._timeout_s / 4, self._look)
-
     def renew(self) -> None:
-        self._deadline.reschedule(self._loop.time() + self._timeout_s)
+        self._since = self._loop.time()
+
+    def _look(self) -> None:
+        taken = self._wire.taken
+        if taken != self._taken:
+            self._taken = taken
+            self.renew()
+        left_s = self._since + self._timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(min(left_s, self._timeout_s / 4), self._look)
+        else:
+            self._deadline.reschedule(self._loop.time())
 
 
 class VolumeClient:
@@ -1335,7 +1341,7 @@ class VolumeClient:
             transport, _ = await opening
         transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
         kernel = transport.get_extra_info("socket")
-        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UPLOAD_BUFFER)
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
         return Wire(stream, asyncio.StreamWriter(transport, stream, stream.reader, loop))
 
     @contextlib.contextmanager
