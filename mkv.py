@@ -1165,7 +1165,7 @@ class VolumeStream(asyncio.StreamReaderProtocol):
         """Take a reset for an end of file. If a write met it, the kernel has what came before."""
         self.reason = exc
         if exc and self.transport and not self.transport.get_extra_info("ssl_object"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):  # uvloop's, if the reader is full now
                 fd = self.transport.get_extra_info("socket").fileno()
                 unread = os.read(fd, HEAD_BYTES + ANSWER_BYTES)
                 if unread:
@@ -1254,7 +1254,8 @@ class Wire:
         return status
 
     async def read_answer(self, limit: int, bodyless: bool = False) -> Answer:
-        """Read an answer; a body longer than `limit` is cut off, but not before that."""
+        """Read an answer. A body longer than `limit` is cut off after one byte more, and then the
+        connection is of no further use."""
         head = await self.read_head(bodyless)
         if head.size is not None and head.size <= limit:
             return head.status, await self._reader.readexactly(head.size)
@@ -1265,7 +1266,7 @@ class Wire:
                 if len(body) > limit:
                     self.reusable = False
                     break
-        return head.status, bytes(body)
+        return head.status, bytes(body[: limit + 1])
 
     @property
     def is_closed(self) -> bool:
@@ -1438,10 +1439,9 @@ class VolumeClient:
         await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
 
     async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each. Raises VolumeError.
-
-        A body is whole, but one longer than `limit` is cut off somewhere behind that. So the
-        caller, who knows what it should be, finds this file bad, and not the whole volume."""
+        """Read small files or listings; return (status, body) of each, whole, but a body longer
+        than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
+        finds this file bad, and not the whole volume. Raises VolumeError."""
         return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
@@ -2329,6 +2329,7 @@ class Connection(web.RequestHandler):
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
+EMBEDDED_CONNECTIONS = 65_536  # to one of a server's own volumes: on loopback it is itself a client
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
@@ -2546,9 +2547,10 @@ async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     volumes = embedded_volumes(listeners)
     stops = list[Stop]()
+    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
     try:
         for volume, listener in zip(volumes, listeners, strict=True):
-            stops.append(await serve_volume(Path(config.data, volume.name), listener, config))
+            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
         yield replace(config, volumes=volumes)
     finally:
         await asyncio.gather(*(stop() for stop in stops))

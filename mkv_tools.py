@@ -655,15 +655,10 @@ class Report:
         for kind, count in sorted(self.counts.items()):
             lines.append(f"{count} x {kind}")
             for case in self._cases[kind][: self.FIRST]:
-                path, key = show_path(case.path), case.key and json.dumps(case.key)
+                path, key = case.path.encode("utf-8", "backslashreplace").decode(), case.key and json.dumps(case.key)
                 lines.append("  " + "  ".join(filter(None, (case.volume, path, key, case.detail))))
             lines += [f"  and {count - self.FIRST} more (--json lists them)"] if count > self.FIRST else []
         return "\n".join(lines + self.lines)
-
-
-def show_path(path: str) -> str:
-    """Return `path` as a terminal can show it: whatever a volume calls its files."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in path)
 
 
 def show_bytes(size: float) -> str:
