@@ -80,6 +80,7 @@ import signal
 import socket
 import sqlite3
 import sys
+import termios
 import time
 import tomllib
 from collections import Counter, defaultdict
@@ -89,10 +90,11 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, assert_never, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 
 __version__ = "1.0.0"
@@ -1384,7 +1386,28 @@ def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
 
 
 def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    """Carry all mutations out in one transaction; an MkvError is one mutation's answer, others undo them all."""
+    """Carry all mutations out in one transaction; what one raises is its answer. If that is no
+    MkvError, it may have done half its work: then nothing was done, and each gets a transaction of
+    its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's fault."""
+    try:
+        return write_together(mutations, db)
+    except sqlite3.OperationalError:
+        raise
+    except Exception:
+        return [write_alone(mutation, db) for mutation in mutations]
+
+
+def write_alone(mutation: Callable[[Transaction], Any], db: sqlite3.Connection) -> Any:
+    """Carry one mutation out; return its answer, or what it raises."""
+    try:
+        return write_together([mutation], db)[0]
+    except StopIteration as error:
+        return RuntimeError(repr(error))  # a future refuses the one itself
+    except Exception as error:
+        return error
+
+
+def write_together(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
     answers: list[Any] = []
     with db:
         db.execute("BEGIN IMMEDIATE")
@@ -1477,7 +1500,7 @@ class Index:
 
     def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
         """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
-        it raises is passed on and undoes nothing. sqlite3.Error: nothing was done."""
+        it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(mutation)
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -1500,55 +1523,229 @@ class Index:
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
+KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
-CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+
+# Whatever a volume sends has a bound; a volume that breaks one has failed, as if it had hung up.
+HEAD_BYTES = 16 * 1024  # of the head of an answer
+INTERIM_ANSWERS = 10  # 1xx before the answer proper
+CHUNK_LINE_BYTES = 256  # a size and its extensions
+ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; nobody reads it
+
+TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
+ANSWER_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: " + TEXT + rb")?\r\n"
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
+)  # fmt: skip
+FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.I)
+LENGTH = re.compile(rb"[0-9]{1,15}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
+
+
+class AnswerHead(NamedTuple):
+    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
+
+    status: int
+    size: int | None
+    reusable: bool
+
+
+def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
+    """Read the head of an answer (RFC 9112) strictly; raises ValueError. HEAD's is `bodyless`."""
+    found = ANSWER_HEAD.fullmatch(head) if len(head) <= HEAD_BYTES else None
+    if found is None:
+        raise ValueError("what it answers is not HTTP")
+    status = int(found[2])
+    size: int | None = None
+    chunked = False
+    reusable = found[1] == b"1"
+    for name, value in FRAMING.findall(head):
+        value = value.strip(b" \t").lower()
+        match name.lower():
+            case b"connection":
+                reusable = reusable and b"close" not in value
+            case b"transfer-encoding" if value == b"chunked" and not chunked:
+                chunked = True
+            case b"content-length" if LENGTH.fullmatch(value) and size in (None, int(value)):
+                size = int(value)
+            case _:
+                raise ValueError("the length of its answer is malformed or given twice")
+    if chunked and size is not None:
+        raise ValueError("its answer has two lengths")
+    if bodyless or status < 200 or status in (204, 304):
+        size = 0
+    elif size is None and not chunked:
+        raise ValueError("its answer has no length")
+    return AnswerHead(status, size, reusable)
+
+
+class VolumeStream(asyncio.StreamReaderProtocol):
+    """asyncio's, but what a volume said before it broke the connection off can still be read."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.reader = reader
+        self.transport: asyncio.BaseTransport | None = None
+        self.reason: Exception | None = None  # why the connection is lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take a reset for an end of file. If a write met it, the kernel has what came before."""
+        self.reason = exc
+        if exc and self.transport and not self.transport.get_extra_info("ssl_object"):
+            with contextlib.suppress(OSError, RuntimeError):  # uvloop's, if the reader is full now
+                fd = self.transport.get_extra_info("socket").fileno()
+                unread = os.read(fd, HEAD_BYTES + ANSWER_BYTES)
+                if unread:
+                    self.reader.feed_data(unread)
+        super().connection_lost(None)
 
 
 class Wire:
     """One connection to a volume: requests written, answers read in the same order (HTTP/1.1 pipelining)."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self.writer, self.reusable = reader, writer, True
+    def __init__(self, stream: VolumeStream, writer: asyncio.StreamWriter) -> None:
+        self._stream, self._reader, self._writer = stream, stream.reader, writer
+        self._written, self.reusable = 0, True
 
-    async def read_head(self, head_only: bool = False) -> tuple[int, int | None]:
-        """Read the head of an answer; return its status, and the size of its body (None: chunked). Raises BROKEN."""
-        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.") or not head[9:12].isdigit():
-            raise ValueError("the answer is not HTTP")
-        if head[9:10] == b"1":  # 100 Continue
-            return await self.read_head(head_only)
-        self.reusable = b"\r\nconnection: close" not in head
-        length, bodyless = CONTENT_LENGTH.search(head), head_only or head[9:12] in (b"204", b"304")
-        if not length and not bodyless and b"\r\ntransfer-encoding: chunked" not in head:
-            raise ValueError("the answer has no length")
-        return int(head[9:12]), 0 if bodyless else int(length[1]) if length else None
+    def write(self, data: bytes) -> None:
+        self._written += len(data)
+        self._writer.write(data)
 
-    async def read_pieces(self, size: int | None) -> AsyncIterator[bytes]:
-        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
-        while size is None and (length := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16)):
-            yield (await self._reader.readexactly(length + 2))[:-2]
-        if size is None:
-            await self._reader.readexactly(2)
-        while size:
-            if not (piece := await self._reader.read(min(size, SMALL_BLOB))):
-                raise EOFError("it closed the connection in the middle of an answer")
-            yield piece
-            size -= len(piece)
-
-    async def read_answer(self, head_only: bool = False) -> Answer:
-        status, size = await self.read_head(head_only)
-        if size is not None:
-            return status, await self._reader.readexactly(size)
-        return status, b"".join([piece async for piece in self.read_pieces(size)])
+    async def drain(self) -> None:
+        """Wait until there is room for more, or the connection is closed."""
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
 
     @property
-    def usable(self) -> bool:
-        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]  # no answer to the next
-        return self.reusable and not unread and not self.writer.is_closing()
+    def waiting(self) -> int:
+        """How many bytes wait in this process."""
+        return self._writer.transport.get_write_buffer_size()
+
+    @property
+    def taken(self) -> int:
+        """How many bytes of all that were written have reached the other machine."""
+        unsent = self.waiting
+        with contextlib.suppress(OSError, ValueError):  # only Linux says what waits in its kernel
+            fd = self._writer.get_extra_info("socket").fileno()
+            unsent += int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return self._written - unsent
+
+    async def read_head(self, bodyless: bool = False) -> AnswerHead:
+        """Read the head of an answer, past those that are interim. Raises BROKEN."""
+        for _ in range(INTERIM_ANSWERS + 1):
+            head = parse_answer_head(await self._read_until(b"\r\n\r\n"), bodyless)
+            if head.status >= 200:
+                self.reusable = head.reusable
+                return head
+            if head.status == 101:
+                break
+        raise ValueError("it sends interim answers only")
+
+    async def _read_until(self, end: bytes) -> bytes:
+        try:
+            return await self._reader.readuntil(end)
+        except asyncio.IncompleteReadError:
+            raise self._stream.reason or EOFError("it hung up before it answered") from None
+
+    async def read_pieces(self, size: int | None) -> AsyncGenerator[bytes, None]:
+        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
+        left = await self._read_chunk_size() if size is None else size
+        while left:
+            piece = await self._reader.read(min(left, SMALL_BLOB))
+            if not piece:
+                raise self._stream.reason or EOFError("it hung up in the middle of an answer")
+            yield piece
+            left -= len(piece)
+            if size is None and not left:
+                await self._read_line_end()
+                left = await self._read_chunk_size()
+        if size is None:
+            await self._read_line_end()
+
+    async def _read_chunk_size(self) -> int:
+        line = await self._read_until(b"\r\n")
+        found = CHUNK_LINE.fullmatch(line) if len(line) <= CHUNK_LINE_BYTES else None
+        if found is None:
+            raise ValueError("the size of a chunk is malformed")
+        return int(found[1], 16)
+
+    async def _read_line_end(self) -> None:
+        if await self._reader.readexactly(2) != b"\r\n":
+            raise ValueError("a chunk is longer than its size")
+
+    async def read_status(self, bodyless: bool = False) -> int:
+        """Read an answer whose body nobody needs."""
+        status, body = await self.read_answer(ANSWER_BYTES, bodyless)
+        if len(body) > ANSWER_BYTES:
+            raise ValueError("its answer does not end")
+        return status
+
+    async def read_answer(self, limit: int, bodyless: bool = False) -> Answer:
+        """Read an answer. A body longer than `limit` is cut off after one byte more, and then the
+        connection is of no further use."""
+        head = await self.read_head(bodyless)
+        if head.size is not None and head.size <= limit:
+            return head.status, await self._reader.readexactly(head.size)
+        body = bytearray()
+        async with contextlib.aclosing(self.read_pieces(head.size)) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    self.reusable = False
+                    break
+        return head.status, bytes(body[: limit + 1])
+
+    @property
+    def is_closed(self) -> bool:
+        return self._writer.is_closing()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether another request can be sent: what is unread would be no answer to it."""
+        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]
+        return self.reusable and not unread and not self.is_closed
 
     def abort(self) -> None:
-        self.writer.transport.abort()
+        self._writer.transport.abort()
+
+
+class Patience:
+    """An `async with` that raises TimeoutError when `timeout_s` pass in which the volume takes
+    no byte. That a write waits says nothing: Linux finds a socket writable only once much of
+    its buffer is free."""
+
+    def __init__(self, wire: Wire, timeout_s: float) -> None:
+        self._wire, self._timeout_s, self._taken = wire, timeout_s, -1
+        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(None)
+
+    async def __aenter__(self) -> Self:
+        await self._deadline.__aenter__()
+        self.renew()
+        self._timer = self._loop.call_later(self._timeout_s / 4, self._look)
+        return self
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._timer.cancel()
+        await self._deadline.__aexit__(*raised)
+
+    def renew(self) -> None:
+        self._since = self._loop.time()
+
+    def _look(self) -> None:
+        taken = self._wire.taken
+        if taken != self._taken:
+            self._taken = taken
+            self.renew()
+        left_s = self._since + self._timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(min(left_s, self._timeout_s / 4), self._look)
+        else:
+            self._deadline.reschedule(self._loop.time())
 
 
 class VolumeClient:
@@ -1562,7 +1759,8 @@ class VolumeClient:
         self._notice, self._measure = notice, measure
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
-        self._address, self._base = (parts.hostname, parts.port or (443 if self._ssl else 80)), parts.path
+        self._host, self._base = parts.hostname or "", parts.path
+        self._port = parts.port or (443 if self._ssl else 80)
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
         self._idle, self._keep = list[Wire](), 64  # connections at most
 
@@ -1570,9 +1768,14 @@ class VolumeClient:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     async def _connect(self) -> Wire:
-        reader, writer = await asyncio.open_connection(*self._address, ssl=self._ssl)
-        writer.transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
-        return Wire(reader, writer)
+        loop, stream = asyncio.get_running_loop(), VolumeStream(asyncio.StreamReader())
+        async with asyncio.timeout(self.timeout_s):
+            opening = loop.create_connection(lambda: stream, self._host, self._port, ssl=self._ssl)
+            transport, _ = await opening
+        transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
+        kernel = transport.get_extra_info("socket")
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
+        return Wire(stream, asyncio.StreamWriter(transport, stream, stream.reader, loop))
 
     @contextlib.contextmanager
     def watch(self, method: str) -> Iterator[None]:
@@ -1604,46 +1807,53 @@ class VolumeClient:
             kind = VolumeDown  # whoever cannot read is no use
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
-    async def _exchange(self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "") -> list[Answer]:
+    async def _exchange(
+        self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int = 0
+    ) -> list[Answer]:
         """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
         requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
         answers: list[Answer] = []
         with self.watch(method):
             while len(answers) < len(requests):
-                await self._converse(method, requests[len(answers) :], answers)
+                await self._converse(method, requests[len(answers) :], answers, limit)
         return answers
 
-    async def _converse(self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer]) -> None:
-        """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
-        repeat is harmless: a path names one version."""
-        loop, kept, before, whole = asyncio.get_running_loop(), self._take_idle(), len(answers), False
-        async with asyncio.timeout(self.timeout_s) as deadline:
-            wire = kept or await self._connect()
-            try:
-                wire.writer.write(b"".join([data for _, data in requests]))
+    async def _converse(
+        self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int
+    ) -> None:
+        """Take from one connection the answers that it gives: it may close after some of them, a
+        kept one before any. A repeat is harmless: a path names one version."""
+        kept, before, whole = self._take_idle(), len(answers), False
+        wire = kept or await self._connect()
+        try:
+            async with Patience(wire, self.timeout_s) as patience:
+                wire.write(b"".join([data for _, data in requests]))
                 for path, _ in requests:
-                    answers.append(await wire.read_answer(method == "HEAD"))
-                    if method != "GET":  # nginx hangs up after an error, without a word on what follows
+                    if method == "GET":
+                        answers.append(await wire.read_answer(limit))
+                    else:  # nginx hangs up after an error, without a word on what follows
+                        answers.append((await wire.read_status(method == "HEAD"), b""))
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
                         return
-                    deadline.reschedule(loop.time() + self.timeout_s)
-                whole = wire.usable and len(self._idle) < self._keep
-            except BROKEN:
-                if not kept and len(answers) == before:
-                    raise
-            finally:
-                if whole:
-                    self._idle.append(wire)
-                else:
-                    wire.abort()
-                if deadline.expired():  # the network may have forgotten the other kept connections, too
-                    self._drop_idle()
+                    patience.renew()
+                whole = wire.is_idle and len(self._idle) < self._keep
+        except TimeoutError:
+            self._drop_idle()  # the network may have forgotten the other kept connections, too
+            raise
+        except BROKEN:
+            if not kept and len(answers) == before:
+                raise
+        finally:
+            if whole:
+                self._idle.append(wire)
+            else:
+                wire.abort()
 
     def _take_idle(self) -> Wire | None:
         while self._idle:
-            if (wire := self._idle.pop()).usable:
+            if (wire := self._idle.pop()).is_idle:
                 return wire
             wire.abort()
         return None
@@ -1661,23 +1871,24 @@ class VolumeClient:
         """See whether the volume answers, or takes writes; raises VolumeError."""
         await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
 
-    async def get(self, paths: Iterable[str]) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each, whole. Raises VolumeError."""
-        return await self._exchange("GET", [(path, b"") for path in paths])
+    async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
+        """Read small files or listings; return (status, body) of each, whole, but a body longer
+        than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
+        finds this file bad, and not the whole volume. Raises VolumeError."""
+        return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
         with self.watch("GET"):
-            async with asyncio.timeout(self.timeout_s):
-                wire = await self._connect()
+            wire = await self._connect()
             try:
-                wire.writer.write(self._request("GET", path))
+                wire.write(self._request("GET", path))
                 async with asyncio.timeout(self.timeout_s):
-                    status, size = await wire.read_head()
-                if status == 404:
+                    head = await wire.read_head()
+                if head.status == 404:
                     raise NotFound(path)
-                self.check("GET", path, status)
-                pieces = wire.read_pieces(size)
+                self.check("GET", path, head.status)
+                pieces = wire.read_pieces(head.size)
                 while True:
                     async with asyncio.timeout(self.timeout_s):
                         if not (piece := await anext(pieces, b"")):
@@ -1689,10 +1900,9 @@ class VolumeClient:
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
         with self.watch("CONNECT"):
-            async with asyncio.timeout(self.timeout_s):
-                wire = await self._connect()
+            wire = await self._connect()
         framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
-        wire.writer.write(self._request("PUT", path, trail, framing))
+        wire.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
 
     def close(self) -> None:
@@ -1710,32 +1920,49 @@ class Upload:
 
     def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
         self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
-        self._answer = asyncio.ensure_future(wire.read_answer())
+        self._answer = asyncio.ensure_future(self._read_answer())
+
+    async def _read_answer(self) -> int:
+        """Wait for the volume's word, which may come early: a full disk does not wait for the
+        whole blob. When it has come, or cannot come any more, nothing more is sent."""
+        try:
+            return await self._wire.read_status()
+        finally:
+            self._wire.abort()
 
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
         self._size += len(chunk)
-        if self._wire.usable and not self._answer.done():
-            self._wire.writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
-            if self._wire.writer.transport.get_write_buffer_size() <= UPLOAD_BUFFER:
-                return
+        framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk
+        if self._write(framed) and self._wire.waiting <= UPLOAD_BUFFER:
+            return
         with self._client.watch("SEND"):
-            async with asyncio.timeout(self._client.timeout_s):
-                if self._answer.done():
-                    self._client.check("PUT", self._path, (await self._answer)[0])
-                    raise VolumeUnexpected(self._client.volume.name, "answered before it had the whole blob")
-                if not self._wire.usable:
-                    raise ConnectionResetError("it closed the connection")
-                await self._wire.writer.drain()
+            async with Patience(self._wire, self._client.timeout_s):
+                await self._wire.drain()
+                if self._wire.is_closed:
+                    self._client.check("PUT", self._path, await self._answer)
+                    raise self._too_early()
+
+    def _write(self, data: bytes) -> bool:
+        """Write unless the connection is closed; return whether it is open."""
+        if self._wire.is_closed:
+            return False
+        self._wire.write(data)
+        return True
 
     async def finish(self) -> None:
         """End the blob and wait for the volume's word that it has it; raises VolumeError."""
         with self._client.watch("PUT"):
-            if self._chunked and self._wire.usable and not self._answer.done():
-                self._wire.writer.write(b"0\r\n\r\n")
-            async with asyncio.timeout(self._client.timeout_s + min(self._size, SYNC_EVERY) / SLOWEST_DISK):
-                self._client.check("PUT", self._path, (await self._answer)[0])
-        self.abort()
+            complete = not self._chunked or self._write(b"0\r\n\r\n")
+            last_sync_s = min(self._size, SYNC_EVERY) / SLOWEST_DISK
+            async with Patience(self._wire, self._client.timeout_s + last_sync_s):
+                self._client.check("PUT", self._path, await self._answer)
+            if not complete:
+                raise self._too_early()
+
+    def _too_early(self) -> VolumeUnexpected:
+        why = f"PUT {self._path} was answered before it had the whole blob"
+        return VolumeUnexpected(self._client.volume.name, why)
 
     def abort(self) -> None:
         """Drop the connection; unfinished, the volume keeps nothing. May be called twice."""
@@ -2590,8 +2817,8 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
 class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
-    def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config, self._opened, self._client = store.view.config, opened, ""
+    def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
+        self._config, self._opened, self._client = config, opened, ""
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
         options["keepalive_timeout"] = self._config.keepalive_timeout
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
@@ -2634,13 +2861,36 @@ class Connection(web.RequestHandler):
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
+BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
+EMBEDDED_CONNECTIONS = 65_536  # to one of a server's own volumes: on loopback it is itself a client
+# A blob is a stranger's: a browser must neither guess its type nor run what is in it.
+SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
+
+
+class StoredFile(web.FileResponse):
+    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
+    the index server's, and has been compared there."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        headers = {}
+        for name in BY_DATE:
+            if name in request.headers and request.headers[name].isascii():
+                headers[name] = request.headers[name]
+        if "If-Range" in request.headers and request.if_range is None:
+            headers.pop("Range", None)  # the client may have a part of another version
+        return await super().prepare(request.clone(headers=headers))
 
 
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
-    def __init__(self, folder: Path, volume_secret: str = "", link_secret: str = "") -> None:
+    def __init__(
+        self, folder: Path, volume_secret: str = "", link_secret: str = "",
+        body_timeout_s: float = 60.0,
+    ) -> None:  # fmt: skip
         self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
+        self._body_timeout_s = body_timeout_s
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
         for left in (self._root / ".tmp").iterdir():  # by a crash; a tool may serve the same folder, so not the young
             if time.time() - left.stat().st_mtime > 86400:
@@ -2649,17 +2899,16 @@ class EmbeddedVolume:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
             raw_path, query = split_target(request.raw_path)
-            path = unquote_to_bytes(raw_path).decode()
+            path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
             self._admit(request, path, query)
             return await self._act(request, path, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return web.Response(status=404, text="not found\n")
         except OSError as error:
-            log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return web.Response(status=507 if full else 500, text=f"{error.strerror}\n")
+            status = status_of(error, request.method)
+            if status >= 500:
+                log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
+            return web.Response(status=status, text=f"{error.strerror}\n")
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
@@ -2680,11 +2929,17 @@ class EmbeddedVolume:
     def _locate(self, path: str) -> Path:
         """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
         parts = path.split("/")
-        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
+        if "\0" in path or ".." in parts or not self._holds(path):
             raise BadRequest("the path leaves the volume")
         if path != PROBE_PATH and any(part.startswith(".") for part in parts):
             raise NotFound("dot-files are the volume's own")
         return self._root / path[1:]
+
+    def _holds(self, path: str) -> bool:
+        try:
+            return (self._root / path[1:]).resolve().is_relative_to(self._root)
+        except RuntimeError:  # links that lead to each other
+            return False
 
     async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
         folder = path.endswith("/")
@@ -2706,7 +2961,8 @@ class EmbeddedVolume:
             case "GET" | "HEAD":
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
-                return web.FileResponse(file, headers={"Content-Type": MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)})
+                media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
+                return StoredFile(file, headers={"Content-Type": media_type})
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder))
 
     async def _put(self, request: web.Request, target: Path) -> bool:
@@ -2714,7 +2970,7 @@ class EmbeddedVolume:
         temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
         try:
             with await asyncio.to_thread(open, temporary, "wb", 0) as file:
-                while chunk := await request.content.readany():
+                while chunk := await self._read(request):
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
@@ -2724,6 +2980,25 @@ class EmbeddedVolume:
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    async def _read(self, request: web.Request) -> bytes:
+        """Return what has come of the body, nothing at its end; raises SlowBody."""
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {self._body_timeout_s:g} s") from None
+
+
+def status_of(error: OSError, method: str) -> int:
+    """Return the status that a file which cannot be had, or written, is answered with."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 507
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return 400
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):  # a file where a folder is
+        return 409 if method == "PUT" else 404
+    return 404 if error.errno == errno.ENOENT and method != "PUT" else 500
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -2765,14 +3040,33 @@ def list_folder(folder: Path) -> bytes:
     return json.dumps(rows).encode()
 
 
-async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
-    """Serve until the runner's cleanup()."""
+async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
+    response.headers.update(SAFETY)
+    response.headers.pop("ETag", None)
+
+
+Stop = Callable[[], Awaitable[None]]
+
+
+async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
+    """Serve `folder` until what is returned is called."""
+    patience_s = BODY_PATIENCE * config.body_timeout
+    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
     app = web.Application()
     app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=5)
+    app.on_response_prepare.append(harden)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
-    return runner
+    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
+    connect = partial(Connection, config, defaultdict[str, int](int), manager)
+    server = await loop.create_server(connect, sock=listener, backlog=1024)
+
+    async def stop() -> None:
+        server.close()
+        await runner.cleanup()
+
+    return stop
 
 
 def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
@@ -2784,14 +3078,15 @@ def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]
 async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes, runners = embedded_volumes(listeners), list[web.AppRunner]()
+    volumes = embedded_volumes(listeners)
+    stops = list[Stop]()
+    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
     try:
         for volume, listener in zip(volumes, listeners, strict=True):
-            server = EmbeddedVolume(Path(config.data, volume.name), config.volume_secret, config.link_secret)
-            runners.append(await serve_volume(server, listener))
+            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
         yield replace(config, volumes=volumes)
     finally:
-        await asyncio.gather(*(runner.cleanup() for runner in runners))
+        await asyncio.gather(*(stop() for stop in stops))
 
 
 # == Command line =====================================================================================================
@@ -2898,7 +3193,7 @@ async def serve_store(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
-    connect = partial(Connection, store, defaultdict[str, int](int), manager)
+    connect = partial(Connection, store.view.config, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
@@ -2985,10 +3280,10 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
+    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
     await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await runner.cleanup()
+    await stop()
 
 
 def run(main: Awaitable[None]) -> NoReturn:
@@ -3010,8 +3305,11 @@ def run(main: Awaitable[None]) -> NoReturn:
     os._exit(code)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Give `parser` --config and a flag for each setting in `names`; flags not given are None."""
+def add_settings(
+    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any] = {}
+) -> None:  # fmt: skip
+    """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
+    its help, `defaults` stand for Config's own."""
     parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
@@ -3022,7 +3320,16 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
         elif isinstance(spec.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         elif spec.metadata:
-            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
+            about += f" [{defaults.get(spec.name, spec.default)}]"
+            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=about)
+
+
+# Of the `volume` command. It has no tokens, so `insecure` means something else there: see below.
+VOLUME_DEFAULTS: dict[str, Any] = {"port": "3001", "insecure": True}
+VOLUME_SETTINGS = (
+    "host", "port", "log_format", "insecure",
+    "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3034,7 +3341,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, ("host", "port", "log_format", "insecure"))
+    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
@@ -3042,7 +3349,7 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection is an open file
     try:
-        config = load_config(file, flags if command == "serve" else {"port": "3001", "insecure": True} | flags)
+        config = load_config(file, flags if command == "serve" else VOLUME_DEFAULTS | flags)
         set_up_logging(config)
         if command == "volume":
             if not (config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)):

@@ -299,12 +299,14 @@ def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
 
 AHEAD = 6  # runs of folders under way at once
 RUN_FILES = 4000  # files in one run, about
+LISTING_BYTES = 64 * 1024 * 1024  # of one folder: some hundred thousand files
 
 
 async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
     """Return path -> file of all that is in `folders`; raises VolumeError unless it is known for sure."""
     files: Files = {}
-    for folder, (status, body) in zip(folders, await client.get(folders), strict=True):
+    answers = await client.get(folders, LISTING_BYTES)
+    for folder, (status, body) in zip(folders, answers, strict=True):
         try:
             if status != 200 and (status != 404 or folder == "/"):
                 raise ValueError(f"it was answered {status}")
@@ -314,7 +316,7 @@ async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
     return files
 
 
-async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | VolumeError]:
+async def get_each(clients: Clients, wanted: Sequence[Place], limit: int) -> list[Answer | VolumeError]:
     """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it."""
     numbers: dict[str, list[int]] = defaultdict(list)
     answers: dict[int, Answer | VolumeError] = {}
@@ -323,7 +325,7 @@ async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | V
 
     async def get(volume: str) -> None:
         try:
-            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]])
+            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]], limit)
             answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
@@ -335,7 +337,7 @@ async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | V
 async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Record | str]:
     """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
     results: list[Record | str] = []
-    for (volume, path), answer in zip(wanted, await get_each(clients, wanted), strict=True):
+    for (volume, path), answer in zip(wanted, await get_each(clients, wanted, SIDECAR_BYTES), strict=True):
         if isinstance(answer, VolumeError):
             raise answer
         if answer[0] not in (200, 404):
@@ -493,7 +495,8 @@ class Mover:
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted])
+        places = [(volume, record.path) for volume, record in wanted]
+        answers = await get_each(self.clients, places, SMALL_BLOB)
         return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
