@@ -70,6 +70,7 @@ import resource
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import time
 import tomllib
@@ -351,6 +352,7 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 # A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned by golden vectors.
 
 MAX_KEY_BYTES = 1024
+END_OF_TIME_NS = 2**62  # in the year 2116; every version is below, so that a higher one always fits its digits
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -426,9 +428,17 @@ def parse_path(path: str) -> tuple[str, str, str] | None:
     return (found[3], found[4], found[5] or "") if found else None
 
 
+def version_ns(version: str) -> int:
+    """Return the time in a version, in Unix nanoseconds."""
+    return int(version[:16], 16)
+
+
 def next_version(now_ns: int, current: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back."""
-    least = int(current[:16], 16) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
+    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back; raises
+    Unavailable if there is none."""
+    least = version_ns(current) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
+    if max(now_ns, least) >= END_OF_TIME_NS:
+        raise Unavailable("the clock, or the version that this key has now, is far in the future: delete the key first")
     return f"{max(now_ns, least):016x}{salt & 0xFFFF:04x}"
 
 
@@ -491,6 +501,7 @@ class Ring:
 # == Records ==========================================================================================================
 # A key's row in the index, and its sidecar: the same facts as JSON.
 
+MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
 
@@ -517,7 +528,7 @@ class Record:
     @property
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
-        return int(self.version[:16], 16) / 1e9
+        return version_ns(self.version) / 1e9
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -526,6 +537,8 @@ def encode_sidecar(record: Record) -> bytes:
 
 def decode_sidecar(data: bytes, path: str) -> Record:
     """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
@@ -538,10 +551,12 @@ def decode_sidecar(data: bytes, path: str) -> Record:
         media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
-    if record.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
+    if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
     if parse_path(record.path) is None or sidecar_path(record.path) != path:
         raise ValueError("it names another key or version than its path")
+    if version_ns(record.version) >= END_OF_TIME_NS:
+        raise ValueError("its version is far in the future")
     return record
 
 
@@ -755,6 +770,7 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
+REPAIR = -2  # of its claims where a record stands already, whose replica there is made anew
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
 
@@ -792,8 +808,12 @@ class Transaction:
             self._totals[name][1] += sign * record.size
 
     def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0) -> None:
-        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish. One that
+        is being made anew becomes garbage when that is done: it could be written after it has been deleted."""
         for volume in volumes:
+            query = "UPDATE claim SET owner = ? WHERE path = ? AND volume = ? AND owner = ?"
+            if self._db.execute(query, (TOOL, path, volume, REPAIR)).rowcount:
+                continue
             row = (path, volume, self._now + delay_s, 0, self._now)
             query = "INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)"
             self._totals[GARBAGE][0] += self._db.execute(query, row).rowcount
@@ -835,6 +855,10 @@ class Transaction:
         query = "DELETE FROM claim WHERE owner = ? OR owner >= ? RETURNING path, volume"
         for path, volume in self._db.execute(query, (owner, workers)).fetchall():
             self.add_garbage(path, [volume], delay_s)
+
+    def end_repairs(self) -> None:
+        """End what a tool that died was making anew: the records stand there, so it is no garbage."""
+        self._db.execute("DELETE FROM claim WHERE owner = ?", (REPAIR,))
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -1092,23 +1116,40 @@ class Wire:
             raise ValueError("the answer has no length")
         return int(head[9:12]), 0 if bodyless else int(length[1]) if length else None
 
-    async def read_pieces(self, size: int | None) -> AsyncIterator[bytes]:
+    async def read_pieces(self, size: int | None) -> AsyncGenerator[bytes, None]:
         """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
         while size is None and (length := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16)):
+            while length > SMALL_BLOB:  # nginx sends a listing of any size as one chunk
+                piece = await self._read_some(length)
+                yield piece
+                length -= len(piece)
             yield (await self._reader.readexactly(length + 2))[:-2]
         if size is None:
             await self._reader.readexactly(2)
         while size:
-            if not (piece := await self._reader.read(min(size, SMALL_BLOB))):
-                raise EOFError("it closed the connection in the middle of an answer")
+            piece = await self._read_some(size)
             yield piece
             size -= len(piece)
 
-    async def read_answer(self, head_only: bool = False) -> Answer:
+    async def _read_some(self, size: int) -> bytes:
+        piece = await self._reader.read(min(size, SMALL_BLOB))
+        if not piece:
+            raise EOFError("it closed the connection in the middle of an answer")
+        return piece
+
+    async def read_answer(self, head_only: bool = False, limit: int | None = None) -> Answer:
+        """Read a whole answer. A body longer than `limit` bytes is cut off: one byte longer, and nothing follows."""
         status, size = await self.read_head(head_only)
-        if size is not None:
+        if size is not None and (limit is None or size <= limit):
             return status, await self._reader.readexactly(size)
-        return status, b"".join([piece async for piece in self.read_pieces(size)])
+        body = bytearray()
+        async with contextlib.aclosing(self.read_pieces(size)) as pieces:
+            async for piece in pieces:
+                body += piece
+                if limit is not None and len(body) > limit:
+                    self.reusable = False
+                    return status, bytes(body[: limit + 1])
+        return status, bytes(body)
 
     @property
     def usable(self) -> bool:
@@ -1172,17 +1213,21 @@ class VolumeClient:
             kind = VolumeDown  # whoever cannot read is no use
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
-    async def _exchange(self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "") -> list[Answer]:
+    async def _exchange(
+        self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int | None = None
+    ) -> list[Answer]:
         """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
         requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
         answers: list[Answer] = []
         with self.watch(method):
             while len(answers) < len(requests):
-                await self._converse(method, requests[len(answers) :], answers)
+                await self._converse(method, requests[len(answers) :], answers, limit)
         return answers
 
-    async def _converse(self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer]) -> None:
+    async def _converse(
+        self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int | None
+    ) -> None:
         """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
         repeat is harmless: a path names one version."""
         loop, kept, before, whole = asyncio.get_running_loop(), self._take_idle(), len(answers), False
@@ -1191,7 +1236,7 @@ class VolumeClient:
             try:
                 wire.writer.write(b"".join([data for _, data in requests]))
                 for path, _ in requests:
-                    answers.append(await wire.read_answer(method == "HEAD"))
+                    answers.append(await wire.read_answer(method == "HEAD", limit))
                     if method != "GET":  # nginx hangs up after an error, without a word on what follows
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
@@ -1228,9 +1273,10 @@ class VolumeClient:
         """See whether the volume answers, or takes writes; raises VolumeError."""
         await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
 
-    async def get(self, paths: Iterable[str]) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each, whole. Raises VolumeError."""
-        return await self._exchange("GET", [(path, b"") for path in paths])
+    async def get(self, paths: Iterable[str], limit: int | None = None) -> list[Answer]:
+        """Read small files or listings; return (status, body) of each, whole, but a body longer than `limit` bytes cut
+        off after one byte more. Raises VolumeError."""
+        return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
@@ -2101,6 +2147,7 @@ class Connection(web.RequestHandler):
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
+LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 
 
 class EmbeddedVolume:
@@ -2221,15 +2268,36 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_folder(folder: Path) -> bytes:
-    """Return the folder as nginx's autoindex_format json does, without dot-files; raises FileNotFoundError."""
-    rows = []
+    """Return the folder as nginx's autoindex_format json does, an entry a line, without dot-files; raises
+    FileNotFoundError if there is no such folder, OSError if its listing would be longer than LISTING_BYTES."""
+    lines, size = list[str](), 0
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.startswith("."):
-                facts = entry.stat()
-                kind = {"type": "directory"} if entry.is_dir() else {"type": "file", "size": facts.st_size}
-                rows.append({"name": entry.name, **kind, "mtime": formatdate(facts.st_mtime, usegmt=True)})
-    return json.dumps(rows).encode()
+        for entry in entries:
+            facts = None if entry.name.startswith(".") else look_at(entry)
+            if facts is None:
+                continue
+            row: dict[str, Any] = {"name": entry.name, "type": "other"}
+            if stat.S_ISDIR(facts.st_mode):
+                row["type"] = "directory"
+            elif stat.S_ISREG(facts.st_mode):
+                row |= {"type": "file", "size": facts.st_size}
+            lines.append(json.dumps(row | {"mtime": formatdate(facts.st_mtime, usegmt=True)}))
+            size += len(lines[-1]) + len(",\n")
+            if size > LISTING_BYTES:
+                raise OSError(errno.EFBIG, "too many files in one folder")
+    lines.sort()  # by name, which comes first
+    return "[\n{}\n]\n".format(",\n".join(lines)).encode()
+
+
+def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return what an entry of a folder is, None if it is gone by now. A link that leads nowhere is itself."""
+    for follow in (True, False):
+        try:
+            return entry.stat(follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+    return None
 
 
 async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
