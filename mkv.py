@@ -553,7 +553,8 @@ def decode_sidecar(data: bytes, path: str) -> Record:
         raise ValueError(str(error)) from None
     if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
-    if parse_path(record.path) is None or sidecar_path(record.path) != path:
+    blob = record.path
+    if parse_path(blob) is None or sidecar_path(blob) != path:
         raise ValueError("it names another key or version than its path")
     if version_ns(record.version) >= END_OF_TIME_NS:
         raise ValueError("its version is far in the future")

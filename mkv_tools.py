@@ -1,4 +1,4 @@
-"""The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, token.
+"""The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, forget, token.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py; here is only what it
 takes to walk, compare, copy and report. Theory of operation:
@@ -42,8 +42,17 @@ Reading order: plans (pure), reading volumes, moving replicas, running, then one
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if sys.argv[0].endswith(("mkv_tools.py", "mkv-tools")) and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # run as a program: a Ctrl-C during the imports ends it, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
+import bisect
 import contextlib
 import hashlib
 import json
@@ -54,9 +63,7 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import sqlite3
-import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -71,11 +78,12 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, COLUMNS, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index,
-    MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
-    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar,
-    encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults, read_totals,
-    record_of_row, run_embedded, sidecar_path, sync_folder,
+    ALL_KEYS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS,
+    REPAIR, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index, MkvError, NotFound, Record, Ring,
+    SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError,
+    VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar, encode_sidecar, get_all,
+    load_config, lock_file, media_type_of, parse_path, prepare_index, print_faults, read_totals, record_of_row,
+    run_embedded, sidecar_path, sync_folder, version_ns,
 )
 # isort: on
 # fmt: on
@@ -86,6 +94,7 @@ Files = dict[str, File]  # by name or path
 Found = dict[str, Files]  # volume -> path -> file
 Place = tuple[str, str]  # (volume, path)
 Replica = tuple[str, Record]  # (volume, record)
+Digests = Mapping[Place, str]  # of blobs: SHA-256 in hex, "" if the blob is not of the size that was listed
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
 Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
@@ -93,7 +102,6 @@ Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
 # == Plans ============================================================================================================
 # What is to be done, from what is known. Pure: no clock, no I/O.
 
-SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 BATCH_KEYS, BATCH_BYTES = 48, 4 * 1024 * 1024  # small blobs that are moved together
 
 
@@ -121,20 +129,43 @@ class Version:
         volumes = sorted(self.sidecars.keys() | self.blobs.keys())
         return [(volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])]
 
+    def path_of(self, record: Record) -> str:
+        """Return the path of a record of this version without hashing its key once more."""
+        return f"{self.stem}.{record.ext}" if record.ext else self.stem
+
     def size(self, volume: str, path: str) -> int | None:
         file = self.blobs.get(volume, {}).get(path)
         return file and file[0]
 
 
+def make_pair(row: dict[str, Any]) -> tuple[str, File]:
+    """Return (name, file) of an entry of a listing; raises ValueError."""
+    name, kind, mtime = row.get("name"), row.get("type"), row.get("mtime")
+    if type(name) is not str or not name or "/" in name:
+        raise ValueError("an entry has no name")
+    if type(kind) is not str or type(mtime) is not str:
+        raise ValueError("an entry has no type or no mtime")
+    if kind != "file":
+        return name, (-1, mtime)
+    size = row.get("size")
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError("a file has no size")
+    return name, (size, mtime)
+
+
+ENTRIES = json.JSONDecoder(object_hook=make_pair)  # so no entry is kept as a dict, which takes ten times its bytes
+
+
 def parse_listing(body: bytes) -> Files:
     """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything else."""
+    text = body.decode("utf-8", "surrogateescape")  # nginx passes any name of a file on as it is
     try:
-        rows = json.loads(body.decode("utf-8", "surrogateescape"))  # nginx passes any name of a file on as it is
-        if not isinstance(rows, list):
-            raise TypeError("no list")
-        return {row["name"]: (int(row["size"]) if row["type"] == "file" else -1, row["mtime"]) for row in rows}
-    except (TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"not a listing: {error}") from None
+        pairs = ENTRIES.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested") from None
+    if type(pairs) is not list or any(type(pair) is not tuple for pair in pairs):
+        raise ValueError("it is no list of entries")
+    return dict(pairs)
 
 
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
@@ -143,7 +174,7 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     for volume, files in found.items():
         for path, file in files.items():
             parsed = parse_path(path) if file[0] >= 0 else None
-            if parsed is None or (parsed[2] == "key" and file[0] > SIDECAR_BYTES):
+            if parsed is None:
                 left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
                 foreign.append(Case("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
                 continue
@@ -155,41 +186,97 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     return versions, foreign
 
 
-def plan_sidecars(version: Version, read: Mapping[str, Record | str]) -> list[str]:
-    """Return the volumes whose sidecar to read next: one, then all if it is bad or another has a different size."""
-    whole = sorted(version.sidecars.keys() & version.blobs.keys()) or sorted(version.sidecars)
-    if not read:
-        return [whole[int(version.stem[-4:], 16) % len(whole)]] if whole else []
-    bad, sizes = any(isinstance(one, str) for one in read.values()), {size for size, _ in version.sidecars.values()}
-    return sorted(version.sidecars.keys() - read.keys()) if bad or len(sizes) > 1 else []
+def find_doubts(version: Version, read: Mapping[str, Record | str]) -> list[Place]:
+    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and say the same."""
+    if len(set(read.values())) == 1:
+        return []
+    places = set[Place]()
+    for record in {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}:
+        path = version.path_of(record)
+        places |= {(volume, path) for volume in read if version.size(volume, path) == record.size}
+    return sorted(places)
 
 
-def judge_version(version: Version, read: Mapping[str, Record | str]) -> tuple[Record | None, list[Case]]:
-    """Return the record that the sidecars `read` (or what is wrong with them) and the blobs beside them make.
+def judge_beside(version: Version, record: Record, volume: str, digests: Digests) -> str:
+    """Return what is wrong with the blob beside a sidecar, by its size, and by its digest if that was read."""
+    path = version.path_of(record)
+    size = version.size(volume, path)
+    if size is None:
+        return "sidecar without blob"
+    if size != record.size:
+        return "wrong size"
+    digest = digests.get((volume, path), record.digest)
+    return "" if digest == record.digest else "corrupt"
 
-    None if no sidecar is sound, or if two contradict each other. A sidecar that was not read is like the others.
-    """
-    path, bad = f"{version.stem}.key", {volume: r for volume, r in read.items() if isinstance(r, str)}
-    cases = [Case("bad sidecar", volume, path, "", wrong) for volume, wrong in bad.items()]
-    records = {r for r in read.values() if isinstance(r, Record)}
-    if len(records) != 1:
-        names = " ".join(sorted(read.keys() - bad.keys()))
-        return None, cases + ([Case("contradicting sidecars", names, path)] if records else [])
-    record, volumes = records.pop(), []
-    for volume in sorted(version.sidecars.keys() - bad.keys()):
-        if (size := version.size(volume, record.path)) == record.size:
-            volumes.append(volume)
-        elif size is None:
-            cases.append(Case("sidecar without blob", volume, path, record.key))
+
+def choose_record(version: Version, read: Mapping[str, Record | str], digests: Digests) -> Record | None:
+    """Return the record, without volumes, that a blob agrees with; None if there is none, or if blobs contradict each
+    other. What no blob can tell, the content type, is decided by number, then by the extension, then by order."""
+    votes = Counter(sidecar for sidecar in read.values() if isinstance(sidecar, Record))
+    proved = [r for r in votes if "" in (judge_beside(version, r, v, digests) for v in read)]
+    if len({record.digest for record in proved}) != 1:
+        return None
+
+    def rank(record: Record) -> tuple[int, bool, str, str]:
+        fits = media_type_of(record.content_type, record.key)[1] == record.ext
+        return -votes[record], not fits, record.content_type, record.ext
+
+    return min(proved, key=rank)
+
+
+def tell_apart(record: Record, others: Collection[Record]) -> str:
+    """Say what was decided where sidecars differ."""
+    told = []
+    for name in ("size", "digest", "content_type", "ext"):
+        mine = getattr(record, name)
+        for other in sorted({getattr(other, name) for other in others} - {mine}):
+            told.append(f"{name} is {mine!r}, not {other!r}")
+    return "; ".join(told)
+
+
+def judge_version(
+    version: Version, read: Mapping[str, Record | str], digests: Digests
+) -> tuple[Record | None, list[Case]]:
+    """Return the record that the sidecars, or what is wrong with them, and the blobs beside them make; None if they
+    make none. `digests` are those of the blobs that find_doubts names."""
+    path, cases = f"{version.stem}.key", list[Case]()
+    record, volumes, others = choose_record(version, read, digests), list[str](), dict[str, Record]()
+    for volume, sidecar in sorted(read.items()):
+        if isinstance(sidecar, str):
+            cases.append(Case("bad sidecar", volume, path, "", sidecar))
+        elif record and sidecar != record:
+            others[volume] = sidecar
+        told = record or sidecar
+        if isinstance(told, str):
+            continue
+        wrong = judge_beside(version, told, volume, digests)
+        where = path if wrong == "sidecar without blob" else version.path_of(told)
+        detail = f"{version.size(volume, where)} bytes instead of {told.size}"
+        if wrong:
+            cases.append(Case(wrong, volume, where, told.key, detail if wrong == "wrong size" else ""))
         else:
-            detail = f"{size} bytes instead of {record.size}"
-            cases.append(Case("wrong size", volume, record.path, record.key, detail))
+            volumes.append(volume)
+    if record is None:
+        return None, cases
+    if others:
+        detail = tell_apart(record, others.values())
+        cases.append(Case("contradicting sidecars", " ".join(others), path, record.key, detail))
     return replace(record, volumes=tuple(volumes)), cases
+
+
+def name_unusable(version: Version, read: Mapping[str, Record | str]) -> Case:
+    """Say why a version that has blobs and sidecars makes no record."""
+    sidecars = {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}
+    why = {0: "no sidecar can be used", 1: "no blob fits its sidecar"}
+    detail = why.get(len(sidecars), "sidecars contradict each other, and no blob decides")
+    volumes = " ".join(sorted(read.keys() | version.blobs.keys()))
+    return Case("unusable version", volumes, f"{version.stem}.key", next((r.key for r in sidecars), ""), detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """How a record gets to the volumes `keep` and `copy`. If `left` says why, nothing can be done now."""
+    """How a record gets to the volumes `keep` and `copy`: it stands on some of `copy` already if its replica there is
+    bad, and made anew. If `left` says why, nothing can be done now."""
 
     record: Record
     sources: tuple[str, ...] = ()
@@ -197,11 +284,6 @@ class Move:
     copy: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     left: str = ""
-
-    @property
-    def meanwhile(self) -> Record:
-        """The record between claim and commit: without the volumes whose replica is bad and made anew."""
-        return replace(self.record, volumes=tuple(v for v in self.record.volumes if v not in self.copy))
 
     @property
     def after(self) -> Record:
@@ -227,6 +309,20 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
     turn = int(record.version[-4:], 16) % len(readable)  # spreads the reading, the same way each time
     sources = (*readable[turn:], *readable[:turn])
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
+
+
+def plan_more(record: Record, bad: Collection[str], ring: Ring, replicas: int, states: Mapping[str, State]) -> Move:
+    """Make up for the replicas that a record lacks, where a PUT would write now; those on `bad` are no sources."""
+    usable = [v for v in ring.zones if states.get(v) is State.UP or v in record.volumes]
+    target = ring.place(record.key, replicas, usable)
+    more = [v for v in target if v not in record.volumes][: replicas - len(record.volumes)]
+    alive = [v for v in record.volumes if states.get(v, State.DOWN) is not State.DOWN]
+    sources = tuple(v for v in alive if v not in bad)
+    if not sources:
+        return Move(record=record, left="none of them can be read")
+    if not more:
+        return Move(record=record, left="no other volume is up")
+    return Move(record=record, sources=sources, keep=record.volumes, copy=tuple(more))
 
 
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
@@ -270,7 +366,10 @@ def find_strays(
             ours = record and volume in record.volumes and (path == record.path or path == version.stem)
             if not ours and (volume, version.stem) not in garbage:
                 files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
-                times = [int(version.stem[-20:-4], 16) / 1e9, *(modified_s(file) for file in files if file)]
+                times = [modified_s(file) for file in files if file]
+                written_ns = version_ns(version.stem[-20:])
+                if written_ns < END_OF_TIME_NS:  # else it says nothing, and would never be old enough
+                    times.append(written_ns / 1e9)
                 if max(times) > before_s:
                     young += 1
                 else:
@@ -297,25 +396,43 @@ def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
 # == Reading volumes ==================================================================================================
 # Many small GETs, pipelined, from all volumes at once.
 
+STRIDE = 8  # folders /aa/ that are looked into together
 AHEAD = 6  # runs of folders under way at once
 RUN_FILES = 4000  # files in one run, about
+SIDECARS_AT_ONCE = 1500  # bounds the memory for what is larger than a sidecar should be
 
 
 async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
-    """Return path -> file of all that is in `folders`; raises VolumeError unless it is known for sure."""
+    """Return path -> file of all that is in `folders`, from at most LISTING_BYTES in all; raises
+    VolumeError unless it is known for sure."""
     files: Files = {}
-    for folder, (status, body) in zip(folders, await client.get(folders), strict=True):
+    room, share = LISTING_BYTES, LISTING_BYTES // len(folders)
+    for folder, answer in zip(folders, await client.get(folders, share), strict=True):
+        if len(answer[1]) > share:
+            (answer,) = await client.get([folder], room)
+        room -= len(answer[1])
         try:
-            if status != 200 and (status != 404 or folder == "/"):
-                raise ValueError(f"it was answered {status}")
-            files |= {folder + name: file for name, file in parse_listing(body).items()} if status == 200 else {}
+            if room < 0:
+                raise ValueError(f"more than {LISTING_BYTES} bytes, with {len(folders) - 1} folders near it")
+            files |= read_listing(answer, folder)
         except ValueError as error:
             raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
     return files
 
 
-async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | VolumeError]:
-    """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it."""
+def read_listing(answer: Answer, folder: str) -> Files:
+    """Return path -> file of a folder, none if it is not there; raises ValueError unless that is sure."""
+    status, body = answer
+    if status == 404 and folder != "/":
+        return {}
+    if status != 200:
+        raise ValueError(f"it was answered {status}")
+    return {folder + name: file for name, file in parse_listing(body).items()}
+
+
+async def get_each(clients: Clients, wanted: Sequence[Place], limit: int) -> list[Answer | VolumeError]:
+    """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it. What
+    has more than `limit` bytes is cut off after one more."""
     numbers: dict[str, list[int]] = defaultdict(list)
     answers: dict[int, Answer | VolumeError] = {}
     for i, (volume, _) in enumerate(wanted):
@@ -323,7 +440,7 @@ async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | V
 
     async def get(volume: str) -> None:
         try:
-            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]])
+            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]], limit)
             answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
@@ -335,16 +452,45 @@ async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | V
 async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Record | str]:
     """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
     results: list[Record | str] = []
-    for (volume, path), answer in zip(wanted, await get_each(clients, wanted), strict=True):
-        if isinstance(answer, VolumeError):
-            raise answer
-        if answer[0] not in (200, 404):
-            raise VolumeUnexpected(volume, f"GET {path} was answered {answer[0]}")
-        try:
-            results.append(decode_sidecar(answer[1], path) if answer[0] == 200 else "it is not there")
-        except ValueError as error:
-            results.append(str(error))
+    for start in range(0, len(wanted), SIDECARS_AT_ONCE):
+        places, known = wanted[start : start + SIDECARS_AT_ONCE], dict[tuple[str, Answer], Record | str]()
+        for (volume, path), answer in zip(places, await get_each(clients, places, MAX_SIDECAR_BYTES), strict=True):
+            if isinstance(answer, VolumeError):
+                raise answer
+            if (path, answer) not in known:  # the replicas of a version have the same
+                known[path, answer] = judge_sidecar(answer, volume, path)
+            results.append(known[path, answer])
     return results
+
+
+def judge_sidecar(answer: Answer, volume: str, path: str) -> Record | str:
+    """Return the record in a sidecar, or what is wrong with it; raises VolumeUnexpected for no answer to rely on."""
+    status, body = answer
+    if status == 404:
+        return "it is not there"
+    if status != 200:
+        raise VolumeUnexpected(volume, f"GET {path} was answered {status}")
+    try:
+        return decode_sidecar(body, path)
+    except ValueError as error:
+        return str(error)
+
+
+async def read_digest(client: VolumeClient, path: str, size: int) -> str:
+    """Return the digest of a blob of any size, "" if it has not `size` bytes; raises VolumeError."""
+    hasher, left = hashlib.sha256(), size
+    try:
+        async with contextlib.aclosing(client.stream(path)) as pieces:
+            async for piece in pieces:
+                hasher.update(piece)
+                left -= len(piece)
+                if left < 0:
+                    break
+    except NotFound:
+        return ""
+    except VolumeError as error:
+        raise VolumeUnexpected(error.volume, f"{path} cannot be read: {error}") from None
+    return hasher.hexdigest() if left == 0 else ""
 
 
 async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
@@ -363,15 +509,20 @@ async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
         await asyncio.gather(*running, return_exceptions=True)
 
 
+def cut_out(ordered: Sequence[str], first: str, last: str) -> Sequence[str]:
+    """Return what is from `first` to `last` in an ordered sequence."""
+    return ordered[bisect.bisect_left(ordered, first) : bisect.bisect_right(ordered, last)]
+
+
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
     def __init__(self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]) -> None:
-        self._clients, self._report, self._failed, self._at_once = clients, report, failed, 64
+        self._clients, self._report, self._failed, self._at_once = clients, report, failed, 1
         self.done = 0.0  # the share of the folders that are behind
 
     async def _list(self, on: On) -> Found:
-        """List folders; a volume that fails is left out."""
+        """List folders; a volume that fails is left out, and one that has none of them, too."""
         found: Found = {}
 
         async def fill(volume: str, folders: Sequence[str]) -> None:
@@ -380,7 +531,7 @@ class Walk:
             except VolumeError as error:
                 self._failed(error)
 
-        await asyncio.gather(*(fill(volume, folders) for volume, folders in on.items()))
+        await asyncio.gather(*(fill(volume, folders) for volume, folders in on.items() if folders))
         return found
 
     def _descend(self, found: Found) -> dict[str, list[str]]:
@@ -392,34 +543,34 @@ class Walk:
                     deeper[volume].append(f"{path}/")
                 elif path != "/corrupt":
                     self._report.add(Case("foreign file", volume, path))
-        return deeper
+        return {volume: sorted(folders) for volume, folders in deeper.items()}
 
     async def start(self) -> None:
         """Find out which folders /aa/ each volume has: `top`."""
         self.top = self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
-    async def run(self, work: Work, more: Callable[[str], Awaitable[Iterable[str]]] | None = None) -> None:
+    async def run(self, work: Work, more: Callable[[Sequence[str]], Awaitable[Iterable[str]]] | None = None) -> None:
         """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the names, and which of them
-        each volume has. `more` names further ones below a folder /aa/."""
+        each volume has. `more` names further ones below some folders /aa/."""
 
         async def jobs() -> AsyncIterator[Awaitable[None]]:
-            for number in range(256):
-                self.done, first = number / 256, f"/{number:02x}/"
-                on = self._descend(
-                    await self._list({v: [first] for v, folders in self.top.items() if first in folders})
-                )
-                names = sorted(set().union(*on.values(), await more(first) if more else ()))
+            for number in range(0, 256, STRIDE):
+                self.done = number / 256
+                firsts = [f"/{i:02x}/" for i in range(number, number + STRIDE)]
+                top = {v: [first for first in firsts if first in folders] for v, folders in self.top.items()}
+                on = self._descend(await self._list(top))
+                names = sorted(set().union(*on.values(), await more(firsts) if more else ()))
                 while names:
                     run, names = names[: self._at_once], names[self._at_once :]
-                    on_run = {v: [f for f in folders if run[0] <= f <= run[-1]] for v, folders in on.items()}
-                    yield work(run, on_run)
+                    yield work(run, {v: cut_out(folders, run[0], run[-1]) for v, folders in on.items()})
 
         await run_all(jobs(), AHEAD)
 
     async def list_run(self, on: On) -> Found:
-        found = await self._list({volume: folders for volume, folders in on.items() if folders})
+        found = await self._list(on)
         names, files = max([1, *map(len, on.values())]), sum(map(len, found.values()))
-        self._at_once = max(1, min(256, RUN_FILES * names // (names + files)))
+        fitting = RUN_FILES * names // (names + files)
+        self._at_once = max(1, min(256 * STRIDE, 8 * self._at_once, fitting))
         return found
 
 
@@ -429,37 +580,39 @@ class Walk:
 INTERRUPTED = "interrupted"
 
 
-def set_record(tx: Transaction, before: Record, after: Record) -> None:
-    if before != after:
-        tx.remove(before)
-        tx.insert(after)
-
-
 def claim(tx: Transaction, move: Move) -> str:
     """Claim where `move` will write; return why it must not begin, if so."""
-    if tx.get(move.record.key) != move.record:
+    record = move.record
+    if tx.get(record.key) != record:
         return "changed"
-    if {(volume, move.record.path) for volume in move.copy}.intersection(tx.garbage_at(move.record.path)):
+    waiting = {volume for volume, _ in tx.garbage_at(record.path)}
+    if waiting.intersection(move.copy):
         return "waiting"  # the server may be deleting there just now
-    set_record(tx, move.record, move.meanwhile)
-    tx.claim(move.record.path, move.copy, TOOL)  # or take a dead run's claims over
+    mended = set(record.volumes).intersection(move.copy)
+    tx.claim(record.path, mended, REPAIR)
+    tx.claim(record.path, set(move.copy) - mended, TOOL)  # or take a dead run's claims over
     return ""
 
 
 def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
-    """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so."""
+    """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so. In
+    no case does a place that the record names become garbage."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
-    claimed = tx.take_claims(move.record.path)
-    if tx.get(move.record.key) != move.meanwhile or not claimed.issuperset(move.copy):
-        failed = "changed"
+    before, after = move.record, move.after
+    claimed, current = tx.take_claims(before.path), tx.get(before.key)
+    if current != before or not claimed.issuperset(move.copy):
+        named = current.volumes if current and current.path == before.path else ()
+        tx.add_garbage(before.path, claimed.difference(named), delay_s)
+        return "changed"
     if failed:
-        tx.add_garbage(move.record.path, claimed)
+        tx.add_garbage(before.path, claimed.difference(before.volumes))
         return failed
-    set_record(tx, move.meanwhile, move.after)
-    tx.add_garbage(
-        move.record.path, claimed.union(move.drop).difference(move.after.volumes), delay_s
-    )  # or a dead run's
+    if after != before:
+        tx.remove(before)
+        tx.insert(after)
+    unused = claimed.union(move.drop).difference(after.volumes)  # of what is claimed, by a dead run
+    tx.add_garbage(before.path, unused, delay_s)
     return ""
 
 
@@ -489,7 +642,7 @@ class Mover:
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted])
+        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted], SMALL_BLOB)
         return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
@@ -628,10 +781,12 @@ class Report:
     """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines for people."""
 
     FIRST = 10
+    IN_FULL = ("unusable version", "lost key")  # each one is the operator's to see to
 
     def __init__(self, keep_all: bool) -> None:
         self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
         self._began, self.facts, self.lines, self.code = time.monotonic(), dict[str, Any](), list[str](), 0
+        self.interrupted = "the store is consistent, and the same command goes on"  # said after Ctrl-C
 
     @property
     def seconds(self) -> float:
@@ -640,22 +795,36 @@ class Report:
     def add(self, *cases: Case) -> None:
         for case in cases:
             self.counts[case.kind] += 1
-            if self._keep_all or self.counts[case.kind] <= self.FIRST:
+            if self._keep_all or case.kind in self.IN_FULL or self.counts[case.kind] <= self.FIRST:
                 self._cases[case.kind].append(case)
 
     def as_json(self) -> str:
         cases = [case._asdict() for each in self._cases.values() for case in each]
-        return json.dumps(self.facts | {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases})
+        facts = self.facts | {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases}
+        return show_text(json.dumps(facts))
 
     def as_text(self) -> str:
         lines = []
         for kind, count in sorted(self.counts.items()):
             lines.append(f"{count} x {kind}")
-            for case in self._cases[kind][: self.FIRST]:
-                path, key = case.path.encode("utf-8", "backslashreplace").decode(), case.key and json.dumps(case.key)
-                lines.append("  " + "  ".join(filter(None, (case.volume, path, key, case.detail))))
-            lines += [f"  and {count - self.FIRST} more (--json lists them)"] if count > self.FIRST else []
-        return "\n".join(lines + self.lines)
+            cases = self._cases[kind] if kind in self.IN_FULL else self._cases[kind][: self.FIRST]
+            for case in cases:
+                words = (case.volume, case.path, case.key and json.dumps(case.key), case.detail)
+                lines.append("  " + "  ".join(word for word in words if word))
+            if count > len(cases):
+                lines.append(f"  and {count - len(cases)} more (--json lists them)")
+        return "\n".join(show_text(line) for line in lines + self.lines)
+
+
+def show_text(text: str) -> str:
+    """Return `text` as it may go to a terminal, whoever gave it: escaped, as in JSON, where it is not printable."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else escape(ord(one)) for one in text)
+
+
+def escape(code: int) -> str:
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def show_bytes(size: float) -> str:
@@ -705,14 +874,19 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
         async with run_embedded(config) as config:
             yield config
     else:
-        raise ToolError(f"no volumes are configured, and there are no embedded ones in {config.data}")
+        raise ConfigError([f"volumes: none are configured, and there are no embedded ones in {config.data}"])
+
+
+def check_index(path: str) -> None:
+    """Raise ConfigError if there is no index."""
+    if not Path(path).is_file():
+        raise ConfigError([f"db: there is no index at {path} (rebuild makes one from the volumes)"])
 
 
 @contextlib.asynccontextmanager
 async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
     """Open volumes and index beside a server that may be running; `moving` replicas is for one tool at a time."""
-    if not Path(config.db).is_file():
-        raise ToolError(f"there is no index at {config.db} (rebuild makes one from the volumes)")
+    check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
         if moving:
@@ -720,13 +894,11 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             stack.callback(os.close, lock)
         store = Store(config, number=TOOL)
         stack.push_async_callback(store.close)
-        try:
-            await store.start()
-        except ConfigError as error:  # the index cannot be opened: nothing that the command line could mend
-            raise ToolError(str(error)) from None
+        await store.start()
         yield store
         if moving:
             delay_s = max(config.garbage_delay, config.volume_timeout)
+            await store.index.write(Transaction.end_repairs)
             await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize, delay_s))  # what nobody took over
 
 
@@ -766,8 +938,11 @@ async def find_damage(old: SqliteThread) -> str:
         return str(error)
 
 
+INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")
+
+
 def remove_index(path: str) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal", ".lock"):
+    for suffix in INDEX_SUFFIXES:
         Path(path + suffix).unlink(missing_ok=True)
 
 
@@ -794,7 +969,8 @@ def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
         raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
 
 
-GARBAGE_AND_CLAIMS = "SELECT volume, path FROM garbage UNION SELECT volume, path FROM claim"
+GARBAGE_AND_CLAIMS = f"""SELECT volume, path FROM garbage
+    UNION SELECT volume, path FROM claim WHERE owner != {REPAIR}"""
 
 
 def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
@@ -803,26 +979,35 @@ def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]
     return list(db.execute(query, (span[0], after_prefix(span[1]))))
 
 
+LOST = f"""SELECT new.version IS NOT NULL, old.* FROM (SELECT {COLUMNS} FROM main.record) AS old
+    LEFT JOIN fresh.record AS new USING (key)
+    WHERE new.version IS NULL OR new.version < old.version ORDER BY key"""
+
+
 class Rebuild:
     """Makes the new index of one store, run by run. `old` is None if there is no old one that can be read."""
 
     def __init__(self, clients: Clients, old: SqliteThread | None, new: Index, report: Report) -> None:
         self._clients, self._old, self._new, self._report = clients, old, new, report
         self.walk = Walk(clients, report, self._fail)
-        self.keys = self.bytes = self.garbage = 0
+        self.keys = self.bytes = self.garbage = self.left_out = 0
 
     def _fail(self, error: VolumeError) -> None:
         raise error
 
     async def run(self, allowed: Collection[str]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; then decide on the keys of all folders."""
+        """Carry the old garbage over, due at once, since nobody reads; then decide on the keys of all folders; then
+        see what has become of the old keys."""
         await self.walk.start()
+        totals = await self._old.run(read_totals) if self._old else {}
+        self._check_volumes(totals, allowed)
         if self._old:
-            self._check_volumes(await self._old.run(read_totals), allowed)
             cursor = await self._old.run(lambda db: db.execute(GARBAGE_AND_CLAIMS))
             while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
                 await self._new.write(partial(self._write, [], rows, []))
         await self.walk.run(self._merge)
+        if self._old:
+            await self._find_lost(self._old, set(allowed))
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
         """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
@@ -830,6 +1015,21 @@ class Rebuild:
             if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not self.walk.top.get(name):
                 state = "is empty" if name in self.walk.top else "is not configured"
                 raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
+
+    async def _find_lost(self, old: SqliteThread, allowed: set[str]) -> None:
+        """Report the keys of the old index that the new one lacks, or has in an older version."""
+        await old.run(lambda db: db.execute("ATTACH ? AS fresh", (self._new.path,)))
+        cursor = await old.run(lambda db: db.execute(LOST))
+        while rows := await old.run(lambda db: cursor.fetchmany(1000)):
+            for older, *row in rows:
+                record = record_of_row(row)
+                names = " ".join(record.volumes)
+                if allowed.issuperset(record.volumes):
+                    self.left_out += 1
+                else:
+                    detail = "an older version is there" if older else ""
+                    self._report.add(Case("lost key", names, record.path, record.key, detail))
+        await old.run(lambda db: db.execute("DETACH fresh"))
 
     def _write(
         self, records: Collection[Record], garbage: Collection[Place], alive: Iterable[Place], tx: Transaction
@@ -853,12 +1053,14 @@ class Rebuild:
         adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
-            unmarked = version.blobs.keys() - version.sidecars.keys() - garbage[stem]
-            cases += [Case("blob without sidecar", volume, *version.blobs[volume]) for volume in unmarked]
-            if key_hash in adopted:
-                dead += version.places if version.sidecars else []
+            for volume in version.blobs.keys() - version.sidecars.keys() - garbage[stem]:
+                cases += [Case("blob without sidecar", volume, path) for path in version.blobs[volume]]
+            if not version.sidecars:  # an unfinished write
                 continue
-            record, more = judge_version(version, read[stem])
+            if key_hash in adopted:
+                dead += version.places
+                continue
+            record, more = judge_version(version, read[stem], await self._read_blobs(version, read[stem]))
             cases += more
             if record and garbage[stem]:
                 record = await self._judge_garbage(record, garbage[stem])
@@ -866,17 +1068,33 @@ class Rebuild:
                 alive += [(volume, record.path) for volume in record.volumes]
             if record and record.volumes:
                 adopted[key_hash] = record
+            elif record is None and version.blobs and garbage[stem].issuperset(version.blobs):
+                dead += version.places
+            elif record is None and version.blobs:
+                cases.append(name_unusable(version, read[stem]))
         await self._new.write(partial(self._write, adopted.values(), dead, alive))
         self._report.add(*cases)
 
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
-        """Return stem -> volume -> sidecar: one for each version, or all where that leaves a doubt."""
+        """Read all sidecars: return stem -> volume -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
-        while wanted := [(v, version.stem) for version in versions for v in plan_sidecars(version, read[version.stem])]:
-            sidecars = await read_sidecars(self._clients, [(volume, f"{stem}.key") for volume, stem in wanted])
-            for (volume, stem), sidecar in zip(wanted, sidecars, strict=True):
-                read[stem][volume] = sidecar
+        wanted = list[tuple[str, str]]()
+        for version in versions:
+            for volume, (size, _) in version.sidecars.items():
+                if size > MAX_SIDECAR_BYTES:
+                    read[version.stem][volume] = f"it has {size} bytes"
+                else:
+                    wanted.append((volume, f"{version.stem}.key"))
+        for (volume, path), sidecar in zip(wanted, await read_sidecars(self._clients, wanted), strict=True):
+            read[path[:STEM]][volume] = sidecar
         return read
+
+    async def _read_blobs(self, version: Version, read: Mapping[str, Record | str]) -> dict[Place, str]:
+        """Return the digests of the blobs that have to decide."""
+        digests = dict[Place, str]()
+        for volume, path in find_doubts(version, read):
+            digests[volume, path] = await read_digest(self._clients[volume], path, version.size(volume, path) or 0)
+        return digests
 
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
         """Return a record that is garbage on some volumes without these, but never without any; or, if the old index
@@ -897,6 +1115,13 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         exists, old, new = Path(config.db).is_file(), SqliteThread(config.db, False), Index(fresh)
         stack.push_async_callback(old.close)
         damage = await find_damage(old) if exists else ""
+        readable = old if exists and not damage else None
+        known = {volume.name for volume in config.volumes}
+        if readable:
+            known.update(await readable.run(read_totals))
+        unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
+        if unknown:
+            raise ConfigError([f"--allow-missing {name}: there is no such volume" for name in unknown])
         remove_index(fresh)
         stack.callback(remove_index, fresh)
         stack.push_async_callback(new.close)
@@ -905,13 +1130,15 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         clients = {name: client for name, client in clients.items() if name not in options.allow_missing}
         for client in clients.values():
             stack.callback(client.close)
-        work = Rebuild(clients, old if exists and not damage else None, new, report)
+        work = Rebuild(clients, readable, new, report)
         progress = show_progress(report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
         async with progress:
             await work.run(options.allow_missing)
         report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
-        if report.counts["contradicting sidecars"]:
-            report.lines = ["nothing was changed: of sidecars that contradict each other, move the wrong ones away"]
+        report.facts["left_out"] = work.left_out
+        if unusable := report.counts["unusable version"]:
+            report.lines = [f"nothing was changed: {unusable} versions have blobs and sidecars, but of no use"]
+            report.lines.append("mend the sidecars, or move them away with their blobs, and run this again")
             report.code = 1
             return
         await new.read(partial(check_new_index, work.keys, work.bytes))
@@ -924,6 +1151,11 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
     report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
     report.lines += [f"the old index is {kept}"] if kept else []
     report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
+    if work.left_out:
+        report.lines.append(f"{work.left_out} keys of the old index are only on volumes that were left out")
+    if lost := report.counts["lost key"]:
+        report.lines.append(f"{lost} keys of the old index are not on the volumes as it had them: see above")
+        report.code = 1
 
 
 # == rebalance ========================================================================================================
@@ -1038,10 +1270,10 @@ def insert_notes(table: str, rows: Iterable[tuple[str, ...]], db: sqlite3.Connec
             db.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
 
 
-def select_folders(first: str, db: sqlite3.Connection) -> list[str]:
-    """Return the folders /aa/bb/ below /aa/ that records were noted in."""
+def select_folders(firsts: Sequence[str], db: sqlite3.Connection) -> list[str]:
+    """Return the folders /aa/bb/, from the first to the last of some /aa/, that records were noted in."""
     query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
-    return [row[0] for row in db.execute(query, (first, after_prefix(first)))]
+    return [row[0] for row in db.execute(query, (firsts[0], after_prefix(firsts[-1])))]
 
 
 def select_noted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, Record]:
@@ -1084,7 +1316,7 @@ class Verify:
         async for page in read_pages(self._store.index):
             await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
         await self.walk.start()
-        await self.walk.run(self._compare, lambda first: self._notes.run(partial(select_folders, first)))
+        await self.walk.run(self._compare, lambda firsts: self._notes.run(partial(select_folders, firsts)))
         if repair and not self.failed:
             await self._remove_strays()
 
@@ -1132,13 +1364,20 @@ class Verify:
             for (volume, record), wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
                 if wrong:
                     faults[record][volume] = wrong
-        current = await self._store.index.read(partial(get_all, [record.key for record in faults]))
-        for (record, wrongs), now in zip(faults.items(), current, strict=True):
-            if record == now:  # else a client came between
-                await self._settle(record, wrongs)
+        replicas = self._store.view.config.replicas
+        suspects = [record for record in records if record in faults or len(record.volumes) < replicas]
+        current = await self._store.index.read(partial(get_all, [record.key for record in suspects]))
+        lacking = dict[Record, set[str]]()
+        for record, now in zip(suspects, current, strict=True):
+            if record != now:  # a client came between
+                continue
+            bad = await self._settle(record, faults[record])
+            if len(record.volumes) < replicas:
+                lacking[record] = bad
+        await self._make_up(lacking)
 
-    async def _settle(self, record: Record, faults: Mapping[str, str]) -> None:
-        """Repair a record's replicas if told to, and note each fault."""
+    async def _settle(self, record: Record, faults: Mapping[str, str]) -> set[str]:
+        """Repair a record's replicas if told to, and note each fault; return the volumes where they stay bad."""
         repaired = await self._restore(record, faults) if self._repair else set()
         self.repaired += len(repaired)
         for volume, wrong in faults.items():
@@ -1147,6 +1386,29 @@ class Verify:
             self._report.add(Case(kind, volume, record.path, record.key, detail))
         if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
             self._report.add(Case("no good replica", "", record.path, record.key))
+        return faults.keys() - repaired
+
+    async def _make_up(self, lacking: Mapping[Record, set[str]]) -> None:
+        """Note the records that have too few replicas, and copy them if told to. Given with each: where it is bad."""
+        view, states = self._store.view, self._store.health.states
+        replicas = view.config.replicas
+        moves = [plan_more(record, bad, view.ring, replicas, states) for record, bad in lacking.items()]
+        outcome = {move.record.key: move.left for move in moves}
+        if self._repair:
+            possible = [move for move in moves if not move.left]
+            for batch in plan_batches(possible, lambda move: move.record.size):
+                outcome |= await self._mover.move(batch)
+        for move in moves:
+            why = outcome[move.record.key]
+            copied = self._repair and not why
+            count = len(move.after.volumes if copied else move.record.volumes)
+            if copied and count >= replicas:
+                self.repaired += 1
+                detail = "repaired"
+            else:
+                detail = f"{count} of {replicas}" + (f", {why}" if why else "")
+            if why != "changed":  # by a client
+                self._report.add(Case("too few replicas", "", move.record.path, move.record.key, detail))
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
         """Make replicas good from good ones; return the volumes where that succeeded."""
@@ -1219,7 +1481,7 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     report.code = 1 if left else 0
 
 
-# == status, backup, token ============================================================================================
+# == status, backup, forget, token ====================================================================================
 
 
 def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
@@ -1264,6 +1526,35 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     return {"Authorization": f"Bearer {options.token}"} if options.token else {}
 
 
+def files_of_index(path: str) -> set[str]:
+    """Return the names of what belongs to an index, there or not, by its own name and by where a link leads."""
+    suffixes = [*INDEX_SUFFIXES, ".tools", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
+
+
+def identify_file(path: str) -> set[tuple[int, int, str]]:
+    """Return by what a path and another are the same file: the file that is there (its name left out, for it may have
+    several), and its folder with the name in it, for one that is not there yet. Links are followed."""
+    real = Path(os.path.realpath(path))
+    marks = set[tuple[int, int, str]]()
+    for place, name in ((real, ""), (real.parent, real.name)):
+        with contextlib.suppress(OSError):
+            facts = place.stat()
+            marks.add((facts.st_dev, facts.st_ino, name))
+    return marks
+
+
+def check_target(target: str, part: str, index: str) -> None:
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of `part`."""
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError([f"FILE: there is no folder {folder}"])
+    taken = set[tuple[int, int, str]]().union(*map(identify_file, files_of_index(index)))
+    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
+        if not taken.isdisjoint(identify_file(path)):
+            raise ConfigError([f"FILE: {path} is the index, or a file that belongs to it: name another"])
+
+
 def copy_index(target: str, db: sqlite3.Connection) -> int:
     """Copy the index as it is at this moment to `target`, and check the copy; return its number of keys."""
     with contextlib.closing(sqlite3.connect(target)) as copy:
@@ -1278,9 +1569,9 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
 
 async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy the index to a file while the server runs; the file appears whole or not at all."""
-    if not Path(config.db).is_file():
-        raise ToolError(f"there is no index at {config.db}")
     part, index = f"{options.file}.tmp", Index(config.db)
+    check_index(config.db)
+    check_target(options.file, part, config.db)
     await index.open()
     try:
         remove_index(part)
@@ -1294,6 +1585,46 @@ async def backup(config: Config, options: argparse.Namespace, report: Report) ->
         remove_index(part)
     report.facts = {"file": options.file, "keys": keys, "bytes": Path(options.file).stat().st_size}
     report.lines = [f"{options.file}: {keys} keys, {show_bytes(report.facts['bytes'])}"]
+
+
+FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
+
+
+def select_garbage_on(volume: str, db: sqlite3.Connection) -> list[Place]:
+    query = "SELECT volume, path FROM garbage WHERE volume = ? LIMIT ?"
+    return list(db.execute(query, (volume, FORGET_ROWS)))
+
+
+def settle(gone: Collection[Place], tx: Transaction) -> None:
+    tx.settle_garbage(gone, [])
+
+
+async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Give up what waits to be deleted on a volume that will not come back; no record may name it."""
+    name, index = options.name, Index(config.db)
+    embedded = {f"volume{i}" for i in range(1, EMBEDDED_VOLUMES + 1)}
+    configured = {volume.name for volume in config.volumes} or embedded
+    if name in configured:
+        raise ConfigError([f"NAME: {name} is in the configuration: take it out, reload, rebalance, then forget it"])
+    check_index(config.db)
+    await index.open()
+    try:
+        totals = await index.read(read_totals)
+        waiting = await index.read(partial(select_garbage_on, name))
+        if name in (ALL_KEYS, GARBAGE) or not (name in totals or waiting):
+            raise ConfigError([f"NAME: the index knows no volume {name}"])
+        blobs, _ = totals.get(name, (0, 0))
+        if blobs:
+            raise ToolError(f"{blobs} records still name {name}: rebalance first")
+        count = 0
+        while waiting:
+            await index.write(partial(settle, waiting))
+            count += len(waiting)
+            waiting = await index.read(partial(select_garbage_on, name))
+    finally:
+        await index.close()
+    report.facts = {"volume": name, "forgotten": count}
+    report.lines = [f"{name}: {count} replicas that waited to be deleted are forgotten"]
 
 
 async def token(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1332,7 +1663,8 @@ class Bench:
 
     def __init__(self, session: ClientSession, options: argparse.Namespace) -> None:
         self._session, self._options = session, options
-        self._base = f"{options.url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/"
+        self.prefix = f"mkv-bench-{secrets.token_hex(4)}/"
+        self._base = f"{options.url.rstrip('/')}/{self.prefix}"
         self._noise = random.randbytes(options.size)
         self.written = self.done = 0
         self.phase = ""
@@ -1384,17 +1716,22 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
     connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
     async with ClientSession(connector=connector, timeout=timeout, headers=authorization(options)) as session:
         work = Bench(session, options)
+        report.interrupted = f"keys that begin with {work.prefix} may be left on the server"
         async with show_progress(report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
             try:
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
             finally:
                 results["DELETE"] = await work.run("DELETE")
+                if not results["DELETE"]["errors"]:
+                    report.interrupted = "what was written is removed"
     names = ("requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "errors")
     report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
     report.lines += [f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()]
     report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
-    report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
+    if results["DELETE"]["errors"]:
+        report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
+    report.facts = {"size": options.size, "concurrency": options.concurrency, "prefix": work.prefix, **results}
     report.code = 1 if any(r["errors"] for r in results.values()) else 0
 
 
@@ -1410,6 +1747,8 @@ COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awai
     "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
     "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
+    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. Only for a disk that is "
+               "lost or wiped: what is dead there would live again after a rebuild."),
     "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
@@ -1452,6 +1791,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("status", "bench"):
         add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
+    add["forget"]("name", metavar="NAME", help="of the volume, which must be out of the configuration")
     add["token"]("name", metavar="NAME", help="who it is for")
     add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
     add["token"]("--prefix", default="", help="the keys it is confined to [all]")
@@ -1465,11 +1805,18 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
     config = load_config(getattr(options, "config", ""), flags)
     os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))  # for temporary tables
-    await COMMANDS[options.command][0](config, options, report)
+    try:
+        await COMMANDS[options.command][0](config, options, report)
+    except sqlite3.OperationalError as error:  # a full disk, say
+        raise ToolError(f"{config.db}: {error}") from None
+    except sqlite3.DatabaseError as error:
+        raise ConfigError([f"db: {config.db}: {error}"]) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which asyncio replaces with a cancellation
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
@@ -1479,11 +1826,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_faults(error)
         return 2
-    except (ToolError, MkvError, sqlite3.Error, OSError) as error:
-        print(f"mkv: {error}", file=sys.stderr)
+    except (ToolError, MkvError, OSError) as error:
+        print(f"mkv: {show_text(str(error))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
-        print("mkv: interrupted; the store is consistent, and the same command goes on", file=sys.stderr)
+        print(f"mkv: interrupted; {report.interrupted}", file=sys.stderr)
         return 1
     print(report.as_json() if options.json else report.as_text())
     return report.code
