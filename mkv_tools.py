@@ -1006,7 +1006,7 @@ class Rebuild:
             while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
                 await self._new.write(partial(self._write, [], rows, []))
         await self.walk.run(self._merge)
-        if self._old:
+        if self._old and not self._report.counts["unusable version"]:  # else the new index will not be used
             await self._find_lost(self._old, set(allowed))
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
