@@ -94,6 +94,7 @@ log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
 Answer = tuple[int, bytes]  # of a volume: status, body
+File = tuple[str, bytes]  # for a volume: path, body
 
 # == Errors ===========================================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
@@ -352,7 +353,7 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 # A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned by golden vectors.
 
 MAX_KEY_BYTES = 1024
-END_OF_TIME_NS = 2**62  # in the year 2116; every version is below, so that a higher one always fits its digits
+END_OF_TIME_NS = 2**62  # in 2116; every version is below, so that a higher one fits its digits
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -434,11 +435,15 @@ def version_ns(version: str) -> int:
 
 
 def next_version(now_ns: int, current: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back; raises
-    Unavailable if there is none."""
-    least = version_ns(current) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
-    if max(now_ns, least) >= END_OF_TIME_NS:
-        raise Unavailable("the clock, or the version that this key has now, is far in the future: delete the key first")
+    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock
+    stepped back; raises Unavailable if there is none."""
+    least = 0
+    if current:
+        least = version_ns(current) + 1 + (salt >> 16)  # spread: behind a clock set back, too
+    if now_ns >= END_OF_TIME_NS:
+        raise Unavailable("the clock is far in the future")
+    if least >= END_OF_TIME_NS:
+        raise Unavailable("this key has a version far in the future: delete it first")
     return f"{max(now_ns, least):016x}{salt & 0xFFFF:04x}"
 
 
@@ -809,8 +814,9 @@ class Transaction:
             self._totals[name][1] += sign * record.size
 
     def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0) -> None:
-        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish. One that
-        is being made anew becomes garbage when that is done: it could be written after it has been deleted."""
+        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under
+        way can finish. One that is being made anew becomes garbage when that claim ends: until
+        then it may be written after it has been deleted."""
         for volume in volumes:
             query = "UPDATE claim SET owner = ? WHERE path = ? AND volume = ? AND owner = ?"
             if self._db.execute(query, (TOOL, path, volume, REPAIR)).rowcount:
@@ -858,7 +864,8 @@ class Transaction:
             self.add_garbage(path, [volume], delay_s)
 
     def end_repairs(self) -> None:
-        """End what a tool that died was making anew: the records stand there, so it is no garbage."""
+        """End the claims of a tool that died on what it made anew: records stand there, so it is
+        no garbage."""
         self._db.execute("DELETE FROM claim WHERE owner = ?", (REPAIR,))
 
     def close(self) -> None:
@@ -1139,7 +1146,8 @@ class Wire:
         return piece
 
     async def read_answer(self, head_only: bool = False, limit: int | None = None) -> Answer:
-        """Read a whole answer. A body longer than `limit` bytes is cut off: one byte longer, and nothing follows."""
+        """Read a whole answer. A body longer than `limit` bytes is cut off after one byte more,
+        and then the connection is of no further use."""
         status, size = await self.read_head(head_only)
         if size is not None and (limit is None or size <= limit):
             return status, await self._reader.readexactly(size)
@@ -1215,7 +1223,7 @@ class VolumeClient:
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
     async def _exchange(
-        self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int | None = None
+        self, method: str, files: Iterable[File], trail: str = "", limit: int | None = None
     ) -> list[Answer]:
         """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
@@ -1226,9 +1234,7 @@ class VolumeClient:
                 await self._converse(method, requests[len(answers) :], answers, limit)
         return answers
 
-    async def _converse(
-        self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int | None
-    ) -> None:
+    async def _converse(self, method: str, requests: list[File], answers: list[Answer], limit: int | None) -> None:
         """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
         repeat is harmless: a path names one version."""
         loop, kept, before, whole = asyncio.get_running_loop(), self._take_idle(), len(answers), False
@@ -1275,8 +1281,8 @@ class VolumeClient:
         await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
 
     async def get(self, paths: Iterable[str], limit: int | None = None) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each, whole, but a body longer than `limit` bytes cut
-        off after one byte more. Raises VolumeError."""
+        """Read small files or listings; return (status, body) of each, whole, but a body longer
+        than `limit` bytes cut off after one byte more. Raises VolumeError."""
         return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
@@ -2269,9 +2275,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_folder(folder: Path) -> bytes:
-    """Return the folder as nginx's autoindex_format json does, an entry a line, without dot-files; raises
-    FileNotFoundError if there is no such folder, OSError if its listing would be longer than LISTING_BYTES."""
-    lines, size = list[str](), 0
+    """Return the folder as nginx's autoindex_format json does, an entry a line, without dot-files;
+    raises FileNotFoundError, OSError if the listing would be longer than LISTING_BYTES."""
+    lines = list[str]()
+    size = 0
     with os.scandir(folder) as entries:
         for entry in entries:
             facts = None if entry.name.startswith(".") else look_at(entry)
@@ -2291,7 +2298,8 @@ def list_folder(folder: Path) -> bytes:
 
 
 def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Return what an entry of a folder is, None if it is gone by now. A link that leads nowhere is itself."""
+    """Return what an entry of a folder is, None if it is gone by now. A link that leads nowhere is
+    just a link."""
     for follow in (True, False):
         try:
             return entry.stat(follow_symlinks=follow)

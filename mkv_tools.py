@@ -78,12 +78,13 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS,
-    REPAIR, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index, MkvError, NotFound, Record, Ring,
-    SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError,
-    VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar, encode_sidecar, get_all,
-    load_config, lock_file, media_type_of, parse_path, prepare_index, print_faults, read_totals, record_of_row,
-    run_embedded, sidecar_path, sync_folder, version_ns,
+    ALL_KEYS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, LISTING_BYTES,
+    MAX_SIDECAR_BYTES, OPERATIONS, REPAIR, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError,
+    Hasher, Index, MkvError, NotFound, Record, Ring, SqliteThread, State, States, Store, Token,
+    Transaction, Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout,
+    VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar, encode_sidecar,
+    get_all, load_config, lock_file, media_type_of, parse_path, prepare_index, print_faults,
+    read_totals, record_of_row, run_embedded, sidecar_path, sync_folder, version_ns,
 )
 # isort: on
 # fmt: on
@@ -93,10 +94,14 @@ File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no
 Files = dict[str, File]  # by name or path
 Found = dict[str, Files]  # volume -> path -> file
 Place = tuple[str, str]  # (volume, path)
+Names = tuple[str, ...]  # of volumes
 Replica = tuple[str, Record]  # (volume, record)
-Digests = Mapping[Place, str]  # of blobs: SHA-256 in hex, "" if the blob is not of the size that was listed
+Sidecars = Mapping[str, Record | str]  # volume -> what its sidecar says, or what is wrong with it
+Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as were listed
+Answered = Answer | VolumeError
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
+More = Callable[[Sequence[str]], Awaitable[Iterable[str]]]  # folders /aa/ -> folders below
 Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
 
 # == Plans ============================================================================================================
@@ -113,6 +118,9 @@ class Case(NamedTuple):
     path: str = ""
     key: str = ""
     detail: str = ""
+
+
+Judgement = tuple[Record | None, list[Case]]  # of a version
 
 
 @dataclass(slots=True)
@@ -140,20 +148,23 @@ class Version:
 
 def make_pair(row: dict[str, Any]) -> tuple[str, File]:
     """Return (name, file) of an entry of a listing; raises ValueError."""
-    name, kind, mtime = row.get("name"), row.get("type"), row.get("mtime")
+    name = row.get("name")
+    kind = row.get("type")
+    mtime = row.get("mtime")
+    size = row.get("size")
     if type(name) is not str or not name or "/" in name:
         raise ValueError("an entry has no name")
     if type(kind) is not str or type(mtime) is not str:
         raise ValueError("an entry has no type or no mtime")
     if kind != "file":
         return name, (-1, mtime)
-    size = row.get("size")
     if type(size) is not int or not 0 <= size < 2**63:
         raise ValueError("a file has no size")
     return name, (size, mtime)
 
 
-ENTRIES = json.JSONDecoder(object_hook=make_pair)  # so no entry is kept as a dict, which takes ten times its bytes
+# It makes each entry a pair as soon as it is read: as dicts they would take ten times their bytes.
+ENTRIES = json.JSONDecoder(object_hook=make_pair)
 
 
 def parse_listing(body: bytes) -> Files:
@@ -186,8 +197,9 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     return versions, foreign
 
 
-def find_doubts(version: Version, read: Mapping[str, Record | str]) -> list[Place]:
-    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and say the same."""
+def find_doubts(version: Version, read: Sidecars) -> list[Place]:
+    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and
+    say the same."""
     if len(set(read.values())) == 1:
         return []
     places = set[Place]()
@@ -198,7 +210,8 @@ def find_doubts(version: Version, read: Mapping[str, Record | str]) -> list[Plac
 
 
 def judge_beside(version: Version, record: Record, volume: str, digests: Digests) -> str:
-    """Return what is wrong with the blob beside a sidecar, by its size, and by its digest if that was read."""
+    """Return what is wrong with the blob beside a sidecar: by its size, and its digest if it was
+    read."""
     path = version.path_of(record)
     size = version.size(volume, path)
     if size is None:
@@ -209,11 +222,15 @@ def judge_beside(version: Version, record: Record, volume: str, digests: Digests
     return "" if digest == record.digest else "corrupt"
 
 
-def choose_record(version: Version, read: Mapping[str, Record | str], digests: Digests) -> Record | None:
-    """Return the record, without volumes, that a blob agrees with; None if there is none, or if blobs contradict each
-    other. What no blob can tell, the content type, is decided by number, then by the extension, then by order."""
+def choose_record(version: Version, read: Sidecars, digests: Digests) -> Record | None:
+    """Return the record, without volumes, that a blob agrees with; None if there is none, or if
+    blobs contradict each other. No blob can tell the content type: most sidecars decide, else the
+    extension."""
     votes = Counter(sidecar for sidecar in read.values() if isinstance(sidecar, Record))
-    proved = [r for r in votes if "" in (judge_beside(version, r, v, digests) for v in read)]
+    proved = []
+    for record in votes:
+        if "" in (judge_beside(version, record, volume, digests) for volume in read):
+            proved.append(record)
     if len({record.digest for record in proved}) != 1:
         return None
 
@@ -229,18 +246,19 @@ def tell_apart(record: Record, others: Collection[Record]) -> str:
     told = []
     for name in ("size", "digest", "content_type", "ext"):
         mine = getattr(record, name)
-        for other in sorted({getattr(other, name) for other in others} - {mine}):
-            told.append(f"{name} is {mine!r}, not {other!r}")
+        theirs = {getattr(other, name) for other in others} - {mine}
+        told += [f"{name} is {mine!r}, not {one!r}" for one in sorted(theirs)]
     return "; ".join(told)
 
 
-def judge_version(
-    version: Version, read: Mapping[str, Record | str], digests: Digests
-) -> tuple[Record | None, list[Case]]:
-    """Return the record that the sidecars, or what is wrong with them, and the blobs beside them make; None if they
-    make none. `digests` are those of the blobs that find_doubts names."""
-    path, cases = f"{version.stem}.key", list[Case]()
-    record, volumes, others = choose_record(version, read, digests), list[str](), dict[str, Record]()
+def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgement:
+    """Return the record that sidecars and the blobs beside them make, None if they make none, and
+    what is wrong with them. `digests` are those of the blobs that find_doubts names."""
+    path = f"{version.stem}.key"
+    record = choose_record(version, read, digests)
+    volumes = list[str]()
+    others = dict[str, Record]()
+    cases = list[Case]()
     for volume, sidecar in sorted(read.items()):
         if isinstance(sidecar, str):
             cases.append(Case("bad sidecar", volume, path, "", sidecar))
@@ -249,13 +267,17 @@ def judge_version(
         told = record or sidecar
         if isinstance(told, str):
             continue
-        wrong = judge_beside(version, told, volume, digests)
-        where = path if wrong == "sidecar without blob" else version.path_of(told)
-        detail = f"{version.size(volume, where)} bytes instead of {told.size}"
-        if wrong:
-            cases.append(Case(wrong, volume, where, told.key, detail if wrong == "wrong size" else ""))
-        else:
-            volumes.append(volume)
+        blob = version.path_of(told)
+        match judge_beside(version, told, volume, digests):
+            case "":
+                volumes.append(volume)
+            case "sidecar without blob" as wrong:
+                cases.append(Case(wrong, volume, path, told.key))
+            case "wrong size" as wrong:
+                detail = f"{version.size(volume, blob)} bytes instead of {told.size}"
+                cases.append(Case(wrong, volume, blob, told.key, detail))
+            case wrong:
+                cases.append(Case(wrong, volume, blob, told.key))
     if record is None:
         return None, cases
     if others:
@@ -264,19 +286,24 @@ def judge_version(
     return replace(record, volumes=tuple(volumes)), cases
 
 
-def name_unusable(version: Version, read: Mapping[str, Record | str]) -> Case:
+def name_unusable(version: Version, read: Sidecars) -> Case:
     """Say why a version that has blobs and sidecars makes no record."""
     sidecars = {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}
-    why = {0: "no sidecar can be used", 1: "no blob fits its sidecar"}
-    detail = why.get(len(sidecars), "sidecars contradict each other, and no blob decides")
+    keys = {sidecar.key for sidecar in sidecars}
+    if not sidecars:
+        detail = "no sidecar can be used"
+    elif len(sidecars) == 1:
+        detail = "no blob fits its sidecar"
+    else:
+        detail = "sidecars contradict each other, and no blob decides"
     volumes = " ".join(sorted(read.keys() | version.blobs.keys()))
-    return Case("unusable version", volumes, f"{version.stem}.key", next((r.key for r in sidecars), ""), detail)
+    return Case("unusable version", volumes, f"{version.stem}.key", min(keys, default=""), detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """How a record gets to the volumes `keep` and `copy`: it stands on some of `copy` already if its replica there is
-    bad, and made anew. If `left` says why, nothing can be done now."""
+    """How a record gets to the volumes `keep` and `copy`; on some of `copy` it may stand already,
+    with a bad replica that is made anew. If `left` says why, nothing can be done now."""
 
     record: Record
     sources: tuple[str, ...] = ()
@@ -311,18 +338,19 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
 
-def plan_more(record: Record, bad: Collection[str], ring: Ring, replicas: int, states: Mapping[str, State]) -> Move:
-    """Make up for the replicas that a record lacks, where a PUT would write now; those on `bad` are no sources."""
+def plan_more(record: Record, sources: Names, ring: Ring, replicas: int, states: States) -> Move:
+    """Make up for the replicas that a record lacks, from `sources` to where a PUT would write
+    now."""
     usable = [v for v in ring.zones if states.get(v) is State.UP or v in record.volumes]
     target = ring.place(record.key, replicas, usable)
-    more = [v for v in target if v not in record.volumes][: replicas - len(record.volumes)]
-    alive = [v for v in record.volumes if states.get(v, State.DOWN) is not State.DOWN]
-    sources = tuple(v for v in alive if v not in bad)
-    if not sources:
+    more = [v for v in target if v not in record.volumes]
+    copy = tuple(more[: replicas - len(record.volumes)])
+    alive = tuple(v for v in sources if states.get(v, State.DOWN) is not State.DOWN)
+    if not alive:
         return Move(record=record, left="none of them can be read")
-    if not more:
+    if not copy:
         return Move(record=record, left="no other volume is up")
-    return Move(record=record, sources=sources, keep=record.volumes, copy=tuple(more))
+    return Move(record=record, sources=alive, keep=record.volumes, copy=copy)
 
 
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
@@ -368,7 +396,7 @@ def find_strays(
                 files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
                 times = [modified_s(file) for file in files if file]
                 written_ns = version_ns(version.stem[-20:])
-                if written_ns < END_OF_TIME_NS:  # else it says nothing, and would never be old enough
+                if written_ns < END_OF_TIME_NS:  # else it would never be old enough
                     times.append(written_ns / 1e9)
                 if max(times) > before_s:
                     young += 1
@@ -406,14 +434,16 @@ async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
     """Return path -> file of all that is in `folders`, from at most LISTING_BYTES in all; raises
     VolumeError unless it is known for sure."""
     files: Files = {}
-    room, share = LISTING_BYTES, LISTING_BYTES // len(folders)
-    for folder, answer in zip(folders, await client.get(folders, share), strict=True):
-        if len(answer[1]) > share:
+    share = LISTING_BYTES // len(folders)
+    room = LISTING_BYTES
+    answers = await client.get(folders, share)
+    for folder, answer in zip(folders, answers, strict=True):
+        if len(answer[1]) > share and room > share:
             (answer,) = await client.get([folder], room)
         room -= len(answer[1])
         try:
             if room < 0:
-                raise ValueError(f"more than {LISTING_BYTES} bytes, with {len(folders) - 1} folders near it")
+                raise ValueError(f"more than {LISTING_BYTES} bytes, at once with those before it")
             files |= read_listing(answer, folder)
         except ValueError as error:
             raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
@@ -421,7 +451,7 @@ async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
 
 
 def read_listing(answer: Answer, folder: str) -> Files:
-    """Return path -> file of a folder, none if it is not there; raises ValueError unless that is sure."""
+    """Return path -> file of a folder, none if it is not there; raises ValueError if in doubt."""
     status, body = answer
     if status == 404 and folder != "/":
         return {}
@@ -430,17 +460,18 @@ def read_listing(answer: Answer, folder: str) -> Files:
     return {folder + name: file for name, file in parse_listing(body).items()}
 
 
-async def get_each(clients: Clients, wanted: Sequence[Place], limit: int) -> list[Answer | VolumeError]:
-    """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it. What
-    has more than `limit` bytes is cut off after one more."""
+async def get_each(clients: Clients, wanted: Sequence[Place], limit: int) -> list[Answered]:
+    """GET each place, from all volumes at once; what a volume fails at is the answer of all that
+    was asked of it. What has more than `limit` bytes is cut off after one more."""
     numbers: dict[str, list[int]] = defaultdict(list)
-    answers: dict[int, Answer | VolumeError] = {}
+    answers: dict[int, Answered] = {}
     for i, (volume, _) in enumerate(wanted):
         numbers[volume].append(i)
 
     async def get(volume: str) -> None:
         try:
-            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]], limit)
+            paths = [wanted[i][1] for i in numbers[volume]]
+            bodies = await clients[volume].get(paths, limit)
             answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
@@ -453,18 +484,21 @@ async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Recor
     """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
     results: list[Record | str] = []
     for start in range(0, len(wanted), SIDECARS_AT_ONCE):
-        places, known = wanted[start : start + SIDECARS_AT_ONCE], dict[tuple[str, Answer], Record | str]()
-        for (volume, path), answer in zip(places, await get_each(clients, places, MAX_SIDECAR_BYTES), strict=True):
+        places = wanted[start : start + SIDECARS_AT_ONCE]
+        answers = await get_each(clients, places, MAX_SIDECAR_BYTES)
+        known: dict[tuple[str, Answer], Record | str] = {}
+        for (volume, path), answer in zip(places, answers, strict=True):
             if isinstance(answer, VolumeError):
                 raise answer
-            if (path, answer) not in known:  # the replicas of a version have the same
+            if (path, answer) not in known:  # else it is what another volume has
                 known[path, answer] = judge_sidecar(answer, volume, path)
             results.append(known[path, answer])
     return results
 
 
 def judge_sidecar(answer: Answer, volume: str, path: str) -> Record | str:
-    """Return the record in a sidecar, or what is wrong with it; raises VolumeUnexpected for no answer to rely on."""
+    """Return the record in a sidecar, or what is wrong with it; raises VolumeUnexpected if in
+    doubt."""
     status, body = answer
     if status == 404:
         return "it is not there"
@@ -477,8 +511,9 @@ def judge_sidecar(answer: Answer, volume: str, path: str) -> Record | str:
 
 
 async def read_digest(client: VolumeClient, path: str, size: int) -> str:
-    """Return the digest of a blob of any size, "" if it has not `size` bytes; raises VolumeError."""
-    hasher, left = hashlib.sha256(), size
+    """Return the digest of a blob, "" if it has not `size` bytes; raises VolumeError."""
+    hasher = hashlib.sha256()
+    left = size
     try:
         async with contextlib.aclosing(client.stream(path)) as pieces:
             async for piece in pieces:
@@ -509,16 +544,23 @@ async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
         await asyncio.gather(*running, return_exceptions=True)
 
 
-def cut_out(ordered: Sequence[str], first: str, last: str) -> Sequence[str]:
-    """Return what is from `first` to `last` in an ordered sequence."""
-    return ordered[bisect.bisect_left(ordered, first) : bisect.bisect_right(ordered, last)]
+def cut_out_each(on: On, run: Sequence[str]) -> On:
+    """Return which folders, from the first to the last of `run`, each volume has; all are in
+    order."""
+    cut = {}
+    for volume, folders in on.items():
+        start = bisect.bisect_left(folders, run[0])
+        end = bisect.bisect_right(folders, run[-1])
+        cut[volume] = folders[start:end]
+    return cut
 
 
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
     def __init__(self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]) -> None:
-        self._clients, self._report, self._failed, self._at_once = clients, report, failed, 1
+        self._clients, self._report, self._failed = clients, report, failed
+        self._at_once = 1  # folders in a run; what they hold decides on the next
         self.done = 0.0  # the share of the folders that are behind
 
     async def _list(self, on: On) -> Found:
@@ -549,7 +591,7 @@ class Walk:
         """Find out which folders /aa/ each volume has: `top`."""
         self.top = self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
-    async def run(self, work: Work, more: Callable[[Sequence[str]], Awaitable[Iterable[str]]] | None = None) -> None:
+    async def run(self, work: Work, more: More | None = None) -> None:
         """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the names, and which of them
         each volume has. `more` names further ones below some folders /aa/."""
 
@@ -557,12 +599,12 @@ class Walk:
             for number in range(0, 256, STRIDE):
                 self.done = number / 256
                 firsts = [f"/{i:02x}/" for i in range(number, number + STRIDE)]
-                top = {v: [first for first in firsts if first in folders] for v, folders in self.top.items()}
-                on = self._descend(await self._list(top))
+                above = cut_out_each(self.top, firsts)
+                on = self._descend(await self._list(above))
                 names = sorted(set().union(*on.values(), await more(firsts) if more else ()))
                 while names:
                     run, names = names[: self._at_once], names[self._at_once :]
-                    yield work(run, {v: cut_out(folders, run[0], run[-1]) for v, folders in on.items()})
+                    yield work(run, cut_out_each(on, run))
 
         await run_all(jobs(), AHEAD)
 
@@ -595,12 +637,14 @@ def claim(tx: Transaction, move: Move) -> str:
 
 
 def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
-    """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so. In
-    no case does a place that the record names become garbage."""
+    """Move the record if nothing failed or came between, else leave the copies to the garbage;
+    return why, if so. In no case does a place that the record names become garbage."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
-    before, after = move.record, move.after
-    claimed, current = tx.take_claims(before.path), tx.get(before.key)
+    before = move.record
+    after = move.after
+    claimed = tx.take_claims(before.path)
+    current = tx.get(before.key)
     if current != before or not claimed.issuperset(move.copy):
         named = current.volumes if current and current.path == before.path else ()
         tx.add_garbage(before.path, claimed.difference(named), delay_s)
@@ -611,7 +655,7 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     if after != before:
         tx.remove(before)
         tx.insert(after)
-    unused = claimed.union(move.drop).difference(after.volumes)  # of what is claimed, by a dead run
+    unused = claimed.union(move.drop).difference(after.volumes)  # claimed by a dead run
     tx.add_garbage(before.path, unused, delay_s)
     return ""
 
@@ -642,7 +686,8 @@ class Mover:
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted], SMALL_BLOB)
+        places = [(volume, record.path) for volume, record in wanted]
+        answers = await get_each(self.clients, places, SMALL_BLOB)
         return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
@@ -781,12 +826,13 @@ class Report:
     """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines for people."""
 
     FIRST = 10
-    IN_FULL = ("unusable version", "lost key")  # each one is the operator's to see to
+    IN_FULL = ("unusable version", "lost key")  # each is the operator's to see to
+    FULL = 100_000
 
     def __init__(self, keep_all: bool) -> None:
         self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
         self._began, self.facts, self.lines, self.code = time.monotonic(), dict[str, Any](), list[str](), 0
-        self.interrupted = "the store is consistent, and the same command goes on"  # said after Ctrl-C
+        self.interrupted = "the store is consistent, and the same command goes on"  # after Ctrl-C
 
     @property
     def seconds(self) -> float:
@@ -795,19 +841,20 @@ class Report:
     def add(self, *cases: Case) -> None:
         for case in cases:
             self.counts[case.kind] += 1
-            if self._keep_all or case.kind in self.IN_FULL or self.counts[case.kind] <= self.FIRST:
+            most = self.FULL if case.kind in self.IN_FULL else self.FIRST
+            if self._keep_all or self.counts[case.kind] <= most:
                 self._cases[case.kind].append(case)
 
     def as_json(self) -> str:
         cases = [case._asdict() for each in self._cases.values() for case in each]
-        facts = self.facts | {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases}
-        return show_text(json.dumps(facts))
+        found = {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases}
+        return show_text(json.dumps(self.facts | found))
 
     def as_text(self) -> str:
         lines = []
         for kind, count in sorted(self.counts.items()):
             lines.append(f"{count} x {kind}")
-            cases = self._cases[kind] if kind in self.IN_FULL else self._cases[kind][: self.FIRST]
+            cases = self._cases[kind]
             for case in cases:
                 words = (case.volume, case.path, case.key and json.dumps(case.key), case.detail)
                 lines.append("  " + "  ".join(word for word in words if word))
@@ -817,7 +864,8 @@ class Report:
 
 
 def show_text(text: str) -> str:
-    """Return `text` as it may go to a terminal, whoever gave it: escaped, as in JSON, where it is not printable."""
+    """Return `text` as it may go to a terminal, whoever gave it: with escapes, as in JSON, for
+    what cannot be printed."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else escape(ord(one)) for one in text)
@@ -874,13 +922,14 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
         async with run_embedded(config) as config:
             yield config
     else:
-        raise ConfigError([f"volumes: none are configured, and there are no embedded ones in {config.data}"])
+        reason = f"none are configured, and there are no embedded ones in {config.data}"
+        raise ConfigError([f"volumes: {reason}"])
 
 
 def check_index(path: str) -> None:
     """Raise ConfigError if there is no index."""
     if not Path(path).is_file():
-        raise ConfigError([f"db: there is no index at {path} (rebuild makes one from the volumes)"])
+        raise ConfigError([f"db: there is no index at {path} (rebuild can make one)"])
 
 
 @contextlib.asynccontextmanager
@@ -996,8 +1045,8 @@ class Rebuild:
         raise error
 
     async def run(self, allowed: Collection[str]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; then decide on the keys of all folders; then
-        see what has become of the old keys."""
+        """Carry the old garbage over, due at once, since nobody reads; decide on the keys of all
+        folders; see what has become of the old keys."""
         await self.walk.start()
         totals = await self._old.run(read_totals) if self._old else {}
         self._check_volumes(totals, allowed)
@@ -1006,7 +1055,7 @@ class Rebuild:
             while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
                 await self._new.write(partial(self._write, [], rows, []))
         await self.walk.run(self._merge)
-        if self._old and not self._report.counts["unusable version"]:  # else the new index will not be used
+        if self._old and not self._report.counts["unusable version"]:  # which end it anyway
             await self._find_lost(self._old, set(allowed))
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
@@ -1053,14 +1102,16 @@ class Rebuild:
         adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
-            for volume in version.blobs.keys() - version.sidecars.keys() - garbage[stem]:
-                cases += [Case("blob without sidecar", volume, path) for path in version.blobs[volume]]
+            for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
+                for path in version.blobs[volume]:
+                    cases.append(Case("blob without sidecar", volume, path))
             if not version.sidecars:  # an unfinished write
                 continue
             if key_hash in adopted:
                 dead += version.places
                 continue
-            record, more = judge_version(version, read[stem], await self._read_blobs(version, read[stem]))
+            digests = await self._read_blobs(version, read[stem])
+            record, more = judge_version(version, read[stem], digests)
             cases += more
             if record and garbage[stem]:
                 record = await self._judge_garbage(record, garbage[stem])
@@ -1068,32 +1119,35 @@ class Rebuild:
                 alive += [(volume, record.path) for volume in record.volumes]
             if record and record.volumes:
                 adopted[key_hash] = record
-            elif record is None and version.blobs and garbage[stem].issuperset(version.blobs):
-                dead += version.places
             elif record is None and version.blobs:
-                cases.append(name_unusable(version, read[stem]))
+                if garbage[stem].issuperset(version.blobs):
+                    dead += version.places
+                else:
+                    cases.append(name_unusable(version, read[stem]))
         await self._new.write(partial(self._write, adopted.values(), dead, alive))
         self._report.add(*cases)
 
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
         """Read all sidecars: return stem -> volume -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
-        wanted = list[tuple[str, str]]()
+        wanted = list[Place]()
         for version in versions:
             for volume, (size, _) in version.sidecars.items():
                 if size > MAX_SIDECAR_BYTES:
                     read[version.stem][volume] = f"it has {size} bytes"
                 else:
                     wanted.append((volume, f"{version.stem}.key"))
-        for (volume, path), sidecar in zip(wanted, await read_sidecars(self._clients, wanted), strict=True):
+        sidecars = await read_sidecars(self._clients, wanted)
+        for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
             read[path[:STEM]][volume] = sidecar
         return read
 
-    async def _read_blobs(self, version: Version, read: Mapping[str, Record | str]) -> dict[Place, str]:
+    async def _read_blobs(self, version: Version, read: Sidecars) -> Digests:
         """Return the digests of the blobs that have to decide."""
         digests = dict[Place, str]()
         for volume, path in find_doubts(version, read):
-            digests[volume, path] = await read_digest(self._clients[volume], path, version.size(volume, path) or 0)
+            size = version.size(volume, path) or 0
+            digests[volume, path] = await read_digest(self._clients[volume], path, size)
         return digests
 
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
@@ -1121,7 +1175,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
             known.update(await readable.run(read_totals))
         unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
         if unknown:
-            raise ConfigError([f"--allow-missing {name}: there is no such volume" for name in unknown])
+            raise ConfigError(f"--allow-missing {name}: no such volume" for name in unknown)
         remove_index(fresh)
         stack.callback(remove_index, fresh)
         stack.push_async_callback(new.close)
@@ -1136,9 +1190,10 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
             await work.run(options.allow_missing)
         report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
         report.facts["left_out"] = work.left_out
-        if unusable := report.counts["unusable version"]:
-            report.lines = [f"nothing was changed: {unusable} versions have blobs and sidecars, but of no use"]
-            report.lines.append("mend the sidecars, or move them away with their blobs, and run this again")
+        unusable = report.counts["unusable version"]
+        if unusable:
+            report.lines = [f"nothing was changed: {unusable} versions cannot be used, see above"]
+            report.lines += ["mend their sidecars, or move both away, and run this again"]
             report.code = 1
             return
         await new.read(partial(check_new_index, work.keys, work.bytes))
@@ -1152,9 +1207,10 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
     report.lines += [f"the old index is {kept}"] if kept else []
     report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
     if work.left_out:
-        report.lines.append(f"{work.left_out} keys of the old index are only on volumes that were left out")
-    if lost := report.counts["lost key"]:
-        report.lines.append(f"{lost} keys of the old index are not on the volumes as it had them: see above")
+        report.lines.append(f"{work.left_out} keys are only on the volumes that were left out")
+    lost = report.counts["lost key"]
+    if lost:
+        report.lines.append(f"{lost} keys of the old index are lost or older now, see above")
         report.code = 1
 
 
@@ -1271,7 +1327,7 @@ def insert_notes(table: str, rows: Iterable[tuple[str, ...]], db: sqlite3.Connec
 
 
 def select_folders(firsts: Sequence[str], db: sqlite3.Connection) -> list[str]:
-    """Return the folders /aa/bb/, from the first to the last of some /aa/, that records were noted in."""
+    """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records were noted."""
     query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
     return [row[0] for row in db.execute(query, (firsts[0], after_prefix(firsts[-1])))]
 
@@ -1316,9 +1372,12 @@ class Verify:
         async for page in read_pages(self._store.index):
             await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
         await self.walk.start()
-        await self.walk.run(self._compare, lambda firsts: self._notes.run(partial(select_folders, firsts)))
+        await self.walk.run(self._compare, self._noted_folders)
         if repair and not self.failed:
             await self._remove_strays()
+
+    async def _noted_folders(self, firsts: Sequence[str]) -> list[str]:
+        return await self._notes.run(partial(select_folders, firsts))
 
     async def _compare(self, run: list[str], on: On) -> None:
         """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
@@ -1365,19 +1424,19 @@ class Verify:
                 if wrong:
                     faults[record][volume] = wrong
         replicas = self._store.view.config.replicas
-        suspects = [record for record in records if record in faults or len(record.volumes) < replicas]
-        current = await self._store.index.read(partial(get_all, [record.key for record in suspects]))
-        lacking = dict[Record, set[str]]()
+        short = {record for record in records if len(record.volumes) < replicas}
+        suspects = [record for record in records if record in faults or record in short]
+        keys = [record.key for record in suspects]
+        current = await self._store.index.read(partial(get_all, keys))
+        good = dict[Record, Names]()
         for record, now in zip(suspects, current, strict=True):
-            if record != now:  # a client came between
-                continue
-            bad = await self._settle(record, faults[record])
-            if len(record.volumes) < replicas:
-                lacking[record] = bad
-        await self._make_up(lacking)
+            if record == now:  # else a client came between
+                good[record] = await self._settle(record, faults[record])
+        await self._make_up({record: where for record, where in good.items() if record in short})
 
-    async def _settle(self, record: Record, faults: Mapping[str, str]) -> set[str]:
-        """Repair a record's replicas if told to, and note each fault; return the volumes where they stay bad."""
+    async def _settle(self, record: Record, faults: Mapping[str, str]) -> Names:
+        """Repair a record's replicas if told to, and note each fault; return the volumes where
+        they are good now."""
         repaired = await self._restore(record, faults) if self._repair else set()
         self.repaired += len(repaired)
         for volume, wrong in faults.items():
@@ -1386,29 +1445,35 @@ class Verify:
             self._report.add(Case(kind, volume, record.path, record.key, detail))
         if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
             self._report.add(Case("no good replica", "", record.path, record.key))
-        return faults.keys() - repaired
+        return tuple(v for v in record.volumes if v not in faults or v in repaired)
 
-    async def _make_up(self, lacking: Mapping[Record, set[str]]) -> None:
-        """Note the records that have too few replicas, and copy them if told to. Given with each: where it is bad."""
-        view, states = self._store.view, self._store.health.states
+    async def _make_up(self, short: Mapping[Record, Names]) -> None:
+        """Note the records that have too few replicas, and copy them, if told to, from where they
+        are good."""
+        view = self._store.view
         replicas = view.config.replicas
-        moves = [plan_more(record, bad, view.ring, replicas, states) for record, bad in lacking.items()]
+        states = self._store.health.states
+        moves = [plan_more(r, good, view.ring, replicas, states) for r, good in short.items()]
         outcome = {move.record.key: move.left for move in moves}
         if self._repair:
             possible = [move for move in moves if not move.left]
             for batch in plan_batches(possible, lambda move: move.record.size):
                 outcome |= await self._mover.move(batch)
         for move in moves:
-            why = outcome[move.record.key]
-            copied = self._repair and not why
-            count = len(move.after.volumes if copied else move.record.volumes)
-            if copied and count >= replicas:
+            record = move.record
+            why = outcome[record.key]
+            if why == "changed":  # by a client
+                continue
+            if self._repair and not why:
+                record = move.after
+            count = len(record.volumes)
+            detail = f"{count} of {replicas}"
+            if count >= replicas:
                 self.repaired += 1
                 detail = "repaired"
-            else:
-                detail = f"{count} of {replicas}" + (f", {why}" if why else "")
-            if why != "changed":  # by a client
-                self._report.add(Case("too few replicas", "", move.record.path, move.record.key, detail))
+            elif why:
+                detail += f", {why}"
+            self._report.add(Case("too few replicas", "", record.path, record.key, detail))
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
         """Make replicas good from good ones; return the volumes where that succeeded."""
@@ -1527,14 +1592,14 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
 
 
 def files_of_index(path: str) -> set[str]:
-    """Return the names of what belongs to an index, there or not, by its own name and by where a link leads."""
+    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
     suffixes = [*INDEX_SUFFIXES, ".tools", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
     return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
 
 
 def identify_file(path: str) -> set[tuple[int, int, str]]:
-    """Return by what a path and another are the same file: the file that is there (its name left out, for it may have
-    several), and its folder with the name in it, for one that is not there yet. Links are followed."""
+    """Return what two paths to the same file share, wherever links lead: the file itself, which
+    may have several names; and its name in its folder, for a file that is not there yet."""
     real = Path(os.path.realpath(path))
     marks = set[tuple[int, int, str]]()
     for place, name in ((real, ""), (real.parent, real.name)):
@@ -1545,14 +1610,17 @@ def identify_file(path: str) -> set[tuple[int, int, str]]:
 
 
 def check_target(target: str, part: str, index: str) -> None:
-    """Raise ConfigError if a copy of the index may not be written to `target`, by way of `part`."""
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
+    `part`."""
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise ConfigError([f"FILE: there is no folder {folder}"])
-    taken = set[tuple[int, int, str]]().union(*map(identify_file, files_of_index(index)))
+    taken = set[tuple[int, int, str]]()
+    for path in files_of_index(index):
+        taken |= identify_file(path)
     for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
         if not taken.isdisjoint(identify_file(path)):
-            raise ConfigError([f"FILE: {path} is the index, or a file that belongs to it: name another"])
+            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
 
 
 def copy_index(target: str, db: sqlite3.Connection) -> int:
@@ -1600,12 +1668,14 @@ def settle(gone: Collection[Place], tx: Transaction) -> None:
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Give up what waits to be deleted on a volume that will not come back; no record may name it."""
-    name, index = options.name, Index(config.db)
+    """Give up what waits to be deleted on a volume that will not come back."""
+    name = options.name
+    index = Index(config.db)
     embedded = {f"volume{i}" for i in range(1, EMBEDDED_VOLUMES + 1)}
     configured = {volume.name for volume in config.volumes} or embedded
     if name in configured:
-        raise ConfigError([f"NAME: {name} is in the configuration: take it out, reload, rebalance, then forget it"])
+        reason = "is in the configuration: take it out, reload, rebalance, then forget it"
+        raise ConfigError([f"NAME: {name} {reason}"])
     check_index(config.db)
     await index.open()
     try:
@@ -1731,7 +1801,8 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
     report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
     if results["DELETE"]["errors"]:
         report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
-    report.facts = {"size": options.size, "concurrency": options.concurrency, "prefix": work.prefix, **results}
+    report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
+    report.facts["prefix"] = work.prefix
     report.code = 1 if any(r["errors"] for r in results.values()) else 0
 
 
@@ -1747,8 +1818,8 @@ COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awai
     "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
     "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
-    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. Only for a disk that is "
-               "lost or wiped: what is dead there would live again after a rebuild."),
+    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. Only "
+               "for a disk that is lost or wiped: else a rebuild brings back what is dead there."),
     "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
@@ -1791,7 +1862,7 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("status", "bench"):
         add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
-    add["forget"]("name", metavar="NAME", help="of the volume, which must be out of the configuration")
+    add["forget"]("name", metavar="NAME", help="of the volume, which is no longer configured")
     add["token"]("name", metavar="NAME", help="who it is for")
     add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
     add["token"]("--prefix", default="", help="the keys it is confined to [all]")
@@ -1815,8 +1886,8 @@ async def run(options: argparse.Namespace, report: Report) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which asyncio replaces with a cancellation
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the imports are over
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
