@@ -7,35 +7,56 @@ takes to walk, compare, copy and report. Theory of operation:
     walk the 65,536 folders in order, on all volumes in step, a few at a time: memory does not grow with the number of
     keys. Listings (nginx's autoindex JSON) are read strictly: a folder that is not there is empty, anything else that
     is not a whole listing is a failure. A timeout is never read as absence (I8).
-2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined (VolumeClient.get).
-3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder is merged by itself:
-    of each key the highest version with a sound sidecar and its blob beside it becomes the record, older versions
-    become garbage. One sidecar is read for each version; the others count if they have the same size. The result is a
-    new file, INDEX.new, checked, then put in place with one rename; the old index stays as INDEX.<date>.
-4.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over, and a version that
-    is garbage there without being the record's is never adopted. Without an old index the sidecars alone decide.
-    A volume that it has blobs on must be there and not be empty, lest a disk that is not mounted counts as read.
-5.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim, copy, commit.
-    Claim, one transaction: if a record still is what the plan saw, the copies to come are claimed; a bad replica leaves
-    the record. Copy: read one replica, check its digest, write blob, then sidecar. Commit, one transaction: if nothing
-    came between, the record gets its new volumes, the claims end and dropped replicas become garbage; else the copies
-    do, and the key is left to the client.
-6.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to find, for rebuild to
-    ignore. The next run takes over the claims of a dead one (only one tool moves at a time: INDEX.tools), and makes
-    garbage of what it has no use for. Nothing is ever copied where garbage waits, since the server may be deleting just
-    there: rebalance waits a while for that, then leaves the key to a later run.
-7.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest right, and that one
-    or its copies stay.
-8.  verify notes the path of every record in a temporary table beside the index, then walks the folders and compares.
-    The store is in use: what looks wrong is looked up again before it counts. Strays are noted and removed at the end:
-    only if no volume failed, only if older than --grace by version and by mtime, and by entering the garbage in a
-    transaction that looks the record up once more. No PUT can still commit one: its claim would be there.
-9.  A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks. Then the good bytes
-    are PUT to its path. That is no overwriting of a blob in place (a volume renames a whole file there) and no new
-    version: a path names a version, and the version's digest names the bytes.
+2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined
+    (VolumeClient.get). Each has a bound, whatever a volume sends: LISTING_BYTES for the folders
+    that are read at once, MAX_SIDECAR_BYTES, SMALL_BLOB. Large blobs are streamed.
+3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder
+    is merged by itself: of each key the highest version with a sound sidecar and its blob beside
+    it becomes the record, older versions become garbage. The result is a new file, INDEX.new,
+    checked, then put in place with one rename; the old index stays as INDEX.<date>.
+4.  It believes no single sidecar: all are read. Where those of a version are not all sound and the
+    same, the blobs beside them are read too, and the sidecar that a blob agrees with, in size and
+    digest, is right; a replica of other bytes is left out. A version that has a sidecar and a
+    blob, and is neither settled so nor dead (older than the record, or garbage of the old index),
+    ends it: all of them are named, and nothing is changed. A blob that no volume has a sidecar of
+    is an unfinished write. What the old index had and the new one lacks is reported; no file is
+    left that could bring it back.
+5.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over,
+    and a version that is garbage there without being the record's is never adopted. Without an old
+    index the sidecars alone decide. A volume that it has blobs on must be there and not be empty,
+    lest a disk that is not mounted counts as read.
+6.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim,
+    copy, commit. Claim, one transaction: if a record still is what the plan saw, the places to be
+    written are claimed. Copy: read one replica, check its digest, write blob, then sidecar.
+    Commit, one transaction: if nothing came between, the record gets its new volumes, the claims
+    end and dropped replicas become garbage; else the copies do, and the key is left to the client.
+7.  A bad replica is made anew in its place. Its record stands there all the time, so a repair that
+    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, the place must
+    not become garbage at once: the server could be done with it before it is written here. So what
+    is claimed to be made anew (REPAIR) becomes a claimed copy (TOOL) instead, and garbage when the
+    claim ends.
+8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
+    find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
+    moves at a time: INDEX.tools), and makes garbage of what it has no use for, but not of what was
+    being made anew, where the record stands. Nothing is ever copied where garbage waits, since the
+    server may be deleting just there: rebalance waits a while for that, then leaves the key to a
+    later run.
+9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
+    right, and that one or its copies stay. No place that a record names becomes garbage.
+10. verify notes the path of every record in a temporary table beside the index, then walks the
+    folders and compares. The store is in use: what looks wrong is looked up again before it
+    counts. A record with fewer replicas than `replicas` gets more where a PUT would write now.
+    Strays are noted and removed at the end: only if no volume failed, only if older than --grace
+    by version and by mtime, and by entering the garbage in a transaction that looks the record up
+    once more. No PUT can still commit one: its claim would be there.
+11. A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks.
+    Then the good bytes are PUT to its path. That is no overwriting of a blob in place (a volume
+    renames a whole file there) and no new version: a path names a version, and the version's
+    digest names the bytes.
 
-After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in the index is a stray.
-Exit codes: 0 done, 1 something is left or failed, 2 usage. Ctrl-C is safe: the same command goes on.
+After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in
+the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
+configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
 
 Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool, command line.
 """
@@ -617,7 +638,7 @@ class Walk:
 
 
 # == Moving replicas ==================================================================================================
-# Claim, copy, commit: points 5 to 7 of the theory of operation.
+# Claim, copy, commit: points 6 to 9 of the theory of operation.
 
 INTERRUPTED = "interrupted"
 
@@ -1818,8 +1839,8 @@ COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awai
     "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
     "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
-    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. Only "
-               "for a disk that is lost or wiped: else a rebuild brings back what is dead there."),
+    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. "
+               "Only for a disk that is lost or wiped: else a rebuild brings back what is dead there."),
     "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
