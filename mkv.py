@@ -79,6 +79,7 @@ import resource
 import signal
 import socket
 import sqlite3
+import stat
 import sys
 import termios
 import time
@@ -365,9 +366,9 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 # A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned by golden vectors.
 
 MAX_KEY_BYTES = 1024
+END_OF_TIME_NS = 2**62  # in 2116; every version is below, so that a higher one fits its digits
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
-END_OF_VERSIONS_NS = 2**62  # in 2116; a higher one can only be damage, and would leave no room above it
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
 # Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with the blob's own type.
@@ -450,16 +451,21 @@ def parse_path(path: str) -> tuple[str, str, str] | None:
     return (found[3], found[4], found[5] or "") if found else None
 
 
+def version_ns(version: str) -> int:
+    """Return the time in a version, in Unix nanoseconds."""
+    return int(version[:16], 16)
+
+
 def next_version(now_ns: int, newest: str | None, salt: int) -> str:
     """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock says.
 
     `salt` is 16 random bits. Raises Unavailable from the year 2116 on.
     """
-    least_ns = int(newest[:16], 16) + 1 if newest else 0
-    version_ns = max(now_ns, least_ns)
-    if version_ns >= END_OF_VERSIONS_NS:
+    least_ns = version_ns(newest) + 1 if newest else 0
+    chosen_ns = max(now_ns, least_ns)
+    if chosen_ns >= END_OF_TIME_NS:
         raise Unavailable("the clock of the index server, or this key's version, is beyond the year 2116")
-    return f"{version_ns:016x}{salt:04x}"
+    return f"{chosen_ns:016x}{salt:04x}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
@@ -521,6 +527,7 @@ class Ring:
 # == Records, sidecars, marks =========================================================================================
 # A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is dead.
 
+MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
 
@@ -547,7 +554,7 @@ class Record:
     @property
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
-        return int(self.version[:16], 16) / 1e9
+        return version_ns(self.version) / 1e9
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -576,6 +583,8 @@ def decode_mark(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
 
 def decode_sidecar(data: bytes, path: str) -> Record:
     """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
@@ -588,10 +597,13 @@ def decode_sidecar(data: bytes, path: str) -> Record:
         media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
-    if record.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
+    if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
-    if parse_path(record.path) is None or sidecar_path(record.path) != path:
+    blob = record.path
+    if parse_path(blob) is None or sidecar_path(blob) != path:
         raise ValueError("it names another key or version than its path")
+    if version_ns(record.version) >= END_OF_TIME_NS:
+        raise ValueError("its version is far in the future")
     return record
 
 
@@ -726,20 +738,22 @@ def retry_delay_s(attempts: int) -> float:
 class PendingState(enum.StrEnum):
     """What a row of `pending` says of a path on a volume.
 
-    The first four are claims: their owner is about to write there, and no record names the place yet.
+    The first five are claims: their owner is about to write there. No record names the place yet, but for the fifth.
     """
 
     CLAIMED = "claimed"  # by a PUT without a condition
     OVERTAKEN = "overtaken"  # the same; since then a write has come that this one may have come just before
     BOUND = "bound"  # by a PUT under a condition
     COPYING = "copying"  # by a tool, which copies a replica of the key's record
+    REMAKING = "remaking"  # by a tool, which makes a bad replica anew where the record names it
     GARBAGE = "garbage"  # to be deleted
     WATCHED = "watched"  # has been deleted, but a write that was never answered may still come
     KEPT = "kept"  # a record names the place, but if the record goes, such a write may still come
     MARK = "mark"  # a mark, to be deleted when nothing else of its version is pending
 
 
-CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, PendingState.COPYING)
+TOOL_CLAIMS = (PendingState.COPYING, PendingState.REMAKING)
+CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, *TOOL_CLAIMS)
 DEAD = (PendingState.GARBAGE, PendingState.WATCHED)
 
 
@@ -780,8 +794,12 @@ def bury(
             path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
             doubt_s=now_s + doubts[volume] if volume in doubts else None,
         )  # fmt: skip
-        if old is not None and old.doubt_s is not None:
-            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0), sent=old.sent)
+        if old is not None and old.state in TOOL_CLAIMS and volume not in doubts:
+            new = replace(new, doubt_s=now_s + HUNG_S)  # the tool may be writing there now
+        if old is not None:
+            new = replace(new, sent=old.sent)
+            if old.doubt_s is not None:
+                new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
         after[volume, path] = new
     return after
 
@@ -795,10 +813,12 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
             continue
         if row.volume not in named:
             after = bury(after, path, [row.volume], now_s, 0.0, doubts)
-        elif row.doubt_s is None:
-            del after[place]
-        else:
-            after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+            continue
+        del after[place]
+        doubt_s = max(row.doubt_s or 0.0, now_s + doubts.get(row.volume, -now_s))
+        if doubt_s:
+            kept = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+            after[place] = replace(kept, sent=row.sent + 1)
     return after
 
 
@@ -834,8 +854,8 @@ def tell_others(rows: Rows, path: str, conditions: Conditions, now_s: float) -> 
             continue
         if row.state is PendingState.CLAIMED and lets_before(conditions):
             after[place] = replace(row, state=PendingState.OVERTAKEN)
-        elif row.state is PendingState.COPYING:
-            after = bury(after, row.path, [row.volume], now_s, 0.0, {row.volume: HUNG_S})
+        elif row.state in TOOL_CLAIMS:
+            after = bury(after, row.path, [row.volume], now_s, 0.0)
     return after
 
 
@@ -1122,11 +1142,13 @@ class Transaction:
         after = dict(before)
         for volume in volumes:
             new = Pending(path=path, volume=volume, state=state, owner=owner)
+            if state is PendingState.REMAKING:
+                new = replace(new, sent=2)  # one may be there
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                new = replace(new, doubt_s=self.now_s + BROKEN_S, sent=old.sent + 1)
+                new = replace(new, doubt_s=self.now_s + BROKEN_S, sent=new.sent + old.sent)
             elif old is not None and old.doubt_s is not None:
-                new = replace(new, doubt_s=old.doubt_s, sent=old.sent + 1)
+                new = replace(new, doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
 
@@ -1139,6 +1161,17 @@ class Transaction:
         """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
         before = self.pending_below(path)
         self.change(before, bury(before, path, volumes, self.now_s, delay_s, doubts))
+
+    def end_copies(self, path: str, sent: Mapping[str, int]) -> None:
+        """Note that copies that turned to garbage while they were made were answered for: volume -> how many times a
+        sidecar may come there if nobody else has sent one."""
+        before = self.pending_below(path)
+        after = dict(before)
+        for volume, count in sent.items():
+            row = before.get((volume, path))
+            if row is not None and row.state in DEAD and row.sent == count:
+                after[volume, path] = replace(row, state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
+        self.change(before, after)
 
     def keep(self, path: str, volumes: Collection[str]) -> None:
         """Take back that what is at `path` on `volumes` is garbage: a record names it."""
@@ -1172,6 +1205,12 @@ class Transaction:
             before = self._row_at(volume, path)
             self.change(before, {place: replace(row, sent=row.sent - 1) for place, row in before.items()})
 
+    def forget(self, places: Iterable[Place]) -> None:
+        """Give up what is pending at `places`, whose volume will not come back."""
+        for volume, path in places:
+            self.change(self._row_at(volume, path), {})
+            self._release_marks(path)
+
     def _put_off(self, row: Pending) -> Pending:
         attempts = row.attempts + 1
         return replace(row, attempts=attempts, due_s=self.now_s + retry_delay_s(attempts))
@@ -1181,10 +1220,14 @@ class Transaction:
         rows = self.pending_below(path)
         return {place: row for place, row in rows.items() if place == (volume, path) and row.state not in CLAIMS}
 
+    def release_all_marks(self) -> None:
+        for (path,) in self._db.execute("SELECT DISTINCT path FROM pending WHERE state = 'mark'").fetchall():
+            self._release_marks(path)
+
     def _release_marks(self, path: str) -> None:
         """Have the marks of a version deleted if nothing else of it is pending."""
         before = self.pending_below(path[:STEM])
-        if all(row.state is PendingState.MARK for row in before.values()):
+        if all(row.state is PendingState.MARK and row.due_s is None for row in before.values()):
             self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
 
     def add_marks(self, path: str, volumes: Iterable[str], doubtful: Iterable[str]) -> None:
@@ -1205,7 +1248,9 @@ class Transaction:
         volumes may still carry out what they were sent."""
         query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
         for (path,) in self._db.execute(query, (owner, workers)).fetchall():
-            self.end_claims(path, (), {volume: BROKEN_S for volume, _ in self.pending_below(path)})
+            rows = self.pending_below(path).values()
+            named = {row.volume for row in rows if row.state is PendingState.REMAKING}
+            self.end_claims(path, named, {row.volume: BROKEN_S for row in rows})
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -2861,6 +2906,7 @@ class Connection(web.RequestHandler):
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
+LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
 EMBEDDED_CONNECTIONS = 65_536  # to one of a server's own volumes: on loopback it is itself a client
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
@@ -3029,15 +3075,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_folder(folder: Path) -> bytes:
-    """Return the folder as nginx's autoindex_format json does, without dot-files; raises FileNotFoundError."""
-    rows = []
+    """Return the folder as nginx's autoindex_format json does, an entry a line, without dot-files;
+    raises FileNotFoundError, OSError if the listing would be longer than LISTING_BYTES."""
+    lines = list[str]()
+    size = 0
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.startswith("."):
-                facts = entry.stat()
-                kind = {"type": "directory"} if entry.is_dir() else {"type": "file", "size": facts.st_size}
-                rows.append({"name": entry.name, **kind, "mtime": formatdate(facts.st_mtime, usegmt=True)})
-    return json.dumps(rows).encode()
+        for entry in entries:
+            facts = None if entry.name.startswith(".") else look_at(entry)
+            if facts is None:
+                continue
+            row: dict[str, Any] = {"name": entry.name, "type": "other"}
+            if stat.S_ISDIR(facts.st_mode):
+                row["type"] = "directory"
+            elif stat.S_ISREG(facts.st_mode):
+                row |= {"type": "file", "size": facts.st_size}
+            lines.append(json.dumps(row | {"mtime": formatdate(facts.st_mtime, usegmt=True)}))
+            size += len(lines[-1]) + len(",\n")
+            if size > LISTING_BYTES:
+                raise OSError(errno.EFBIG, "too many files in one folder")
+    lines.sort()  # by name, which comes first
+    return "[\n{}\n]\n".format(",\n".join(lines)).encode()
+
+
+def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return what an entry of a folder is, None if it is gone by now. A link that leads nowhere is
+    just a link."""
+    for follow in (True, False):
+        try:
+            return entry.stat(follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+    return None
 
 
 async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:

@@ -580,6 +580,7 @@ RING_VECTORS = ["abc", "bca", "cab", "cba", "cba", "acb", "bca", "acb"]
         ({"version": "0" * 20}, "names another key"),
         ({"version": "x"}, "names another key"),
         ({"size": -1}, "malformed"),
+        ({"size": 2**63}, "malformed"),
         ({"digest": "AB"}, "malformed"),
         ({"size": "3"}, "wrong type"),
         ({"size": True}, "wrong type"),
@@ -600,6 +601,13 @@ def test_damaged_sidecar_is_refused(change: dict[str, Any], why: str) -> None:
     mkv.decode_sidecar(json.dumps(good).encode(), GOLDEN_PATH + ".key")
     with pytest.raises(ValueError, match=why):
         mkv.decode_sidecar(json.dumps(good | change).encode(), GOLDEN_PATH + ".key")
+
+
+def test_sidecar_far_in_the_future_is_refused() -> None:
+    for version, good in (("3" + "f" * 19, True), ("4" + "0" * 19, False), ("f" * 20, False)):
+        record = replace(R, version=version)
+        with contextlib.nullcontext() if good else pytest.raises(ValueError, match="far in the future"):
+            mkv.decode_sidecar(mkv.encode_sidecar(record), mkv.sidecar_path(record.path))
 
 
 @given(st.binary(max_size=60))
@@ -2613,6 +2621,55 @@ def test_help_of_volume_names_its_own_port() -> None:
         assert f"picks a free one [{port}]" in " ".join(said.stdout.split())
 
 
+def test_volume_lists_what_it_can_and_says_what_it_cannot(volume: tuple[str, Path]) -> None:
+    """A link that leads nowhere, or in a circle, hides no other file."""
+    url, folder = volume
+    (folder / "cc/dd").mkdir(parents=True)
+    (folder / "cc/dd/file").write_bytes(b"abc")
+    (folder / "cc/dd/nowhere").symlink_to("not there")
+    (folder / "cc/dd/circle").symlink_to("circle")
+    os.mkfifo(folder / "cc/dd/pipe")
+    (folder / "cc/dd/folder").mkdir()
+    status, _, body = ask(url + "/cc/dd/")
+    listed = {row["name"]: (row["type"], row.get("size")) for row in json.loads(body)}
+    other = dict.fromkeys(("nowhere", "circle", "pipe"), ("other", None))
+    assert status == 200 and listed == {"file": ("file", 3), "folder": ("directory", None)} | other
+    assert len(mkv_tools.parse_listing(body)) == 5
+    shutil.rmtree(folder / "cc")
+
+
+def test_file_that_is_gone_when_it_is_looked_at_is_left_out_of_a_listing(tmp_path: Path) -> None:
+    for name in ("gone", "there"):
+        (tmp_path / name).touch()
+
+    class Late:
+        """Lists the folder as it was just before."""
+
+        def __init__(self, entries: list[os.DirEntry[str]]) -> None:
+            self.entries = entries
+
+        def __enter__(self) -> list[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    with os.scandir(tmp_path) as entries, pytest.MonkeyPatch.context() as patch:
+        late = Late(list(entries))
+        patch.setattr(mkv.os, "scandir", lambda _: late)
+        (tmp_path / "gone").unlink()
+        assert [row["name"] for row in json.loads(mkv.list_folder(tmp_path))] == ["there"]
+
+
+def test_listing_of_an_embedded_volume_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}").touch()
+    assert len(json.loads(mkv.list_folder(tmp_path))) == 20
+    monkeypatch.setattr(mkv, "LISTING_BYTES", 1000)
+    with pytest.raises(OSError, match="too many files"):
+        mkv.list_folder(tmp_path)
+
+
 # == Embedding, packaging, documentation ==============================================================================
 
 
@@ -2697,6 +2754,35 @@ async def test_what_is_left_unread_is_no_answer_to_the_next_request() -> None:
     async with talking(serve) as url:
         client = client_of(url)
         assert [await client.get(["/"], 99) for _ in range(2)] == [[(200, b"ok")]] * 2
+        client.close()
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (b"Content-Length: 999999999999\r\n\r\n", b"x" * 1000),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"3e8\r\n" + b"x" * 1000 + b"\r\n"),
+        (b"Transfer-Encoding: chunked\r\n\r\nfffffffff\r\n", b"x" * 1000),
+    ],
+)
+async def test_answer_is_cut_off_where_the_caller_says(head: bytes, piece: bytes) -> None:
+    """However long it is; what was asked behind it is asked again."""
+    requests: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        requests.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(requests) > 1:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"y" * 5000)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head)
+        while True:
+            writer.write(piece)
+            await writer.drain()
+
+    async with talking(serve) as url:
+        client = client_of(url)
+        assert await client.get(["/a", "/b"], 5000) == [(200, b"x" * 5001), (200, b"y" * 5000)]
+        assert [request.split()[1] for request in requests] == [b"/a", b"/b"]
         client.close()
 
 
@@ -3413,11 +3499,12 @@ class Cluster:
         return {str(path.relative_to(self.data / name)) for path in (self.data / name).glob("*/*/*-*")}
 
 
-async def put_one(store: Store, key: str, blob: bytes) -> None:
+async def put_one(store: Store, key: str, blob: bytes, content_type: str = "") -> None:
     async def body() -> Any:
         yield blob
 
-    content_type, ext = mkv.media_type_of(random.choice(["image/png", "text/x-odd", "text/plain; charset=utf-8"]), key)
+    given = content_type or random.choice(["image/png", "text/x-odd", "text/plain; charset=utf-8"])
+    content_type, ext = mkv.media_type_of(given, key)
     await store.put(mkv.Draft(key=key, content_type=content_type, ext=ext, size=len(blob)), body(), "")
 
 
@@ -3471,17 +3558,50 @@ R = Record(
 ALL_UP = dict.fromkeys("abcd", State.UP)
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"[", b'[{"name":"x"', b"{}", b"null", b"[1]", b'[{"name":"x","type":"file"}]', b"<html>", b"[{}]"]
-)
+ENTRY = {"name": "x", "type": "file", "mtime": "y", "size": 3}
+
+
+@pytest.mark.parametrize("body", [b"", b"[", b'[{"name":"x"', b"{}", b"null", b"[1]", b"<html>", b"[{}]", b"[" * 10**5])
 def test_listing_that_is_not_whole_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):
         mkv_tools.parse_listing(body)
 
 
+@pytest.mark.parametrize(
+    ("change", "gone"),
+    [
+        ({}, "name"),
+        ({}, "type"),
+        ({}, "size"),
+        ({}, "mtime"),
+        ({"name": 1}, ""),
+        ({"name": ""}, ""),
+        ({"name": "../x"}, ""),
+        ({"name": None}, ""),
+        ({"type": 1}, ""),
+        ({"mtime": 0}, ""),
+        ({"size": "3"}, ""),
+        ({"size": 3.0}, ""),
+        ({"size": True}, ""),
+        ({"size": -1}, ""),
+        ({"size": 2**63}, ""),
+        ({"size": float("inf")}, ""),
+        ({"size": ENTRY}, ""),
+        ({"name": [ENTRY]}, ""),
+    ],
+)
+def test_entry_of_the_wrong_type_is_refused(change: dict[str, Any], gone: str) -> None:
+    row = {name: value for name, value in (ENTRY | change).items() if name != gone}
+    assert mkv_tools.parse_listing(json.dumps([ENTRY]).encode()) == {"x": (3, "y")}
+    for rows in ([row], [ENTRY, row], row, [[ENTRY]]):
+        with pytest.raises(ValueError):
+            mkv_tools.parse_listing(json.dumps(rows).replace("Infinity", "1e400").encode())
+
+
 def test_listing_names_files_and_folders_even_odd_ones() -> None:
     body = b'[{"name":"\xff","type":"file","mtime":"x","size":3},{"name":"d","type":"directory","mtime":"y"}]'
     assert mkv_tools.parse_listing(body) == {"\udcff": (3, "x"), "d": (-1, "y")}
+    assert mkv_tools.parse_listing(b"[\r\n\r\n]\r\n") == {}
 
 
 @pytest.mark.parametrize(
@@ -3518,32 +3638,63 @@ def version_of(sidecars: dict[str, int], blobs: dict[str, int], path: str = R.pa
     return version
 
 
+OTHER = replace(R, digest="0" * 64)
+GOOD = {"a": R.digest, "b": R.digest, "c": R.digest}
+
+
 @pytest.mark.parametrize(
-    ("sidecars", "blobs", "read", "volumes", "kinds"),
+    ("read", "blobs", "digests", "volumes", "kinds"),
     [
-        ("ab", {"a": 3, "b": 3}, {"a": R}, "ab", []),
-        ("ab", {"a": 3}, {"a": R}, "a", ["sidecar without blob"]),
-        ("ab", {"a": 3, "b": 2}, {"a": R}, "a", ["wrong size"]),
-        ("ab", {"a": 3, "b": 3}, {"a": "it is empty", "b": R}, "b", ["bad sidecar"]),
-        ("a", {"a": 3}, {"a": "it is empty"}, None, ["bad sidecar"]),
-        ("ab", {"a": 3, "b": 3}, {"a": R, "b": replace(R, digest="0" * 64)}, None, ["contradicting sidecars"]),
-        ("a", {"b": 3}, {"a": R}, "", ["sidecar without blob"]),
+        ({"a": R, "b": R}, {"a": 3, "b": 3}, {}, "ab", []),
+        ({"a": R, "b": R}, {"a": 3}, {}, "a", ["sidecar without blob"]),
+        ({"a": R, "b": R}, {"a": 3, "b": 2}, {}, "a", ["wrong size"]),
+        ({"a": R, "b": R}, {"a": 2, "b": 2}, {}, None, ["wrong size", "wrong size"]),
+        ({"a": R}, {"b": 3}, {}, None, ["sidecar without blob"]),
+        ({"a": "it is empty"}, {"a": 3}, {}, None, ["bad sidecar"]),
+        ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD, "ab", ["bad sidecar"]),
+        ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD | {"a": "0"}, "b", ["bad sidecar", "corrupt"]),
+        ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD | {"b": ""}, "a", ["bad sidecar", "corrupt"]),
+        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
+        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"a": "0"}, "b", ["corrupt", "contradicting sidecars"]),
+        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, {"a": "1", "b": "2"}, None, ["corrupt", "corrupt"]),
+        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"b": OTHER.digest}, None, []),  # each agrees with its own
+        ({"a": R, "b": replace(R, size=4)}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
+        ({"a": R, "b": replace(R, ext="pn")}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
     ],
 )
-def test_judge_version(sidecars: str, blobs: dict[str, int], read: Any, volumes: str | None, kinds: list[str]) -> None:
-    record, cases = mkv_tools.judge_version(version_of(dict.fromkeys(sidecars, 9), blobs), read)
+def test_judge_version(read: Any, blobs: Any, digests: Any, volumes: str | None, kinds: list[str]) -> None:
+    version = version_of(dict.fromkeys(read, 9), blobs)
+    record, cases = mkv_tools.judge_version(version, read, {(volume, R.path): d for volume, d in digests.items()})
     assert (record and "".join(record.volumes)) == volumes
-    assert [case[0] for case in cases] == kinds
+    assert record is None or replace(record, volumes=R.volumes) in (R, OTHER)
+    assert [case.kind for case in cases] == kinds
 
 
-def test_sidecars_are_read_once_for_a_version_unless_in_doubt() -> None:
-    version, blobs = version_of({"a": 9, "b": 9, "c": 9}, {"a": 3, "c": 3}), {"a", "c"}
-    (first,) = mkv_tools.plan_sidecars(version, {})
-    assert first in blobs and mkv_tools.plan_sidecars(version, {first: R}) == []
-    assert mkv_tools.plan_sidecars(version, {"a": "it is empty"}) == ["b", "c"]
-    version.sidecars["b"] = (8, "")
-    assert mkv_tools.plan_sidecars(version, {"a": R}) == ["b", "c"]
-    assert mkv_tools.plan_sidecars(version, {"a": R, "b": R, "c": R}) == []
+@pytest.mark.parametrize(
+    ("types", "chosen"),
+    [
+        ({"a": "x/odd", "b": "image/png", "c": "x/odd"}, "x/odd"),  # by number
+        ({"a": "x/odd", "b": "image/png"}, "image/png"),  # by extension
+        ({"a": "x/b", "b": "x/a"}, "x/a"),  # always the same
+    ],
+)
+def test_content_type_is_decided_though_no_blob_can_tell(types: dict[str, str], chosen: str) -> None:
+    read = {volume: replace(R, volumes=(), content_type=one) for volume, one in types.items()}
+    version, digests = (
+        version_of(dict.fromkeys(read, 9), dict.fromkeys(read, 3)),
+        {(v, R.path): d for v, d in GOOD.items()},
+    )
+    record, (case,) = mkv_tools.judge_version(version, read, digests)
+    assert record and record.content_type == chosen and record.volumes == tuple(read)
+    assert case.kind == "contradicting sidecars" and f"content_type is {chosen!r}, not " in case.detail
+
+
+def test_blobs_are_read_only_where_sidecars_leave_a_doubt() -> None:
+    version = version_of({"a": 9, "b": 9, "c": 9}, {"a": 3, "b": 3, "c": 2, "d": 3})
+    assert mkv_tools.find_doubts(version, {"a": R, "b": R, "c": R}) == []
+    assert mkv_tools.find_doubts(version, {"a": "it is empty", "b": "it is empty"}) == []
+    for other in ("it is empty", OTHER, replace(R, ext="", size=2)):
+        assert mkv_tools.find_doubts(version, {"a": R, "b": other, "c": R}) == [("a", R.path), ("b", R.path)]
 
 
 def test_batches_hold_small_blobs_and_large_ones_go_alone() -> None:
@@ -3581,6 +3732,8 @@ def test_strays_are_what_neither_record_nor_garbage_names_and_not_young() -> Non
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 10.0) == ([("c", stem)], 0)
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 8.0) == ([], 1)
     assert mkv_tools.find_strays([version], {}, (), 10.0) == ([("a", stem), ("b", stem), ("c", stem)], 0)
+    version.stem = mkv.blob_path("k", "f" * 20, "")  # a time that will not come says nothing
+    assert mkv_tools.find_strays([version], {}, (), 10.0)[1] == 0
 
 
 # -- claim and commit --
@@ -3606,11 +3759,35 @@ def test_claim_and_commit_move_the_record(tx: mkv.Transaction) -> None:
     assert tx.get("k") == replace(R, volumes=("a", "c")) and garbage_in(tx) == {("b", R.path)}
 
 
-def test_repair_takes_a_bad_replica_out_of_the_record_meanwhile(tx: mkv.Transaction) -> None:
-    assert mkv_tools.claim(tx, REPAIR) == ""
-    assert tx.get("k") == replace(R, volumes=("a",))
-    assert mkv_tools.commit(tx, REPAIR, "", 10.0) == ""
-    assert tx.get("k") == R and not garbage_in(tx)
+@pytest.mark.parametrize("failed", ["", "volume b: full", mkv_tools.INTERRUPTED])
+def test_repair_leaves_the_record_as_it_is_all_the_time(tx: mkv.Transaction, failed: str) -> None:
+    """I8: also if it fails, or is killed and what it claimed is released by the next run."""
+    assert mkv_tools.claim(tx, REPAIR) == "" and tx.get("k") == R
+    assert mkv_tools.commit(tx, REPAIR, failed, 10.0) == failed
+    tx.release_claims(mkv.TOOL, sys.maxsize)
+    states = {place: row.state.value for place, row in tx.pending_of("k").items()}
+    assert tx.get("k") == R and states == ({("b", R.path): "kept"} if failed else {})
+
+
+@pytest.mark.parametrize("outcome", ["", "volume b: full", mkv_tools.INTERRUPTED])
+@pytest.mark.parametrize("change", ["DELETE", "PUT"])
+@pytest.mark.parametrize("move", [REPAIR, replace(MOVE, copy=("b", "c"))])
+def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends(
+    tx: mkv.Transaction, change: str, outcome: str, move: mkv_tools.Move
+) -> None:
+    """I4: the collector could delete it, and have done with it, before it is written."""
+    mkv_tools.claim(tx, move)
+    if change == "DELETE":
+        mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
+    else:
+        claim_and_commit(tx, replace(R, version="3" * 20))
+    tx.settle({(volume, R.path): volume == "b" for volume in "abc"})  # b had one already
+    assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
+    mkv_tools.commit(tx, move, outcome, 10.0)
+    tx.release_claims(mkv.TOOL, sys.maxsize)
+    assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
+    in_doubt = {volume for (volume, _), row in tx.pending_of("k").items() if row.doubt_s is not None}
+    assert in_doubt == (set(move.copy) if outcome else {"b"})
 
 
 @pytest.mark.parametrize("change", [replace(R, version="f" * 20), replace(R, volumes=("a",)), None])
@@ -3910,7 +4087,7 @@ def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cl
     assert cluster.rows() == before and {volume for volume, _ in cluster.garbage()} == {"volume3"}
     cluster.collect()
     assert cluster.rows() == before and len(cluster.files("volume3")) == 2
-    assert cluster.tool("verify", "--grace", 0)[0] == 0
+    assert cluster.tool("verify", "--grace", 0)[1]["found"] == {"too few replicas": 1}  # of "new"
 
 
 @on_nginx
@@ -3947,6 +4124,11 @@ def damage_not_json(c: Cluster) -> None:
     c.replica("k", 0, sidecar=True).write_bytes(b"\xff\xfe not JSON")
 
 
+def damage_too_long(c: Cluster) -> None:
+    file = c.replica("k", 0, sidecar=True)
+    file.write_bytes(file.read_bytes() + b" " * mkv.MAX_SIDECAR_BYTES)
+
+
 def damage_other_key(c: Cluster) -> None:
     file = c.replica("k", 0, sidecar=True)
     file.write_bytes(file.read_bytes().replace(b'"k"', b'"z"'))
@@ -3972,42 +4154,220 @@ def damage_leftover(c: Cluster) -> None:
     [
         (damage_unfinished, "blob without sidecar", True),
         (damage_no_blob, "sidecar without blob", True),
-        (damage_empty, "bad sidecar", True),
-        (damage_cut, "bad sidecar", True),
-        (damage_not_json, "bad sidecar", True),
-        (damage_other_key, "bad sidecar", None),  # of the right size: found only if it is the one that is read
+        (damage_empty, "bad sidecar", False),  # the blob is found good by its digest
+        (damage_cut, "bad sidecar", False),
+        (damage_not_json, "bad sidecar", False),
+        (damage_other_key, "bad sidecar", False),
+        (damage_too_long, "bad sidecar", False),
         (damage_truncated, "wrong size", True),
         (damage_foreign, "foreign file", False),
         (damage_leftover, "nginx leftover", False),
     ],
 )
-def test_rebuild_reports_damage_and_goes_on(cluster: Cluster, damage: Any, kind: str, loses: bool | None) -> None:
+def test_rebuild_reports_damage_and_goes_on(cluster: Cluster, damage: Any, kind: str, loses: bool) -> None:
     cluster.put({"k": b"abc", "other": b"def"})
     before, record = cluster.rows(), cluster.record("k")
     damage(cluster)
     code, facts, _ = cluster.tool("rebuild")
-    found = facts["found"].get(kind, 0)
-    assert code == 0 and (found > 0 or loses is None)
-    if loses or (found and loses is None):
+    assert code == 0 and list(facts["found"]) == [kind]
+    if loses:
         assert cluster.record("k") == replace(record, volumes=record.volumes[1:])
         assert len(cluster.rows()) == len(before)
     else:
         assert cluster.rows() == before
 
 
+def edit_sidecar(file: Path, **change: object) -> None:
+    """Change what a sidecar says; its length stays, where that is possible."""
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | change, ensure_ascii=False))
+
+
+WRONG = {"size": 6, "digest": "0" * 64, "ext": "pnh", "content_type": "image/pnh"}
+
+
 @on_nginx
-def test_rebuild_changes_nothing_if_sidecars_contradict_each_other(cluster: Cluster) -> None:
+@pytest.mark.parametrize("size", [5, LARGE])
+@pytest.mark.parametrize("field", WRONG)
+def test_blob_decides_where_sidecars_contradict_each_other(cluster: Cluster, field: str, size: int) -> None:
+    """Whichever of them is wrong; no row changes, and then no good blob is deleted."""
+    cluster.put({f"{i}": os.urandom(size) for i in range(4)})
+    cluster.use(lambda store: put_one(store, "png", os.urandom(size), "image/png"))
+    before = cluster.rows()
+    for number in (0, 1):
+        file = cluster.replica("png", number, sidecar=True)
+        good = file.read_bytes()
+        edit_sidecar(file, **{field: WRONG[field]})
+        code, facts, _ = cluster.tool("rebuild")
+        assert (code, facts["found"]) == (0, {"contradicting sidecars": 1}) and cluster.rows() == before
+        (case,) = facts["cases"]
+        assert case["key"] == "png" and f"not {WRONG[field]!r}" in case["detail"]
+        assert cluster.tool("verify", "--deep", "--repair", "--grace", 0)[1]["found"] == {"bad sidecar": 1}
+        assert file.read_bytes() == good and not cluster.garbage()
+    check_placement(cluster)
+
+
+@on_nginx
+def test_corrupt_replica_is_left_out_where_sidecars_contradict_each_other(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
     cluster.put({"k": b"abc"})
-    file = cluster.replica("k", 1, sidecar=True)
-    facts = json.loads(file.read_bytes()) | {"digest": "0" * 64}
-    file.write_text(json.dumps(facts, indent=1))
-    before = cluster.db.read_bytes()
+    record = cluster.record("k")
+    flip_bit(cluster.replica("k", 1))
+    edit_sidecar(cluster.replica("k", 2, sidecar=True), digest="0" * 64)
     code, facts, _ = cluster.tool("rebuild")
-    assert code == 1 and facts["found"] == {"contradicting sidecars": 1} and cluster.db.read_bytes() == before
+    assert code == 0 and facts["found"] == {"contradicting sidecars": 1, "corrupt": 1}
+    assert cluster.record("k") == replace(record, volumes=("volume1", "volume3"))
+
+
+def spoil_both(cluster: Cluster, key: str, way: str) -> None:
+    for number in (0, 1):
+        file = cluster.replica(key, number, sidecar=True)
+        match way:
+            case "empty":
+                os.truncate(file, 0)
+            case "size":
+                edit_sidecar(file, size=7)
+            case "contradicting":
+                edit_sidecar(file, digest=str(number) * 64)
+            case "blobs":
+                os.truncate(cluster.replica(key, number), 1)
+            case "split":
+                (file if number else cluster.replica(key)).unlink()
+
+
+@on_nginx
+@pytest.mark.parametrize("way", ["empty", "size", "contradicting", "blobs", "split"])
+@pytest.mark.parametrize("index", ["there", "lost"])
+def test_rebuild_changes_nothing_if_a_version_has_no_sidecar_of_use(
+    cluster: Cluster, way: str, index: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them are named, to people too; an older version is no way out."""
+    keys = [f"k{i:02}" for i in range(12)]
+    cluster.put(dict.fromkeys(keys, b"old") | {"other": b"x"})
+    cluster.put(dict.fromkeys(keys, b"new!"))
+    for key in keys:
+        spoil_both(cluster, key, way)
+    stems = [cluster.record(key).path[: mkv.STEM] for key in keys]
+    if index == "lost":
+        cluster.db.rename(cluster.db.with_suffix(".gone"))
+    before = cluster.db.read_bytes() if index == "there" else None
+    assert mkv_tools.main(["rebuild", "--config", str(cluster.file)]) == 1
+    said = capsys.readouterr().out
+    assert "12 x unusable version" in said and "nothing was changed" in said and all(stem in said for stem in stems)
+    assert before == (cluster.db.read_bytes() if cluster.db.exists() else None)
+    assert not list(cluster.db.parent.glob("index.db.new*"))
+
+
+@on_nginx
+def test_version_without_a_sidecar_of_use_stops_no_rebuild_if_it_is_dead(cluster: Cluster) -> None:
+    """Replaced by a newer one, or garbage of the old index, or without a sidecar at all."""
+    cluster.put({"replaced": b"1", "deleted": b"2", "stays": b"3"})
+    for key in ("replaced", "deleted"):
+        spoil_both(cluster, key, "empty")
+    dead = [cluster.record(key) for key in ("replaced", "deleted")]
+
+    async def work(store: Store) -> None:
+        await put_one(store, "replaced", b"new")
+        await store.delete("deleted", mkv.UNCONDITIONAL, "")
+
+    cluster.use(work)
+    for record in dead:  # as if the volumes had not heard of it
+        for volume in record.volumes:
+            (cluster.data / volume / mkv.sidecar_path(record.path)[1:]).touch()
+    before = cluster.rows()
+    unfinished = cluster.data / "volume1" / mkv.blob_path("unfinished", "1" * 20, "")[1:]
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_bytes(b"half of i")
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 0 and cluster.rows() == before and "unusable version" not in facts["found"]
+    assert {(v, record.path) for record in dead for v in record.volumes} <= set(cluster.garbage())
+
+
+@on_nginx
+def test_version_far_in_the_future_stops_a_rebuild(cluster: Cluster) -> None:
+    """Else no PUT of its key could ever have a higher one."""
+    cluster.put({"k": b"abc"})
+    far, before = replace(cluster.record("k"), version="f" * 20), cluster.rows()
+    blob = cluster.data / "volume1" / far.path[1:]
+    sidecar = cluster.data / "volume1" / mkv.sidecar_path(far.path)[1:]
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(b"abc")
+    sidecar.write_bytes(mkv.encode_sidecar(far))
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 1 and facts["found"] == {"bad sidecar": 1, "unusable version": 1} and cluster.rows() == before
+    assert "far in the future" in facts["cases"][0]["detail"]
+    blob.unlink()
+    sidecar.unlink()
+    assert cluster.tool("rebuild")[0] == 0
+    cluster.put({"k": b"new"})
+    cluster.db.unlink()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.replica("k").read_bytes() == b"new"
+
+
+def remove_files(cluster: Cluster, record: Record) -> None:
+    for volume in record.volumes:
+        (cluster.data / volume / record.path[1:]).unlink()
+        (cluster.data / volume / mkv.sidecar_path(record.path)[1:]).unlink()
+
+
+@on_nginx
+def test_rebuild_reports_keys_that_only_the_old_index_has(cluster: Cluster) -> None:
+    keys = {f"k{i:02}": b"x" for i in range(30)}
+    cluster.put(keys | {"older": b"1"})
+    older = {volume: cluster.data / volume for volume in cluster.record("older").volumes}
+    kept = {file: file.read_bytes() for folder in older.values() for file in folder.glob("*/*/*")}
+    cluster.put({"older": b"2"})
+    cluster.collect()
+    remove_files(cluster, cluster.record("older"))
+    for file, data in kept.items():
+        file.write_bytes(data)
+    for i in range(12):
+        remove_files(cluster, cluster.record(f"k{i:02}"))
+    code, facts, _ = cluster.tool("rebuild")
+    lost = [case["key"] for case in facts["cases"] if case["kind"] == "lost key"]
+    assert code == 1 and lost == [*(f"k{i:02}" for i in range(12)), "older"]
+    assert [row[0] for row in cluster.rows()] == [*(f"k{i}" for i in range(12, 30)), "older"]
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 0 and "lost key" not in facts["found"]  # the old index is the one of just now
+
+
+@on_nginx
+def test_keys_of_volumes_that_rebuild_does_without_are_not_lost(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(30)})
+    missing = {"volume2", "volume3"}
+    there = [row[0] for row in cluster.rows() if not missing.issuperset(row[2].split())]
+    code, facts, _ = cluster.tool("rebuild", "--allow-missing", "volume2", "--allow-missing", "volume3")
+    assert (code, facts["found"], facts["left_out"]) == (0, {}, 30 - len(there)) and 0 < len(there) < 30
+    assert [row[0] for row in cluster.rows()] == there
+
+
+@on_nginx
+def test_rebuild_refuses_to_do_without_a_volume_that_nobody_knows(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    before = cluster.db.read_bytes()
+    code, _, err = cluster.tool("rebuild", "--allow-missing", "volume1", "--allow-missing", "vloume1")
+    assert code == 2 and "vloume1" in err and "volume1:" not in err and cluster.db.read_bytes() == before
+    cluster.configure("volume2", "volume3", replicas=2)  # the old index knows it
+    assert cluster.tool("rebuild", "--allow-missing", "volume1")[0] == 0
+
+
+@on_nginx
+def test_rebuild_bears_many_blobs_of_one_version(cluster: Cluster) -> None:
+    """With the right sidecar, a wrong one and none."""
+    cluster.put({"k": b"abc"})
+    record, before = cluster.record("k"), cluster.rows()
+    for ext in ("a", "b", "c"):
+        for volume in ("volume1", "volume2", "volume3"):
+            file = cluster.data / volume / replace(record, ext=ext).path[1:]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"abc")
+    code, facts, _ = cluster.tool("rebuild")
+    assert code == 0 and facts["found"] == {"blob without sidecar": 3} and cluster.rows() == before
+    edit_sidecar(cluster.replica("k", 0, sidecar=True), ext="zzz")
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
 class Meddler(ThreadingHTTPServer):
-    """Stands before a volume and answers `path` in its own way: a status, or a listing cut short."""
+    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a status, or cut short."""
 
     daemon_threads = True
 
@@ -4031,14 +4391,16 @@ class Meddling(BaseHTTPRequestHandler):
         answer = behind.getresponse()
         status, data = answer.status, answer.read()
         behind.close()
-        way = self.server.way if self.path == self.server.path else ""
+        asked = "" if self.path == mkv.PROBE_PATH else self.command
+        way = self.server.way if self.server.path in (self.path, asked) else ""
         if way == "hang":
             time.sleep(2)
         status, data = (int(way), b"") if way.isdigit() else (status, data)
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + 999_999 * (way == "long")))
         self.end_headers()
         data = b"" if self.command == "HEAD" else data[:-3] + b"   " if way == "not JSON" else data
+        data += b" " * 999_999 if way == "long" else b""
         self.wfile.write(data[:-3] if way == "cut" else data)
         self.close_connection = way in ("cut", "hang")
 
@@ -4084,6 +4446,44 @@ def test_rebuild_fails_closed(cluster: Cluster, way: str, level: str) -> None:
         code, _, err = cluster.tool("rebuild")
     if not way.startswith("404"):
         assert code == 1 and "volume3" in err and "Traceback" not in err and cluster.db.read_bytes() == before
+
+
+@on_nginx
+@pytest.mark.parametrize("level", ["top", "middle", "folder", "sidecar"])
+def test_rebuild_reads_no_listing_and_no_sidecar_of_any_length(
+    cluster: Cluster, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the volume sends is right, but for the blanks behind it."""
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    rows, before = cluster.rows(), cluster.db.read_bytes()
+    monkeypatch.setattr(mkv_tools, "LISTING_BYTES", 500_000)
+    path = key_on(cluster, "volume3").path
+    target = {"top": "/", "middle": path[:4], "folder": path[:7], "sidecar": mkv.sidecar_path(path)}[level]
+    with meddling(cluster, target, "long"):
+        code, facts, err = cluster.tool("rebuild")
+    if level == "sidecar":
+        assert (code, facts["found"]) == (0, {"bad sidecar": 1}) and cluster.rows() == rows
+        assert facts["cases"][0]["detail"] == f"it has more than {mkv.MAX_SIDECAR_BYTES} bytes"
+    else:
+        assert code == 1 and f"volume3: no listing of {target}: more than 500000 bytes" in err
+        assert cluster.db.read_bytes() == before
+
+
+@on_nginx
+async def test_folder_that_is_larger_than_its_share_is_read_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv_tools, "LISTING_BYTES", 50_000)
+    folder = cluster.data / "volume1" / "aa" / "bb"
+    folder.mkdir(parents=True)
+    for i in range(300):
+        (folder / f"file{i}").touch()
+    client = Store(cluster.config).view.clients["volume1"]
+    files = await mkv_tools.list_folders(client, ["/aa/b0/", "/aa/bb/", "/aa/bc/"])
+    assert len(files) == 300
+    with pytest.raises(mkv.VolumeUnexpected, match="no listing of /aa/bb/: more than 50000 bytes"):
+        await mkv_tools.list_folders(client, ["/aa/bb/"] * 3)
+    client.close()
 
 
 @on_nginx
@@ -4469,7 +4869,7 @@ def test_rebalance_that_ends_between_its_steps_leaves_only_garbage(
     assert cluster.tool("rebalance")[0] == 1
     monkeypatch.undo()
     assert cluster.rows() == before and len(cluster.claims()) == 10 and not cluster.garbage()
-    assert cluster.tool("verify", "--grace", 0)[0] == 0
+    assert cluster.tool("verify", "--grace", 0)[1]["found"] == {"too few replicas": 10}
     cluster.use(lambda store: store.delete("k0", mkv.UNCONDITIONAL, ""))
     cluster.collect()
     shutil.copy(cluster.db, saved := cluster.db.with_suffix(".saved"))
@@ -4648,14 +5048,108 @@ def test_verify_killed_at_any_moment_can_be_run_again(cluster: Cluster) -> None:
     before = cluster.rows()
     for i in range(0, 300, 2):
         (flip_bit if i % 4 else Path.unlink)(cluster.replica(f"k{i}", i // 4 % 2))
-    kill_at_moments(cluster, "verify", "--deep", "--repair", "--limit-rate", "0.5", kills=6, check=lambda: None)
-    cluster.collect()
-    assert cluster.tool("rebalance")[0] == 0  # restores what a kill left with fewer replicas
-    assert [row[:2] for row in cluster.rows()] == [row[:2] for row in before]
+
+    def check() -> None:
+        assert cluster.rows() == before and not cluster.garbage()
+
+    kill_at_moments(cluster, "verify", "--deep", "--repair", "--limit-rate", "0.5", kills=6, check=check)
+    check()
+    assert not cluster.claims()
     check_placement(cluster)
     assert {one.name for one in cluster.db.parent.glob("index.db*")} <= {
         f"index.db{end}" for end in ("", ".lock", ".tools")
     }
+
+
+@on_nginx
+def test_repair_that_fails_leaves_the_record_as_it_was(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The volume refuses to write, or hangs and writes all the same."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({f"k{i}": os.urandom(100) for i in range(30)} | {"large": os.urandom(LARGE)})
+    before = cluster.rows()
+    for row in before:
+        cluster.replica(row[0], 2).unlink()
+    moves = list[str]()
+    move = mkv_tools.Mover.move
+
+    async def listen(mover: mkv_tools.Mover, wanted: Any) -> dict[str, str]:
+        outcome = await move(mover, wanted)
+        moves.extend(outcome.values())
+        return outcome
+
+    monkeypatch.setattr(mkv_tools.Mover, "move", listen)
+    for way, why in (("503", "answered 503"), ("hang", "no progress")):
+        moves.clear()
+        with meddling(cluster, "PUT", way, replicas=3):
+            code, facts, _ = cluster.tool("verify", "--repair")
+        assert code == 1 and facts["left"] > 20 and any(why in one for one in moves)
+        assert cluster.rows() == before and not cluster.garbage() and not cluster.claims()
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    code, facts, _ = cluster.tool("verify", "--repair")
+    assert (code, facts["left"]) == (0, 0) and facts["found"]["missing"] > 20 and cluster.rows() == before
+    check_placement(cluster)
+
+
+@pytest.mark.parametrize("size", [100, LARGE])
+def test_verify_makes_up_for_too_few_replicas(cluster: Cluster, size: int) -> None:
+    """As PUTs leave them behind while volumes are down."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=1)
+    cluster.put({f"k{i}": os.urandom(size) for i in range(8)})
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    before = cluster.rows()
+    code, facts, _ = cluster.tool("verify")
+    assert (code, facts["found"], facts["left"]) == (1, {"too few replicas": 8}, 8) and cluster.rows() == before
+    assert {case["detail"] for case in facts["cases"]} == {"1 of 2"}
+    code, facts, _ = cluster.tool("verify", "--repair")
+    assert (code, facts["found"], facts["repaired"]) == (0, {"too few replicas": 8}, 8) and not cluster.garbage()
+    assert cluster.tool("verify", "--deep", "--grace", 0)[1]["found"] == {}
+    assert cluster.tool("rebalance", "--dry-run")[1]["moved"] == 0  # they are where the ring says
+
+
+@on_nginx
+def test_verify_makes_up_only_from_good_replicas_and_only_where_it_can(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": os.urandom(100) for i in range(20)})
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    before = cluster.rows()
+    cluster.replica("k0", 0).unlink()
+    flip_bit(cluster.replica("k1", 0))
+    for number in (0, 1):
+        cluster.replica("k2", number).unlink()
+    cluster.stop("volume3")
+    code, facts, _ = cluster.tool("verify", "--repair")
+    why = {case["detail"] for case in facts["cases"] if case["kind"] == "too few replicas"}
+    assert code == 1 and why == {"repaired", "2 of 3, no other volume is up", "2 of 3, none of them can be read"}
+    cluster.start("volume3")
+    code, facts, _ = cluster.tool("verify", "--repair", "--deep")
+    left = {case["key"] for case in facts["cases"] if case["detail"] != "repaired"}
+    assert code == 1 and left == {"k2"} and facts["found"]["too few replicas"] > 1
+    rows = {row[0]: row for row in cluster.rows()}
+    assert rows["k2"] in before and all(len(row[2].split()) == 3 for key, row in rows.items() if key != "k2")
+    assert cluster.tool("verify", "--deep")[1]["left"] == 4  # of k2: two missing, no good one, too few
+
+
+@on_nginx
+def test_delete_while_a_replica_is_made_anew_brings_nothing_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: even if the collector is done with everything before the tool writes."""
+    cluster.put({"k": b"abc", "other": b"x"})
+    cluster.replica("k").unlink()
+    copy = mkv_tools.Mover._copy_small
+
+    async def delete_first(mover: mkv_tools.Mover, moves: Any) -> Any:
+        store = mover._store
+        await store.delete("k", mkv.UNCONDITIONAL, "")
+        while await store.collect_garbage():
+            pass
+        return await copy(mover, moves)
+
+    monkeypatch.setattr(mkv_tools.Mover, "_copy_small", delete_first)
+    assert cluster.tool("verify", "--repair")[0] == 1
+    cluster.collect()
+    assert [row[0] for row in cluster.rows()] == ["other"] and not cluster.claims()
+    cluster.db.unlink()
+    assert cluster.tool("rebuild")[0] == 0 and [row[0] for row in cluster.rows()] == ["other"]
 
 
 # == Tools: the others ================================================================================================
@@ -4723,8 +5217,13 @@ def test_backup_of_a_running_server_can_be_restored(cluster: Cluster, tmp_path: 
             db.execute("SELECT count(*) FROM record").fetchone()
             == db.execute("SELECT blobs FROM total WHERE name = ''").fetchone()
         )
+    with contextlib.closing(sqlite3.connect(copy)) as db:
+        deleted = {key for (key,) in db.execute("SELECT key FROM record")} - {row[0] for row in before}
     shutil.copy(copy, cluster.db)
-    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before  # what was written since comes from the volumes
+    code, facts, _ = cluster.tool("rebuild")
+    assert cluster.rows() == before  # what was written since comes from the volumes
+    assert {case["key"] for case in facts["cases"] if case["kind"] == "lost key"} == deleted
+    assert code == (1 if deleted else 0)
     assert {path.name for path in tmp_path.glob("copy*")} == {"copy.db"}
 
 
@@ -4737,17 +5236,197 @@ def test_token_fits_the_configuration(capsys: pytest.CaptureFixture[str]) -> Non
     assert "allow" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["rebuild", "rebalance", "verify", "status", "backup"])
+ARGUMENTS = {"backup": ["copy.db"], "forget": ["x"]}
+
+
+@pytest.mark.parametrize("command", ["rebuild", "rebalance", "verify", "status", "backup", "forget"])
 def test_tools_say_in_one_line_what_is_wrong(command: str, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, "embedded")
     cluster.configure()
-    code, _, err = cluster.tool(command, *(["x.db"] if command == "backup" else []))
-    assert code == 1 and err.count("\n") == 1 and err.startswith("mkv: ") and not cluster.db.exists()
+    arguments = ARGUMENTS.get(command, [])
+    code, _, err = cluster.tool(command, *arguments)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("mkv: ") and not cluster.db.exists()
+    assert str(cluster.data if command == "rebuild" else cluster.db) in err
     cluster.file.write_text("replicas = 0\nnonsense = 1")
-    code, _, err = cluster.tool(command, *(["x.db"] if command == "backup" else []))
+    code, _, err = cluster.tool(command, *arguments)
     assert code == 2 and "replicas" in err and "nonsense" in err
     with pytest.raises(SystemExit, match="2"):
         cluster.tool(command, "--no-such-flag")
+
+
+@pytest.mark.parametrize("command", ["serve", "rebalance", "verify", "status", "backup", "forget"])
+@pytest.mark.parametrize("junk", [b"junk " * 2000, b"SQLite format 3\0" + b"\xff" * 8000])
+def test_index_that_is_junk_ends_everything_alike(command: str, junk: bytes, tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "embedded")
+    cluster.configure()
+    (cluster.data / "volume1").mkdir(parents=True)
+    cluster.db.write_bytes(junk)
+    if command == "serve":
+        line = [*SERVE, "--config", str(cluster.file), "--port", "0"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+        code, err = done.returncode, done.stderr
+    else:
+        code, _, err = cluster.tool(command, *ARGUMENTS.get(command, []))
+    assert code == 2 and err.count("\n") == 1 and err.startswith(f"mkv: db: {cluster.db}: ")
+    assert cluster.db.read_bytes() == junk
+
+
+INDEX_FILES = ["", "-wal", "-shm", "-journal", ".lock", ".tools", ".new", ".new-wal", ".new.lock"]
+
+
+@pytest.mark.parametrize("way", ["its name", "link", "hard link", "link of a folder", "linked index", "temporary file"])
+@pytest.mark.parametrize("end", INDEX_FILES)
+def test_backup_onto_the_index_is_refused(end: str, way: str, tmp_path: Path) -> None:
+    """Whatever way leads there, whether it is there already or not."""
+    cluster = Cluster(tmp_path, "embedded")
+    cluster.configure()
+    asyncio.run(make_index(cluster.db))
+    file, target = Path(f"{cluster.db}{end}"), tmp_path / "target"
+    match way:
+        case "its name":
+            target = file
+        case "link":
+            target.symlink_to(file)
+        case "hard link":
+            file.touch()
+            target.hardlink_to(file)
+        case "link of a folder":
+            target.symlink_to(tmp_path, target_is_directory=True)
+            target = target / file.name
+        case "linked index":
+            target = file
+            (tmp_path / "linked.db").symlink_to(cluster.db)
+            cluster.configure(db=str(tmp_path / "linked.db"))
+        case "temporary file":  # FILE.tmp, which is written first
+            Path(f"{target}.tmp").symlink_to(file)
+    before = {path.name: path.lstat() for path in tmp_path.iterdir()}
+    code, _, err = cluster.tool("backup", target)
+    assert code == 2 and err.count("\n") == 1 and "a file that belongs to it" in err
+    after = {path.name: path.lstat() for path in tmp_path.iterdir()}
+    assert before.keys() == after.keys()
+    for name, facts in before.items():
+        assert (facts.st_ino, facts.st_mtime_ns, facts.st_nlink) == (
+            after[name].st_ino, after[name].st_mtime_ns, after[name].st_nlink,
+        )  # fmt: skip
+    assert cluster.tool("backup", tmp_path / "other")[0] == 0
+
+
+async def make_index(path: Path) -> None:
+    index = mkv.Index(str(path))
+    await index.open()
+    await index.close()
+
+
+def test_backup_into_a_folder_that_is_missing_says_which(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "embedded")
+    cluster.configure()
+    asyncio.run(make_index(cluster.db))
+    code, _, err = cluster.tool("backup", tmp_path / "missing" / "copy.db")
+    assert code == 2 and err == f"mkv: FILE: there is no folder {tmp_path / 'missing'}\n"
+
+
+@on_nginx
+def test_lost_volume_is_forgotten_with_its_garbage(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not while it is configured, or a record names it, and no other volume's garbage goes."""
+    monkeypatch.setattr(mkv_tools, "FORGET_ROWS", 7)
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    assert cluster.tool("forget", "volume3")[0] == 2
+    cluster.stop("volume3")
+    cluster.configure("volume1", "volume2", replicas=2)
+    code, _, err = cluster.tool("forget", "volume3")
+    assert code == 1 and "20 records still name volume3" in err
+    code, _, err = cluster.tool("forget", "vloume3")
+    assert code == 2 and "vloume3" in err
+    assert cluster.tool("rebalance")[0] == 0
+    cluster.use(lambda store: store.delete("k0", mkv.UNCONDITIONAL, ""))
+    before = cluster.garbage()
+    assert Counter(volume for volume, _ in before) == {"volume1": 1, "volume2": 1, "volume3": 20}
+    code, facts, _ = cluster.tool("forget", "volume3")
+    assert (code, facts["forgotten"]) == (0, 20)
+    assert cluster.garbage() == [place for place in before if place[0] != "volume3"]
+    assert cluster.use(lambda store: store.status())["garbage"] == 2
+    assert cluster.tool("forget", "volume3")[1]["forgotten"] == 0
+
+
+def test_embedded_volumes_are_not_forgotten(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "embedded")
+    cluster.configure()
+    asyncio.run(make_index(cluster.db))
+    code, _, err = cluster.tool("forget", "volume2")
+    assert code == 2 and "volume2 is in the configuration" in err
+
+
+NASTY = "\x1b]0;owned\x07\x1b[2J\r\x9b1m\x7f\u202e.txt"
+
+
+def test_nothing_that_a_volume_says_controls_the_terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.put({f"k{NASTY}": b"x", "k": b"abc"})
+    cluster.replica(f"k{NASTY}").unlink()
+    edit_sidecar(cluster.replica("k", sidecar=True), key=NASTY)
+    for folder in ("", "aa", "aa/bb"):
+        (cluster.data / "volume1" / folder).mkdir(exist_ok=True)
+        (cluster.data / "volume1" / folder / f"name{NASTY}").touch()
+    for command in ("verify", "rebuild"):
+        for arguments in ([], ["--json"]):
+            mkv_tools.main([command, "--config", str(cluster.file), *arguments])
+    out, err = capsys.readouterr()
+    assert out.count("owned") >= 14 and "\\u001b]0;owned\\u0007" in out
+    assert all(one.isprintable() or one == "\n" for one in out + err)
+
+
+@on_nginx
+def test_errors_that_a_volume_causes_control_no_terminal(cluster: Cluster) -> None:
+    (cluster.data / "volume1" / "aa" / "bb").mkdir(parents=True)
+    asyncio.run(make_index(cluster.db))
+
+    async def fail(client: mkv.VolumeClient, paths: Any, limit: int) -> Any:
+        raise mkv.VolumeUnexpected(client.volume.name, NASTY)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkv.VolumeClient, "get", fail)
+        code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "owned" in err and all(one.isprintable() or one == "\n" for one in err)
+
+
+def test_interrupt_during_the_imports_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "aiohttp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(3)")
+    line = [sys.executable, HERE / "mkv_tools.py", "status"]
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@on_nginx
+def test_second_interrupt_of_bench_says_what_is_left(cluster: Cluster) -> None:
+    """The first one lets it clean up: here the server hangs meanwhile."""
+    with cluster.serve() as (port, server):
+        url = f"http://127.0.0.1:{port}"
+        line = [sys.executable, HERE / "mkv_tools.py", "bench", url, "--duration", "60", "--size", "5"]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        eventually(lambda: cluster.tool("status", url)[1]["keys"] > 20)
+        server.send_signal(signal.SIGSTOP)
+        assert process.stderr
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # it cannot end, and says nothing: there is no other sign to wait for
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+        server.send_signal(signal.SIGCONT)
+        (prefix,) = re.findall(r"interrupted; keys that begin with (mkv-bench-[0-9a-f]{8}/) may be left", said)
+        assert process.returncode == 1 and "Traceback" not in said
+        assert json.loads(ask(f"{url}/?prefix={prefix}")[2])["keys"]
+
+
+@on_nginx
+def test_interrupted_bench_removes_what_it_wrote(cluster: Cluster) -> None:
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        process = cluster.spawn("bench", url, "--duration", "60", "--size", "5")
+        eventually(lambda: cluster.tool("status", url)[1]["keys"] > 20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 1 and b"interrupted; what was written is removed" in err and not out
+        assert cluster.tool("status", url)[1]["keys"] == 0
 
 
 def test_report_for_people_is_short(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
