@@ -4058,6 +4058,7 @@ def read_history(text: str) -> list[Operation]:
         ("not answered, happened late", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
         ("not answered, never happened", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b"),
         ("not answered, and two that need it", "0- PUT a; 1-2 DELETE done; 3-4 PUT b new done"),
+        ("not answered, better late", "0- PUT b; 1- PUT a; 2-3 PUT a if a done; 4-5 GET b"),
         ("two of a kind", "0- PUT a; 1- DELETE; 2- PUT a; 3-4 GET a; 5-6 GET; 7-8 GET a"),
         ("refused at a moment", "0-1 PUT a done; 2-9 PUT b new refused; 3-4 DELETE done; 5-6 GET"),
         ("refused by one not answered", "0- PUT a; 1-2 PUT b new refused; 3-4 GET a"),
@@ -4170,7 +4171,8 @@ def test_search_finds_what_trying_all_finds() -> None:
     chance = random.Random(1)
     verdicts = Counter[bool]()
     for _ in range(6000):
-        history = play(chance, chance.randint(2, 6), slip=chance.choice([0, 20, 40]))
+        slip = chance.choice([0, 20, 40])
+        history = play(chance, chance.randint(2, 7), slip, lost=chance.choice([0.2, 0.7]))
         verdict = has_order(history)
         assert verdict == has_order_by_trying_all(history), explain("k", history) or history
         verdicts[verdict] += 1
