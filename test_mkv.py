@@ -31,7 +31,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -42,6 +42,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 from urllib.parse import quote, urlsplit
 
+import hypothesis
 import pytest
 import yaml
 from aiohttp import web
@@ -79,9 +80,11 @@ def require_nginx() -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Return a port that nobody has, below those that connections get: so it is free again after a kill."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Nginx:
@@ -5461,21 +5464,23 @@ def test_progress_is_plain_lines_off_a_terminal(
 
 
 # == Linearizability ==================================================================================================
-# Clients write, read, list and delete a few keys while volumes and the server fail beneath them. The answers must have
-# an order: one that no clock contradicts and in which each answer is true. First the checker, then what it is fed with.
+# Clients write, read, list and delete a few keys while volumes and the server fail beneath them.
+# The answers must have an order: one that no clock contradicts and in which each answer is true.
+# First the checker, then what it is fed with.
 
 ABSENT = ""  # the state of a key that is not there; else its state is the name of a value
 OTHER = "another value"  # any that an excerpt of a history does not mention
 SHORT_STORY = 8  # requests that are shown from their beginning
 FOREVER = 1 << 63  # ns; when a request that was never answered has ended
 
-Outcome = enum.Enum("Outcome", "SEEN DONE REFUSED")  # REFUSED: its condition did not hold
+# REFUSED: its condition did not hold. FAILED: it was told that nothing was done.
+Outcome = enum.Enum("Outcome", "SEEN DONE REFUSED FAILED")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One request about one key, as its client saw it. What is DONE but has no end was not answered: it may have
-    happened at any time since it began, or never."""
+    """One request about one key, as its client saw it. What is DONE but has no end was not
+    answered: it may have happened at any time since it began, or never."""
 
     method: str
     outcome: Outcome
@@ -5512,6 +5517,8 @@ class Operation:
                 return None if self._condition_holds(state) else state
             case Outcome.DONE:
                 return self.value if self._condition_holds(state) else None
+            case Outcome.FAILED:
+                return state
 
     def __str__(self) -> str:
         asked = self.method
@@ -5536,11 +5543,13 @@ class Moment(NamedTuple):
 
 
 class Search:
-    """Looks for an order: Wing and Gong's search (1993) with Lowe's memory (2017) of what has led nowhere.
+    """Looks for an order: Wing and Gong's search (1993) with Lowe's memory (2017) of what has led
+    nowhere.
 
-    Next may come whatever began before the first of those left ended. Two things keep that short. Who only saw or was
-    refused, and may come now, comes now: it changes nothing, and later its answer may be wrong. And whoever got as far
-    with fewer of the optional ones can do all that one with more of them can.
+    Next may come whatever began before the first of those left ended. Two things keep that short.
+    Who only saw or was refused, and may come now, comes now: it changes nothing, and later its
+    answer may be wrong. And whoever got as far with fewer of the optional ones can do all that one
+    with more of them can.
     """
 
     def __init__(self, history: Iterable[Operation]) -> None:
@@ -5569,7 +5578,8 @@ class Search:
         return None
 
     def _was_met(self, moment: Moment) -> bool:
-        """Whether the search has been here, or at a moment that could do as much; note it if not."""
+        """Whether the search has been here, or at a moment that could do as much; note it if
+        not."""
         met = self._met[moment.state, moment.answered]
         if any(one & moment.optional == one for one in met):
             return True
@@ -5630,8 +5640,8 @@ def end_at(history: Iterable[Operation], moment: int) -> list[Operation]:
 
 
 def begin_at(history: Iterable[Operation], moment: int) -> list[Operation]:
-    """Return what is known of a history from `moment` on, if no state before is known: whatever was done across that
-    moment may have happened before it."""
+    """Return what is known of a history from `moment` on, if no state before is known: whatever
+    was done across that moment may have happened before it."""
     known = []
     for one in history:
         if one.began >= moment:
@@ -5642,14 +5652,16 @@ def begin_at(history: Iterable[Operation], moment: int) -> list[Operation]:
 
 
 def possible_starts(part: Iterable[Operation], whole: Iterable[Operation]) -> list[str]:
-    """Return the states that a part of a history may begin in, those that it does not mention as one."""
+    """Return the states that a part of a history may begin in, those that it does not mention as
+    one."""
     written = {one.value for one in whole if one.outcome is Outcome.DONE}
     mentioned = {one.value for one in part} | {one.if_match for one in part}
     return sorted({ABSENT, OTHER} | (mentioned & written))
 
 
 def last_true(count: int, holds: Callable[[int], bool]) -> int:
-    """Return the largest number below `count` for which `holds` is true, by bisection; it is true for 0."""
+    """Return the largest number below `count` for which `holds` is true, by bisection; it is true
+    for 0."""
     low, high = 0, count
     while high - low > 1:
         middle = (low + high) // 2
@@ -5661,8 +5673,9 @@ def last_true(count: int, holds: Callable[[int], bool]) -> int:
 
 
 def shorten(history: Collection[Operation]) -> tuple[list[Operation], bool]:
-    """Return the least part of a history without an order that has none by itself, and whether it begins in the middle,
-    in a state that is not known. Each step only takes knowledge away, so what it shows is true of the whole."""
+    """Return the least part of a history without an order that has none by itself, and whether it
+    begins in the middle, in a state that is not known. Each step only takes knowledge away, so
+    what it shows is true of the whole."""
     ends = sorted(one.ended for one in history if one.ended < FOREVER)
     ends.reverse()
     last = last_true(len(ends), lambda number: not has_order(end_at(history, ends[number])))
@@ -5696,9 +5709,11 @@ def explain(key: str, history: Collection[Operation]) -> str:
         lines.append("  it begins with any value, or none")
     answered = [one for one in kept if not one.is_optional]
     named = {one.value for one in answered} | {one.if_match for one in answered}
-    is_told = {id(one): not one.is_optional or one.value in named - {ABSENT} for one in kept}
-    others = Counter(f"{one.method} {one.value}".strip() for one in kept if not is_told[id(one)])
-    told = sorted((one for one in kept if is_told[id(one)]), key=lambda one: one.began)
+    named.discard(ABSENT)
+    told = [one for one in kept if not one.is_optional or one.value in named]
+    others = Counter(f"{one.method} {one.value}".strip() for one in kept if one not in told)
+    failed = [one for one in history if one.outcome is Outcome.FAILED and one.value in named]
+    told = sorted([*told, *failed], key=lambda one: one.began)
     zero = told[0].began
     for one in told:
         end = "?" if one.ended == FOREVER else f"{(one.ended - zero) / 1e6:.1f}"
@@ -5710,13 +5725,14 @@ def explain(key: str, history: Collection[Operation]) -> str:
 
 
 def read_history(text: str) -> list[Operation]:
-    """Read "0-2 PUT a done; 1- DELETE; 3-4 GET a": a line each, or divided by semicolons; no end: no answer."""
+    """Read "0-2 PUT a done; 1- DELETE; 3-4 GET a": a line each, or divided by semicolons; no end:
+    no answer."""
     history = []
     for number, line in enumerate(re.split("[;\n]", text.strip())):
         when, method, *words = line.split()
         began, _, ended = when.partition("-")
         facts: dict[str, Any] = {"outcome": Outcome.SEEN}
-        for word in ("done", "refused"):
+        for word in ("done", "refused", "failed"):
             if word in words:
                 facts["outcome"] = Outcome[word.upper()]
                 words.remove(word)
@@ -5748,14 +5764,16 @@ def read_history(text: str) -> list[Operation]:
         ("not answered, happened late", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
         ("not answered, never happened", "0- PUT a; 1-2 GET; 3-4 PUT b done; 5-6 GET b"),
         ("not answered, and two that need it", "0- PUT a; 1-2 DELETE done; 3-4 PUT b new done"),
-        ("two of a kind not answered", "0- PUT a; 1- DELETE; 2- PUT a; 3-4 GET a; 5-6 GET; 7-8 GET a"),
-        ("refused at some moment", "0-1 PUT a done; 2-9 PUT b new refused; 3-4 DELETE done; 5-6 GET"),
+        ("not answered, better late", "0- PUT b; 1- PUT a; 2-3 PUT a if a done; 4-5 GET b"),
+        ("two of a kind", "0- PUT a; 1- DELETE; 2- PUT a; 3-4 GET a; 5-6 GET; 7-8 GET a"),
+        ("refused at a moment", "0-1 PUT a done; 2-9 PUT b new refused; 3-4 DELETE done; 5-6 GET"),
         ("refused by one not answered", "0- PUT a; 1-2 PUT b new refused; 3-4 GET a"),
-        ("swapped there and back", "0-1 PUT a done; 2-3 PUT d if a done; 4-5 PUT a if d done; 6-7 GET a"),
-        ("a swap before the way there", "0-1 PUT a done; 2-9 PUT b if a done; 3-4 PUT d done; 10-11 GET d"),
-        ("a slow write before another one", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d done; 10-11 GET d"),
-        ("a slow write comes last", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET b"),
-        ("deleted if it is that", "0-1 PUT a done; 2-3 DELETE if b refused; 4-5 DELETE if a done; 6-7 GET"),
+        ("there and back", "0-1 PUT a done; 2-3 PUT d if a done; 4-5 PUT a if d done; 6-7 GET a"),
+        ("a swap came first", "0-1 PUT a done; 2-9 PUT b if a done; 3-4 PUT d done; 10-11 GET d"),
+        ("a slow write came first", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d done; 10-11 GET d"),
+        ("a slow write last", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET b"),
+        ("deleted if", "0-1 PUT a done; 2-3 DELETE if b refused; 4-5 DELETE if a done; 6-7 GET"),
+        ("failed", "0-1 PUT a failed; 2-3 GET; 4-5 PUT b done; 6-7 DELETE failed; 8-9 GET b"),
         ("any will do", "0-1 PUT a if * refused; 2-3 PUT a done; 4-5 PUT b if * done; 6-7 GET b"),
     ],
 )
@@ -5768,6 +5786,8 @@ def test_history_with_an_order(story: str, text: str) -> None:
     [
         ("never written", "0-1 GET a"),
         ("refused, yet there", "0-1 PUT a if * refused; 2-3 GET a"),
+        ("failed, yet there", "0-1 PUT a failed; 2-3 GET a"),
+        ("failed, yet gone", "0-1 PUT a done; 2-3 DELETE failed; 4-5 GET"),
         ("lost", "0-1 PUT a done; 2-3 GET"),
         ("read before it was written", "0-1 GET a; 2-3 PUT a done"),
         ("stale", "0-1 PUT a done; 2-3 PUT b done; 4-5 GET a"),
@@ -5775,17 +5795,17 @@ def test_history_with_an_order(story: str, text: str) -> None:
         ("there and back", "0-9 PUT a done; 0-9 PUT b done; 10-11 GET a; 12-13 GET b"),
         ("seen, then not yet", "0-9 PUT a done; 1-2 GET a; 3-4 GET; 10-11 GET a"),
         ("came back", "0-1 PUT a done; 2-3 DELETE done; 4-5 GET; 6-7 GET a"),
-        ("not answered, happened twice", "0- PUT a; 1-2 GET a; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
+        ("happened twice", "0- PUT a; 1-2 GET a; 3-4 PUT b done; 5-6 GET b; 7-8 GET a"),
         ("two made it new", "0-9 PUT a new done; 0-9 PUT b new done; 10-11 GET a"),
-        ("two swapped one", "0-1 PUT a done; 2-9 PUT b if a done; 2-9 PUT c if a done; 10-11 GET b"),
+        ("two swaps", "0-1 PUT a done; 2-9 PUT b if a done; 2-9 PUT c if a done; 10-11 GET b"),
         ("deleted twice", "0-1 PUT a done; 2-9 DELETE done; 2-9 DELETE done"),
         ("refused for nothing", "0-1 PUT a done; 2-3 PUT b if a refused"),
         ("refused for nothing, and new", "0-1 PUT a new refused; 2-3 GET"),
         ("missed", "0-1 PUT a done; 2-3 DELETE"),
         ("issue 7, 1", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET d"),
         ("issue 7, 2", "0-9 PUT b done; 1-2 PUT d new done; 10-11 GET d"),
-        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done; 3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
-        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done; 3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
+        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done;3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
+        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done;3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
     ],
 )
 def test_history_without_an_order(story: str, text: str) -> None:
@@ -5793,7 +5813,8 @@ def test_history_without_an_order(story: str, text: str) -> None:
 
 
 def has_order_by_trying_all(history: Sequence[Operation]) -> bool:
-    """The definition itself: some of the optional ones and all others, in any order that keeps to the clock."""
+    """The definition itself: some of the optional ones and all others, in any order that keeps to
+    the clock."""
     optional = [one for one in history if one.is_optional]
     answered = [one for one in history if not one.is_optional]
     for count in range(len(optional) + 1):
@@ -5815,8 +5836,9 @@ def is_order(order: Sequence[Operation]) -> bool:
 
 
 def play(chance: random.Random, count: int, slip: int = 0, lost: float = 0.2) -> list[Operation]:
-    """Carry out random requests on one key, each at a point of its time, or up to `slip` beside it: return what their
-    clients saw. The answers of a share `lost` are lost, and perhaps the requests themselves."""
+    """Carry out random requests on one key, each at a point of its time, or up to `slip` beside
+    it: return what their clients saw. The answers of a share `lost` are lost, and perhaps the
+    requests themselves."""
     state = ABSENT
     history = []
     for point in range(0, 10 * count, 10):
@@ -5833,7 +5855,8 @@ def play(chance: random.Random, count: int, slip: int = 0, lost: float = 0.2) ->
             facts["value"] = chance.choice("ab")
             facts["if_new"] = chance.random() < 0.2
         elif state == ABSENT:
-            history.append(Operation(method=method, outcome=Outcome.SEEN, **facts | {"if_match": ""}))
+            facts["if_match"] = ""
+            history.append(Operation(method=method, outcome=Outcome.SEEN, **facts))
             continue
         else:
             facts["if_match"] = facts["if_match"] or "*"
@@ -5854,7 +5877,8 @@ def test_search_finds_what_trying_all_finds() -> None:
     chance = random.Random(1)
     verdicts = Counter[bool]()
     for _ in range(6000):
-        history = play(chance, chance.randint(2, 6), slip=chance.choice([0, 20, 40]))
+        slip = chance.choice([0, 20, 40])
+        history = play(chance, chance.randint(2, 7), slip, lost=chance.choice([0.2, 0.7]))
         verdict = has_order(history)
         assert verdict == has_order_by_trying_all(history), explain("k", history) or history
         verdicts[verdict] += 1
@@ -5865,14 +5889,15 @@ def test_what_a_key_may_have_done_has_an_order() -> None:
     for seed in range(100):
         history = play(random.Random(seed), 200)
         order = Search(history).find_order()
-        assert order and is_order(order) and {*map(id, order)} >= {id(one) for one in history if not one.is_optional}
+        assert order and is_order(order)
+        assert {*map(id, order)} >= {id(one) for one in history if not one.is_optional}
 
 
 def test_one_false_answer_is_found_and_the_story_is_short() -> None:
     for seed in range(12):
         history = play(random.Random(seed), 200, lost=0.03)
         last = max(one.ended for one in history if one.ended < FOREVER)
-        wrong = Operation(method="GET", outcome=Outcome.SEEN, value="c", began=last + 1, ended=last + 2)
+        wrong = replace(read_history("0-1 GET c")[0], began=last + 1, ended=last + 2)
         story = explain("k", [*history, wrong])
         assert "saw c" in story and story.count("\n") < 8, story
 
@@ -5880,6 +5905,8 @@ def test_one_false_answer_is_found_and_the_story_is_short() -> None:
 # -- clients --
 
 PATIENCE_S = 20.0  # of a client with the server; with a volume it has less, since it can ask again
+NONE: Mapping[str, str] = MappingProxyType({})
+Reply = tuple[int, http.client.HTTPMessage, bytes]  # status, headers, body
 NOT_DONE = (429, 503, 507)  # a write that was answered so has not happened, and never will
 
 
@@ -5892,7 +5919,8 @@ class NotAnswered(Exception):
 
 
 class Values:
-    """Blobs by short names, each of which fills its blob: so no part of one is a part of another."""
+    """Blobs by short names, each of which fills its blob: so no part of one is a part of
+    another."""
 
     EMPTY = "empty"
 
@@ -5918,7 +5946,8 @@ class Values:
         return f'"{hashlib.sha256(self.body(name)).hexdigest()}"'
 
     def name_of(self, etag: str) -> str:
-        """Return the name of the value with this ETag; the ETag itself if nobody ever made such a value."""
+        """Return the name of the value with this ETag; the ETag itself if nobody ever made such a
+        value."""
         return self._names.get(etag.strip('"'), etag)
 
 
@@ -5931,8 +5960,8 @@ def condition_headers(asked: Operation, values: Values) -> dict[str, str]:
     return headers
 
 
-def judge_write(asked: Operation, status: int, ended: int) -> Operation | None:
-    """Return what an answer to a PUT or a DELETE says; None if it says that nothing was done."""
+def judge_write(asked: Operation, status: int, ended: int) -> Operation:
+    """Return what became of a PUT or a DELETE by its answer."""
     answered = replace(asked, ended=ended, status=status)
     if status in (201, 204):
         return answered
@@ -5943,12 +5972,13 @@ def judge_write(asked: Operation, status: int, ended: int) -> Operation | None:
     if status == 504:
         return asked
     assert status in NOT_DONE, f"{asked.method} was answered {status}"
-    return None
+    return replace(answered, outcome=Outcome.FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What clients do. On a strict key every write has a condition but the slow ones: so nothing hides what they do."""
+    """What clients do. On a strict key every write has a condition but the slow ones: so nothing
+    hides what they do."""
 
     clients: int = 8
     keys: int = 3  # at once; every round has new ones
@@ -5967,6 +5997,7 @@ class Traffic:
         self.values = Values()
         self.history = defaultdict[str, list[Operation]](list)
         self.latest = defaultdict[str, str](lambda: ABSENT)  # what somebody saw of a key lately
+        self.recent = defaultdict[str, deque[str]](lambda: deque([ABSENT], maxlen=6))
         self.answers = Counter[str]()
         self.wrong = list[str]()
         self.ended = threading.Event()
@@ -5987,8 +6018,9 @@ class Traffic:
     def note(self, key: str, operation: Operation) -> None:
         with self._lock:
             self.history[key].append(operation)
-            if operation.outcome is not Outcome.REFUSED and not operation.is_optional:
+            if operation.outcome in (Outcome.SEEN, Outcome.DONE) and not operation.is_optional:
                 self.latest[key] = operation.value
+                self.recent[key].append(operation.value)
 
     def count(self, what: str) -> None:
         with self._lock:
@@ -6006,6 +6038,7 @@ class Traffic:
             self.ended.set()
             for thread in threads:
                 thread.join(4 * PATIENCE_S)
+        assert not any(thread.is_alive() for thread in threads)
 
     def look_again(self) -> None:
         """Read every key, now that all is well."""
@@ -6062,9 +6095,9 @@ class Client:
             self._list(number)
 
     def _ask(
-        self, url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] = MappingProxyType({}),
+        self, url: str, method: str = "GET", body: Any = None, headers: Mapping[str, str] = NONE,
         patience_s: float = PATIENCE_S,
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:  # fmt: skip
+    ) -> Reply:  # fmt: skip
         """Make one request on a kept connection; raises NotSent and NotAnswered."""
         parts = urlsplit(url)
         connection = self._kept.pop(parts.netloc, None)
@@ -6076,7 +6109,7 @@ class Client:
                 raise NotSent from None
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         try:
-            with contextlib.suppress(BrokenPipeError):  # it may have answered before it had the whole body
+            with contextlib.suppress(BrokenPipeError):  # it may have answered before the end
                 connection.request(method, target, body, dict(headers))
             answer = connection.getresponse()
             data = answer.read()
@@ -6089,7 +6122,7 @@ class Client:
             self._kept[parts.netloc] = connection
         return answer.status, answer.headers, data
 
-    def _ask_server(self, method: str, target: str, **more: Any) -> tuple[int, http.client.HTTPMessage, bytes]:
+    def _ask_server(self, method: str, target: str, **more: Any) -> Reply:
         """Ask the index server; count the answer."""
         name = "LIST" if target.startswith("/?") else method
         try:
@@ -6103,18 +6136,20 @@ class Client:
     # -- writes --
 
     def _put(self, key: str) -> None:
-        latest, chance = self._traffic.latest[key], self._chance
-        name = latest
-        if latest == ABSENT or chance.random() > self._load.again:
+        chance = self._chance
+        latest = self._traffic.latest[key]
+        name = chance.choice(list(self._traffic.recent[key]))
+        if name == ABSENT or chance.random() > self._load.again:
             name = self._values.make(chance.choice(self._load.sizes))
         is_slow = chance.random() < self._load.slow
         ways = ["never seen", "seen", "new", "any"]
         if is_slow or not self._traffic.is_strict(key):
             ways += ["always"] * 3
         way = chance.choice(ways[1:] if latest != ABSENT else ["new", *ways[4:]])
-        if_match = {"seen": latest, "any": "*"}.get(way, "")
+        condition: dict[str, Any] = {"if_new": way == "new"}
+        condition["if_match"] = {"seen": latest, "any": "*"}.get(way, "")
         body = self._values.body(name)
-        self._write(key, "PUT", name, self._drip(body) if is_slow else body, if_match=if_match, if_new=way == "new")
+        self._write(key, "PUT", name, self._drip(body) if is_slow else body, **condition)
 
     def _drip(self, body: bytes) -> Iterator[bytes]:
         pause_s = self._chance.uniform(0.02, 0.2)
@@ -6131,10 +6166,13 @@ class Client:
         elif not is_strict:
             self._write(key, "DELETE", if_match="*")
 
-    def _write(self, key: str, method: str, name: str = ABSENT, body: Any = None, **condition: Any) -> None:
+    def _write(
+        self, key: str, method: str, name: str = ABSENT, body: Any = None, **condition: Any
+    ) -> None:  # fmt: skip
         asked = Operation(
-            method=method, outcome=Outcome.DONE, value=name, client=self._number, began=time.monotonic_ns(), **condition
-        )
+            method=method, outcome=Outcome.DONE, value=name, client=self._number,
+            began=time.monotonic_ns(), **condition,
+        )  # fmt: skip
         headers = condition_headers(asked, self._values)
         if method == "PUT":
             headers["Content-Length"] = str(len(self._values.body(name)))
@@ -6143,21 +6181,22 @@ class Client:
             answered = judge_write(asked, status, time.monotonic_ns())
         except NotAnswered:
             answered = asked
-        if answered:
-            self._traffic.note(key, answered)
+        self._traffic.note(key, answered)
 
     # -- observations --
 
-    def _see(self, key: str, method: str, value: str, began: int, ended: int, status: int) -> None:
+    def _see(
+        self, key: str, method: str, value: str, began: int, ended: int, status: int
+    ) -> None:  # fmt: skip
         seen = Operation(
-            method=method, outcome=Outcome.SEEN, value=value, client=self._number, began=began, ended=ended,
-            status=status,
+            method=method, outcome=Outcome.SEEN, value=value, client=self._number, status=status,
+            began=began, ended=ended,
         )  # fmt: skip
         self._traffic.note(key, seen)
 
     def get(self, key: str) -> bool:
-        """Read a key as README demands: who meets no blob where the redirect led asks again. Return whether it saw
-        anything."""
+        """Read a key as README demands: who meets no blob where the redirect led asks again.
+        Return whether it saw anything."""
         for _ in range(10):
             began = time.monotonic_ns()
             try:
@@ -6168,15 +6207,18 @@ class Client:
             if status == 404:
                 self._see(key, "GET", ABSENT, began, ended, status)
                 return True
-            if status == 302 and self._is_read(headers):
+            if status != 302:
+                self._refuse_unless_failed("GET", key, status)
+                return False
+            if self._is_read(headers):
                 self._see(key, "GET", self._values.name_of(headers["ETag"]), began, ended, status)
                 return True
-            if status == 503:
-                return False
-            if status != 302:
-                self._traffic.wrong.append(f"GET {key} was answered {status}")
             self._traffic.count("GET again")
         return False
+
+    def _refuse_unless_failed(self, method: str, key: str, status: int) -> None:
+        if status not in NOT_DONE:
+            self._traffic.wrong.append(f"{method} {key} was answered {status}")
 
     def _is_read(self, redirect: http.client.HTTPMessage) -> bool:
         """Follow a redirect: whether the blob was there, whole."""
@@ -6184,10 +6226,11 @@ class Client:
             status, _, blob = self._ask(redirect["Location"], patience_s=2.0)
         except (NotSent, NotAnswered):
             return False
+        where = redirect["Location"]
         if status == 200 and f'"{hashlib.sha256(blob).hexdigest()}"' != redirect["ETag"]:
-            self._traffic.wrong.append(f"{redirect['Location']} has {blob[:40]!r}, not {redirect['ETag']}")
+            self._traffic.wrong.append(f"{where} has {blob[:40]!r}, not {redirect['ETag']}")
         if status not in (200, 404):
-            self._traffic.wrong.append(f"{redirect['Location']} was answered {status}")
+            self._traffic.wrong.append(f"{where} was answered {status}")
         return status == 200
 
     def _head(self, key: str) -> None:
@@ -6199,25 +6242,27 @@ class Client:
         if status in (200, 404):
             value = self._values.name_of(headers["ETag"]) if status == 200 else ABSENT
             self._see(key, "HEAD", value, began, time.monotonic_ns(), status)
-        elif status not in NOT_DONE:
-            self._traffic.wrong.append(f"HEAD {key} was answered {status}")
+        else:
+            self._refuse_unless_failed("HEAD", key, status)
 
     def _list(self, number: int) -> None:
         began = time.monotonic_ns()
         keys = self._traffic.keys_of(number)
+        prefix = keys[0].partition("/")[0]
         try:
-            status, _, page = self._ask_server("GET", f"/?prefix={keys[0].partition('/')[0]}/")
+            status, _, page = self._ask_server("GET", f"/?prefix={prefix}/")
         except NotAnswered:
             return
         ended = time.monotonic_ns()
-        if status == 200:
-            found = {row["key"]: self._values.name_of(row["etag"]) for row in json.loads(page)["keys"]}
-            if not found.keys() <= {*keys}:
-                self._traffic.wrong.append(f"a list shows {sorted(found)}")
-            for key in keys:
-                self._see(key, "LIST", found.get(key, ABSENT), began, ended, status)
-        elif status not in NOT_DONE:
-            self._traffic.wrong.append(f"a list was answered {status}")
+        if status != 200:
+            self._refuse_unless_failed("LIST", prefix, status)
+            return
+        rows = json.loads(page)["keys"]
+        found = {row["key"]: self._values.name_of(row["etag"]) for row in rows}
+        if len(found) != len(rows) or not found.keys() <= {*keys}:
+            self._traffic.wrong.append(f"a list of {prefix} shows {rows}")
+        for key in keys:
+            self._see(key, "LIST", found.get(key, ABSENT), began, ended, status)
 
 
 # -- directed --
@@ -6253,7 +6298,8 @@ class SlowPut:
 
 
 class Teller:
-    """Tells a story about one key: one request after another, but for a slow PUT from SLOW to END."""
+    """Tells a story about one key: one request after another, but for a slow PUT from SLOW to
+    END."""
 
     def __init__(self, store: Program, size: int) -> None:
         self._store, self._key = store, f"told-{os.urandom(8).hex()}"
@@ -6264,7 +6310,8 @@ class Teller:
         self.history = list[Operation]()
 
     def tell(self, steps: str) -> list[int]:
-        """Carry out the steps, then look; return the statuses of the writes in the order of their answers."""
+        """Carry out the steps, then look; return the statuses of the writes in the order of their
+        answers."""
         for step in steps.split("; "):
             if step == "END":
                 assert self._slow
@@ -6274,8 +6321,11 @@ class Teller:
         began = time.monotonic_ns()
         status, headers, _ = ask(f"{self._store.url}/{self._key}")
         value = self._values.name_of(headers["etag"]) if status == 302 else ABSENT
-        seen = Operation(method="GET", outcome=Outcome.SEEN, value=value, began=began, ended=time.monotonic_ns())
-        self.history.append(replace(seen, status=status))
+        seen = Operation(
+            method="GET", outcome=Outcome.SEEN, value=value, status=status,
+            began=began, ended=time.monotonic_ns(),
+        )  # fmt: skip
+        self.history.append(seen)
         return self._statuses
 
     def _write(self, step: str) -> None:
@@ -6285,7 +6335,7 @@ class Teller:
         body = self._bodies.get(asked.value)
         if step.startswith("SLOW"):
             assert body
-            time.sleep(0.02)  # a version may be up to 17 ms ahead of the clock; so this one's is not
+            time.sleep(0.02)  # a version may be 17 ms ahead of the clock; this one's shall not
             asked = replace(asked, began=time.monotonic_ns())
             self._slow = SlowPut(self._store, self._key, body, headers), replace(asked, client=1)
             return
@@ -6294,8 +6344,7 @@ class Teller:
 
     def _note(self, asked: Operation, status: int) -> None:
         self._statuses.append(status)
-        answered = judge_write(asked, status, time.monotonic_ns())
-        self.history += [answered] if answered else []
+        self.history.append(judge_write(asked, status, time.monotonic_ns()))
 
 
 @pytest.mark.parametrize("size", [1000, 400_000])
@@ -6308,8 +6357,9 @@ class Teller:
         "PUT a; SLOW b if *; DELETE if a; PUT d new; END",
     ],
 )
-def test_slow_write_and_conditional_ones_have_an_order(store: Program, steps: str, size: int) -> None:
-    """The others have been done when the slow one is answered, so that one came last, or it was not done."""
+def test_slow_write_and_others_have_an_order(store: Program, steps: str, size: int) -> None:
+    """The others have been done when the slow one is answered, so that one came last, or it was
+    not done."""
     teller = Teller(store, size)
     *others, slow = teller.tell(steps)
     assert {*others} <= {201, 204} and slow in (201, 204, 412, 503)
@@ -6318,7 +6368,7 @@ def test_slow_write_and_conditional_ones_have_an_order(store: Program, steps: st
 
 @pytest.mark.parametrize("size", [1000, 400_000])
 @pytest.mark.parametrize("steps", ["PUT a; SLOW b; PUT d; END", "SLOW b; PUT d; END"])
-def test_writes_at_once_without_conditions_both_succeed(store: Program, steps: str, size: int) -> None:
+def test_two_writes_at_once_both_succeed(store: Program, steps: str, size: int) -> None:
     teller = Teller(store, size)
     assert {*teller.tell(steps)} <= {201, 204}
     assert explain("told", teller.history) == ""
@@ -6328,7 +6378,8 @@ def test_writes_at_once_without_conditions_both_succeed(store: Program, steps: s
 
 
 class Site:
-    """Four volumes, a server with two workers, and its tools; all of it to be broken on purpose, and healed."""
+    """Four volumes, a server with two workers, and its tools; all of it to be broken on purpose,
+    and healed."""
 
     WORKERS = 2
 
@@ -6351,12 +6402,14 @@ class Site:
 
     def configuration(self) -> str:
         settings = {
-            "data": str(self.folder / "data"), "replicas": 2, "volume_timeout": 0.7, "list_rate": 0.0,
-            "garbage_delay": self.garbage_delay_s, "access_log": False, "workers": self.WORKERS,
+            "data": str(self.folder / "data"), "replicas": 2, "workers": self.WORKERS,
+            "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
+            "list_rate": 0.0, "access_log": False,
         }  # fmt: skip
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
         for number, weight in enumerate(self.weights):
-            lines.append(f'[[volume]]\nname = "n{number}"\nurl = "{self.url_of(number)}"\nweight = {weight}')
+            lines += ["[[volume]]", f'name = "n{number}"', f'url = "{self.url_of(number)}"']
+            lines.append(f"weight = {weight}")
         return "\n".join(lines)
 
     def begin_server(self) -> None:
@@ -6373,9 +6426,12 @@ class Site:
     def begin_tool(self, command: str, *arguments: object) -> None:
         """Start a tool once the one before has ended."""
         self.await_tool()
-        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self._config, *map(str, arguments)]
+        line = [*self._tool_line(command), *map(str, arguments)]
         with open(self.folder / "tool.log", "wb") as log:
             self._tool = command, subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+
+    def _tool_line(self, command: str) -> list[str]:
+        return [sys.executable, str(HERE / "mkv_tools.py"), command, "--config", str(self._config)]
 
     def await_tool(self) -> int:
         """Wait for the end of the tool that runs; return its exit code, 0 if none does."""
@@ -6422,7 +6478,8 @@ class Site:
 
     @contextlib.contextmanager
     def change_volumes(self, chance: random.Random) -> Iterator[None]:
-        """Drain one, then bring it back; each time a rebalance moves the blobs, and may outlast this fault."""
+        """Drain one, then bring it back; each time a rebalance moves the blobs, and may outlast
+        this fault."""
         number = chance.randrange(len(self.volumes))
         self.weights[number] = 0.0
         self.reload()
@@ -6433,7 +6490,8 @@ class Site:
         self.begin_tool("rebalance")
 
     def break_and_heal(self, chance: random.Random, kinds: Sequence[Fault], until: float) -> None:
-        """Break one thing after another until then; every kind has its turn, whatever that takes."""
+        """Break one thing after another until then; every kind has its turn, whatever that
+        takes."""
         deck = list[Fault]()
         while len(self.faults) < len(kinds) or time.monotonic() < until:
             deck = deck or chance.sample(kinds, len(kinds))
@@ -6450,12 +6508,14 @@ class Site:
 
     def find_bugs_in_log(self) -> list[str]:
         log = self.server.log()
-        return self.wrong + [log[at.start() : at.start() + 2000] for at in re.finditer("Traceback|unexpected", log)]
+        starts = [found.start() for found in re.finditer("Traceback|unexpected", log)]
+        return self.wrong + [log[start : start + 2000] for start in starts]
 
 
 Fault = Callable[[Site, random.Random], contextlib.AbstractContextManager[None]]
 FAULTS: tuple[Fault, ...] = (
-    Site.kill_volume, Site.stop_volume, Site.stop_one_process_of_a_volume, Site.kill_server, Site.change_volumes,
+    Site.kill_volume, Site.stop_volume, Site.stop_one_process_of_a_volume, Site.kill_server,
+    Site.change_volumes,
 )  # fmt: skip
 LONG_S = float(os.environ.get("MKV_LONG_S", "60"))  # of each test that is marked long
 SEED = int(os.environ.get("MKV_SEED", "1"))
@@ -6469,7 +6529,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(tmp_path, stack)
 
 
-def work_through_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
+def work(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
     """Let clients work while things fail; then heal all, look at all keys, and say how it went."""
     chance = random.Random(f"{traffic.seed} faults")
 
@@ -6481,7 +6541,8 @@ def work_through_faults(site: Site, traffic: Traffic, seconds: float, kinds: Seq
     traffic.run_for(seconds, meanwhile)
     eventually(site.is_well)
     traffic.look_again()
-    print(f"seed {traffic.seed}: {traffic.answers.total()} requests about {len(traffic.history)} keys")
+    requests = traffic.answers.total()
+    print(f"seed {traffic.seed}: {requests} requests about {len(traffic.history)} keys")
     for counted in filter(None, (traffic.answers, site.faults, site.ends)):
         print("  " + ", ".join(f"{name} {count}" for name, count in sorted(counted.items())))
 
@@ -6491,13 +6552,15 @@ def check_answers(site: Site, traffic: Traffic) -> None:
     assert not site.find_bugs_in_log()
     faults = traffic.find_faults()
     assert not faults, "\n".join(faults)
-    for answer in ("PUT 201", "PUT 204", "PUT 412", "DELETE 204", "GET 302", "GET 404", "HEAD 200", "LIST 200"):
-        assert traffic.answers[answer] > 5, (answer, traffic.answers)
+    for answer in ("PUT 201", "PUT 204", "PUT 412", "DELETE 204"):
+        assert traffic.answers[answer] > 5, traffic.answers
+    for answer in ("GET 302", "GET 404", "HEAD 200", "LIST 200"):
+        assert traffic.answers[answer] > 5, traffic.answers
 
 
 def test_answers_have_an_order_whatever_fails(site: Site) -> None:
     traffic = Traffic(site.address, Load(), SEED)
-    work_through_faults(site, traffic, 9.0, FAULTS)
+    work(site, traffic, 9.0, FAULTS)
     check_answers(site, traffic)
 
 
@@ -6505,20 +6568,23 @@ def test_answers_have_an_order_whatever_fails(site: Site) -> None:
 @patient
 def test_answers_have_an_order_for_long(site: Site) -> None:
     traffic = Traffic(site.address, Load(), random.getrandbits(32))
-    work_through_faults(site, traffic, LONG_S, FAULTS)
+    work(site, traffic, LONG_S, FAULTS)
     check_answers(site, traffic)
 
 
 def test_slow_and_conditional_writes_have_an_order(site: Site) -> None:
-    """Without faults; this load finds soonest what a slow write and conditional ones do to each other."""
-    traffic = Traffic(site.address, Load(strict=1.0, slow=0.4, again=0.1, sizes=(1000, 400_000)), SEED)
-    work_through_faults(site, traffic, 4.0, ())
+    """Without faults; this load finds soonest what a slow write and conditional ones do to each
+    other."""
+    load = Load(strict=1.0, slow=0.4, again=0.1, sizes=(1000, 400_000))
+    traffic = Traffic(site.address, load, SEED)
+    work(site, traffic, 4.0, ())
     check_answers(site, traffic)
 
 
 # == Soak =============================================================================================================
-# The same clients and faults, and more of both, for as long as MKV_LONG_S says; at the end everything that is left is
-# looked at: each replica of each key, the lists, what verify finds, and what a rebuild from the volumes alone gives.
+# The same clients and faults, and more of both, for as long as MKV_LONG_S says; at the end
+# everything that is left is looked at: each replica of each key, the lists, what verify finds, and
+# what a rebuild from the volumes alone gives.
 
 
 class Cable:
@@ -6538,7 +6604,10 @@ class Cable:
                 threading.Thread(target=self._join, args=(near,), daemon=True).start()
 
     def _join(self, near: socket.socket) -> None:
-        with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port)) as far:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(near)
+            stack.enter_context(contextlib.suppress(OSError))
+            far = stack.enter_context(socket.create_connection(("127.0.0.1", self._port)))
             ends = {near, far}
             self._ends |= ends
             back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
@@ -6570,7 +6639,8 @@ class Cable:
 
 
 class Estate(Site):
-    """A site whose first volume has a disk of its own, if root runs this, and whose last one is reached by a cable."""
+    """A site whose first volume has a disk of its own, if root runs this, and whose last one is
+    reached by a cable."""
 
     DISK = 1 << 30  # bytes at most; it takes memory only for what is on it
 
@@ -6597,7 +6667,8 @@ class Estate(Site):
             resized = ["mount", "-o", f"remount,size={size}", str(self._disk)]
             return subprocess.run(resized, capture_output=True).returncode == 0
 
-        eventually(lambda: resize(shutil.disk_usage(self._disk).used + 8192))  # not if it has grown meanwhile
+        # what is there may grow meanwhile: then it cannot be made so small
+        eventually(lambda: resize(shutil.disk_usage(self._disk).used + 8192))
         yield
         assert resize(self.DISK)
 
@@ -6631,8 +6702,8 @@ class Estate(Site):
 
     def run_tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any]]:
         """Run a tool to its end; return exit code and summary."""
-        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self._config, "--json"]
-        done = subprocess.run([*line, *map(str, arguments)], capture_output=True, text=True)
+        line = [*self._tool_line(command), "--json", *map(str, arguments)]
+        done = subprocess.run(line, capture_output=True, text=True)
         return done.returncode, json.loads(done.stdout or "{}")
 
     def records(self, db: Path) -> list[Record]:
@@ -6642,8 +6713,8 @@ class Estate(Site):
 
 
 EVERYTHING: tuple[Fault, ...] = (
-    *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker, Estate.change_configuration,
-    Estate.repair, Estate.back_up,
+    *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker,
+    Estate.change_configuration, Estate.repair, Estate.back_up,
 )  # fmt: skip
 
 
@@ -6668,7 +6739,8 @@ class Audit:
 
     def _read_replicas(self) -> None:
         """Read every replica of every record from its volume."""
-        urls = {f"n{number}": self._estate.url_of(number) for number in range(len(self._estate.volumes))}
+        numbers = range(len(self._estate.volumes))
+        urls = {f"n{number}": self._estate.url_of(number) for number in numbers}
         for record in self.records:
             if len(record.volumes) != 2:
                 self.wrong.append(f"{record.key} is on {record.volumes}")
@@ -6677,7 +6749,7 @@ class Audit:
                 self.replicas += 1
                 self.bytes += len(blob)
                 if (status, hashlib.sha256(blob).hexdigest()) != (200, record.digest):
-                    self.wrong.append(f"{volume}{record.path} of {record.key}: {status}, {blob[:40]!r}")
+                    self.wrong.append(f"{record.key} on {volume}: {status}, {blob[:40]!r}")
 
     def _compare_lists(self) -> None:
         """Compare pages of the list, what every key answers, and the records."""
@@ -6689,14 +6761,17 @@ class Audit:
             listed |= {row["key"]: row["etag"] for row in page["keys"]}
             start = page["next"]
         if listed != etags:
-            self.wrong.append(f"lists differ from the records: {sorted({*listed.items()} ^ {*etags.items()})}")
+            differing = sorted({*listed.items()} ^ {*etags.items()})
+            self.wrong.append(f"lists differ from the records: {differing}")
         for key in self._traffic.history:
             status, headers, _ = ask(f"{self._estate.address()}/{key}", "HEAD")
-            if (status, headers.get("etag")) != ((200, etags[key]) if key in etags else (404, None)):
-                self.wrong.append(f"HEAD {key}: {status}, {headers.get('etag')}, not {etags.get(key)}")
+            etag = headers.get("etag")
+            if etag != etags.get(key) or status != (200 if key in etags else 404):
+                self.wrong.append(f"HEAD {key}: {status}, {etag}, not {etags.get(key)}")
 
     def _compare_volumes(self) -> None:
-        """Compare the index with all that is on the volumes, first as verify does, then as rebuild does."""
+        """Compare the index with all that is on the volumes, first as verify does, then as rebuild
+        does."""
         code, facts = self._estate.run_tool("verify", "--deep", "--grace", 0)
         if code:
             self.wrong.append(f"verify: {json.dumps(facts)[:3000]}")
@@ -6712,21 +6787,438 @@ class Audit:
 @long
 @patient
 def test_soak(tmp_path: Path) -> None:
-    load = Load(
-        strict=0.25, keys=4, round_s=8.0,
-        sizes=(0, 12, 1000, 1000, 5000, 70_000, mkv.SMALL_BLOB, mkv.SMALL_BLOB + 1, 400_000, 1_500_000, 4_000_000),
-    )  # fmt: skip
+    small = (0, 12, 1000, 1000, 5000, 70_000, mkv.SMALL_BLOB)
+    large = (mkv.SMALL_BLOB + 1, 400_000, 1_500_000, 4_000_000)
+    load = Load(strict=0.25, keys=4, round_s=8.0, sizes=small + large)
     with contextlib.ExitStack() as stack:
         estate = Estate(tmp_path, stack)
         kinds = [kind for kind in EVERYTHING if estate.has_disk or kind is not Estate.fill_disk]
         traffic = Traffic(estate.address, load, random.getrandbits(32))
-        work_through_faults(estate, traffic, LONG_S, kinds)
+        work(estate, traffic, LONG_S, kinds)
         audit = Audit(estate, traffic)
         audit.run()
         traffic.look_again()
         wrong = estate.find_bugs_in_log() + audit.wrong + traffic.find_faults()
-        unanswered = sum(count for what, count in traffic.answers.items() if what.endswith("unanswered"))
-        print(f"  {LONG_S:.0f} s, {traffic.answers.total()} requests, {unanswered} of them not answered")
-        print(f"  {estate.faults.total()} faults, {estate.ends.total()} tools, {len(wrong)} violations")
-        print(f"  {len(audit.records)} keys, {audit.replicas} replicas with {audit.bytes} bytes read at the end")
+        answers = traffic.answers
+        unanswered = sum(answers[what] for what in answers if what.endswith("unanswered"))
+        print(f"  {LONG_S:.0f} s, {answers.total()} requests, {unanswered} of them not answered")
+        print(f"  {estate.faults.total()} faults, {estate.ends.total()} runs of tools")
+        print(f"  left: {len(audit.records)} keys, {audit.replicas} replicas, {audit.bytes} bytes")
+        print(f"  {len(wrong)} violations")
         assert not wrong, "\n".join(wrong)
+
+
+# == Fuzz =============================================================================================================
+# Requests that are nearly right, and right ones with some bytes changed, sent as bytes to the
+# server with each of aiohttp's two parsers and to the embedded volume. Whatever comes: an answer
+# in HTTP or the end of the connection, no fault of ours, no harm to what is stored. MKV_SEED
+# chooses others.
+
+PLAIN_KEYS = [f"s/{i}" for i in range(6)]  # those that only requests without changed bytes name
+ODD_TARGETS = (
+    "/", "/?prefix=s/&limit=3", "/?prefix=%73&delimiter=/&start=s/2", "/?limit=x", "/?%zz",
+    "/?limit=1&limit=1", "/?prefix=" + "p" * 3000, "/m/1?x=1", "/-/livez", "/-/readyz",
+    "/-/status", "/-/metrics", "/-/", "/-/x", "*", "", "?", "k", "h:80", "//", "//h/k", "/%",
+    "/%zz", "/%00", "/%FF", "/%C3%A9", "/\xe9", "/\xff\xfe", "/a b", "/a\tb", "/#", "/..", "/./x",
+    "/../../x", "http://h/m/1", "http://h", "http://", "http:///", "http://[::1", "http://h:x/k",
+    "http://\xff/", "ftp://h/m/1", "/" + "k" * 1024, "/" + "k" * 1025, "/" + "k" * 9000,
+    "/aa/bb/name.txt", "/aa/bb/name.txt/x", "/aa/bb/", "/aa", "/aa/bb/x.key", "/.tmp/", "/.tmp/x",
+    "/.mkv-probe", "/aa/" + "n" * 300, "/aa/" * 80 + "x",
+)  # fmt: skip
+ODD_HEADERS = (
+    "Expect: 100-continue", "Expect: 200-ok", "Connection: close", "Connection: keep-alive",
+    "Connection: upgrade", "Upgrade: websocket", "Upgrade: h2c", "Content-Type: image/png",
+    "Content-Type: x", "Content-Type: a/b;\x80", "Content-Type: a/" + "b" * 300, "If-Match: *",
+    'If-Match: "x"', "If-Match: x", "If-None-Match: *", "If-None-Match: ,",
+    "If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT", "If-Unmodified-Since: yesterday",
+    "If-Modified-Since: Thu, 99 Jan 99999999999 00:00:00 GMT", "Range: bytes=0-1",
+    "Range: bytes=9-1", "Range: bytes=-99999999999999999999", "Range: lines=1-2",
+    "Content-Range: bytes 0-1/2", "Content-Encoding: gzip", "Content-Encoding: identity",
+    "Repr-Digest: sha-256=:AAAA:", "Repr-Digest: x", "Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg==",
+    "Content-MD5: \xff", "Authorization: Bearer x", "Authorization: \xff", "Host: other",
+    "X-Request-ID: " + "i" * 200, "X-Request-ID: a\x00b", "traceparent: 00-0-0-0", "Host: ",
+    "Host: a:b:c", "Mkv-Volume-Secret: x", "Cookie: " + "c" * 5000, "X: " + "x" * 9000,
+    "X: " + "x" * 40_000, "X : y", " X: y", ": y", "X", "X: a\r\n b", "X\x00: y", "X: y\x7f",
+    "\xff: y", "Sec-WebSocket-Key: x", "Trailer: X", "TE: trailers", "Keep-Alive: timeout=1",
+    "Max-Forwards: 0", "Via: 1.0 x",
+)  # fmt: skip
+METHODS = ("PUT", "PUT", "PUT", "GET", "HEAD", "DELETE")
+ODD_METHODS = (
+    "POST", "PATCH", "OPTIONS", "TRACE", "CONNECT", "put", "MOVE", "PRI", "G\x00T", "\xff", "",
+    "M" * 300,
+)  # fmt: skip
+ODD_VERSIONS = (
+    "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/9.9", "HTTP/1.1 x", "http/1.1", "HTTP", "HTTP/1",
+    "HTTP/11.1", "",
+)  # fmt: skip
+
+
+def in_chunks(body: bytes, extension: str = "", trailer: str = "") -> bytes:
+    pieces = [body[i : i + 700] for i in range(0, len(body), 700)]
+    chunks = [b"%x%b\r\n%b\r\n" % (len(piece), extension.encode(), piece) for piece in pieces]
+    return b"".join(chunks) + b"0\r\n" + trailer.encode() + b"\r\n"
+
+
+def length(value: object, body: bytes) -> bytes:
+    return f"Content-Length: {value}\r\n\r\n".encode() + body
+
+
+def coding(value: str, body: bytes) -> bytes:
+    return f"Transfer-Encoding: {value}\r\n\r\n".encode() + body
+
+
+SOUND_FRAMINGS: Mapping[str, Callable[[bytes], bytes]] = {
+    "length": lambda body: length(len(body), body),
+    "chunked": lambda body: coding("chunked", in_chunks(body)),
+    "extensions": lambda body: coding("Chunked", in_chunks(body, ';a="b"', "X: y\r\n")),
+}
+BAD_FRAMINGS: Mapping[str, Callable[[bytes], bytes]] = {
+    "short": lambda body: length(len(body) + 7, body),
+    "long": lambda body: length(len(body), body + b"!!!!"),
+    "both": lambda body: b"Content-Length: 1\r\n" + coding("chunked", in_chunks(body)),
+    "two": lambda body: b"Content-Length: 1\r\n" + length(len(body) + 2, body),
+    "negative": lambda body: length(-1, body),
+    "signed": lambda body: length(f"+{len(body)}", body),
+    "hex": lambda body: length(hex(len(body)), body),
+    "2**63": lambda body: length(2**63, body),
+    "2**64": lambda body: length(2**64, body),
+    "digits": lambda body: length("9" * 400, body),
+    "gzip": lambda body: coding("gzip, chunked", in_chunks(body)),
+    "twice": lambda body: coding("chunked, chunked", in_chunks(body)),
+    "not last": lambda body: coding("chunked, gzip", in_chunks(body)),
+    "unknown": lambda body: coding("xchunked", in_chunks(body)),
+    "no size": lambda body: coding("chunked", b"zz\r\n" + body),
+    "large size": lambda body: coding("chunked", b"f" * 17 + b"\r\n" + body),
+    "no end": lambda body: coding("chunked", in_chunks(body)[:-5]),
+    "no line": lambda body: coding("chunked", b"%x\r\n%bx0\r\n\r\n" % (len(body), body)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Bytes for one connection, sent at once or in two parts. If they ask for a plain key it is
+    named, and whoever stores anything there stores `body`; or nothing, if what they say of the
+    body is bad."""
+
+    data: bytes
+    cut: int = 0  # where the second part begins; 0: there is none
+    leaves: bool = False  # hangs up without waiting for an answer
+    key: str = ""
+    body: bytes = b""
+    is_bad: bool = False
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> Message:
+    """A request of which most is right."""
+    has_odd_version = draw(st.integers(0, 19)) == 19
+    is_plain = draw(st.integers(0, 9)) < 8 and not has_odd_version
+    key = draw(st.sampled_from(PLAIN_KEYS))
+    target = f"/{key}" if is_plain else draw(st.sampled_from(ODD_TARGETS))
+    is_odd = draw(st.integers(0, 19)) == 19
+    method = draw(st.sampled_from(ODD_METHODS if is_odd else METHODS))
+    version = draw(st.sampled_from(ODD_VERSIONS)) if has_odd_version else "HTTP/1.1"
+    count = draw(st.sampled_from([0, 0, 0, 0, 1, 2]))
+    odd = draw(st.lists(st.sampled_from(ODD_HEADERS), min_size=count, max_size=count))
+    lines = [f"{method} {target} {version}", "Host: h", *odd]
+    head = "".join(f"{line}\r\n" for line in lines).encode("latin-1")
+    body = draw(st.binary(max_size=20)) * draw(st.sampled_from([1, 1, 100]))
+    is_bad = draw(st.integers(0, 9)) > 7
+    framing = draw(st.sampled_from([*(BAD_FRAMINGS if is_bad else SOUND_FRAMINGS)]))
+    data = head + (BAD_FRAMINGS | SOUND_FRAMINGS)[framing](body)
+    if method in ("GET", "HEAD", "DELETE") and draw(st.booleans()):
+        data = head + b"\r\n"
+    cut = 0
+    if framing != "long" and draw(st.booleans()):  # what comes too late is another request
+        cut = draw(st.integers(0, len(data)))
+    leaves = draw(st.integers(0, 9)) > (1 if framing in ("short", "no end") else 8)
+    return Message(
+        data=data, cut=cut, leaves=leaves, key=key if is_plain else "", body=body, is_bad=is_bad
+    )  # fmt: skip
+
+
+ODD_BYTES = (b"", b"\0", b"\r", b"\n", b"\r\n", b" ", b":", b"\xff", b"%", b"0", b"HTTP/1.1")
+
+
+@st.composite
+def changed_messages(draw: st.DrawFn) -> Message:
+    """A request with some bytes changed, about keys that no other request names."""
+    data = bytearray(draw(messages()).data.replace(b"/s/", b"/m/"))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = start + draw(st.sampled_from([0, 1, 1, 2, 10, 100]))
+        again = bytes(data[start:])[:50]
+        new = draw(st.sampled_from([*ODD_BYTES, again]) | st.binary(max_size=3))
+        data[start:end] = new
+    return Message(data=bytes(data), leaves=draw(st.integers(0, 9)) > 8)
+
+
+HEADER_LINES = rb"((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ -~\t]*\r\n)*)"
+ANSWER = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2}) [ -~]*\r\n" + HEADER_LINES + rb"\r\n")
+
+
+class Answered(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def parse_answer(data: bytes, to_head: bool) -> Answered | None:
+    """Return the first answer in `data` that is not 1xx; None if it is not whole yet. Fails if it
+    is no HTTP."""
+    found = ANSWER.match(data)
+    if found is None:
+        assert b"\r\n\r\n" not in data, data[:500]
+        return None
+    status = int(found[1])
+    if status < 200:
+        return parse_answer(data[found.end() :], to_head)
+    lines = [line.partition(":") for line in found[2].decode().splitlines()]
+    headers = {name.lower(): value.strip() for name, _, value in lines}
+    assert len(headers) == len(lines), f"a header twice: {data[:500]!r}"
+    if status in (204, 304) or to_head:
+        return Answered(status, headers, b"")
+    if headers.get("transfer-encoding") == "chunked":
+        end = data.find(b"0\r\n\r\n", found.end())
+        return Answered(status, headers, data[found.end() : end]) if end >= 0 else None
+    size = int(headers["content-length"])
+    body = data[found.end() : found.end() + size]
+    return Answered(status, headers, body) if len(body) == size else None
+
+
+class Target:
+    """A process that is sent what clients should not send."""
+
+    GOOD_FAULTS: tuple[int, ...] = (501, 505, 507)
+
+    def __init__(self, name: str, port: int, pid: int, log: Path) -> None:
+        self.name, self.port, self.pid, self._log = name, port, pid, log
+        self._log_read = 0
+        self.sent = defaultdict[str, set[bytes]](set)  # plain key -> what it may hold
+
+    def judge(self, message: Message, answer: Answered) -> None:
+        """Fail if this is no answer to that."""
+        assert answer.status < 500 or answer.status in self.GOOD_FAULTS, answer
+
+    def is_well(self) -> bool:
+        raise NotImplementedError
+
+    def check_store(self) -> None:
+        """Fail unless it holds what it was given, and nothing else."""
+        raise NotImplementedError
+
+    def check_log(self) -> None:
+        with open(self._log, errors="replace") as log:
+            log.seek(self._log_read)
+            news = log.read()
+            self._log_read = log.tell()
+        assert "Traceback" not in news and "unexpected" not in news, news
+
+    def open_files(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def await_files(self, most: int) -> None:
+        eventually(lambda: self.open_files() <= most)
+
+    def memory(self) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
+        return int(kilobytes) * 1024
+
+
+class ServerTarget(Target):
+    GOOD_FAULTS = (501, 503, 505, 507)
+    KEPT: Mapping[str, bytes] = {f"kept/{i}": bytes([i]) * 40_000 * i for i in range(9)}
+
+    def __init__(self, name: str, server: Program) -> None:
+        super().__init__(name, server.port, server.process.pid, server.log_file)
+        self._server = server
+        for key, blob in self.KEPT.items():
+            assert ask(f"{server.url}/{key}", "PUT", blob)[0] == 201
+
+    def judge(self, message: Message, answer: Answered) -> None:
+        super().judge(message, answer)
+        if answer.status >= 400 and answer.body:
+            problem = json.loads(answer.body)
+            assert answer.headers["content-type"] == "application/problem+json", answer
+            assert problem["status"] == answer.status, answer
+            assert problem["title"] and problem["detail"], answer
+        if message.key and "etag" in answer.headers and message.data.startswith(b"PUT "):
+            digest = hashlib.sha256(message.body).hexdigest()
+            assert answer.headers["etag"] == f'"{digest}"' and not message.is_bad, answer
+
+    def is_well(self) -> bool:
+        return ask(f"{self._server.url}/well", "PUT", b"well")[0] in (201, 204)
+
+    def check_store(self) -> None:
+        url = self._server.url
+        rows = json.loads(ask(f"{url}/?limit=10000")[2])["keys"]
+        blobs = {row["key"]: read_back(self._server, quote(row["key"], safe="")) for row in rows}
+        assert {key: blob for key, blob in blobs.items() if key.startswith("kept/")} == self.KEPT
+        for row in rows:
+            blob = blobs[row["key"]]
+            digest = hashlib.sha256(blob).hexdigest()
+            assert (row["etag"], row["size"]) == (f'"{digest}"', len(blob))
+            assert not row["key"].startswith("s/") or blob in self.sent[row["key"]], row
+        eventually(lambda: json.loads(ask(f"{url}/-/status")[2])["garbage"] == 0)
+        urls = [f"--volume={part}" for part in self._server.said.splitlines()[0].split()[1:]]
+        tool = [sys.executable, str(HERE / "mkv_tools.py"), "verify", "--deep", "--grace", "0"]
+        done = subprocess.run(
+            [*tool, *urls], cwd=self._server.folder, capture_output=True, text=True
+        )  # fmt: skip
+        assert done.returncode == 0, done
+
+
+class VolumeTarget(Target):
+    def __init__(self, name: str, port: int, pid: int, log: Path, folder: Path) -> None:
+        super().__init__(name, port, pid, log)
+        self._folder = folder
+        assert ask(f"http://127.0.0.1:{port}/kept/blob", "PUT", b"kept" * 1000)[0] == 201
+
+    def is_well(self) -> bool:
+        return ask(f"http://127.0.0.1:{self.port}/kept/blob")[::2] == (200, b"kept" * 1000)
+
+    def check_store(self) -> None:
+        eventually(lambda: not any((self._folder / ".tmp").iterdir()))
+        for file in (self._folder / "s").iterdir():
+            assert file.read_bytes() in self.sent[f"s/{file.name}"], file
+        assert [one.name for one in self._folder.parent.iterdir()] == [self._folder.name]
+
+
+class Exchange:
+    """One message on its way to one target."""
+
+    def __init__(self, target: Target, message: Message) -> None:
+        self._target, self._message = target, message
+        self._connection = socket.create_connection(("127.0.0.1", target.port), timeout=8)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # it may have answered and hung up already
+            if message.cut:
+                self._connection.sendall(message.data[: message.cut])
+            self._connection.sendall(message.data[message.cut :])
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def finish(self) -> Answered | None:
+        """Wait for the answer, or for the end of the connection; return the answer, judged."""
+        with self._connection:
+            if self._message.leaves:
+                return None
+            answer = self._read()
+            if answer:
+                self._target.judge(self._message, answer)
+            return answer
+
+    def _read(self) -> Answered | None:
+        data = b""
+        to_head = self._message.data.startswith(b"HEAD ")
+        if isinstance(self._target, VolumeTarget):
+            self._connection.settimeout(0.2)  # it may wait for more itself
+        while True:
+            try:
+                piece = self._connection.recv(65536)
+            except ConnectionResetError:
+                return None
+            except TimeoutError:
+                assert isinstance(self._target, VolumeTarget), "no answer, no end either"
+                return None
+            data += piece
+            answer = parse_answer(data, to_head)
+            if answer:
+                return answer
+            if not piece:
+                assert data in (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), f"cut off: {data!r}"
+                return None
+
+
+def fuzz(targets: Sequence[Target], seed: int, count: int) -> Counter[str]:
+    """Send `count` times up to eight messages to each target at once; return how often each was
+    answered how."""
+    answers = Counter[str]()
+
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=count, database=None, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.lists(messages() | messages() | changed_messages(), min_size=1, max_size=8))
+    def run(sent: list[Message]) -> None:
+        for message in sent:
+            for target in targets:
+                if message.key and not message.is_bad:
+                    target.sent[message.key].add(message.body)
+        under_way = [(target, Exchange(target, message)) for message in sent for target in targets]
+        try:
+            for target, exchange in under_way:
+                answer = exchange.finish()
+                answers[f"{target.name} {answer.status if answer else 'none'}"] += 1
+        finally:
+            for _, exchange in under_way:
+                exchange.close()
+        for target in targets:
+            target.check_log()
+            if not target.is_well():
+                eventually(target.is_well)  # so that the next message meets one that is
+                raise AssertionError(f"{target.name} is not well")
+
+    run()
+    return answers
+
+
+@pytest.fixture
+def targets(tmp_path: Path) -> Iterator[list[Target]]:
+    made = list[Target]()
+    with contextlib.ExitStack() as stack:
+        for name, env in (("c", {}), ("python", {"AIOHTTP_NO_EXTENSIONS": "1"})):
+            volumes = [stack.enter_context(Nginx(tmp_path / f"{name}{i}")) for i in range(2)]
+            flags = ["--header-timeout", "0.2", "--body-timeout", "0.2", "--garbage-delay", "0"]
+            flags += ["--list-rate", "0", "--no-access-log", *flags_of(volumes)]
+            server = Program(tmp_path / name, *flags, env=env)
+            stack.callback(server.stop, signal.SIGKILL)
+            made.append(ServerTarget(f"server-{name}", server))
+        folder = tmp_path / "alone" / "volume"
+        folder.mkdir(parents=True)
+        log = tmp_path / "volume.log"
+        command = [sys.executable, str(HERE / "mkv.py"), "volume", str(folder), "--port", "0"]
+        with open(log, "wb") as stderr:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        assert process.stdout
+        port = int(process.stdout.readline().split()[5].rpartition(b":")[2])
+        made.append(VolumeTarget("volume", port, process.pid, log, folder))
+        yield made
+
+
+def fuzz_and_check(targets: Sequence[Target], rounds: Iterable[int], count: int) -> None:
+    """Fuzz in rounds, each with a seed; then see that nothing has grown, leaked or changed."""
+    fuzz(targets, SEED + 1_000_000, 40)  # to grow what grows once
+    before = [(target.memory(), target.open_files()) for target in targets]
+    answers = Counter[str]()
+    for seed in rounds:
+        answers += fuzz(targets, seed, count)
+    print(f"{answers.total()} messages")
+    print("  " + ", ".join(f"{name} {count}" for name, count in sorted(answers.items())))
+    for target, (memory, files) in zip(targets, before, strict=True):
+        assert target.memory() - memory < 24_000_000, target.name
+        target.await_files(files + 8)  # it may keep some more connections to its volumes
+        target.check_store()
+    for status in (201, 302, 400, 404, 408, 412):
+        assert min(answers[f"server-c {status}"], answers[f"server-python {status}"]) > 0, status
+
+
+@pytest.mark.timeout(900)  # s: what is found is made small first
+def test_odd_requests_do_no_harm(targets: list[Target]) -> None:
+    fuzz_and_check(targets, [SEED], 350)
+
+
+@long
+@patient
+def test_odd_requests_do_no_harm_for_long(targets: list[Target]) -> None:
+    def seeds() -> Iterator[int]:
+        ends = time.monotonic() + LONG_S
+        while time.monotonic() < ends:
+            yield random.getrandbits(32)
+
+    fuzz_and_check(targets, seeds(), 500)
