@@ -650,6 +650,7 @@ class Walk:
 # Claim, copy, commit: points 6 to 9 of the theory of operation.
 
 INTERRUPTED = "interrupted"
+REASONS = {"waiting": "garbage waits where they go; the server deletes it"}  # for people
 
 
 def claim(tx: Transaction, move: Move) -> str:
@@ -883,7 +884,7 @@ class Report:
     def as_json(self) -> str:
         cases = [case._asdict() for each in self._cases.values() for case in each]
         found = {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases}
-        return show_text(json.dumps(self.facts | found))
+        return json.dumps(self.facts | found)
 
     def as_text(self) -> str:
         lines = []
@@ -1247,11 +1248,7 @@ class Rebuild:
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         wanted = list[Place]()
         for version in versions:
-            for volume, (size, _) in version.sidecars.items():
-                if size > MAX_SIDECAR_BYTES:
-                    read[version.stem][volume] = f"it has {size} bytes"
-                else:
-                    wanted.append((volume, f"{version.stem}.key"))
+            wanted += [(volume, f"{version.stem}.key") for volume in version.sidecars]
         sidecars = await read_sidecars(self._clients, wanted)
         for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
             read[path[:STEM]][volume] = sidecar
@@ -1418,8 +1415,8 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, {work.dropped} to drop; "
         f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
     )
-    why = {"waiting": "garbage waits where they go; the server deletes it"}
-    report.lines += [f"left {count}: {why.get(reason, reason)}" for reason, count in work.left.items()]
+    for reason, count in work.left.items():
+        report.lines.append(f"left {count}: {REASONS.get(reason, reason)}")
     report.code = 1 if work.left else 0
 
 
@@ -1593,7 +1590,7 @@ class Verify:
                 self.repaired += 1
                 detail = "repaired"
             elif why:
-                detail += f", {why}"
+                detail += f", {REASONS.get(why, why)}"
             self._report.add(Case("too few replicas", "", record.path, record.key, detail))
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
@@ -1860,6 +1857,7 @@ class Bench:
         self._noise = random.randbytes(options.size)
         self.written = self.done = 0
         self.phase = ""
+        self.cut_off = False  # was not even let end what was under way: a second Ctrl-C
 
     def _body(self, i: int) -> bytes:
         return (i.to_bytes(8, "big") + self._noise[8:])[: self._options.size]
@@ -1877,13 +1875,20 @@ class Bench:
         return wrong if response.status == good else f"status {response.status}"
 
     async def run(self, method: str) -> dict[str, Any]:
-        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that was written."""
+        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that
+        was written. If it is cancelled, what is under way ends first: no PUT comes after DELETE."""
         options, latencies, errors = self._options, Latencies(), Counter[str]()
         self.phase, self.done, began = method, 0, time.perf_counter()
         timed, count = options.duration and method != "DELETE", options.count if method == "PUT" else self.written
+        ended = False
+
+        def goes_on() -> bool:
+            if ended:
+                return False
+            return time.perf_counter() - began < options.duration if timed else self.done < count
 
         async def work() -> None:
-            while time.perf_counter() - began < options.duration if timed else self.done < count:
+            while goes_on():
                 i = self.done if method == "PUT" else self.done % max(1, self.written)
                 self.done += 1
                 self.written = self.done if method == "PUT" else self.written  # also what fails may be there
@@ -1892,9 +1897,13 @@ class Bench:
                     errors[wrong] += 1
                 latencies.add(time.perf_counter() - sent)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(options.concurrency):
-                group.create_task(work())
+        workers = [asyncio.create_task(work()) for _ in range(options.concurrency)]
+        try:
+            await asyncio.wait(workers)
+        finally:
+            ended = self.cut_off = True
+            await asyncio.gather(*workers)
+            self.cut_off = False
         seconds = max(1e-6, time.perf_counter() - began)
         moved = self.done * options.size / 1e6 if method in ("PUT", "GET") else 0.0
         facts: dict[str, Any] = {"requests": self.done, "a_second": round(self.done / seconds, 1)}
@@ -1914,14 +1923,16 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
             finally:
-                results["DELETE"] = await work.run("DELETE")
-                if not results["DELETE"]["errors"]:
-                    report.interrupted = "what was written is removed"
+                if not work.cut_off:
+                    results["DELETE"] = await work.run("DELETE")
+                    left = results["DELETE"]["why"].keys() - {"status 404"}  # its PUT had failed
+                    if not left:
+                        report.interrupted = "what was written is removed"
     names = ("requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "errors")
     report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
     report.lines += [f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()]
     report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
-    if results["DELETE"]["errors"]:
+    if left:
         report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
     report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
     report.facts["prefix"] = work.prefix
