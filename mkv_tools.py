@@ -1261,7 +1261,15 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    return {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    """Return the header with the secret of --token-file or MKV_TOKEN: a command line is public."""
+    place, text = "MKV_TOKEN", os.environ.get("MKV_TOKEN", "")
+    if options.token_file:
+        place = options.token_file
+        text = Path(place).read_bytes().decode("ascii", "replace")
+    words = text.split()
+    if len(words) > 1 or (options.token_file and not words):
+        raise ToolError(f"{place} must hold one secret and nothing else")
+    return {"Authorization": f"Bearer {words[0]}"} if words else {}
 
 
 def copy_index(target: str, db: sqlite3.Connection) -> int:
@@ -1427,9 +1435,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    add = {}
+    make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about.partition(".")[0], description=about)
+        command = make(name, help=about.partition(".")[0], description=about)
         if name != "token":
             add_settings(command, SETTINGS)
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -1450,7 +1458,8 @@ def make_parser() -> argparse.ArgumentParser:
     add["bench"]("--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]")
     add["bench"]("--duration", metavar="S", type=seconds, default=0.0, help="s for each kind, instead of --count")
     for name in ("status", "bench"):
-        add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
+        about = "holds the secret of a token [take it from $MKV_TOKEN]"
+        add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
     add["token"]("name", metavar="NAME", help="who it is for")
     add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
