@@ -19,7 +19,7 @@ The sidecar is written after its blob and deleted before it: it is the commit ma
 sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars. A mark
 is there only while a volume that should delete a sidecar does not answer, or may not have carried out a late write.
 
-    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 503 507
+    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 507
     GET /key      302 to a volume            304 404 412 503
     HEAD /key     200 from the index alone   304 404 412
     DELETE /key   204                        404 412 503 504
@@ -80,6 +80,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import termios
 import time
@@ -94,9 +95,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, web
+from aiohttp import ClientError, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL as AnyURL
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
@@ -135,6 +137,7 @@ class UnsupportedEncoding(MkvError):
     status, title, headers = 415, "Unsupported Media Type", {"Accept-Encoding": "identity"}
 class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
+class UnknownCoding(MkvError): status, title = 501, "Not Implemented"
 class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
 class Unfinished(MkvError): status, title = 504, "Gateway Timeout"
 class Full(MkvError): status, title = 507, "Insufficient Storage"
@@ -157,6 +160,7 @@ class VolumeDown(VolumeError): """Nobody answers there, or the connection broke.
 class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
 class VolumeFull(VolumeError): """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
 class VolumeUnexpected(VolumeError): """An answer that a volume should not give, such as 403."""
+class VolumeBlameless(VolumeError): """The request failed, which says nothing of the volume."""
 # fmt: on
 
 # == Configuration ====================================================================================================
@@ -261,8 +265,12 @@ class Config(Checked):
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
     max_connections: int = setting(4096, "connections of one client address to one process", 1)
     header_timeout: float = setting(10.0, "s for a new connection to send its first request's headers", 0.1, 3600)
-    body_timeout: float = setting(30.0, "s without a byte of the body after which it is refused", 0.1, 3600)
+    # Less than client_body_timeout of nginx.conf: else nginx gives up first, and counts as down.
+    body_timeout: float = setting(30.0, "s without a byte of the body after which it is refused", 0.1, 50)
     min_body_rate: float = setting(1024.0, "bytes/s that a body must average after 30 s")
+    send_timeout: float = setting(
+        30.0, "s of reading its answer at min_body_rate or less that drop a client", 0.1, 3600
+    )
     keepalive_timeout: float = setting(60.0, "s after which an idle connection is closed", 1, 86400)
     list_rate: float = setting(200.0, "list requests a second of one client to one process (0: no limit)")
     list_burst: int = setting(1000, "list requests that a client may make at once", 1)
@@ -386,6 +394,8 @@ EXTENSIONS = {
     "video/mp4": "mp4", "video/webm": "webm", "video/mpeg": "mpeg", "video/quicktime": "mov", "video/mp2t": "ts",
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv", "video/x-ms-wmv": "wmv",
 }  # fmt: skip
+MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
+MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {"jpeg": "image/jpeg", "htm": "text/html"}
 
 
@@ -472,8 +482,9 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     """Return (content type, extension) for a blob; without a Content-Type the key's own ending decides."""
     if content_type is None:
         content_type = MEDIA_TYPES.get(key.rpartition(".")[2].lower(), DEFAULT_TYPE)
-    elif not re.fullmatch(r"[!-~]+/[!-~][ -~]{0,200}", content_type):
-        raise BadRequest("Content-Type is no media type of at most 200 printable ASCII characters")
+    elif len(content_type) > MAX_MEDIA_TYPE or not MEDIA_TYPE.fullmatch(content_type):
+        most = f"at most {MAX_MEDIA_TYPE} printable ASCII characters"
+        raise BadRequest(f"Content-Type is no media type of {most}")
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
 
 
@@ -594,9 +605,10 @@ def decode_sidecar(data: bytes, path: str) -> Record:
     record = Record(volumes=(), **{name: facts[name] for name in SIDECAR_FIELDS})
     try:
         check_key(record.key)
-        media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
+    if not MEDIA_TYPE.fullmatch(record.content_type):
+        raise ValueError("content_type is no media type")
     if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
     blob = record.path
@@ -1051,7 +1063,8 @@ PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
-LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
+LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
+LIST_FRAME = 8 * 1024  # of these for all but the entries: `next` may have 6 bytes for each of a key
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -1325,28 +1338,41 @@ def discard_put(tx: Transaction, key: str, path: str, doubts: Doubts) -> tuple[d
     return after, current is not None and current.version > version_of(path)
 
 
-def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
-    """Return one page of keys and common prefixes: a range scan that seeks past each common prefix."""
-    page: dict[str, Any] = {"keys": [], "prefixes": [], "next": None}
+def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
+    """Return one page of keys and common prefixes, as JSON of at most LIST_BYTES: a range scan
+    that seeks past each common prefix."""
+    keys, prefixes = list[str](), list[str]()  # each as it is sent
+    room = LIST_BYTES - LIST_FRAME
     start: str | None = max(query.prefix, query.start)
-    room = LIST_BYTES
+    following: str | None = None
     end = after_prefix(query.prefix)
     sql = f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
-    while start is not None:
-        rows, start = db.execute(sql, (start, end) if end else (start,)), None
+    while start is not None and following is None:
+        rows = db.execute(sql, (start, end) if end else (start,))
+        start = None
         for record in map(record_of_row, rows):
-            room -= 256 + len(record.key)
-            if len(page["keys"]) + len(page["prefixes"]) == query.limit or room < 0:
-                return page | {"next": record.key}
             cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
-            if cut >= 0:
-                page["prefixes"].append(record.key[: cut + len(query.delimiter)])
-                start = after_prefix(page["prefixes"][-1])
+            prefix = record.key[: cut + len(query.delimiter)] if cut >= 0 else ""
+            entry = json.dumps(prefix or describe(record))
+            room -= len(entry) + len(", ")
+            if room < 0 or len(keys) + len(prefixes) == query.limit:
+                following = record.key
                 break
-            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s))
-            facts = {"key": record.key, "size": record.size, "etag": record.etag}
-            page["keys"].append(facts | {"content_type": record.content_type, "modified": when})
-    return page
+            if prefix:
+                prefixes.append(entry)
+                start = after_prefix(prefix)
+                break
+            keys.append(entry)
+    page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
+    page += f'"next": {json.dumps(following)}}}'
+    return page.encode()
+
+
+def describe(record: Record) -> dict[str, Any]:
+    """Return what a list says of a key."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s))
+    facts = {"key": record.key, "size": record.size, "etag": record.etag}
+    return facts | {"content_type": record.content_type, "modified": when}
 
 
 def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
@@ -1527,6 +1553,7 @@ class Index:
         self._writer = SqliteThread(path, False, write_all, partial(observe, "write"))
         self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
         self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
+        self._listers = [SqliteThread(path, True), SqliteThread(path, True)]
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
@@ -1550,12 +1577,20 @@ class Index:
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
-        self._readers.append(thread := self._readers.pop(0))
-        return await thread.run(query)
+        return await self._take_turn(self._readers).run(query)
+
+    async def list_page(self, query: ListQuery) -> bytes:
+        """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
+        return await self._take_turn(self._listers).run(lambda db: list_keys(db, query))
+
+    def _take_turn(self, threads: list[SqliteThread]) -> SqliteThread:
+        thread = threads.pop(0)
+        threads.append(thread)
+        return thread
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
-        for thread in (self._getter, *self._readers, self._writer):
+        for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
         if self._lock >= 0:
             os.close(self._lock)
@@ -1571,6 +1606,8 @@ UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # here, so that nobody could be connected to
 
 # Whatever a volume sends has a bound; a volume that breaks one has failed, as if it had hung up.
 HEAD_BYTES = 16 * 1024  # of the head of an answer
@@ -1833,11 +1870,13 @@ class VolumeClient:
         except TimeoutError:
             failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
         except BROKEN as error:
-            failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
+            kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
+            failure = kind(self.volume.name, f"{method}: {error or type(error).__name__}")
         event = Event.STORED if method == "PUT" else Event.ANSWERED
         if failure:
             event = Event.UNREACHABLE if isinstance(failure, VolumeDown | VolumeTimeout) else Event.REFUSED
-        self._notice(event, str(failure or ""))
+        if not isinstance(failure, VolumeBlameless):
+            self._notice(event, str(failure or ""))
         if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
             self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
         if failure:
@@ -1850,6 +1889,9 @@ class VolumeClient:
         kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
         if method in ("GET", "HEAD") and status >= 500:
             kind = VolumeDown  # whoever cannot read is no use
+        is_probe = method == "HEAD" or path == PROBE_PATH  # with which nothing can be wrong
+        if status in BAD_REQUESTS and not is_probe:
+            kind = VolumeBlameless
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
     async def _exchange(
@@ -2539,8 +2581,8 @@ class Store:
         return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:
-        """Return one page as JSON, made on the reader's thread."""
-        return await self.index.read(lambda db: json.dumps(list_keys(db, query)).encode())
+        """Return one page as JSON."""
+        return await self.index.list_page(query)
 
     def limit_lists(self, client: str, now: float) -> None:
         """Count a list request of `client`; raises TooManyRequests."""
@@ -2629,7 +2671,22 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
-CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
+CUT_SHORT = (
+    ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError, web.RequestPayloadError
+)  # fmt: skip
+MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
+# Each chunk of a body costs as much time as a kilobyte: chunks must not be tiny, nor framing
+# (sizes and extensions) be more than the body.
+MIN_CHUNK = 64  # bytes on average
+FREE_CHUNKS = 1000  # of any size
+FREE_FRAMING = 512 * 1024  # bytes; more than the request's head and what the parser may hold back
+CHUNKS_AT_ONCE = 500  # then others get their turn
+READ_BUFFER = 16 * 1024  # bytes of a body, or 1/16 as many chunks, that wait before a client must
+# After an answer that leaves a body unread, the rest is thrown away for a while: else the
+# connection would be reset, and a reset may overtake the answer.
+LINGER_S = 2.0
+LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
+RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
 
 
 class Call:
@@ -2642,12 +2699,16 @@ class Call:
         self.trace = self.trace if TRACEPARENT.fullmatch(self.trace) else ""
         self.trail = f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
         self.raw_path, self.query, self.key, self.who, self.volumes, self.size = "", "", "", "", tuple[str, ...](), 0
+        self.chunks = 0
 
     async def dispatch(self) -> web.StreamResponse:
         """Find the handler by the raw request target, check who asks, call it."""
         config, method = self.store.view.config, self.request.method
         prefix = cast(web.Resource, self.request.match_info.route.resource).canonical.removesuffix("/{key}")
         self.raw_path, self.query = split_target(self.request.raw_path, prefix)
+        coding = self.headers.get("Transfer-Encoding", "chunked")
+        if coding.lower().strip(", \t") != "chunked":
+            raise UnknownCoding("Transfer-Encoding: only chunked is known here")
         if self.raw_path in ON_PATH and not (self.raw_path == "/" and method in ("PUT", "DELETE")):
             (handler, operation), allowed, scope = ON_PATH[self.raw_path], ["GET", "HEAD"], ""
         else:
@@ -2655,6 +2716,8 @@ class Call:
         if method not in allowed:
             raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
         if scope is None:
+            if "?" in self.request.raw_path and method in ("PUT", "DELETE"):  # readers do no harm
+                raise BadRequest("a key ends where a query begins: write ? as %3F")
             scope = self.key = key_of_path(self.raw_path)
         elif operation == "list":
             scope = parse_list_query(self.query).prefix
@@ -2697,8 +2760,8 @@ class Call:
             raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
         if size is None and "Transfer-Encoding" not in headers:
             size = 0
-        if limit and size and size > limit:
-            raise TooLarge(f"a blob has at most {limit} bytes")
+        if size and size > (limit or MAX_SIZE):
+            raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
         return Draft(self.key, content_type, ext, size, self._read_conditions(), parse_digests(headers))
 
@@ -2718,18 +2781,12 @@ class Call:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
         request, config, began = self.request, self.store.view.config, time.monotonic()
         if self.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer proper has not begun
-        while True:
-            try:
-                async with asyncio.timeout(config.body_timeout):
-                    chunk = await request.content.readany()
-            except TimeoutError:
-                raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
-            except CUT_SHORT as error:
-                raise BadRequest(f"the body was cut short: {error}") from None
-            if not chunk:
-                break
+        if isinstance(request.protocol, Connection) and "Transfer-Encoding" in self.headers:
+            request.protocol.watch_framing(request.content)
+        while chunk := await self._read_piece(config.body_timeout):
             self.size += len(chunk)
             self.store.metrics.add("mkv_received_bytes_total", len(chunk))
             if config.max_blob_size and self.size > config.max_blob_size:
@@ -2738,8 +2795,39 @@ class Call:
             if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
                 raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
-        if any(hasattr(message, "exc") for message, _ in request.protocol._messages):  # what follows is no HTTP
+        if is_followed_by_garbage(request.protocol):
             raise BadRequest("the body is longer than its Content-Length")
+
+    async def _read_piece(self, timeout_s: float) -> bytes:
+        """Return what has come of the body, nothing at its end; raises BadRequest, SlowBody."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if "Transfer-Encoding" in self.headers:
+                    return await self._read_chunks()
+                return await self.request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {timeout_s:g} s") from None
+        except (OSError, *CUT_SHORT) as error:
+            raise BadRequest(f"the body was cut short: {error}") from None
+
+    async def _read_chunks(self) -> bytes:
+        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its
+        chunks are tiny."""
+        content = self.request.content
+        piece = bytearray()
+        enough = self.chunks + CHUNKS_AT_ONCE
+        while True:
+            data, whole = await content.readchunk()
+            piece += data
+            self.chunks += whole
+            size = self.size + len(piece)
+            if self.chunks > FREE_CHUNKS and size < MIN_CHUNK * self.chunks:
+                raise BadRequest(f"the body has chunks of less than {MIN_CHUNK} bytes on average")
+            at_end = not data and not whole
+            nothing_waits = size == content.total_bytes
+            if at_end or (piece and (nothing_waits or self.chunks >= enough)):
+                await asyncio.sleep(0)
+                return bytes(piece)
 
     async def delete(self) -> web.StreamResponse:
         await self.store.delete(self.key, self._read_conditions(), self.trail)
@@ -2833,6 +2921,17 @@ async def answer(
     return response
 
 
+def is_followed_by_garbage(protocol: Any) -> bool:
+    """Say whether what has come behind the request under way can be none: then its body is longer
+    than its length. What is named here is private to aiohttp; a test tells if it changes."""
+    if any(hasattr(message, "exc") for message, _ in protocol._messages):
+        return True  # the parser in C has refused it already; the one in Python waits for a line
+    parser = protocol._parser
+    waiting = [*getattr(parser, "_lines", []), getattr(parser, "_tail", b"")]
+    begun = waiting[0].lstrip(b"\r\n").partition(b" ")[0].decode("latin-1")
+    return not any(method.startswith(begun) for method in METHODS)
+
+
 async def expect_nothing(request: web.Request) -> None:
     """Leave 100 Continue to Call._read_body, so that a PUT that is refused is refused before its body is sent."""
 
@@ -2859,17 +2958,35 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
     return app
 
 
+def count_unread(transport: asyncio.Transport) -> int:
+    """Return how many bytes the client has not taken yet: those that wait here and those in the
+    kernel, which takes more only once a third of its own are gone."""
+    peer: socket.socket = transport.get_extra_info("socket")
+    queued: int = struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return transport.get_write_buffer_size() + queued
+
+
 class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
     def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
         self._config, self._opened, self._client = config, opened, ""
+        self._received = 0  # bytes
+        self._before = 0  # of these, with the answer before
+        self._chunked: StreamReader | None = None  # the body that is being read
+        self._deaf = False  # what comes is thrown away
+        self._malformed = False  # what came was no HTTP
+        self._reader_check: asyncio.TimerHandle | None = None
+        self._lost = asyncio.Event()
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
         options["keepalive_timeout"] = self._config.keepalive_timeout
+        options["lingering_time"] = 0.0  # it would parse what nobody wants: see _linger
+        options["read_bufsize"] = READ_BUFFER
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)  # see pause_writing
         self._impatience = asyncio.get_running_loop().call_later(self._config.header_timeout, self._give_up)
         self._client = (transport.get_extra_info("peername") or ("",))[0]
         self._opened[self._client] += 1
@@ -2882,10 +2999,113 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._impatience.cancel()
+        self._stop_watching_reader()
+        self._lost.set()
         self._opened[self._client] -= 1
         if not self._opened[self._client]:
             del self._opened[self._client]
         super().connection_lost(exc)
+
+    # -- a client that sends what nobody wants --
+
+    def data_received(self, data: bytes) -> None:
+        """Hand what has come to aiohttp's parser, unless it is no longer wanted."""
+        self._received += len(data)
+        if not self._deaf:
+            try:
+                super().data_received(data)
+            except ValueError:  # of the parser in Python: a number with thousands of digits
+                self.force_close()
+            self._weigh_framing()
+        elif self.transport is not None:
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(LINGER_PAUSE_S, self._hear_more)
+
+    def _hear_more(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def watch_framing(self, content: StreamReader) -> None:
+        """From now on refuse the chunked body `content` if its framing is malformed or outweighs
+        it: nothing of that reaches who reads the body."""
+        self._chunked = content
+        self._weigh_framing()
+
+    def _weigh_framing(self) -> None:
+        content = self._chunked
+        if content is None or content.is_eof():
+            self._chunked = None
+            return
+        framing = self._received - self._before - content.total_bytes
+        if is_followed_by_garbage(self):
+            self._refuse_body(content, "the body's chunks are malformed")
+        elif framing > content.total_bytes + FREE_FRAMING:
+            self._refuse_body(content, "the body's chunk headers outweigh it")
+
+    def _refuse_body(self, content: StreamReader, why: str) -> None:
+        content.set_exception(BadRequest(why))
+        self._deaf = True
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; one that leaves a body unread ends the connection, and arrives."""
+        if isinstance(resp, web.HTTPException):  # aiohttp's own: an Expect that it does not know
+            error = BadRequest(resp.text or resp.reason)
+            resp = render_error(error, f"{random.getrandbits(64):016x}")
+        unread = not request.content.is_eof() or resp.status == TooLarge.status
+        last = unread or self._malformed
+        if last:
+            resp.force_close()
+        sent, gone = await super().finish_response(request, resp, start_time)
+        if last and not gone:
+            await self._linger()
+        self._before = self._received
+        return sent, gone
+
+    async def _linger(self) -> None:
+        """Say that nothing more comes; throw away what the client sends until it has heard."""
+        self._deaf = True
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write_eof()
+            self.transport.resume_reading()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._lost.wait()
+        self.force_close()
+
+    # -- a client that does not read --
+
+    def pause_writing(self) -> None:
+        """Watch the client: some of its answer could not be sent at once."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_reader()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        if self.transport is not None:
+            loop, left = asyncio.get_running_loop(), count_unread(self.transport)
+            wait_s = self._config.send_timeout
+            self._reader_check = loop.call_later(wait_s, self._check_reader, left)
+
+    def _check_reader(self, before: int) -> None:
+        """Drop a client that has taken hardly anything since `before` bytes were left."""
+        if self.transport is not None:
+            least = self._config.min_body_rate * self._config.send_timeout
+            if before - count_unread(self.transport) <= least:
+                peer: socket.socket = self.transport.get_extra_info("socket")
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                self.transport.abort()
+            else:
+                self._watch_reader()
+
+    def _stop_watching_reader(self) -> None:
+        if self._reader_check is not None:
+            self._reader_check.cancel()
+            self._reader_check = None
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -2893,12 +3113,26 @@ class Connection(web.RequestHandler):
         """Answer what aiohttp's parser refuses, before any handler."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
+        self._malformed = True
         if status >= 500:
             log.error("unexpected error outside of a handler", exc_info=exc)
-        error = BadRequest((message or "malformed HTTP").partition("\n")[0]) if status < 500 else MkvError()
+        error, detail = MkvError(), (message or "malformed HTTP").partition("\n")[0]
+        if "Content-Length overflow" in detail:
+            error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
+        elif status < 500:
+            error = BadRequest(detail)
         response = render_error(error, f"{random.getrandbits(64):016x}")
         response.force_close()
         return response
+
+
+def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any) -> web.BaseRequest:
+    """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
+    hang the connection: it becomes one that is no path."""
+    try:
+        return make(message, *more)
+    except ValueError:
+        return make(message._replace(url=AnyURL.build(path="*", encoded=True)), *more)
 
 
 # == Embedded volume ==================================================================================================
@@ -3226,6 +3460,21 @@ def print_faults(error: ConfigError) -> None:
     print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
 
 
+def announce_others(db: str) -> None:
+    """Say so in the log if another server has this index. Its lock is held, and inherited by the
+    workers, until all of this one is gone."""
+    try:
+        Path(db).parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(f"{db}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return  # opening the index says what is wrong
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another server has the index %s, too: one of them should be stopped", db)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+
+
 def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
@@ -3262,6 +3511,7 @@ async def serve_store(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
+    manager.request_factory = partial(make_request, manager.request_factory)
     connect = partial(Connection, store.view.config, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
@@ -3425,6 +3675,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError([f"host: {config.host} is reachable from outside; set volume_secret or say insecure"])
             run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        announce_others(config.db)
         if config.workers > 1:
             return supervise(config, listener, reread)
         run(serve_store(config, listener, reread, Metrics(), 0, not config.volumes))

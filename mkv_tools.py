@@ -1710,12 +1710,20 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    return {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    """Return the header with the secret of --token-file or MKV_TOKEN: a command line is public."""
+    place, text = "MKV_TOKEN", os.environ.get("MKV_TOKEN", "")
+    if options.token_file:
+        place = options.token_file
+        text = Path(place).read_bytes().decode("ascii", "replace")
+    words = text.split()
+    if len(words) > 1 or (options.token_file and not words):
+        raise ToolError(f"{place} must hold one secret and nothing else")
+    return {"Authorization": f"Bearer {words[0]}"} if words else {}
 
 
 def files_of_index(path: str) -> set[str]:
     """Return the names of all that belongs to an index, there or not. It may be a link itself."""
-    suffixes = [*INDEX_SUFFIXES, ".tools", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    suffixes = [*INDEX_SUFFIXES, ".tools", ".serve", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
     return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
 
 
@@ -1970,9 +1978,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    add = {}
+    make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about.partition(".")[0], description=about)
+        command = make(name, help=about.partition(".")[0], description=about)
         if name != "token":
             add_settings(command, SETTINGS)
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -1993,7 +2001,8 @@ def make_parser() -> argparse.ArgumentParser:
     add["bench"]("--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]")
     add["bench"]("--duration", metavar="S", type=seconds, default=0.0, help="s for each kind, instead of --count")
     for name in ("status", "bench"):
-        add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
+        about = "holds the secret of a token [take it from $MKV_TOKEN]"
+        add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
     add["forget"]("name", metavar="NAME", help="of the volume, which is no longer configured")
     add["token"]("name", metavar="NAME", help="who it is for")

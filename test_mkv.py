@@ -21,6 +21,7 @@ import os
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -247,6 +248,19 @@ def raw(port: int, data: bytes) -> bytes:
         return connection.recv(65536)
 
 
+def send_raw(port: int, data: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Send `data` on a connection of its own and read one whole answer, which may come earlier."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(data)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 def read_metrics(url: str, token: str = "") -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     status, headers, body = ask(url + "/-/metrics", token=token)
     assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -377,6 +391,8 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("access_log = 1", "access_log: must be bool"),
         ("anonymous = 5", "anonymous"),
         ("link_ttl = inf", "link_ttl: must be"),
+        ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
+        ("send_timeout = 0", "send_timeout: must be 0.1"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -590,6 +606,7 @@ RING_VECTORS = ["abc", "bca", "cab", "cba", "cba", "acb", "bca", "acb"]
         ({"key": None}, "wrong type"),
         ({"key": ""}, "1 to 1024"),
         ({"ext": "../x"}, "names another key"),
+        ({"content_type": "a/b\n"}, "no media type"),
     ],
 )
 def test_damaged_sidecar_is_refused(change: dict[str, Any], why: str) -> None:
@@ -611,6 +628,13 @@ def test_sidecar_far_in_the_future_is_refused() -> None:
         record = replace(R, version=version)
         with contextlib.nullcontext() if good else pytest.raises(ValueError, match="far in the future"):
             mkv.decode_sidecar(mkv.encode_sidecar(record), mkv.sidecar_path(record.path))
+
+
+def test_longer_content_type_of_an_earlier_version_is_read() -> None:
+    record = replace(make_record("k"), content_type="a/" + "b" * 8000, volumes=())
+    assert mkv.decode_sidecar(mkv.encode_sidecar(record), mkv.sidecar_path(record.path)) == record
+    with pytest.raises(mkv.BadRequest, match="at most 255"):
+        mkv.media_type_of(record.content_type, "k")
 
 
 @given(st.binary(max_size=60))
@@ -1181,11 +1205,25 @@ async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeyp
     assert len(used) == 3 and threading.get_ident() not in used
 
 
-async def test_page_of_a_list_is_bounded_in_bytes(index: mkv.Index) -> None:
-    keys = [f"{i:05d}" + "k" * 1000 for i in range(4000)]
-    await index.write(lambda tx: [tx.insert(make_record(key)) for key in keys])
-    page = await index.read(lambda db: mkv.list_keys(db, mkv.ListQuery(limit=10000)))
-    assert 1000 < len(page["keys"]) < 4000 and page["next"] == keys[len(page["keys"])]
+@pytest.mark.parametrize(
+    ("tail", "content_type"), [("k" * 1000, "a/b"), ("\1" * 1018, "a/b"), ("\U0010ffff" * 250, "a/" + "b" * 8000)]
+)
+@pytest.mark.parametrize("delimiter", ["", "!"])
+async def test_page_of_a_list_is_bounded_in_bytes(
+    index: mkv.Index, tail: str, content_type: str, delimiter: str
+) -> None:
+    """As it is sent: JSON has six bytes for a control character, and content types were longer once."""
+    keys = [f"{i:05d}{tail}{delimiter}" for i in range(4000)]
+    records = [replace(make_record(key), content_type=content_type) for key in keys]
+    await index.write(lambda tx: [tx.insert(record) for record in records])
+    found, start = list[str](), ""
+    while start is not None:
+        text = await index.list_page(mkv.ListQuery(start=start, delimiter=delimiter, limit=10000))
+        page = json.loads(text)
+        assert text == json.dumps(page).encode() and len(text) <= mkv.LIST_BYTES
+        assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
+        found, start = [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]], page["next"]
+    assert found == keys
 
 
 async def test_index_of_another_schema_is_refused(tmp_path: Path) -> None:
@@ -1299,7 +1337,8 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
                 expected_prefixes.append(key[: cut + len(delimiter)])
     found_keys, found_prefixes, start = [], [], ""
     while start is not None:
-        page = mkv.list_keys(db, mkv.ListQuery(prefix=prefix, delimiter=delimiter, start=start, limit=limit))
+        query = mkv.ListQuery(prefix=prefix, delimiter=delimiter, start=start, limit=limit)
+        page = json.loads(mkv.list_keys(db, query))
         assert len(page["keys"]) + len(page["prefixes"]) <= limit
         found_keys += [row["key"] for row in page["keys"]]
         found_prefixes += page["prefixes"]
@@ -1652,6 +1691,26 @@ async def test_read_goes_to_no_volume_that_was_removed(tmp_path: Path) -> None:
     assert all(store.locate(record).startswith("http://h/") for _ in range(50))
 
 
+async def test_long_lists_delay_neither_status_nor_the_collector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = threading.Event()
+    monkeypatch.setattr(mkv, "list_keys", lambda db, query: b"{}" if end.wait(60) else b"")
+    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://127.0.0.1:1"),), replicas=1))
+    await store.start()
+    store.health.states["a"] = State.UP
+    lists = [asyncio.create_task(store.list(mkv.ListQuery())) for _ in range(8)]
+    try:
+        async with asyncio.timeout(20):
+            await asyncio.sleep(0)  # the lists are on their way to their threads
+            assert (await store.status())["keys"] == 0 and await store.collect_garbage() == 0
+            assert "mkv_garbage_pending 0" in await store.render_metrics()
+    finally:
+        end.set()
+    assert await asyncio.gather(*lists) == [b"{}"] * 8
+    await store.close()
+
+
 def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
     (tmp_path / ".tmp").mkdir()
     for name in ("old", "young"):
@@ -1738,6 +1797,15 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "/k", {"Content-Encoding": "gzip"}, b"x", 415),
         ("PUT", "/k", {"Content-Range": "bytes 0-0/1"}, b"x", 400),
         ("PUT", "/k", {"Content-Type": "nonsense"}, b"x", 400),
+        ("PUT", "/k", {"Content-Type": "a/" + "b" * 254}, b"x", 400),
+        ("PUT", "/k", {"Content-Type": "a" * 254 + "/b"}, b"x", 400),
+        ("PUT", "/k?.txt", {}, b"x", 400),
+        ("PUT", "/k?", {}, b"x", 400),
+        ("PUT", "http://h/k?a=b", {}, b"x", 400),
+        ("DELETE", "/k?.txt", {}, None, 400),
+        ("DELETE", "/k?", {}, None, 400),
+        ("OPTIONS", "*", {"Expect": "something"}, None, 400),
+        ("OPTIONS", "*", {"Expect": "100-continue"}, None, 400),
         ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
@@ -1775,6 +1843,17 @@ def test_bad_input_is_refused_with_a_reason_and_changes_nothing(
     assert ask(store.url + "/k")[0] == 404
 
 
+def test_query_belongs_to_no_key(store: Program) -> None:
+    """Dropping it from a PUT or DELETE would change another key; readers may send one, as to any file server."""
+    assert ask(store.url + "/what", "PUT", b"kept")[0] == 201
+    for method in ("PUT", "DELETE"):
+        status, _, body = ask(store.url + "/what?.txt", method)
+        assert status == 400 and "write ? as %3F" in json.loads(body)["detail"]
+    assert read_back(store, "what?v=2") == b"kept" and ask(store.url + "/what?v=2", "HEAD")[0] == 200
+    assert ask(store.url + "/what%3F.txt", "PUT", b"other")[0] == 201 and read_back(store, "what") == b"kept"
+    assert [ask(store.url + key, "DELETE")[0] for key in ("/what", "/what%3F.txt")] == [204, 204]
+
+
 HEAD = b"PUT /cut HTTP/1.1\r\nHost: h\r\n"
 
 
@@ -1808,6 +1887,163 @@ def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing
         connection.sendall(b"abcdef")
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")
     assert ask(store.url + "/cut")[0] == 404
+
+
+@pytest.fixture(scope="module", params=["c", "python"])
+def parser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A server with each of the parsers that aiohttp has."""
+    env = {} if request.param == "c" else {"AIOHTTP_NO_EXTENSIONS": "1"}
+    program = Program(tmp_path_factory.mktemp("parser"), env=env)
+    loaded = "_http_parser.cpython" in Path(f"/proc/{program.process.pid}/maps").read_text()
+    try:
+        assert loaded == (request.param == "c")
+        yield program
+    finally:
+        program.stop(signal.SIGKILL)
+
+
+def check_problem(answer: tuple[int, dict[str, str], bytes], status: int, words: str = "") -> None:
+    problem = json.loads(answer[2])
+    assert answer[0] == status == problem["status"] and words in problem["detail"], answer
+    assert answer[1]["content-type"] == "application/problem+json"
+    assert answer[1]["x-request-id"] == problem["request_id"]
+
+
+@pytest.mark.parametrize("size", [2**62 + 1, 2**63, 2**64 - 1, 2**64, 10**30])
+def test_size_that_no_blob_can_have_is_413(parser: Program, size: int) -> None:
+    with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+        connection.sendall(HEAD + f"Content-Length: {size}\r\n\r\n".encode())
+        answer = read_to_end(connection)
+    assert answer.split()[1] == b"413" and b"application/problem+json" in answer
+    assert {v["state"] for v in json.loads(ask(parser.url + "/-/status")[2])["volumes"]} == {"up"}
+
+
+def test_size_that_no_blob_can_have_leaves_the_volumes_alone(store: Program) -> None:
+    check_problem(send_raw(store.port, HEAD + b"Content-Length: 9223372036854775808\r\n\r\nabc"), 413)
+    assert {v["state"] for v in json.loads(ask(store.url + "/-/status")[2])["volumes"]} == {"up"}
+    assert ask(store.url + "/after", "PUT", b"x")[0] == 201 and ask(store.url + "/after", "DELETE")[0] == 204
+
+
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"deflate,chunked", b"gzip, Chunked", b"x;a=b, chunked"])
+@pytest.mark.parametrize("method", [b"PUT", b"GET", b"DELETE"])
+def test_transfer_coding_that_is_not_known_is_501(parser: Program, method: bytes, coding: bytes) -> None:
+    head = HEAD.replace(b"PUT", method) + b"Transfer-Encoding: " + coding
+    check_problem(send_raw(parser.port, head + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), 501, "only chunked")
+    assert ask(parser.url + "/cut")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "target", [b"http://xn--/x", b"http://\xff/x", b"http://[::1/x", b"http://h:port/x", b"http://h:99999/x", b"x"]
+)
+def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> None:
+    check_problem(send_raw(parser.port, b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n"), 400)
+
+
+def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> None:
+    for expected in (b"", b"Expect: something\r\n", b"Expect: 100-continue\r\n"):
+        head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\n" + expected
+        check_problem(send_raw(parser.port, head + b"\r\n"), 400)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("more", [b"def", b"DEF", b"d\r\nef", b"PUTT", b"\xff"])
+def test_body_longer_than_its_length_is_400(parser: Program, more: bytes, late: bool) -> None:
+    with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\n" + (b"" if late else b"abc" + more))
+        if late:
+            eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
+            connection.sendall(b"abc" + more)
+        assert connection.recv(65536).split()[1] == b"400"
+    assert ask(parser.url + "/cut", "DELETE")[0] == 404
+
+
+@pytest.mark.parametrize("begun", [b"", b"G", b"GET /-/liv", b"\r", b"\r\n", b"\r\nGET"])
+def test_request_that_has_begun_after_a_body_is_no_part_of_it(parser: Program, begun: bytes) -> None:
+    whole = b"GET /-/livez HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    if begun.startswith(b"\r"):
+        whole = b"\r\n" + whole
+    with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc" + begun)
+        assert connection.recv(65536).split()[1] == b"201"
+        connection.sendall(whole.removeprefix(begun))
+        assert b"alive" in read_to_end(connection)
+    assert ask(parser.url + "/cut", "DELETE")[0] == 204
+
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+END = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"1\r\nx\r\n" * 20_000 + END, "chunks of less than 64 bytes"),
+        ((b"3c\r\n" + b"x" * 60 + b"\r\n") * 20_000 + END, "chunks of less than 64 bytes"),
+        ((b"40;" + b"e" * 4000 + b"\r\n" + b"x" * 64 + b"\r\n") * 500, "outweigh"),
+        (b"1;" + b"e" * 3_000_000, ""),  # each parser in its words
+        (b"1\r\nxx", ""),
+        (b"zz\r\n", ""),
+    ],
+    ids=["bytes", "small", "extensions", "endless extension", "too long", "no number"],
+)
+def test_body_of_more_framing_than_sense_is_400(parser: Program, body: bytes, words: str) -> None:
+    check_problem(send_raw(parser.port, CHUNKED + body), 400, words)
+    with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+        connection.sendall(CHUNKED)
+        eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+    assert ask(parser.url + "/cut")[0] == 404
+
+
+def test_small_chunks_are_taken(parser: Program) -> None:
+    for body in (b"1\r\nx\r\n" * 1000, (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000):
+        assert send_raw(parser.port, CHUNKED + body + END)[0] == 201
+        assert ask(parser.url + "/cut", "DELETE")[0] == 204
+
+
+REFUSED = HEAD + b'If-Match: "x"\r\n'
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: %d\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x"])
+def test_refusal_arrives_though_the_body_was_not_read(parser: Program, framing: bytes) -> None:
+    """A connection closed with bytes unread is reset, and the reset takes the answer with it."""
+    body = bytes(20_000_000)
+    for _ in range(3):
+        answer = send_raw(parser.port, REFUSED + framing % len(body) + b"\r\n" + body)
+        check_problem(answer, 412)
+        assert answer[1]["connection"] == "close"
+        check_problem(send_raw(parser.port, b"nonsense\r\n\r\n" + body), 400)
+
+
+@pytest.mark.parametrize("head", [REFUSED, HEAD.replace(b"PUT", b"GET")])
+def test_what_follows_an_answer_to_half_a_body_is_not_parsed(parser: Program, head: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        answer = connection.recv(65536)
+        connection.sendall(END + b"GET /-/livez HTTP/1.1\r\nHost: h\r\n\r\n")
+        answer += read_to_end(connection)
+    assert answer.startswith(b"HTTP/1.1 4") and answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n",
+        b"Content-Length: 9\r\n\r\n",
+        b"Content-Length: 9\r\n\r\nabc",
+        b"Transfer-Encoding: chunked\r\n\r\n",
+        b"Content-Length: 999999\r\n\r\n" + bytes(400_000),
+    ],
+)
+def test_client_that_resets_its_connection_is_no_bug(parser: Program, data: bytes) -> None:
+    for _ in range(30):
+        with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+            connection.sendall(HEAD + data)
+    eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 1)
+    assert "Traceback" not in parser.log() and "status=500" not in parser.log()
+    assert ask(parser.url + "/cut")[0] == 404
 
 
 def test_put_is_refused_before_its_body_is_asked_for(store: Program) -> None:
@@ -1907,6 +2143,7 @@ def test_status_counts_what_is_there(store: Program) -> None:
         ("t/a", "text/html; charset=utf-8", "text/html; charset=utf-8", "text/html"),
         ("t/a", "IMAGE/PNG", "IMAGE/PNG", "image/png"),
         ("t/a", "application/x-odd", "application/x-odd", "application/octet-stream"),
+        ("t/a", "a/b;" + "c" * 251, "a/b;" + "c" * 251, "application/octet-stream"),
     ],
 )
 def test_content_type_comes_back(store: Program, key: str, sent: str | None, kept: str, served: str) -> None:
@@ -1953,7 +2190,8 @@ def test_operators_routes(store: Program) -> None:
         assert ask(f"{store.url}/-/{route}", "HEAD")[2] == b""
 
 
-def test_connection_serves_on_after_a_refusal(store: Program) -> None:
+def test_client_goes_on_after_a_refusal(store: Program) -> None:
+    """On the same connection if the body was read with the headers, else on a new one."""
     connection = http.client.HTTPConnection("127.0.0.1", store.port, timeout=20)
     for size in (1, 100_000):
         connection.request("PUT", "/kept", b"x" * size, {"If-Match": '"x"'})
@@ -2325,6 +2563,57 @@ def test_server_killed_in_traffic_keeps_what_it_acknowledged(start: Callable[...
     again = start("--data", str(server.folder / "mkv-data"))
     for i in acknowledged:
         assert read_back(again, f"k{i}") == b"%d" % i
+
+
+def states_of(server: Program) -> set[str]:
+    return {volume["state"] for volume in json.loads(ask(server.url + "/-/status")[2])["volumes"]}
+
+
+def test_volume_that_finds_a_blob_too_large_stays_up(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+    for one in volumes3:
+        one.conf.write_text(one.conf.read_text().replace("client_max_body_size 0;", "client_max_body_size 100k;"))
+        one.signal(signal.SIGKILL)
+        one.begin()
+    server = start(*flags_of(volumes3))
+    for size in (200_000, 2_000_000):
+        status, headers, body = ask(server.url + "/k", "PUT", bytes(size))
+        assert status == 503 and "413" in json.loads(body)["detail"] and "retry-after" in headers
+        assert states_of(server) == {"up"} and ask(server.url + f"/small{size}", "PUT", b"x")[0] == 201
+    assert " is down" not in server.log() and " is readonly" not in server.log()
+
+
+def test_server_out_of_file_descriptors_blames_no_volume(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+    """Whether the volume is named by its address or by a name, which then cannot be looked up."""
+    flags = [flag.replace("n1=http://127.0.0.1", "n1=http://localhost") for flag in flags_of(volumes3)]
+    server = start(*flags, "--replicas", "3")
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection.request("PUT", "/small", b"x")  # from now on the index has all files that it needs
+    assert connection.getresponse().read() == b""
+    pid = server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    connection.request("PUT", "/k", bytes(1_000_000))
+    answer = connection.getresponse()
+    assert answer.status == 503 and "Too many open files" in json.loads(answer.read())["detail"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert states_of(server) == {"up"} and " is down" not in server.log()
+    assert ask(server.url + "/k", "PUT", bytes(1_000_000))[0] == 201
+
+
+def test_second_server_on_the_same_index_is_announced(start: Callable[..., Program], tmp_path: Path) -> None:
+    flags, words = ["--data", str(tmp_path / "shared"), "--workers", "2"], "another server has the index"
+    first, second = start(*flags), start(*flags)
+    assert words not in first.log() and f"{words} {tmp_path}/shared/index.db" in second.log()
+    first.stop()
+    assert words in start(*flags).log()  # the second still runs
+    second.stop()
+
+
+def test_server_started_again_announces_nobody(start: Callable[..., Program], tmp_path: Path) -> None:
+    for _ in range(3):
+        server = start("--data", str(tmp_path / "shared"))
+        server.stop(signal.SIGKILL)
+        assert "another server" not in server.log()
 
 
 def test_redirect_goes_to_the_public_url(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
@@ -2808,6 +3097,28 @@ async def test_error_that_comes_in_pieces_before_the_blob_is_whole_is_understood
         upload.abort()
 
 
+@pytest.mark.parametrize("status", [400, 411, 413, 414, 431])
+async def test_volume_that_dislikes_a_request_is_not_worse_for_it(status: int) -> None:
+    noticed = list[str]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status)
+
+    async with talking(serve) as url:
+        notice = lambda event, reason: noticed.append(event.name)  # noqa: E731
+        client = mkv.VolumeClient(Volume(name="a", url=url), "", 20.0, notice, lambda *_: None)
+        with pytest.raises(mkv.VolumeBlameless, match=f"answered {status}"):
+            await client.put({"/p": b"x"})
+        with pytest.raises(mkv.VolumeBlameless, match=f"answered {status}"):
+            await client.delete(["/p"])
+        assert noticed == []
+        with pytest.raises(mkv.VolumeUnexpected):
+            await client.probe(write=True)
+        assert noticed == ["REFUSED"]
+        client.close()
+
+
 async def test_start_does_not_wait_for_a_volume_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mkv, "MEETING_PATIENCE_S", 0.1)
 
@@ -3271,6 +3582,90 @@ def test_slow_body_is_refused(start: Callable[..., Program]) -> None:
     server = start("--body-timeout", "0.3")
     assert raw(server.port, b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab").startswith(b"HTTP/1.1 408")
     assert ask(server.url + "/k")[0] == 404
+
+
+def test_bounds_of_body_timeout_and_nginx_agree() -> None:
+    """A volume that gives up before the index server does would count as down."""
+    (bound,) = [spec.metadata["high"] for spec in fields(Config) if spec.name == "body_timeout"]
+    (nginx_s,) = re.findall(r"client_body_timeout (\d+)s;", (HERE / "nginx.conf").read_text())
+    assert bound < int(nginx_s)
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> str:
+    """An index whose first page has 4 MB, with content types as long as they could once be."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "crowded.db", isolation_level=None)) as db:
+        mkv.prepare_index(db)
+        with db:
+            db.execute("BEGIN")
+            tx = mkv.Transaction(db)
+            for i in range(600):
+                tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
+            tx.close()
+    return str(tmp_path / "crowded.db")
+
+
+@contextlib.contextmanager
+def narrow(port: int, data: bytes) -> Iterator[socket.socket]:
+    """Send `data` on a connection that takes little before it is read."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", port))
+        client.sendall(data)
+        yield client
+
+
+def list_keys(limit: int) -> bytes:
+    return b"GET /?limit=%d HTTP/1.1\r\nHost: h\r\n\r\n" % limit
+
+
+def connections_held(port: int) -> int:
+    """Return how many connections the server on `port` has open."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening, closed = "0A", "0"
+    return sum(row[1].endswith(f":{port:04X}") and row[3] != listening and row[9] != closed for row in rows)
+
+
+@pytest.mark.parametrize("data", [list_keys(10_000), b"GET /k HTTP/1.1\r\nHost: h\r\n\r\n" * 50_000])
+def test_client_that_does_not_read_is_dropped(start: Callable[..., Program], crowded: str, data: bytes) -> None:
+    server = start("--db", crowded, "--send-timeout", "0.3", "--no-access-log")
+    poll = select.poll()  # hears of a reset, and reads nothing
+    with contextlib.suppress(ConnectionError), narrow(server.port, data) as client:
+        poll.register(client, 0)
+        eventually(lambda: poll.poll(0))
+
+
+def test_unread_answer_of_whatever_size_holds_no_connection(start: Callable[..., Program], crowded: str) -> None:
+    """Be it that the kernel takes all of it, or all but a little."""
+    server = start("--db", crowded, "--send-timeout", "0.3", "--keepalive-timeout", "1")
+    with contextlib.ExitStack() as stack:
+        for limit in range(4, 500, 4):
+            stack.enter_context(narrow(server.port, list_keys(limit)))
+        eventually(lambda: connections_held(server.port) == 0)
+
+
+def read_slowly(client: socket.socket) -> bytes:
+    pieces = list[bytes]()
+    while piece := client.recv(16384):
+        pieces.append(piece)
+        time.sleep(0.004)
+        if pieces[-1].endswith(b"}"):
+            break
+    return b"".join(pieces)
+
+
+def test_client_that_reads_slowly_gets_it_all(start: Callable[..., Program], crowded: str) -> None:
+    server = start("--db", crowded, "--send-timeout", "1")
+    with narrow(server.port, list_keys(10_000)) as client:
+        page = json.loads(read_slowly(client).partition(b"\r\n\r\n")[2])
+    assert len(page["keys"]) > 400 and page["next"]
+
+
+def test_client_that_reads_too_slowly_is_dropped(start: Callable[..., Program], crowded: str) -> None:
+    server = start("--db", crowded, "--send-timeout", "0.1", "--min-body-rate", "1e9")
+    with narrow(server.port, list_keys(10_000)) as client, pytest.raises(ConnectionError):
+        read_slowly(client)
 
 
 def test_connections_of_a_client_are_limited(start: Callable[..., Program]) -> None:
@@ -5231,6 +5626,25 @@ def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
             assert 0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
         assert cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0] == 0
         assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
+
+
+@on_nginx
+def test_status_and_bench_take_their_secret_from_file_or_environment(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").write_text(SECRETS["boss"] + "\n")
+    cluster.file.write_text(cluster.file.read_text() + "\n" + TOKENS)
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        for command in (["status", url], ["bench", url, "--count", 3]):
+            assert cluster.tool(*command)[0] == 1
+            assert cluster.tool(*command, "--token-file", tmp_path / "secret")[0] == 0
+            monkeypatch.setenv("MKV_TOKEN", SECRETS["boss"])
+            assert cluster.tool(*command)[0] == 0
+            monkeypatch.delenv("MKV_TOKEN")
+            assert cluster.tool(*command, "--token-file", tmp_path / "none")[0] == 1
+            with pytest.raises(SystemExit, match="2"):  # a command line is for all to see
+                cluster.tool(*command, "--token", SECRETS["boss"])
 
 
 @on_nginx
