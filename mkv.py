@@ -95,7 +95,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, StreamReader, web
+from aiohttp import ClientError, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL as AnyURL
@@ -622,8 +622,6 @@ def decode_sidecar(data: bytes, path: str) -> Record:
 # == Decisions ========================================================================================================
 # All policy, as pure functions and tables: they are given what is known and return what is to be done.
 
-HUNG_S = 24 * 3600.0  # how long a volume that did not answer in time may take to carry out what it was sent
-BROKEN_S = 30.0  # the same where the connection broke, or whoever sent it was killed
 Verdict = enum.Enum("Verdict", "PROCEED NOT_MODIFIED FAILED")  # of a request's conditions
 Step = enum.Enum("Step", "COMMIT WRITE_MORE ROLL_BACK")  # what a PUT does next
 
@@ -789,7 +787,19 @@ class Pending:
 
 
 Rows = Mapping[Place, Pending]
-Doubts = Mapping[str, float]  # volume that was sent something and has not answered -> for how many seconds it may come
+
+
+class Doubt(NamedTuple):
+    """A volume was sent something and has not answered: for how many seconds it may come, and how many sidecars."""
+
+    seconds: float
+    sidecars: int = 1
+
+
+HUNG = Doubt(24 * 3600.0)  # it did not answer in time
+BROKEN_OFF = Doubt(30.0)  # the connection broke, or whoever sent it was killed
+BLOB_HUNG = Doubt(24 * 3600.0, sidecars=0)
+Doubts = Mapping[str, Doubt]  # volume -> what may come there
 NO_DOUBTS: Doubts = {}
 
 
@@ -802,16 +812,17 @@ def bury(
         old = rows.get((volume, path))
         if old is not None and old.state in DEAD:
             continue
+        doubt = doubts.get(volume)
+        if doubt is None and old is not None and old.state in TOOL_CLAIMS:
+            doubt = HUNG  # the tool may be writing there now
         new = Pending(
             path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
-            doubt_s=now_s + doubts[volume] if volume in doubts else None,
+            doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
         )  # fmt: skip
-        if old is not None and old.state in TOOL_CLAIMS and volume not in doubts:
-            new = replace(new, doubt_s=now_s + HUNG_S)  # the tool may be writing there now
-        if old is not None:
+        if old is not None and old.state in TOOL_CLAIMS:
             new = replace(new, sent=old.sent)
-            if old.doubt_s is not None:
-                new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
+        if old is not None and old.doubt_s is not None:
+            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0), sent=old.sent)
         after[volume, path] = new
     return after
 
@@ -827,9 +838,11 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
             after = bury(after, path, [row.volume], now_s, 0.0, doubts)
             continue
         del after[place]
-        doubt_s = max(row.doubt_s or 0.0, now_s + doubts.get(row.volume, -now_s))
-        if doubt_s:
-            kept = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+        times_s = [] if row.doubt_s is None else [row.doubt_s]
+        if row.volume in doubts:
+            times_s.append(now_s + doubts[row.volume].seconds)
+        if times_s:
+            kept = replace(row, state=PendingState.KEPT, owner=None, due_s=max(times_s), doubt_s=max(times_s))
             after[place] = replace(kept, sent=row.sent + 1)
     return after
 
@@ -923,7 +936,8 @@ def plan_delete(
 def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
     """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was just deleted there.
 
-    Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does.
+    Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does. A blob
+    that may come without a sidecar is nothing.
     """
     found = seen.get((row.volume, row.path))
     if found is None:
@@ -956,12 +970,22 @@ def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
 
     A place that a write may still come to is looked at again, ever more seldom.
     """
-    gone = is_gone(row, {(row.volume, row.path): found})
-    if row.state not in DEAD or gone or row.doubt_s is None or row.doubt_s <= now_s:
+    proven = found and row.sent == 1
+    if row.state not in DEAD or proven or row.doubt_s is None or row.doubt_s <= now_s:
         return None
     attempts = row.attempts + 1
     due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
-    return replace(row, state=PendingState.WATCHED, attempts=attempts, due_s=due_s, sent=row.sent - found)
+    return replace(row, state=PendingState.WATCHED, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
+
+
+def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
+    """Return what becomes of a row when a volume has answered after all (`doubt_s` is None), or cannot any more."""
+    if row.doubt_s is None:
+        return row
+    after = replace(row, doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
+    if row.state is PendingState.WATCHED:
+        return replace(after, state=PendingState.GARBAGE, due_s=min(row.due_s or 0.0, row.since_s))
+    return replace(after, due_s=after.doubt_s or 0.0) if row.state is PendingState.KEPT else after
 
 
 def authorize(
@@ -1159,7 +1183,7 @@ class Transaction:
                 new = replace(new, sent=2)  # one may be there
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                new = replace(new, doubt_s=self.now_s + BROKEN_S, sent=new.sent + old.sent)
+                new = replace(new, doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
             elif old is not None and old.doubt_s is not None:
                 new = replace(new, doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
@@ -1218,6 +1242,14 @@ class Transaction:
             before = self._row_at(volume, path)
             self.change(before, {place: replace(row, sent=row.sent - 1) for place, row in before.items()})
 
+    def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
+        """Note that a volume that hung has answered for what it was sent at `paths`, or that it cannot any more."""
+        doubt_s = None if answered else self.now_s + BROKEN_OFF.seconds
+        for path in paths:
+            before = self.pending_below(path[:STEM])
+            after = {place: end_doubt(row, doubt_s) if row.volume == volume else row for place, row in before.items()}
+            self.change(before, after)
+
     def forget(self, places: Iterable[Place]) -> None:
         """Give up what is pending at `places`, whose volume will not come back."""
         for volume, path in places:
@@ -1251,7 +1283,7 @@ class Transaction:
         for volume in volumes:
             after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
         for volume in doubtful:
-            doubt_s = self.now_s + HUNG_S
+            doubt_s = self.now_s + HUNG.seconds
             after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
         self.change(before, after)
         self._release_marks(path)
@@ -1263,7 +1295,7 @@ class Transaction:
         for (path,) in self._db.execute(query, (owner, workers)).fetchall():
             rows = self.pending_below(path).values()
             named = {row.volume for row in rows if row.state is PendingState.REMAKING}
-            self.end_claims(path, named, {row.volume: BROKEN_S for row in rows})
+            self.end_claims(path, named, {row.volume: BROKEN_OFF for row in rows})
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -1604,6 +1636,8 @@ class Index:
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
+MAX_LATE = 256  # connections to a volume that hangs on which its answers are still awaited
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}  # s, s, times
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
 BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
@@ -1792,6 +1826,13 @@ class Wire:
         unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]
         return self.reusable and not unread and not self.is_closed
 
+    def keep_alive(self) -> None:
+        """Have the kernel find out whether the other machine is still there (tcp(7))."""
+        kernel = self._writer.get_extra_info("socket")
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            kernel.setsockopt(socket.IPPROTO_TCP, option, value)
+
     def abort(self) -> None:
         self._writer.transport.abort()
 
@@ -1836,9 +1877,11 @@ class VolumeClient:
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
+        hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self.volume, self.secret, self.timeout_s = volume, secret, timeout_s
-        self._notice, self._measure = notice, measure
+        self._notice, self._measure, self._hear_late = notice, measure, hear_late
+        self._late = set[asyncio.Task[None]]()
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host, self._base = parts.hostname or "", parts.path
@@ -1911,7 +1954,7 @@ class VolumeClient:
     ) -> None:
         """Take from one connection the answers that it gives: it may close after some of them, a
         kept one before any. A repeat is harmless: a path names one version."""
-        kept, before, whole = self._take_idle(), len(answers), False
+        kept, before, whole, late = self._take_idle(), len(answers), False, False
         wire = kept or await self._connect()
         try:
             async with Patience(wire, self.timeout_s) as patience:
@@ -1928,6 +1971,11 @@ class VolumeClient:
                 whole = wire.is_idle and len(self._idle) < self._keep
         except TimeoutError:
             self._drop_idle()  # the network may have forgotten the other kept connections, too
+            if method == "PUT" and self._hear_late and len(self._late) < MAX_LATE:
+                paths = [path for path, _ in requests[len(answers) - before :]]
+                self._late.add(task := asyncio.create_task(self._await_late(wire, paths, self._hear_late)))
+                task.add_done_callback(self._late.discard)
+                late = True
             raise
         except BROKEN:
             if not kept and len(answers) == before:
@@ -1935,8 +1983,28 @@ class VolumeClient:
         finally:
             if whole:
                 self._idle.append(wire)
-            else:
+            elif not late:
                 wire.abort()
+
+    async def _await_late(
+        self, wire: Wire, paths: list[str], hear_late: Callable[[list[str], bool], Awaitable[None]]
+    ) -> None:
+        """Wait, with nobody waiting for it, until a volume that hung answers, or hangs up: then it will not carry out
+        any more of what it was sent."""
+        wire.keep_alive()
+        answered = list[str]()
+        try:
+            async with asyncio.timeout(HUNG.seconds):
+                for path in paths:
+                    await wire.read_status()
+                    answered.append(path)
+        except (TimeoutError, *BROKEN):
+            pass
+        finally:
+            wire.abort()
+        sidecars = [path for path in answered if path.endswith(".key")]
+        await hear_late(sidecars, True)
+        await hear_late([path for path in paths if path not in answered], False)
 
     def _take_idle(self) -> Wire | None:
         while self._idle:
@@ -1996,6 +2064,8 @@ class VolumeClient:
         """Close the idle connections; what is under way goes on, and is not kept after it."""
         self._keep = 0
         self._drop_idle()
+        for task in self._late:
+            task.cancel()
 
     def _drop_idle(self) -> None:
         while self._idle:
@@ -2244,7 +2314,7 @@ class Write:
         self._hasher = Hasher(draft.digests)
         self.path = ""
         self.claimed = set[str]()  # where something of it may be
-        self.doubts = dict[str, float]()  # of these, where all of it was sent, and was not answered
+        self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered
         self.done = list[str]()  # where all of it is
         self.failed = dict[str, VolumeError]()
 
@@ -2278,7 +2348,7 @@ class Write:
         while names := await self._plan_and_claim(self.done):
             record = self._make_record(digest)
             files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
-            self.doubts |= dict.fromkeys(names, HUNG_S)
+            self.doubts |= dict.fromkeys(names, HUNG)
             self.done += await self._each(names, partial(self._put_files, files))
         return self._make_record(digest)
 
@@ -2304,11 +2374,11 @@ class Write:
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
             digest = self._finish_body()
-            self.doubts |= dict.fromkeys(uploads, HUNG_S)
+            self.doubts |= dict.fromkeys(uploads, BLOB_HUNG)
             await self._each(uploads, lambda name: uploads[name].finish())
             self._drop_failed(uploads)
             sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
-            self.doubts |= dict.fromkeys(uploads, HUNG_S)
+            self.doubts |= dict.fromkeys(uploads, HUNG)
             self.done += await self._each(uploads, partial(self._put_files, sidecar))
             self._drop_failed(uploads)
             return self._make_record(digest)
@@ -2322,7 +2392,7 @@ class Write:
         good = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, VolumeDown) and name in self.doubts:
-                self.doubts[name] = BROKEN_S
+                self.doubts[name] = self.doubts[name]._replace(seconds=BROKEN_OFF.seconds)
             elif not isinstance(result, VolumeTimeout):
                 self.doubts.pop(name, None)
             if isinstance(result, VolumeError):
@@ -2385,7 +2455,8 @@ class Store:
             name, client = volume.name, before.get(volume.name)
             facts = (volume, config.volume_secret, config.volume_timeout)
             if client is None or (client.volume, client.secret, client.timeout_s) != facts:
-                client = VolumeClient(*facts, partial(self.health.notice, name), partial(self._measure, name))
+                hearing = (partial(self.health.notice, name), partial(self._measure, name))
+                client = VolumeClient(*facts, *hearing, partial(self._hear_late, name))
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
 
@@ -2394,6 +2465,11 @@ class Store:
         self.metrics.observe("mkv_volume_request_duration_seconds", f'volume="{volume}"', seconds)
         if failure:
             self.metrics.add(f'mkv_volume_errors_total{{volume="{volume}",error="{failure}"}}')
+
+    async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
+        if paths:
+            with contextlib.suppress(sqlite3.Error):  # then it is looked at until the doubt has passed
+                await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered))
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
@@ -3128,7 +3204,9 @@ class Connection(web.RequestHandler):
 
 def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any) -> web.BaseRequest:
     """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
-    hang the connection: it becomes one that is no path."""
+    hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in 1.1."""
+    if message.version > HttpVersion11:
+        message = message._replace(version=HttpVersion11)
     try:
         return make(message, *more)
     except ValueError:
@@ -3362,6 +3440,7 @@ async def serve_volume(folder: Path, listener: socket.socket, config: Config) ->
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
     loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
+    manager.request_factory = partial(make_request, manager.request_factory)
     connect = partial(Connection, config, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 

@@ -98,7 +98,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, BROKEN_S, CLAIMS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG_S,
+    ALL_KEYS, BROKEN_OFF, CLAIMS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG,
     LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PENDING_COLUMNS, SMALL_BLOB, STEM, TOOL, Answer,
     Config, ConfigError, Hasher, Index, MkvError, NotFound, Pending, PendingState, Record, Ring,
     SqliteThread, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
@@ -677,9 +677,9 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     path = before.path
     claimed = {row.volume for row in tx.pending_below(path).values() if row.state in CLAIMS}
     current = tx.get(before.key)
-    doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_S)  # of a run that was killed
+    doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_OFF)  # of a run that was killed
     if failed:
-        doubts |= dict.fromkeys(move.copy, HUNG_S)
+        doubts |= dict.fromkeys(move.copy, HUNG)
     if current != before or not claimed.issuperset(move.copy):
         named = current.volumes if current and current.path == path else ()
         tx.end_claims(path, named, doubts)
@@ -1073,7 +1073,7 @@ def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
     for row in rows:
         doubt_s = None if row.doubt_s is None else row.doubt_s + age_s
         if row.state in CLAIMS:
-            doubt_s = tx.now_s + BROKEN_S
+            doubt_s = tx.now_s + BROKEN_OFF.seconds
         if row.state is PendingState.MARK:
             after = row
         elif row.state in ALIVE:
@@ -1170,7 +1170,7 @@ class Rebuild:
     def _write_marks(self, marks: Mapping[str, Mark], tx: Transaction) -> None:
         """Note what marks say: a volume that is not read now may still have the dead version."""
         for mark in marks.values():
-            tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG_S))
+            tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG))
             tx.add_marks(mark.path, mark.volumes, ())
 
     async def _merge(self, run: list[str], on: On) -> None:

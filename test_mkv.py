@@ -4350,28 +4350,32 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
     worker, *others = children_of(cluster.volumes["volume3"].process.pid)
     assert others, "nginx must have two workers or more"
 
-    async def work(store: Store) -> None:
-        await put_all(store, {f"warm{i}": b"x" for i in range(64)})
-        os.kill(worker, signal.SIGSTOP)
-        await asyncio.gather(*(put_one(store, f"k{i}", b"x") for i in range(16)))
-        for i in range(16):
-            await store.delete(f"k{i}", mkv.UNCONDITIONAL, "")
-        while (await store.status())["garbage"]:
-            await store.health.probe(store.view.clients["volume3"])
-            await store.collect_garbage()
+    def at_once(url: str, method: str, names: Iterable[str]) -> set[int]:
+        with ThreadPoolExecutor(16) as pool:
+            return set(pool.map(lambda name: ask(f"{url}/{name}", method, b"x" if method == "PUT" else None)[0], names))
 
-    try:
-        cluster.use(work)
-        before = cluster.rows()
-        known = len(sidecars(cluster))
-    finally:
-        os.kill(worker, signal.SIGCONT)
-    eventually(lambda: len(sidecars(cluster)) > known)  # the late writes: this is what the test is about
-    if index == "lost":
-        lose_the_index(cluster)
+    gone = [f"k{i}" for i in range(32)]
+    with cluster.serve() as (port, process):
+        url = f"http://127.0.0.1:{port}"
+        assert at_once(url, "PUT", [f"warm{i}" for i in range(64)]) == {201}
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            assert at_once(url, "PUT", gone) == {201} and at_once(url, "DELETE", gone) == {204}
+            eventually(lambda: not json.loads(ask(url + "/-/status")[2])["garbage"])
+            before, known = cluster.rows(), len(sidecars(cluster))
+            assert marks(cluster)
+            if index == "lost":
+                process.kill()
+                process.wait(20)
+                lose_the_index(cluster)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        late = cluster.data / "volume3"
+        if index == "lost":
+            eventually(lambda: len(sidecars(cluster)) > known)  # the late writes: what the test is about
+        else:
+            eventually(lambda: not marks(cluster) and len(list(late.glob("*/*/*"))) == 2 * 64)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
-    with cluster.serve():
-        eventually(lambda: len(sidecars(cluster)) == 64 * 3 and not marks(cluster))
 
 
 @on_nginx
