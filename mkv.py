@@ -95,7 +95,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, HttpVersion11, StreamReader, web
+from aiohttp import ClientError, HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL as AnyURL
@@ -1275,18 +1275,19 @@ class Transaction:
         if all(row.state is PendingState.MARK and row.due_s is None for row in before.values()):
             self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
 
-    def add_marks(self, path: str, volumes: Iterable[str], doubtful: Iterable[str]) -> None:
-        """Note that `volumes` have the mark of the version of the blob at `path`, and those in `doubtful` perhaps."""
-        mark = mark_path(path)
-        before = self.pending_below(mark)
-        after = dict(before)
-        for volume in volumes:
-            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
-        for volume in doubtful:
-            doubt_s = self.now_s + HUNG.seconds
-            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
-        self.change(before, after)
-        self._release_marks(path)
+    def add_marks(self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]) -> None:
+        """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in `doubtful` perhaps."""
+        for path in paths:
+            mark = mark_path(path)
+            before = self.pending_below(mark)
+            after = dict(before)
+            for volume in volumes:
+                after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
+            for volume in doubtful:
+                doubt_s = self.now_s + HUNG.seconds
+                after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
+            self.change(before, after)
+            self._release_marks(path)
 
     def release_claims(self, owner: int, workers: int) -> None:
         """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now. The
@@ -2598,35 +2599,48 @@ class Store:
             raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
 
     async def _bury(self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False) -> bool:
-        """Delete the sidecars of a key's dead versions from all volumes that answer soon; where that cannot be done, or
+        """Delete the sidecars of a key's dead versions from all volumes that answer; where that cannot be done soon, or
         proves nothing, put `copies` marks of the version on others. Return whether that succeeded."""
-        sidecars = defaultdict[str, list[Place]](list)
+        places = defaultdict[str, list[Place]](list)
         for (volume, path), row in rows.items():
             if row.state in DEAD and volume in view.clients and not self.health.is_down(volume):
-                sidecars[volume].append((volume, path))
+                places[volume].append((volume, path))
         seen = dict[Place, bool]()
 
-        async def delete(volume: str, places: list[Place]) -> None:
-            paths = [sidecar_path(path) for _, path in places]
+        async def delete(volume: str) -> None:
+            paths = [sidecar_path(path) for _, path in places[volume]]
             if and_blobs:
-                paths += [path for _, path in places]
-            found = await view.clients[volume].delete(paths, trail)
-            seen.update(zip(places, found, strict=False))
+                paths += [path for _, path in places[volume]]
+            with contextlib.suppress(VolumeError):
+                found = await view.clients[volume].delete(paths, trail)
+                seen.update(zip(places[volume], found, strict=False))
 
-        deletes = (delete(volume, places) for volume, places in sidecars.items())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DELETE_PATIENCE_S):
-                await asyncio.gather(*deletes, return_exceptions=True)
+        deletes = {volume: asyncio.create_task(delete(volume)) for volume in places}
+        marked = True
+        try:
+            for patience_s in (DELETE_PATIENCE_S, None):  # the second time as long as the volumes' own timeouts
+                if deletes:
+                    await asyncio.wait(deletes.values(), timeout=patience_s)
+                needed = plan_marks(rows, seen, copies)
+                silent = {volume for volume in places if not seen.keys() >= set(places[volume])}
+                marked = not needed or await self._put_marks(view, key, needed, silent, copies)
+                if marked or all(task.done() for task in deletes.values()):
+                    break
+        finally:
+            for task in deletes.values():
+                task.cancel()  # the garbage follows
+        await self._note_deletes(rows, seen, and_blobs)
+        return marked
+
+    async def _note_deletes(self, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool) -> None:
         proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
-        if and_blobs and seen:
-            await self.index.write(lambda tx: tx.settle(seen))
-        elif proofs:
-            await self.index.write(lambda tx: tx.note_found(proofs))
-        needed = plan_marks(rows, seen, copies)
-        if not needed:
-            return True
-        silent = {volume for volume, places in sidecars.items() if not seen.keys() >= set(places)}
-        return await self._put_marks(view, key, needed, silent, copies)
+        try:
+            if and_blobs and seen:
+                await self.index.write(lambda tx: tx.settle(seen))
+            elif proofs:
+                await self.index.write(lambda tx: tx.note_found(proofs))
+        except sqlite3.Error as error:
+            log.error("index: %s; what was deleted will be deleted again", error)
 
     async def _put_marks(
         self, view: View, key: str, needed: Mapping[str, Collection[str]], silent: Collection[str], copies: int
@@ -2652,8 +2666,10 @@ class Store:
             missing = copies - len(done)
             await asyncio.gather(*map(put, waiting[:missing]))
             waiting = waiting[missing:]
-        for path in needed:
-            await self.index.write(lambda tx, path=path: tx.add_marks(path, done, failed))  # type: ignore[misc]
+        try:
+            await self.index.write(lambda tx: tx.add_marks(needed, done, failed))
+        except sqlite3.Error as error:
+            log.error("index: %s; marks of %r stay until verify --repair removes them", error, key)
         return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:
@@ -3205,7 +3221,7 @@ class Connection(web.RequestHandler):
 def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any) -> web.BaseRequest:
     """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
     hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in 1.1."""
-    if message.version > HttpVersion11:
+    if message.version not in (HttpVersion10, HttpVersion11):
         message = message._replace(version=HttpVersion11)
     try:
         return make(message, *more)
@@ -3262,6 +3278,8 @@ class EmbeddedVolume:
             return await self._act(request, path, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
+        except web.HTTPException as error:
+            return web.Response(status=error.status, text=error.text, headers=error.headers)
         except OSError as error:
             status = status_of(error, request.method)
             if status >= 500:
@@ -3273,7 +3291,7 @@ class EmbeddedVolume:
         shown = request.headers.get("Mkv-Volume-Secret", "").encode("utf-8", "surrogateescape")
         if not self._secret or hmac.compare_digest(shown, self._secret):
             return
-        if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key")) or path == PROBE_PATH:
+        if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key", ".del")) or path == PROBE_PATH:
             raise Forbidden("the volume's secret is needed")
         if self._link_secret:
             given = dict(parse_qsl(query))

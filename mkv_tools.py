@@ -1171,7 +1171,7 @@ class Rebuild:
         """Note what marks say: a volume that is not read now may still have the dead version."""
         for mark in marks.values():
             tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG))
-            tx.add_marks(mark.path, mark.volumes, ())
+            tx.add_marks([mark.path], mark.volumes, ())
 
     async def _merge(self, run: list[str], on: On) -> None:
         """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
@@ -1461,7 +1461,7 @@ def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
     strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
     for volume, path in strays:
         if path.endswith(".del"):
-            tx.add_marks(path, [volume], ())
+            tx.add_marks([path], [volume], ())
         else:
             tx.add_garbage(path, [volume])
     return len(strays)

@@ -1970,7 +1970,7 @@ def test_request_that_has_begun_after_a_body_is_no_part_of_it(parser: Program, b
     assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
-CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED_PUT = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 
 
@@ -1987,9 +1987,9 @@ END = b"0\r\n\r\n"
     ids=["bytes", "small", "extensions", "endless extension", "too long", "no number"],
 )
 def test_body_of_more_framing_than_sense_is_400(parser: Program, body: bytes, words: str) -> None:
-    check_problem(send_raw(parser.port, CHUNKED + body), 400, words)
+    check_problem(send_raw(parser.port, CHUNKED_PUT + body), 400, words)
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-        connection.sendall(CHUNKED)
+        connection.sendall(CHUNKED_PUT)
         eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")
@@ -1998,7 +1998,7 @@ def test_body_of_more_framing_than_sense_is_400(parser: Program, body: bytes, wo
 
 def test_small_chunks_are_taken(parser: Program) -> None:
     for body in (b"1\r\nx\r\n" * 1000, (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000):
-        assert send_raw(parser.port, CHUNKED + body + END)[0] == 201
+        assert send_raw(parser.port, CHUNKED_PUT + body + END)[0] == 201
         assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
@@ -4347,8 +4347,11 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
 def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, index: str) -> None:
     """The other worker answers the collector with 404, and the stopped one writes when it wakes."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2, volume_timeout=0.5)
-    worker, *others = children_of(cluster.volumes["volume3"].process.pid)
-    assert others, "nginx must have two workers or more"
+    workers = children_of(cluster.volumes["volume3"].process.pid)
+    assert len(workers) > 1, "nginx must have two workers or more"
+
+    def count_open(worker: int) -> int:
+        return len(list(Path(f"/proc/{worker}/fd").iterdir()))
 
     def at_once(url: str, method: str, names: Iterable[str]) -> set[int]:
         with ThreadPoolExecutor(16) as pool:
@@ -4358,6 +4361,7 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
     with cluster.serve() as (port, process):
         url = f"http://127.0.0.1:{port}"
         assert at_once(url, "PUT", [f"warm{i}" for i in range(64)]) == {201}
+        worker = max(workers, key=count_open)  # which has kept connections
         os.kill(worker, signal.SIGSTOP)
         try:
             assert at_once(url, "PUT", gone) == {201} and at_once(url, "DELETE", gone) == {204}
@@ -7662,7 +7666,7 @@ def fuzz_and_check(targets: Sequence[Target], rounds: Iterable[int], count: int)
         assert target.memory() - memory < 24_000_000, target.name
         target.await_files(files + 8)  # it may keep some more connections to its volumes
         target.check_store()
-    for status in (201, 302, 400, 404, 408, 412):
+    for status in (201, 302, 400, 404):
         assert min(answers[f"server-c {status}"], answers[f"server-python {status}"]) > 0, status
 
 
