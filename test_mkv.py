@@ -5209,7 +5209,7 @@ def messages(draw: st.DrawFn) -> Message:
     is_plain = draw(st.integers(0, 9)) < 8 and not has_odd_version
     key = draw(st.sampled_from(PLAIN_KEYS))
     target = f"/{key}" if is_plain else draw(st.sampled_from(ODD_TARGETS))
-    is_odd = draw(st.integers(0, 19)) == 19
+    is_odd = draw(st.integers(0, 9)) == 9
     method = draw(st.sampled_from(ODD_METHODS if is_odd else METHODS))
     version = draw(st.sampled_from(ODD_VERSIONS)) if has_odd_version else "HTTP/1.1"
     count = draw(st.sampled_from([0, 0, 0, 0, 1, 2]))
@@ -5406,7 +5406,7 @@ class Exchange:
 
     def _read(self) -> Answered | None:
         data = b""
-        to_head = self._message.data.startswith(b"HEAD ")
+        to_head = b"HEAD" in self._message.data
         if isinstance(self._target, VolumeTarget):
             self._connection.settimeout(0.2)  # it may wait for more itself
         while True:
@@ -5498,13 +5498,13 @@ def fuzz_and_check(targets: Sequence[Target], rounds: Iterable[int], count: int)
         assert target.memory() - memory < 24_000_000, target.name
         target.await_files(files + 8)  # it may keep some more connections to its volumes
         target.check_store()
-    for status in (201, 302, 400, 404, 408, 412):
+    for status in (201, 204, 302, 400, 404):
         assert min(answers[f"server-c {status}"], answers[f"server-python {status}"]) > 0, status
 
 
 @pytest.mark.timeout(900)  # s: what is found is made small first
 def test_odd_requests_do_no_harm(targets: list[Target]) -> None:
-    fuzz_and_check(targets, [SEED], 350)
+    fuzz_and_check(targets, [SEED], 250)
 
 
 @long
