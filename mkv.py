@@ -13,34 +13,43 @@ On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of
 
     /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
     /h[0:2]/h[2:4]/h-version.key      its sidecar, JSON: key, version, size, digest, content_type, ext
+    /h[0:2]/h[2:4]/h-version.del      a mark, JSON: this version is dead, though some volume may still show its sidecar
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A blob without a
-sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars.
+sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars. A mark
+is there only while a volume that should delete a sidecar does not answer, or may not have carried out a late write.
 
-    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 503 507
+    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 507
     GET /key      302 to a volume            304 404 412 503
     HEAD /key     200 from the index alone   304 404 412
-    DELETE /key   204                        404 412
+    DELETE /key   204                        404 412 503 504
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
     GET /-/livez /-/readyz /-/status /-/metrics          (everywhere, with tokens: 401 403)
 
 Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar, the record is on disk.
-    I2  Anything else to a PUT leaves the key as it was, and what was written becomes garbage.
+    I2  Anything else to a PUT leaves the key as it was, and what was written is deleted, sidecars before the answer.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back: not after a crash, not by rebuild.
+    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not after a crash, not by
+        rebuild, with the index or, while a volume with the mark is there, without it.
     I5  A reader gets one whole version, never a mix and never a short blob.
     I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes nothing.
     I7  Every tool can be killed at any step and run again.
     I8  No tool deletes the last good replica of a record. A timeout is never read as absence.
     I9  Memory is bounded by the number of connections, never by the size of a blob.
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
+    I11 All answers about a key have an order that explains them, in which no request comes before one that was
+        answered before it was sent. One without an answer (or 504) may have happened or not, 412, 429, 503 and 507
+        have not. Only 201 and 204 of PUTs that overlap may be told each other's way.
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and the index decides.
 A record only moves to a higher version, in one transaction that also puts what it replaces into the garbage. So a late
 clean-up can never hit a newer write, and several processes and tools can share one index. Whoever writes to a volume
 claims the path in the index before, so what a crash leaves there is known, and becomes garbage.
+
+What no index and no mark can cover: a request that was under way when the index was lost may have happened, whatever
+its conditions; a volume that hangs for more than a day and then carries out what it was sent.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
@@ -70,21 +79,26 @@ import resource
 import signal
 import socket
 import sqlite3
+import stat
+import struct
 import sys
+import termios
 import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
-from aiohttp import ClientError, web
+from aiohttp import ClientError, HttpVersion11, StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
+from yarl import URL as AnyURL
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
@@ -93,6 +107,7 @@ log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
 Answer = tuple[int, bytes]  # of a volume: status, body
+Place = tuple[str, str]  # (volume, path)
 
 # == Errors ===========================================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
@@ -122,7 +137,9 @@ class UnsupportedEncoding(MkvError):
     status, title, headers = 415, "Unsupported Media Type", {"Accept-Encoding": "identity"}
 class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
+class UnknownCoding(MkvError): status, title = 501, "Not Implemented"
 class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
+class Unfinished(MkvError): status, title = 504, "Gateway Timeout"
 class Full(MkvError): status, title = 507, "Insufficient Storage"
 
 class ConfigError(MkvError):
@@ -143,6 +160,7 @@ class VolumeDown(VolumeError): """Nobody answers there, or the connection broke.
 class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
 class VolumeFull(VolumeError): """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
 class VolumeUnexpected(VolumeError): """An answer that a volume should not give, such as 403."""
+class VolumeBlameless(VolumeError): """The request failed, which says nothing of the volume."""
 # fmt: on
 
 # == Configuration ====================================================================================================
@@ -150,6 +168,7 @@ class VolumeUnexpected(VolumeError): """An answer that a volume should not give,
 # key, a flag (dashes for underscores) and a row of the README's table.
 
 URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
+VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "delete", "list", "admin")
@@ -200,7 +219,7 @@ class Volume(Checked):
     zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
 
     def _contradictions(self) -> Iterator[str]:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}", self.name):
+        if not VOLUME_NAME.fullmatch(self.name):
             yield f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}"
         for which, url in (("url", self.url), ("public_url", self.public_url or self.url)):
             if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
@@ -246,8 +265,12 @@ class Config(Checked):
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
     max_connections: int = setting(4096, "connections of one client address to one process", 1)
     header_timeout: float = setting(10.0, "s for a new connection to send its first request's headers", 0.1, 3600)
-    body_timeout: float = setting(30.0, "s without a byte of the body after which it is refused", 0.1, 3600)
+    # Less than client_body_timeout of nginx.conf: else nginx gives up first, and counts as down.
+    body_timeout: float = setting(30.0, "s without a byte of the body after which it is refused", 0.1, 50)
     min_body_rate: float = setting(1024.0, "bytes/s that a body must average after 30 s")
+    send_timeout: float = setting(
+        30.0, "s of reading its answer at min_body_rate or less that drop a client", 0.1, 3600
+    )
     keepalive_timeout: float = setting(60.0, "s after which an idle connection is closed", 1, 86400)
     list_rate: float = setting(200.0, "list requests a second of one client to one process (0: no limit)")
     list_burst: int = setting(1000, "list requests that a client may make at once", 1)
@@ -351,6 +374,7 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 # A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned by golden vectors.
 
 MAX_KEY_BYTES = 1024
+END_OF_TIME_NS = 2**62  # in 2116; every version is below, so that a higher one fits its digits
 PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -370,6 +394,8 @@ EXTENSIONS = {
     "video/mp4": "mp4", "video/webm": "webm", "video/mpeg": "mpeg", "video/quicktime": "mov", "video/mp2t": "ts",
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv", "video/x-ms-wmv": "wmv",
 }  # fmt: skip
+MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
+MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {"jpeg": "image/jpeg", "htm": "text/html"}
 
 
@@ -420,24 +446,45 @@ def sidecar_path(path: str) -> str:
     return path[:STEM] + ".key"
 
 
+def mark_path(path: str) -> str:
+    """Return the path of the mark that says that the version of the blob at `path` is dead."""
+    return path[:STEM] + ".del"
+
+
+def version_of(path: str) -> str:
+    return path[STEM - 20 : STEM]
+
+
 def parse_path(path: str) -> tuple[str, str, str] | None:
-    """Return (hash of the key, version, extension) of a blob's or a sidecar's path, None for anything else."""
+    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a mark's path, else None."""
     found = PATH.fullmatch(path)
     return (found[3], found[4], found[5] or "") if found else None
 
 
-def next_version(now_ns: int, current: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `current`, even if the clock stepped back."""
-    least = int(current[:16], 16) + 1 + (salt >> 16) if current else 0  # spread: behind a clock that is set back, too
-    return f"{max(now_ns, least):016x}{salt & 0xFFFF:04x}"
+def version_ns(version: str) -> int:
+    """Return the time in a version, in Unix nanoseconds."""
+    return int(version[:16], 16)
+
+
+def next_version(now_ns: int, newest: str | None, salt: int) -> str:
+    """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock says.
+
+    `salt` is 16 random bits. Raises Unavailable from the year 2116 on.
+    """
+    least_ns = version_ns(newest) + 1 if newest else 0
+    chosen_ns = max(now_ns, least_ns)
+    if chosen_ns >= END_OF_TIME_NS:
+        raise Unavailable("the clock of the index server, or this key's version, is beyond the year 2116")
+    return f"{chosen_ns:016x}{salt:04x}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     """Return (content type, extension) for a blob; without a Content-Type the key's own ending decides."""
     if content_type is None:
         content_type = MEDIA_TYPES.get(key.rpartition(".")[2].lower(), DEFAULT_TYPE)
-    elif not re.fullmatch(r"[!-~]+/[!-~][ -~]{0,200}", content_type):
-        raise BadRequest("Content-Type is no media type of at most 200 printable ASCII characters")
+    elif len(content_type) > MAX_MEDIA_TYPE or not MEDIA_TYPE.fullmatch(content_type):
+        most = f"at most {MAX_MEDIA_TYPE} printable ASCII characters"
+        raise BadRequest(f"Content-Type is no media type of {most}")
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
 
 
@@ -488,9 +535,10 @@ class Ring:
         return tuple((chosen + spare)[:replicas])
 
 
-# == Records ==========================================================================================================
-# A key's row in the index, and its sidecar: the same facts as JSON.
+# == Records, sidecars, marks =========================================================================================
+# A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is dead.
 
+MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
 
 
@@ -517,15 +565,37 @@ class Record:
     @property
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
-        return int(self.version[:16], 16) / 1e9
+        return version_ns(self.version) / 1e9
 
 
 def encode_sidecar(record: Record) -> bytes:
     return json.dumps({name: getattr(record, name) for name in SIDECAR_FIELDS}, ensure_ascii=False).encode()
 
 
+def encode_mark(path: str, volumes: Collection[str]) -> bytes:
+    """Say on a volume that the version of the blob at `path` is dead, though `volumes` may still show its sidecar."""
+    return json.dumps({"blob": path, "volumes": sorted(volumes)}).encode()
+
+
+def decode_mark(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
+    """Read the mark found at `path`: the blob's path and the volumes; raises ValueError."""
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    blob = facts.get("blob") if isinstance(facts, dict) else None
+    if type(blob) is not str or parse_path(blob) is None or mark_path(blob) != path:
+        raise ValueError("it names another version than its path")
+    names = facts.get("volumes")
+    if type(names) is not list or not all(type(name) is str and VOLUME_NAME.fullmatch(name) for name in names):
+        raise ValueError("it names no volumes")
+    return blob, tuple(names)
+
+
 def decode_sidecar(data: bytes, path: str) -> Record:
     """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
@@ -535,13 +605,17 @@ def decode_sidecar(data: bytes, path: str) -> Record:
     record = Record(volumes=(), **{name: facts[name] for name in SIDECAR_FIELDS})
     try:
         check_key(record.key)
-        media_type_of(record.content_type, record.key)
     except BadRequest as error:
         raise ValueError(str(error)) from None
-    if record.size < 0 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
+    if not MEDIA_TYPE.fullmatch(record.content_type):
+        raise ValueError("content_type is no media type")
+    if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
-    if parse_path(record.path) is None or sidecar_path(record.path) != path:
+    blob = record.path
+    if parse_path(blob) is None or sidecar_path(blob) != path:
         raise ValueError("it names another key or version than its path")
+    if version_ns(record.version) >= END_OF_TIME_NS:
+        raise ValueError("its version is far in the future")
     return record
 
 
@@ -671,6 +745,249 @@ def retry_delay_s(attempts: int) -> float:
     return float(min(2 ** min(attempts, 12), 3600))
 
 
+class PendingState(enum.StrEnum):
+    """What a row of `pending` says of a path on a volume.
+
+    The first five are claims: their owner is about to write there. No record names the place yet, but for the fifth.
+    """
+
+    CLAIMED = "claimed"  # by a PUT without a condition
+    OVERTAKEN = "overtaken"  # the same; since then a write has come that this one may have come just before
+    BOUND = "bound"  # by a PUT under a condition
+    COPYING = "copying"  # by a tool, which copies a replica of the key's record
+    REMAKING = "remaking"  # by a tool, which makes a bad replica anew where the record names it
+    GARBAGE = "garbage"  # to be deleted
+    WATCHED = "watched"  # has been deleted, but a write that was never answered may still come
+    KEPT = "kept"  # a record names the place, but if the record goes, such a write may still come
+    MARK = "mark"  # a mark, to be deleted when nothing else of its version is pending
+
+
+TOOL_CLAIMS = (PendingState.COPYING, PendingState.REMAKING)
+CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, *TOOL_CLAIMS)
+DEAD = (PendingState.GARBAGE, PendingState.WATCHED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pending:
+    """A place on a volume that is claimed or to be deleted. Times are seconds of the index's own clock."""
+
+    path: str  # of the blob; of a mark: its own
+    volume: str
+    state: PendingState
+    owner: int | None = None  # of a claim
+    due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
+    attempts: int = 0  # to delete it
+    since_s: float = 0.0  # since when it is garbage
+    doubt_s: float | None = None  # until when a write that was never answered may still come; None: there was none
+    sent: int = 1  # how many times a sidecar may come there
+
+    @property
+    def version(self) -> str:
+        return version_of(self.path)
+
+
+Rows = Mapping[Place, Pending]
+
+
+class Doubt(NamedTuple):
+    """A volume was sent something and has not answered: for how many seconds it may come, and how many sidecars."""
+
+    seconds: float
+    sidecars: int = 1
+
+
+HUNG = Doubt(24 * 3600.0)  # it did not answer in time
+BROKEN_OFF = Doubt(30.0)  # the connection broke, or whoever sent it was killed
+BLOB_HUNG = Doubt(24 * 3600.0, sidecars=0)
+Doubts = Mapping[str, Doubt]  # volume -> what may come there
+NO_DOUBTS: Doubts = {}
+
+
+def bury(
+    rows: Rows, path: str, volumes: Iterable[str], now_s: float, delay_s: float, doubts: Doubts = NO_DOUBTS
+) -> dict[Place, Pending]:
+    """Return `rows` with garbage at `path` on `volumes`, due in `delay_s`. What is garbage already stays as it is."""
+    after = dict(rows)
+    for volume in volumes:
+        old = rows.get((volume, path))
+        if old is not None and old.state in DEAD:
+            continue
+        doubt = doubts.get(volume)
+        if doubt is None and old is not None and old.state in TOOL_CLAIMS:
+            doubt = HUNG  # the tool may be writing there now
+        new = Pending(
+            path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
+            doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
+        )  # fmt: skip
+        if old is not None and old.state in TOOL_CLAIMS:
+            new = replace(new, sent=old.sent)
+        if old is not None and old.doubt_s is not None:
+            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0), sent=old.sent)
+        after[volume, path] = new
+    return after
+
+
+def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doubts: Doubts) -> dict[Place, Pending]:
+    """Return `rows` without claims at `path`: what the record now names is done with, unless in doubt; the rest is
+    garbage."""
+    after = dict(rows)
+    for place, row in rows.items():
+        if row.path != path or row.state not in CLAIMS:
+            continue
+        if row.volume not in named:
+            after = bury(after, path, [row.volume], now_s, 0.0, doubts)
+            continue
+        del after[place]
+        times_s = [] if row.doubt_s is None else [row.doubt_s]
+        if row.volume in doubts:
+            times_s.append(now_s + doubts[row.volume].seconds)
+        if times_s:
+            kept = replace(row, state=PendingState.KEPT, owner=None, due_s=max(times_s), doubt_s=max(times_s))
+            after[place] = replace(kept, sent=row.sent + 1)
+    return after
+
+
+def plan_discard(rows: Rows, path: str, now_s: float, doubts: Doubts) -> dict[Place, Pending]:
+    """Return `rows` after the PUT to `path` has been given up: nobody else writes there, so these are all doubts."""
+    after = {place: row for place, row in rows.items() if row.path != path}
+    return bury(after, path, [row.volume for row in rows.values() if row.path == path], now_s, 0.0, doubts)
+
+
+def is_unconditional(conditions: Conditions) -> bool:
+    """Whether a write under these conditions goes through whatever the key is."""
+    return conditions.if_match is None and conditions.if_none_match is None and conditions.unmodified_since_s is None
+
+
+def lets_before(conditions: Conditions) -> bool:
+    """Whether a write under these conditions would also have gone through if any PUT had come just before it."""
+    if conditions.if_none_match is not None:
+        return False
+    if conditions.if_match is not None:
+        return "*" in conditions.if_match
+    return conditions.unmodified_since_s is None
+
+
+def tell_others(rows: Rows, path: str, conditions: Conditions, now_s: float) -> dict[Place, Pending]:
+    """Return `rows` after a write under `conditions` has been committed: what it means to claims but those at `path`.
+
+    A PUT under way may have happened just before it, if neither has a condition that forbids that. What a tool copies
+    is a dead version now, and it may still be writing.
+    """
+    after = dict(rows)
+    for place, row in rows.items():
+        if row.path == path:
+            continue
+        if row.state is PendingState.CLAIMED and lets_before(conditions):
+            after[place] = replace(row, state=PendingState.OVERTAKEN)
+        elif row.state in TOOL_CLAIMS:
+            after = bury(after, row.path, [row.volume], now_s, 0.0)
+    return after
+
+
+class Commit(enum.Enum):
+    """What becomes of a PUT whose replicas are written."""
+
+    DONE = "it becomes the key's record"
+    OVERTAKEN = "a newer write is there already; it is as if this one had come just before a newer one"
+    CHANGED = "the key is no longer what its conditions ask for"
+    LOST = "newer writes leave no moment at which it could have happened"
+
+
+def decide_put(record: Record, conditions: Conditions, current: Record | None, rows: Rows) -> Commit:
+    """Say what becomes of the PUT that made `record`; `rows` are what is pending on its key.
+
+    Versions have the order in which writes began. A write that ends after a newer one cannot become the record, since
+    rebuild takes the highest version. Its claims say whether there was a moment at which it may have happened.
+    """
+    if decide_conditions(conditions, current) is not Verdict.PROCEED:
+        return Commit.CHANGED
+    claims = {row.volume: row.state for row in rows.values() if row.path == record.path and row.state in CLAIMS}
+    if not claims.keys() >= set(record.volumes):
+        return Commit.LOST
+    versions = {row.version for row in rows.values() if row.state not in CLAIMS}
+    if current is not None:
+        versions.add(current.version)
+    if all(version < record.version for version in versions):
+        return Commit.DONE
+    overtaken = all(state is PendingState.OVERTAKEN for state in claims.values())
+    return Commit.OVERTAKEN if overtaken else Commit.LOST
+
+
+def plan_put(
+    record: Record, conditions: Conditions, current: Record | None, rows: Rows,
+    now_s: float, delay_s: float, doubts: Doubts,
+) -> dict[Place, Pending]:  # fmt: skip
+    """Return what is pending on the key after the PUT that made `record` is DONE."""
+    after = end_claims(rows, record.path, record.volumes, now_s, doubts)
+    after = tell_others(after, record.path, conditions, now_s)
+    if current is not None:
+        after = bury(after, current.path, current.volumes, now_s, delay_s)
+    return after
+
+
+def plan_delete(
+    current: Record, conditions: Conditions, rows: Rows, now_s: float, delay_s: float
+) -> dict[Place, Pending]:
+    """Return what is pending on the key after `current` is deleted."""
+    after = bury(rows, current.path, current.volumes, now_s, delay_s)
+    return tell_others(after, "", conditions, now_s)
+
+
+def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
+    """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was just deleted there.
+
+    Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does. A blob
+    that may come without a sidecar is nothing.
+    """
+    found = seen.get((row.volume, row.path))
+    if found is None:
+        return False
+    return row.doubt_s is None or row.sent <= found
+
+
+def plan_marks(rows: Rows, seen: Mapping[Place, bool], copies: int) -> dict[str, list[str]]:
+    """Return path of a blob -> volumes that may still show its sidecar, for each dead version that needs marks.
+
+    `rows` are what is pending on a key, `seen` as in is_gone; a version needs `copies` marks.
+    """
+    marks = Counter(row.version for row in rows.values() if row.state is PendingState.MARK and row.doubt_s is None)
+    needed = defaultdict[str, list[str]](list)
+    for row in rows.values():
+        if row.state in DEAD and not is_gone(row, seen) and marks[row.version] < copies:
+            needed[row.path].append(row.volume)
+    return dict(needed)
+
+
+def paths_to_delete(row: Pending) -> tuple[str, ...]:
+    """Return the files to delete for a row that is due, in that order: a blob without a sidecar is nothing."""
+    if row.state is PendingState.MARK:
+        return (row.path,)
+    return (sidecar_path(row.path), row.path) if row.state in DEAD else ()
+
+
+def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
+    """Return what becomes of a row when its place has been deleted (`found`) or was not there; None: it is done with.
+
+    A place that a write may still come to is looked at again, ever more seldom.
+    """
+    proven = found and row.sent == 1
+    if row.state not in DEAD or proven or row.doubt_s is None or row.doubt_s <= now_s:
+        return None
+    attempts = row.attempts + 1
+    due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
+    return replace(row, state=PendingState.WATCHED, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
+
+
+def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
+    """Return what becomes of a row when a volume has answered after all (`doubt_s` is None), or cannot any more."""
+    if row.doubt_s is None:
+        return row
+    after = replace(row, doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
+    if row.state is PendingState.WATCHED:
+        return replace(after, state=PendingState.GARBAGE, due_s=min(row.due_s or 0.0, row.since_s))
+    return replace(after, due_s=after.doubt_s or 0.0) if row.state is PendingState.KEPT else after
+
+
 def authorize(
     tokens: Collection[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
 ) -> str:
@@ -735,28 +1052,43 @@ def parse_list_query(query: str) -> ListQuery:
 # SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it. Calls that wait
 # while a thread works are handed to it together, so that they share one hop, and mutations one transaction.
 #
-# A claim says where somebody is about to write a replica that no record names yet. It is there before the first byte,
-# and goes in the transaction that commits the record. So what a crash leaves on the volumes is known: when the process
-# of that number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
+# What is on a volume and in no record is in `pending`. A claim is there before the first byte is written, and goes in
+# the transaction that commits the record. So what a crash leaves on the volumes is known: when the process of that
+# number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
+#
+# Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a step of the wall
+# clock neither hastens nor delays a deletion. After a boot of the machine it goes on from the wall clock.
 
-SCHEMA_VERSION = 1
-SCHEMA = f"""
+SCHEMA_VERSION = 2
+RECORDS = """
 CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
     digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL,
-    since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
-CREATE INDEX garbage_due ON garbage (volume, due);
-CREATE INDEX garbage_since ON garbage (since);
-CREATE TABLE claim (path TEXT NOT NULL, volume TEXT NOT NULL, owner INTEGER NOT NULL,
-    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
 """
+PENDING = """
+CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT NULL, owner INTEGER, due REAL,
+    attempts INTEGER NOT NULL, since REAL NOT NULL, doubt REAL, sent INTEGER NOT NULL,
+    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
+CREATE INDEX pending_due ON pending (volume, due) WHERE due IS NOT NULL;
+CREATE INDEX pending_since ON pending (since) WHERE state = 'garbage';
+CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
+INSERT INTO clock VALUES ('', 0);
+"""
+FROM_1_TO_2 = """
+INSERT INTO pending SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
+INSERT OR IGNORE INTO pending SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
+DROP TABLE garbage;
+DROP TABLE claim;
+"""
+STEPS = {0: RECORDS + PENDING, 1: PENDING + FROM_1_TO_2}  # from a schema to this one
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
+PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent"
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
-LIST_BYTES = 4 * 1024 * 1024  # about what a page may have, whatever its limit: slow readers keep pages in memory
+LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
+LIST_FRAME = 8 * 1024  # of these for all but the entries: `next` may have 6 bytes for each of a key
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -765,11 +1097,29 @@ def record_of_row(row: Iterable[Any]) -> Record:
     return Record(key=key, version=version, volumes=where, size=size, digest=digest, content_type=content_type, ext=ext)
 
 
+def pending_of_row(row: Iterable[Any]) -> Pending:
+    path, volume, state, owner, due, attempts, since, doubt, sent = row
+    return Pending(
+        path=path, volume=volume, state=PendingState(state), owner=owner,
+        due_s=due, attempts=attempts, since_s=since, doubt_s=doubt, sent=sent,
+    )  # fmt: skip
+
+
+def row_of_pending(p: Pending) -> tuple[Any, ...]:
+    return p.path, p.volume, p.state, p.owner, p.due_s, p.attempts, p.since_s, p.doubt_s, p.sent
+
+
+def read_clock(db: sqlite3.Connection) -> float:
+    """Return the time by the index's own clock, in seconds."""
+    return time.monotonic() + float(db.execute("SELECT ahead FROM clock").fetchone()[0])
+
+
 class Transaction:
-    """What a mutation may do: the records, the garbage, and with both, always, the totals."""
+    """What a mutation may do: the records, what is pending, and with both, always, the totals."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
-        self._db, self._now = db, time.time()
+        self._db = db
+        self.now_s = read_clock(db)
         self._totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
 
     def get(self, key: str) -> Record | None:
@@ -791,50 +1141,161 @@ class Transaction:
             self._totals[name][0] += sign
             self._totals[name][1] += sign * record.size
 
-    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0) -> None:
-        """Have the replicas at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+    def pending_below(self, start: str) -> dict[Place, Pending]:
+        """Return what is pending on paths that begin with `start`: of a key, of a version, or at one path."""
+        query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
+        rows = map(pending_of_row, self._db.execute(query, (start, after_prefix(start))))
+        return {(row.volume, row.path): row for row in rows}
+
+    def pending_of(self, key: str) -> dict[Place, Pending]:
+        return self.pending_below(blob_path(key, "", ""))
+
+    def change(self, before: Rows, after: Rows) -> None:
+        """Make `after` of the rows `before`, and keep the total of the garbage."""
+        for place, old in before.items():
+            if place not in after:
+                self._db.execute("DELETE FROM pending WHERE path = ? AND volume = ?", (old.path, old.volume))
+        for place, new in after.items():
+            if before.get(place) != new:
+                self._db.execute("INSERT OR REPLACE INTO pending VALUES (?,?,?,?,?,?,?,?,?)", row_of_pending(new))
+        for rows, sign in ((before, -1), (after, 1)):
+            garbage = [row for row in rows.values() if row.state is PendingState.GARBAGE]
+            self._totals[GARBAGE][0] += sign * len(garbage)
+
+    def draw_path(self, key: str, ext: str) -> str:
+        """Return the path of a new version of `key`, higher than all that is known of it, dead or alive."""
+        current = self.get(key)
+        versions = [row.version for row in self.pending_of(key).values()]
+        if current is not None:
+            versions.append(current.version)
+        version = next_version(time.time_ns(), max(versions, default=None), random.getrandbits(16))
+        return blob_path(key, version, ext)
+
+    def claim(self, path: str, volumes: Iterable[str], owner: int, state: PendingState) -> None:
+        """Note that `owner` is about to write at `path`. What is in doubt stays so."""
+        before = self.pending_below(path)
+        if any(row.state is PendingState.OVERTAKEN for row in before.values()):
+            state = PendingState.OVERTAKEN
+        after = dict(before)
         for volume in volumes:
-            row = (path, volume, self._now + delay_s, 0, self._now)
-            query = "INSERT OR IGNORE INTO garbage VALUES (?,?,?,?,?)"
-            self._totals[GARBAGE][0] += self._db.execute(query, row).rowcount
+            new = Pending(path=path, volume=volume, state=state, owner=owner)
+            if state is PendingState.REMAKING:
+                new = replace(new, sent=2)  # one may be there
+            old = before.get((volume, path))
+            if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
+                new = replace(new, doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
+            elif old is not None and old.doubt_s is not None:
+                new = replace(new, doubt_s=old.doubt_s, sent=new.sent + old.sent)
+            after[volume, path] = new
+        self.change(before, after)
 
-    def garbage_of(self, key: str) -> list[tuple[str, str]]:
-        """Return (volume, path) of all that `key` has left, of any version: garbage, and copies by a tool."""
-        start = blob_path(key, "", "")
-        query = """SELECT volume, path FROM garbage WHERE path >= ?1 AND path < ?2
-            UNION SELECT volume, path FROM claim WHERE path >= ?1 AND path < ?2 AND owner = ?3"""
-        return list(self._db.execute(query, (start, after_prefix(start), TOOL)))
+    def end_claims(self, path: str, named: Collection[str], doubts: Doubts = NO_DOUBTS) -> None:
+        """End all claims at `path`: the record names the volumes in `named`, what the others have is garbage."""
+        before = self.pending_below(path)
+        self.change(before, end_claims(before, path, named, self.now_s, doubts))
 
-    def garbage_at(self, path: str) -> list[tuple[str, str]]:
-        return list(self._db.execute("SELECT volume, path FROM garbage WHERE path = ?", (path,)))
+    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0, doubts: Doubts = NO_DOUBTS) -> None:
+        """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+        before = self.pending_below(path)
+        self.change(before, bury(before, path, volumes, self.now_s, delay_s, doubts))
 
-    def settle_garbage(self, gone: Iterable[tuple[str, str]], failed: Iterable[tuple[str, str, int]]) -> None:
-        """Forget the (volume, path) that are gone; put off the (volume, path, attempts) that failed."""
-        for volume, path in gone:
-            query = "DELETE FROM garbage WHERE path = ? AND volume = ?"
-            self._totals[GARBAGE][0] -= self._db.execute(query, (path, volume)).rowcount
-        for volume, path, attempts in failed:
-            query = "UPDATE garbage SET due = ?, attempts = ? WHERE path = ? AND volume = ?"
-            self._db.execute(query, (self._now + retry_delay_s(attempts), attempts, path, volume))
+    def end_copies(self, path: str, sent: Mapping[str, int]) -> None:
+        """Note that copies that turned to garbage while they were made were answered for: volume -> how many times a
+        sidecar may come there if nobody else has sent one."""
+        before = self.pending_below(path)
+        after = dict(before)
+        for volume, count in sent.items():
+            row = before.get((volume, path))
+            if row is not None and row.state in DEAD and row.sent == count:
+                after[volume, path] = replace(row, state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
+        self.change(before, after)
 
-    def claim(self, path: str, volumes: Iterable[str], owner: int) -> None:
-        rows = [(path, volume, owner) for volume in volumes]
-        self._db.executemany("INSERT OR REPLACE INTO claim VALUES (?,?,?)", rows)
+    def keep(self, path: str, volumes: Collection[str]) -> None:
+        """Take back that what is at `path` on `volumes` is garbage: a record names it."""
+        before = self.pending_below(path)
+        after = dict(before)
+        for place, row in before.items():
+            if row.path == path and row.volume in volumes:
+                del after[place]
+                if row.doubt_s is not None:
+                    after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+        self.change(before, after)
 
-    def take_claims(self, path: str) -> set[str]:
-        """End the claims on `path`; return the volumes that stood in them."""
-        return {row[0] for row in self._db.execute("DELETE FROM claim WHERE path = ? RETURNING volume", (path,))}
+    def settle(self, seen: Mapping[Place, bool], failed: Collection[Place] = ()) -> None:
+        """Note where garbage has been deleted (place -> whether its sidecar was there), and where that failed: there it
+        is tried again later."""
+        for place in (*seen, *failed):
+            volume, path = place
+            before = self._row_at(volume, path)
+            after = {}
+            for row in before.values():
+                new = settle(row, seen[place], self.now_s) if place in seen else self._put_off(row)
+                if new is not None:
+                    after[place] = new
+            self.change(before, after)
+            if not after:
+                self._release_marks(path)
 
-    def discard(self, path: str, delay_s: float) -> None:
-        """Make garbage of what is claimed at `path`; once it is committed, nothing is."""
-        self.add_garbage(path, self.take_claims(path), delay_s)
+    def note_found(self, places: Iterable[Place]) -> None:
+        """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
+        for volume, path in places:
+            before = self._row_at(volume, path)
+            self.change(before, {place: replace(row, sent=row.sent - 1) for place, row in before.items()})
 
-    def release_claims(self, owner: int, workers: int, delay_s: float) -> None:
-        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now,
-        due in `delay_s`: a volume may still be writing."""
-        query = "DELETE FROM claim WHERE owner = ? OR owner >= ? RETURNING path, volume"
-        for path, volume in self._db.execute(query, (owner, workers)).fetchall():
-            self.add_garbage(path, [volume], delay_s)
+    def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
+        """Note that a volume that hung has answered for what it was sent at `paths`, or that it cannot any more."""
+        doubt_s = None if answered else self.now_s + BROKEN_OFF.seconds
+        for path in paths:
+            before = self.pending_below(path[:STEM])
+            after = {place: end_doubt(row, doubt_s) if row.volume == volume else row for place, row in before.items()}
+            self.change(before, after)
+
+    def forget(self, places: Iterable[Place]) -> None:
+        """Give up what is pending at `places`, whose volume will not come back."""
+        for volume, path in places:
+            self.change(self._row_at(volume, path), {})
+            self._release_marks(path)
+
+    def _put_off(self, row: Pending) -> Pending:
+        attempts = row.attempts + 1
+        return replace(row, attempts=attempts, due_s=self.now_s + retry_delay_s(attempts))
+
+    def _row_at(self, volume: str, path: str) -> dict[Place, Pending]:
+        """Return the row there, unless somebody has claimed the place meanwhile."""
+        rows = self.pending_below(path)
+        return {place: row for place, row in rows.items() if place == (volume, path) and row.state not in CLAIMS}
+
+    def release_all_marks(self) -> None:
+        for (path,) in self._db.execute("SELECT DISTINCT path FROM pending WHERE state = 'mark'").fetchall():
+            self._release_marks(path)
+
+    def _release_marks(self, path: str) -> None:
+        """Have the marks of a version deleted if nothing else of it is pending."""
+        before = self.pending_below(path[:STEM])
+        if all(row.state is PendingState.MARK and row.due_s is None for row in before.values()):
+            self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
+
+    def add_marks(self, path: str, volumes: Iterable[str], doubtful: Iterable[str]) -> None:
+        """Note that `volumes` have the mark of the version of the blob at `path`, and those in `doubtful` perhaps."""
+        mark = mark_path(path)
+        before = self.pending_below(mark)
+        after = dict(before)
+        for volume in volumes:
+            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
+        for volume in doubtful:
+            doubt_s = self.now_s + HUNG.seconds
+            after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
+        self.change(before, after)
+        self._release_marks(path)
+
+    def release_claims(self, owner: int, workers: int) -> None:
+        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now. The
+        volumes may still carry out what they were sent."""
+        query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
+        for (path,) in self._db.execute(query, (owner, workers)).fetchall():
+            rows = self.pending_below(path).values()
+            named = {row.volume for row in rows if row.state is PendingState.REMAKING}
+            self.end_claims(path, named, {row.volume: BROKEN_OFF for row in rows})
 
     def close(self) -> None:
         """Write the totals; the last act of every transaction."""
@@ -843,64 +1304,119 @@ class Transaction:
         self._db.executemany(query, [(name, *total) for name, total in self._totals.items()])
 
 
-def commit_put(tx: Transaction, record: Record, conditions: Conditions, delay_s: float) -> bool:
-    """Move the key to `record` if that is newer and `conditions` still hold; return whether the key is new. Whichever
-    version loses becomes garbage in the same transaction, and so does what claimed volumes hold besides. A write that
-    began before the current version is answered as if it had come just before it. An MkvError undoes no garbage."""
-    current, claimed = tx.get(record.key), tx.take_claims(record.path)
-    if current and current.version == record.version:  # two writes drew one version: neither may become garbage here
-        raise Unavailable("another write of this key took the same version; send it again")
-    failed = decide_conditions(conditions, current) is not Verdict.PROCEED
-    released = not claimed.issuperset(record.volumes)  # by a process that took our number: it may be deleting already
-    if failed or released or (current and current.version > record.version):
-        tx.add_garbage(record.path, claimed.union(record.volumes), delay_s)
-        if failed:
+class Lost(Unavailable):
+    """Newer writes of the key leave no moment at which this PUT could have happened: it has to begin anew."""
+
+
+def commit_put(
+    tx: Transaction, record: Record, conditions: Conditions, delay_s: float, doubts: Doubts = NO_DOUBTS
+) -> bool:
+    """Carry out decide_put; return whether the key is new. If it raises, nothing has changed."""
+    current = tx.get(record.key)
+    rows = tx.pending_of(record.key)
+    match decide_put(record, conditions, current, rows):
+        case Commit.CHANGED:
             raise PreconditionFailed("the key has changed meanwhile")
-        if released:
-            raise Unavailable("another server has started with this index; send it again")
-        return False
-    tx.add_garbage(record.path, claimed.difference(record.volumes), delay_s)
-    if current:
-        tx.remove(current)
-        tx.add_garbage(current.path, current.volumes, delay_s)
-    tx.insert(record)
-    return current is None
+        case Commit.LOST:
+            raise Lost("another write of this key came in between; send it again")
+        case Commit.OVERTAKEN:
+            tx.end_claims(record.path, (), doubts)
+            return False
+        case Commit.DONE:
+            tx.change(rows, plan_put(record, conditions, current, rows, tx.now_s, delay_s, doubts))
+            if current is not None:
+                tx.remove(current)
+            tx.insert(record)
+            return current is None
+        case never:
+            assert_never(never)
 
 
-def commit_delete(tx: Transaction, key: str, conditions: Conditions, delay_s: float) -> list[tuple[str, str]]:
-    """Move the key's replicas to the garbage; return (volume, path) of all versions whose sidecars must go now."""
+def commit_delete(
+    tx: Transaction, key: str, conditions: Conditions, delay_s: float,
+    answering: Collection[str] | None = None, copies: int = 1,
+) -> dict[Place, Pending]:  # fmt: skip
+    """Delete the record; return what is then pending on the key: no sidecar may stay there. If it raises, nothing has
+    changed.
+
+    Where a sidecar cannot be deleted now the version has to get `copies` marks. If there are too few volumes for that,
+    `answering` are those on which sidecars can be deleted at least.
+    """
     current = tx.get(key)
+    rows = tx.pending_of(key)
     if current is None:
         raise NotFound("no such key")
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         raise PreconditionFailed("the key is not what the condition asks for")
+    after = plan_delete(current, conditions, rows, tx.now_s, delay_s)
+    if answering is not None:
+        seen = {(volume, path): False for volume, path in after if volume in answering}
+        if plan_marks(after, seen, copies):
+            raise Unavailable("too few volumes are up to note that it is deleted, for those that are down")
+    tx.change(rows, after)
     tx.remove(current)
-    tx.add_garbage(current.path, current.volumes, delay_s)
-    return tx.garbage_of(key)
+    return after
 
 
-def list_keys(db: sqlite3.Connection, query: ListQuery) -> dict[str, Any]:
-    """Return one page of keys and common prefixes: a range scan that seeks past each common prefix."""
-    page: dict[str, Any] = {"keys": [], "prefixes": [], "next": None}
+def discard_put(tx: Transaction, key: str, path: str, doubts: Doubts) -> tuple[dict[Place, Pending], bool]:
+    """Make garbage of what a PUT that is refused has written at `path`; return that, and whether the key's record is
+    newer, so that no rebuild could take it instead. Once the PUT is committed, nothing happens."""
+    current = tx.get(key)
+    if not path or (current is not None and current.path == path):
+        return {}, True
+    before = tx.pending_below(path)
+    after = plan_discard(before, path, tx.now_s, doubts)
+    tx.change(before, after)
+    return after, current is not None and current.version > version_of(path)
+
+
+def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
+    """Return one page of keys and common prefixes, as JSON of at most LIST_BYTES: a range scan
+    that seeks past each common prefix."""
+    keys, prefixes = list[str](), list[str]()  # each as it is sent
+    room = LIST_BYTES - LIST_FRAME
     start: str | None = max(query.prefix, query.start)
-    room = LIST_BYTES
+    following: str | None = None
     end = after_prefix(query.prefix)
     sql = f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
-    while start is not None:
-        rows, start = db.execute(sql, (start, end) if end else (start,)), None
+    while start is not None and following is None:
+        rows = db.execute(sql, (start, end) if end else (start,))
+        start = None
         for record in map(record_of_row, rows):
-            room -= 256 + len(record.key)
-            if len(page["keys"]) + len(page["prefixes"]) == query.limit or room < 0:
-                return page | {"next": record.key}
             cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
-            if cut >= 0:
-                page["prefixes"].append(record.key[: cut + len(query.delimiter)])
-                start = after_prefix(page["prefixes"][-1])
+            prefix = record.key[: cut + len(query.delimiter)] if cut >= 0 else ""
+            entry = json.dumps(prefix or describe(record))
+            room -= len(entry) + len(", ")
+            if room < 0 or len(keys) + len(prefixes) == query.limit:
+                following = record.key
                 break
-            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s))
-            facts = {"key": record.key, "size": record.size, "etag": record.etag}
-            page["keys"].append(facts | {"content_type": record.content_type, "modified": when})
-    return page
+            if prefix:
+                prefixes.append(entry)
+                start = after_prefix(prefix)
+                break
+            keys.append(entry)
+    page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
+    page += f'"next": {json.dumps(following)}}}'
+    return page.encode()
+
+
+def describe(record: Record) -> dict[str, Any]:
+    """Return what a list says of a key."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.modified_s))
+    facts = {"key": record.key, "size": record.size, "etag": record.etag}
+    return facts | {"content_type": record.content_type, "modified": when}
+
+
+def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
+    """Return some of what is due on a volume, the oldest first."""
+    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
+    return [pending_of_row(row) for row in db.execute(query, (volume, read_clock(db)))]
+
+
+def read_garbage_age(db: sqlite3.Connection) -> float:
+    """Return for how many seconds the oldest garbage has waited, 0 if there is none."""
+    oldest = db.execute("SELECT min(since) FROM pending WHERE state = 'garbage'").fetchone()[0]
+    return max(0.0, read_clock(db) - oldest) if oldest is not None else 0.0
 
 
 def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
@@ -973,7 +1489,28 @@ def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
 
 
 def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    """Carry all mutations out in one transaction; an MkvError is one mutation's answer, others undo them all."""
+    """Carry all mutations out in one transaction; what one raises is its answer. If that is no
+    MkvError, it may have done half its work: then nothing was done, and each gets a transaction of
+    its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's fault."""
+    try:
+        return write_together(mutations, db)
+    except sqlite3.OperationalError:
+        raise
+    except Exception:
+        return [write_alone(mutation, db) for mutation in mutations]
+
+
+def write_alone(mutation: Callable[[Transaction], Any], db: sqlite3.Connection) -> Any:
+    """Carry one mutation out; return its answer, or what it raises."""
+    try:
+        return write_together([mutation], db)[0]
+    except StopIteration as error:
+        return RuntimeError(repr(error))  # a future refuses the one itself
+    except Exception as error:
+        return error
+
+
+def write_together(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
     answers: list[Any] = []
     with db:
         db.execute("BEGIN IMMEDIATE")
@@ -988,7 +1525,8 @@ def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connect
 
 
 def prepare_index(db: sqlite3.Connection) -> None:
-    """Make the tables of a new index; raises sqlite3.DatabaseError if it is of another schema."""
+    """Make the tables of a new index, bring an older one to this schema, set the clock after a boot; raises
+    sqlite3.DatabaseError if it is of another schema."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -1001,10 +1539,30 @@ def prepare_index(db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (*STEPS, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
-        for statement in SCHEMA.split(";") if version == 0 else ():
+        if version not in (0, SCHEMA_VERSION):
+            keep_copy(db, version)
+        for statement in STEPS.get(version, "").split(";"):
             db.execute(statement)
+        if version != SCHEMA_VERSION:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else "unknown"
+        ahead = time.time() - time.monotonic()
+        db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+
+
+def keep_copy(db: sqlite3.Connection, version: int) -> None:
+    """Copy an index of an older schema, which nobody else can change now, to a file of its own beside it."""
+    path = db.execute("PRAGMA database_list").fetchone()[2]
+    if not path:
+        return  # in memory
+    target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+        source.backup(copy)
+    log.warning(
+        "the index %s is brought from schema %d to %d; a copy is kept as %s", path, version, SCHEMA_VERSION, target
+    )
 
 
 def lock_file(path: str, exclusive: bool) -> int:
@@ -1027,6 +1585,7 @@ class Index:
         self._writer = SqliteThread(path, False, write_all, partial(observe, "write"))
         self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
         self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
+        self._listers = [SqliteThread(path, True), SqliteThread(path, True)]
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
@@ -1045,17 +1604,25 @@ class Index:
 
     def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
         """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
-        it raises is passed on and undoes nothing. sqlite3.Error: nothing was done."""
+        it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(mutation)
 
     async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
-        self._readers.append(thread := self._readers.pop(0))
-        return await thread.run(query)
+        return await self._take_turn(self._readers).run(query)
+
+    async def list_page(self, query: ListQuery) -> bytes:
+        """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
+        return await self._take_turn(self._listers).run(lambda db: list_keys(db, query))
+
+    def _take_turn(self, threads: list[SqliteThread]) -> SqliteThread:
+        thread = threads.pop(0)
+        threads.append(thread)
+        return thread
 
     async def close(self) -> None:
         """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
-        for thread in (self._getter, *self._readers, self._writer):
+        for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
         if self._lock >= 0:
             os.close(self._lock)
@@ -1068,55 +1635,240 @@ class Index:
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
+KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
+MAX_LATE = 256  # connections to a volume that hangs on which its answers are still awaited
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}  # s, s, times
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
-CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)")
 BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # here, so that nobody could be connected to
+
+# Whatever a volume sends has a bound; a volume that breaks one has failed, as if it had hung up.
+HEAD_BYTES = 16 * 1024  # of the head of an answer
+INTERIM_ANSWERS = 10  # 1xx before the answer proper
+CHUNK_LINE_BYTES = 256  # a size and its extensions
+ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; nobody reads it
+
+TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
+ANSWER_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: " + TEXT + rb")?\r\n"
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
+)  # fmt: skip
+FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.I)
+LENGTH = re.compile(rb"[0-9]{1,15}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
+
+
+class AnswerHead(NamedTuple):
+    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
+
+    status: int
+    size: int | None
+    reusable: bool
+
+
+def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
+    """Read the head of an answer (RFC 9112) strictly; raises ValueError. HEAD's is `bodyless`."""
+    found = ANSWER_HEAD.fullmatch(head) if len(head) <= HEAD_BYTES else None
+    if found is None:
+        raise ValueError("what it answers is not HTTP")
+    status = int(found[2])
+    size: int | None = None
+    chunked = False
+    reusable = found[1] == b"1"
+    for name, value in FRAMING.findall(head):
+        value = value.strip(b" \t").lower()
+        match name.lower():
+            case b"connection":
+                reusable = reusable and b"close" not in value
+            case b"transfer-encoding" if value == b"chunked" and not chunked:
+                chunked = True
+            case b"content-length" if LENGTH.fullmatch(value) and size in (None, int(value)):
+                size = int(value)
+            case _:
+                raise ValueError("the length of its answer is malformed or given twice")
+    if chunked and size is not None:
+        raise ValueError("its answer has two lengths")
+    if bodyless or status < 200 or status in (204, 304):
+        size = 0
+    elif size is None and not chunked:
+        raise ValueError("its answer has no length")
+    return AnswerHead(status, size, reusable)
+
+
+class VolumeStream(asyncio.StreamReaderProtocol):
+    """asyncio's, but what a volume said before it broke the connection off can still be read."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        super().__init__(reader)
+        self.reader = reader
+        self.transport: asyncio.BaseTransport | None = None
+        self.reason: Exception | None = None  # why the connection is lost
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take a reset for an end of file. If a write met it, the kernel has what came before."""
+        self.reason = exc
+        if exc and self.transport and not self.transport.get_extra_info("ssl_object"):
+            with contextlib.suppress(OSError, RuntimeError):  # uvloop's, if the reader is full now
+                fd = self.transport.get_extra_info("socket").fileno()
+                unread = os.read(fd, HEAD_BYTES + ANSWER_BYTES)
+                if unread:
+                    self.reader.feed_data(unread)
+        super().connection_lost(None)
 
 
 class Wire:
     """One connection to a volume: requests written, answers read in the same order (HTTP/1.1 pipelining)."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self.writer, self.reusable = reader, writer, True
+    def __init__(self, stream: VolumeStream, writer: asyncio.StreamWriter) -> None:
+        self._stream, self._reader, self._writer = stream, stream.reader, writer
+        self._written, self.reusable = 0, True
 
-    async def read_head(self, head_only: bool = False) -> tuple[int, int | None]:
-        """Read the head of an answer; return its status, and the size of its body (None: chunked). Raises BROKEN."""
-        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.") or not head[9:12].isdigit():
-            raise ValueError("the answer is not HTTP")
-        if head[9:10] == b"1":  # 100 Continue
-            return await self.read_head(head_only)
-        self.reusable = b"\r\nconnection: close" not in head
-        length, bodyless = CONTENT_LENGTH.search(head), head_only or head[9:12] in (b"204", b"304")
-        if not length and not bodyless and b"\r\ntransfer-encoding: chunked" not in head:
-            raise ValueError("the answer has no length")
-        return int(head[9:12]), 0 if bodyless else int(length[1]) if length else None
+    def write(self, data: bytes) -> None:
+        self._written += len(data)
+        self._writer.write(data)
 
-    async def read_pieces(self, size: int | None) -> AsyncIterator[bytes]:
-        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
-        while size is None and (length := int((await self._reader.readuntil(b"\r\n")).partition(b";")[0], 16)):
-            yield (await self._reader.readexactly(length + 2))[:-2]
-        if size is None:
-            await self._reader.readexactly(2)
-        while size:
-            if not (piece := await self._reader.read(min(size, SMALL_BLOB))):
-                raise EOFError("it closed the connection in the middle of an answer")
-            yield piece
-            size -= len(piece)
-
-    async def read_answer(self, head_only: bool = False) -> Answer:
-        status, size = await self.read_head(head_only)
-        if size is not None:
-            return status, await self._reader.readexactly(size)
-        return status, b"".join([piece async for piece in self.read_pieces(size)])
+    async def drain(self) -> None:
+        """Wait until there is room for more, or the connection is closed."""
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
 
     @property
-    def usable(self) -> bool:
-        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]  # no answer to the next
-        return self.reusable and not unread and not self.writer.is_closing()
+    def waiting(self) -> int:
+        """How many bytes wait in this process."""
+        return self._writer.transport.get_write_buffer_size()
+
+    @property
+    def taken(self) -> int:
+        """How many bytes of all that were written have reached the other machine."""
+        unsent = self.waiting
+        with contextlib.suppress(OSError, ValueError):  # only Linux says what waits in its kernel
+            fd = self._writer.get_extra_info("socket").fileno()
+            unsent += int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return self._written - unsent
+
+    async def read_head(self, bodyless: bool = False) -> AnswerHead:
+        """Read the head of an answer, past those that are interim. Raises BROKEN."""
+        for _ in range(INTERIM_ANSWERS + 1):
+            head = parse_answer_head(await self._read_until(b"\r\n\r\n"), bodyless)
+            if head.status >= 200:
+                self.reusable = head.reusable
+                return head
+            if head.status == 101:
+                break
+        raise ValueError("it sends interim answers only")
+
+    async def _read_until(self, end: bytes) -> bytes:
+        try:
+            return await self._reader.readuntil(end)
+        except asyncio.IncompleteReadError:
+            raise self._stream.reason or EOFError("it hung up before it answered") from None
+
+    async def read_pieces(self, size: int | None) -> AsyncGenerator[bytes, None]:
+        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
+        left = await self._read_chunk_size() if size is None else size
+        while left:
+            piece = await self._reader.read(min(left, SMALL_BLOB))
+            if not piece:
+                raise self._stream.reason or EOFError("it hung up in the middle of an answer")
+            yield piece
+            left -= len(piece)
+            if size is None and not left:
+                await self._read_line_end()
+                left = await self._read_chunk_size()
+        if size is None:
+            await self._read_line_end()
+
+    async def _read_chunk_size(self) -> int:
+        line = await self._read_until(b"\r\n")
+        found = CHUNK_LINE.fullmatch(line) if len(line) <= CHUNK_LINE_BYTES else None
+        if found is None:
+            raise ValueError("the size of a chunk is malformed")
+        return int(found[1], 16)
+
+    async def _read_line_end(self) -> None:
+        if await self._reader.readexactly(2) != b"\r\n":
+            raise ValueError("a chunk is longer than its size")
+
+    async def read_status(self, bodyless: bool = False) -> int:
+        """Read an answer whose body nobody needs."""
+        status, body = await self.read_answer(ANSWER_BYTES, bodyless)
+        if len(body) > ANSWER_BYTES:
+            raise ValueError("its answer does not end")
+        return status
+
+    async def read_answer(self, limit: int, bodyless: bool = False) -> Answer:
+        """Read an answer. A body longer than `limit` is cut off after one byte more, and then the
+        connection is of no further use."""
+        head = await self.read_head(bodyless)
+        if head.size is not None and head.size <= limit:
+            return head.status, await self._reader.readexactly(head.size)
+        body = bytearray()
+        async with contextlib.aclosing(self.read_pieces(head.size)) as pieces:
+            async for piece in pieces:
+                body += piece
+                if len(body) > limit:
+                    self.reusable = False
+                    break
+        return head.status, bytes(body[: limit + 1])
+
+    @property
+    def is_closed(self) -> bool:
+        return self._writer.is_closing()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether another request can be sent: what is unread would be no answer to it."""
+        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]
+        return self.reusable and not unread and not self.is_closed
+
+    def keep_alive(self) -> None:
+        """Have the kernel find out whether the other machine is still there (tcp(7))."""
+        kernel = self._writer.get_extra_info("socket")
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            kernel.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def abort(self) -> None:
-        self.writer.transport.abort()
+        self._writer.transport.abort()
+
+
+class Patience:
+    """An `async with` that raises TimeoutError when `timeout_s` pass in which the volume takes
+    no byte. That a write waits says nothing: Linux finds a socket writable only once much of
+    its buffer is free."""
+
+    def __init__(self, wire: Wire, timeout_s: float) -> None:
+        self._wire, self._timeout_s, self._taken = wire, timeout_s, -1
+        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(None)
+
+    async def __aenter__(self) -> Self:
+        await self._deadline.__aenter__()
+        self.renew()
+        self._timer = self._loop.call_later(self._timeout_s / 4, self._look)
+        return self
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._timer.cancel()
+        await self._deadline.__aexit__(*raised)
+
+    def renew(self) -> None:
+        self._since = self._loop.time()
+
+    def _look(self) -> None:
+        taken = self._wire.taken
+        if taken != self._taken:
+            self._taken = taken
+            self.renew()
+        left_s = self._since + self._timeout_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(min(left_s, self._timeout_s / 4), self._look)
+        else:
+            self._deadline.reschedule(self._loop.time())
 
 
 class VolumeClient:
@@ -1125,12 +1877,15 @@ class VolumeClient:
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
+        hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
     ) -> None:  # fmt: skip
         self.volume, self.secret, self.timeout_s = volume, secret, timeout_s
-        self._notice, self._measure = notice, measure
+        self._notice, self._measure, self._hear_late = notice, measure, hear_late
+        self._late = set[asyncio.Task[None]]()
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
-        self._address, self._base = (parts.hostname, parts.port or (443 if self._ssl else 80)), parts.path
+        self._host, self._base = parts.hostname or "", parts.path
+        self._port = parts.port or (443 if self._ssl else 80)
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
         self._idle, self._keep = list[Wire](), 64  # connections at most
 
@@ -1138,9 +1893,14 @@ class VolumeClient:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     async def _connect(self) -> Wire:
-        reader, writer = await asyncio.open_connection(*self._address, ssl=self._ssl)
-        writer.transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
-        return Wire(reader, writer)
+        loop, stream = asyncio.get_running_loop(), VolumeStream(asyncio.StreamReader())
+        async with asyncio.timeout(self.timeout_s):
+            opening = loop.create_connection(lambda: stream, self._host, self._port, ssl=self._ssl)
+            transport, _ = await opening
+        transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
+        kernel = transport.get_extra_info("socket")
+        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
+        return Wire(stream, asyncio.StreamWriter(transport, stream, stream.reader, loop))
 
     @contextlib.contextmanager
     def watch(self, method: str) -> Iterator[None]:
@@ -1153,11 +1913,13 @@ class VolumeClient:
         except TimeoutError:
             failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
         except BROKEN as error:
-            failure = VolumeDown(self.volume.name, f"{method}: {error or type(error).__name__}")
+            kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
+            failure = kind(self.volume.name, f"{method}: {error or type(error).__name__}")
         event = Event.STORED if method == "PUT" else Event.ANSWERED
         if failure:
             event = Event.UNREACHABLE if isinstance(failure, VolumeDown | VolumeTimeout) else Event.REFUSED
-        self._notice(event, str(failure or ""))
+        if not isinstance(failure, VolumeBlameless):
+            self._notice(event, str(failure or ""))
         if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
             self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
         if failure:
@@ -1170,48 +1932,83 @@ class VolumeClient:
         kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
         if method in ("GET", "HEAD") and status >= 500:
             kind = VolumeDown  # whoever cannot read is no use
+        is_probe = method == "HEAD" or path == PROBE_PATH  # with which nothing can be wrong
+        if status in BAD_REQUESTS and not is_probe:
+            kind = VolumeBlameless
         raise kind(self.volume.name, f"{method} {path} was answered {status}")
 
-    async def _exchange(self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "") -> list[Answer]:
+    async def _exchange(
+        self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int = 0
+    ) -> list[Answer]:
         """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
         requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
         answers: list[Answer] = []
         with self.watch(method):
             while len(answers) < len(requests):
-                await self._converse(method, requests[len(answers) :], answers)
+                await self._converse(method, requests[len(answers) :], answers, limit)
         return answers
 
-    async def _converse(self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer]) -> None:
-        """Take from one connection the answers that it gives: it may close after some of them, a kept one before any. A
-        repeat is harmless: a path names one version."""
-        loop, kept, before, whole = asyncio.get_running_loop(), self._take_idle(), len(answers), False
-        async with asyncio.timeout(self.timeout_s) as deadline:
-            wire = kept or await self._connect()
-            try:
-                wire.writer.write(b"".join([data for _, data in requests]))
+    async def _converse(
+        self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int
+    ) -> None:
+        """Take from one connection the answers that it gives: it may close after some of them, a
+        kept one before any. A repeat is harmless: a path names one version."""
+        kept, before, whole, late = self._take_idle(), len(answers), False, False
+        wire = kept or await self._connect()
+        try:
+            async with Patience(wire, self.timeout_s) as patience:
+                wire.write(b"".join([data for _, data in requests]))
                 for path, _ in requests:
-                    answers.append(await wire.read_answer(method == "HEAD"))
-                    if method != "GET":  # nginx hangs up after an error, without a word on what follows
+                    if method == "GET":
+                        answers.append(await wire.read_answer(limit))
+                    else:  # nginx hangs up after an error, without a word on what follows
+                        answers.append((await wire.read_status(method == "HEAD"), b""))
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
                         return
-                    deadline.reschedule(loop.time() + self.timeout_s)
-                whole = wire.usable and len(self._idle) < self._keep
-            except BROKEN:
-                if not kept and len(answers) == before:
-                    raise
-            finally:
-                if whole:
-                    self._idle.append(wire)
-                else:
-                    wire.abort()
-                if deadline.expired():  # the network may have forgotten the other kept connections, too
-                    self._drop_idle()
+                    patience.renew()
+                whole = wire.is_idle and len(self._idle) < self._keep
+        except TimeoutError:
+            self._drop_idle()  # the network may have forgotten the other kept connections, too
+            if method == "PUT" and self._hear_late and len(self._late) < MAX_LATE:
+                paths = [path for path, _ in requests[len(answers) - before :]]
+                self._late.add(task := asyncio.create_task(self._await_late(wire, paths, self._hear_late)))
+                task.add_done_callback(self._late.discard)
+                late = True
+            raise
+        except BROKEN:
+            if not kept and len(answers) == before:
+                raise
+        finally:
+            if whole:
+                self._idle.append(wire)
+            elif not late:
+                wire.abort()
+
+    async def _await_late(
+        self, wire: Wire, paths: list[str], hear_late: Callable[[list[str], bool], Awaitable[None]]
+    ) -> None:
+        """Wait, with nobody waiting for it, until a volume that hung answers, or hangs up: then it will not carry out
+        any more of what it was sent."""
+        wire.keep_alive()
+        answered = list[str]()
+        try:
+            async with asyncio.timeout(HUNG.seconds):
+                for path in paths:
+                    await wire.read_status()
+                    answered.append(path)
+        except (TimeoutError, *BROKEN):
+            pass
+        finally:
+            wire.abort()
+        sidecars = [path for path in answered if path.endswith(".key")]
+        await hear_late(sidecars, True)
+        await hear_late([path for path in paths if path not in answered], False)
 
     def _take_idle(self) -> Wire | None:
         while self._idle:
-            if (wire := self._idle.pop()).usable:
+            if (wire := self._idle.pop()).is_idle:
                 return wire
             wire.abort()
         return None
@@ -1220,31 +2017,33 @@ class VolumeClient:
         """Store small files, path -> bytes, in that order; raises VolumeError unless all are answered for."""
         await self._exchange("PUT", files.items(), trail)
 
-    async def delete(self, paths: Iterable[str], trail: str = "") -> None:
-        """Delete files in that order; one that is not there is no error. Raises VolumeError."""
-        await self._exchange("DELETE", [(path, b"") for path in paths], trail)
+    async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
+        """Delete files in that order; return which of them were there. Raises VolumeError."""
+        answers = await self._exchange("DELETE", [(path, b"") for path in paths], trail)
+        return [status != 404 for status, _ in answers]
 
     async def probe(self, write: bool) -> None:
         """See whether the volume answers, or takes writes; raises VolumeError."""
         await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
 
-    async def get(self, paths: Iterable[str]) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each, whole. Raises VolumeError."""
-        return await self._exchange("GET", [(path, b"") for path in paths])
+    async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
+        """Read small files or listings; return (status, body) of each, whole, but a body longer
+        than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
+        finds this file bad, and not the whole volume. Raises VolumeError."""
+        return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
         with self.watch("GET"):
-            async with asyncio.timeout(self.timeout_s):
-                wire = await self._connect()
+            wire = await self._connect()
             try:
-                wire.writer.write(self._request("GET", path))
+                wire.write(self._request("GET", path))
                 async with asyncio.timeout(self.timeout_s):
-                    status, size = await wire.read_head()
-                if status == 404:
+                    head = await wire.read_head()
+                if head.status == 404:
                     raise NotFound(path)
-                self.check("GET", path, status)
-                pieces = wire.read_pieces(size)
+                self.check("GET", path, head.status)
+                pieces = wire.read_pieces(head.size)
                 while True:
                     async with asyncio.timeout(self.timeout_s):
                         if not (piece := await anext(pieces, b"")):
@@ -1256,16 +2055,17 @@ class VolumeClient:
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
         with self.watch("CONNECT"):
-            async with asyncio.timeout(self.timeout_s):
-                wire = await self._connect()
+            wire = await self._connect()
         framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
-        wire.writer.write(self._request("PUT", path, trail, framing))
+        wire.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
 
     def close(self) -> None:
         """Close the idle connections; what is under way goes on, and is not kept after it."""
         self._keep = 0
         self._drop_idle()
+        for task in self._late:
+            task.cancel()
 
     def _drop_idle(self) -> None:
         while self._idle:
@@ -1277,32 +2077,49 @@ class Upload:
 
     def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
         self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
-        self._answer = asyncio.ensure_future(wire.read_answer())
+        self._answer = asyncio.ensure_future(self._read_answer())
+
+    async def _read_answer(self) -> int:
+        """Wait for the volume's word, which may come early: a full disk does not wait for the
+        whole blob. When it has come, or cannot come any more, nothing more is sent."""
+        try:
+            return await self._wire.read_status()
+        finally:
+            self._wire.abort()
 
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
         self._size += len(chunk)
-        if self._wire.usable and not self._answer.done():
-            self._wire.writer.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk)
-            if self._wire.writer.transport.get_write_buffer_size() <= UPLOAD_BUFFER:
-                return
+        framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk
+        if self._write(framed) and self._wire.waiting <= UPLOAD_BUFFER:
+            return
         with self._client.watch("SEND"):
-            async with asyncio.timeout(self._client.timeout_s):
-                if self._answer.done():
-                    self._client.check("PUT", self._path, (await self._answer)[0])
-                    raise VolumeUnexpected(self._client.volume.name, "answered before it had the whole blob")
-                if not self._wire.usable:
-                    raise ConnectionResetError("it closed the connection")
-                await self._wire.writer.drain()
+            async with Patience(self._wire, self._client.timeout_s):
+                await self._wire.drain()
+                if self._wire.is_closed:
+                    self._client.check("PUT", self._path, await self._answer)
+                    raise self._too_early()
+
+    def _write(self, data: bytes) -> bool:
+        """Write unless the connection is closed; return whether it is open."""
+        if self._wire.is_closed:
+            return False
+        self._wire.write(data)
+        return True
 
     async def finish(self) -> None:
         """End the blob and wait for the volume's word that it has it; raises VolumeError."""
         with self._client.watch("PUT"):
-            if self._chunked and self._wire.usable and not self._answer.done():
-                self._wire.writer.write(b"0\r\n\r\n")
-            async with asyncio.timeout(self._client.timeout_s + min(self._size, SYNC_EVERY) / SLOWEST_DISK):
-                self._client.check("PUT", self._path, (await self._answer)[0])
-        self.abort()
+            complete = not self._chunked or self._write(b"0\r\n\r\n")
+            last_sync_s = min(self._size, SYNC_EVERY) / SLOWEST_DISK
+            async with Patience(self._wire, self._client.timeout_s + last_sync_s):
+                self._client.check("PUT", self._path, await self._answer)
+            if not complete:
+                raise self._too_early()
+
+    def _too_early(self) -> VolumeUnexpected:
+        why = f"PUT {self._path} was answered before it had the whole blob"
+        return VolumeUnexpected(self._client.volume.name, why)
 
     def abort(self) -> None:
         """Drop the connection; unfinished, the volume keeps nothing. May be called twice."""
@@ -1445,6 +2262,7 @@ class Metrics:
 # The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
 
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
+WRITE_ATTEMPTS = 4  # of a small PUT that other writes of its key leave no moment for
 MEETING_PATIENCE_S = 2.0  # how long a start or a reload waits for the first probe of a new volume
 
 
@@ -1488,16 +2306,17 @@ class Hasher:
 
 
 class Write:
-    """One PUT on its way to its volumes. `touched` may hold something of it, `done` hold all of it."""
+    """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
-    def __init__(
-        self, view: View, states: States, draft: Draft, version: str, trail: str,
-        claim: Callable[[str, Collection[str]], Awaitable[None]],
-    ) -> None:  # fmt: skip
-        self._view, self._states, self._draft, self._version, self._trail = view, states, draft, version, trail
-        self._claim = claim
-        self.path, self._hasher = blob_path(draft.key, version, draft.ext), Hasher(draft.digests)
-        self.touched, self.done, self.failed = set[str](), list[str](), dict[str, VolumeError]()
+    def __init__(self, view: View, states: States, draft: Draft, trail: str, index: Index, owner: int) -> None:
+        self._view, self._states, self._draft, self._trail = view, states, draft, trail
+        self._index, self._owner = index, owner
+        self._hasher = Hasher(draft.digests)
+        self.path = ""
+        self.claimed = set[str]()  # where something of it may be
+        self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered
+        self.done = list[str]()  # where all of it is
+        self.failed = dict[str, VolumeError]()
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
@@ -1509,31 +2328,36 @@ class Write:
         return names if step is Step.WRITE_MORE else ()
 
     async def _plan_and_claim(self, done: Collection[str]) -> tuple[str, ...]:
-        if names := self.plan(done):
-            self.touched.update(names)
-            await self._claim(self.path, names)
+        names = self.plan(done)
+        if names:
+            self.claimed.update(names)
+            await self._index.write(partial(self._claim, names))
         return names
 
-    async def run(self, body: AsyncIterator[bytes]) -> Record:
-        """Write `body` and its sidecars; return the record to commit. Raises MkvError."""
-        held, small = bytearray(), self._draft.size is None or self._draft.size <= SMALL_BLOB
-        while small and (chunk := await anext(body, b"")):
-            held += chunk
-            small = len(held) <= SMALL_BLOB
-        record = await (self._write_small(bytes(held)) if small else self._write_large(bytes(held), body))
-        return replace(record, volumes=tuple(sorted(self.done)))
+    def _claim(self, names: Collection[str], tx: Transaction) -> None:
+        if not self.path:
+            self.path = tx.draw_path(self._draft.key, self._draft.ext)
+        bound = not is_unconditional(self._draft.conditions)
+        tx.claim(self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED)
 
-    async def _write_small(self, blob: bytes) -> Record:
-        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order."""
+    async def store_small(self, blob: bytes) -> Record:
+        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order. Return the record
+        to commit; raises MkvError."""
         self._hasher.update(blob)
-        record, sidecar = self._finish_body()
-        files = {self.path: blob} | sidecar
+        digest = self._finish_body()
         while names := await self._plan_and_claim(self.done):
-            self.done += await self._each(names, lambda name: self._view.clients[name].put(files, self._trail))
-        return record
+            record = self._make_record(digest)
+            files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
+            self.doubts |= dict.fromkeys(names, HUNG)
+            self.done += await self._each(names, partial(self._put_files, files))
+        return self._make_record(digest)
 
-    async def _write_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
-        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced."""
+    async def _put_files(self, files: Mapping[str, bytes], name: str) -> None:
+        await self._view.clients[name].put(files, self._trail)
+
+    async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
+        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
+        Return the record to commit; raises MkvError."""
         clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
         try:
             while names := await self._plan_and_claim(uploads):
@@ -1549,12 +2373,15 @@ class Write:
                         self.failed[name] = error
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
-            record, sidecar = self._finish_body()
+            digest = self._finish_body()
+            self.doubts |= dict.fromkeys(uploads, BLOB_HUNG)
             await self._each(uploads, lambda name: uploads[name].finish())
             self._drop_failed(uploads)
-            self.done += await self._each(uploads, lambda name: clients[name].put(sidecar, self._trail))
+            sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
+            self.doubts |= dict.fromkeys(uploads, HUNG)
+            self.done += await self._each(uploads, partial(self._put_files, sidecar))
             self._drop_failed(uploads)
-            return record
+            return self._make_record(digest)
         finally:
             for upload in uploads.values():
                 upload.abort()
@@ -1564,6 +2391,10 @@ class Write:
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
+            if isinstance(result, VolumeDown) and name in self.doubts:
+                self.doubts[name] = self.doubts[name]._replace(seconds=BROKEN_OFF.seconds)
+            elif not isinstance(result, VolumeTimeout):
+                self.doubts.pop(name, None)
             if isinstance(result, VolumeError):
                 self.failed[name] = result
             elif isinstance(result, BaseException):
@@ -1580,14 +2411,31 @@ class Write:
             why = "; ".join(map(str, self.failed.values()))
             raise Unavailable(f"{why}; a large blob cannot begin anew elsewhere: send it again")
 
-    def _finish_body(self) -> tuple[Record, dict[str, bytes]]:
-        """Return the record (without volumes) of the body that is now complete, and its sidecar as path -> bytes."""
-        d, size = self._draft, self._hasher.size
-        if d.size not in (None, size):
-            raise BadRequest(f"the body has {size} bytes, Content-Length says {d.size}")
-        facts = {"key": d.key, "version": self._version, "content_type": d.content_type, "ext": d.ext}
-        record = Record(volumes=(), size=size, digest=self._hasher.finish(), **facts)
-        return record, {sidecar_path(self.path): encode_sidecar(record)}
+    def _finish_body(self) -> str:
+        """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
+        expected, size = self._draft.size, self._hasher.size
+        if expected not in (None, size):
+            raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
+        return self._hasher.finish()
+
+    def _make_record(self, digest: str) -> Record:
+        draft = self._draft
+        return Record(
+            key=draft.key, version=version_of(self.path), volumes=tuple(sorted(self.done)), size=self._hasher.size,
+            digest=digest, content_type=draft.content_type, ext=draft.ext,
+        )  # fmt: skip
+
+
+async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[bytes, bool]:
+    """Read a body of `size` bytes (None: not known) if it is small; return its beginning, and whether that is all."""
+    held = bytearray()
+    if size is not None and size > SMALL_BLOB:
+        return b"", False
+    while chunk := await anext(body, b""):
+        held += chunk
+        if len(held) > SMALL_BLOB:
+            return bytes(held), False
+    return bytes(held), True
 
 
 class Store:
@@ -1607,7 +2455,8 @@ class Store:
             name, client = volume.name, before.get(volume.name)
             facts = (volume, config.volume_secret, config.volume_timeout)
             if client is None or (client.volume, client.secret, client.timeout_s) != facts:
-                client = VolumeClient(*facts, partial(self.health.notice, name), partial(self._measure, name))
+                hearing = (partial(self.health.notice, name), partial(self._measure, name))
+                client = VolumeClient(*facts, *hearing, partial(self._hear_late, name))
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
 
@@ -1616,6 +2465,11 @@ class Store:
         self.metrics.observe("mkv_volume_request_duration_seconds", f'volume="{volume}"', seconds)
         if failure:
             self.metrics.add(f'mkv_volume_errors_total{{volume="{volume}",error="{failure}"}}')
+
+    async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
+        if paths:
+            with contextlib.suppress(sqlite3.Error):  # then it is looked at until the doubt has passed
+                await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered))
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
@@ -1626,9 +2480,8 @@ class Store:
         await self._meet(self.view.clients.values())
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
         if number != TOOL:
-            delay_s = max(config.garbage_delay, config.volume_timeout)
             try:
-                await self.index.write(lambda tx: tx.release_claims(number, config.workers, delay_s))
+                await self.index.write(lambda tx: tx.release_claims(number, config.workers))
             except sqlite3.Error as error:  # a full disk: reads go on
                 log.error("index: %s; what the last run left on the volumes waits for the next start", error)
         if number == 0:
@@ -1692,49 +2545,120 @@ class Store:
     async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
         """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
         raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
-        view, current = self.view, await self.index.get(draft.key)
-        if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
+        view = self.view
+        if decide_conditions(draft.conditions, await self.index.get(draft.key)) is not Verdict.PROCEED:
             raise PreconditionFailed("the key is not what the condition asks for")
-        version = next_version(time.time_ns(), current.version if current else None, random.getrandbits(40))
-        write, delay_s = Write(view, self.health.states, draft, version, trail, self._claim), view.config.garbage_delay
-        write.plan(())  # says no before the body is asked for
-        try:
-            record = await write.run(body)
-            return record, await self.index.write(lambda tx: commit_put(tx, record, draft.conditions, delay_s))
-        except BaseException:
-            if write.touched:
-                await self._discard(view, draft.key, write)
-            raise
+        self._begin_write(view, draft, trail).plan(())  # says no before the body is asked for
+        begin, whole = await hold_small(body, draft.size)
+        attempts_left = WRITE_ATTEMPTS if whole else 1
+        while True:
+            write = self._begin_write(view, draft, trail)
+            attempts_left -= 1
+            try:
+                record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+                commit = partial(
+                    commit_put, record=record, conditions=draft.conditions, delay_s=view.config.garbage_delay,
+                    doubts=dict(write.doubts),
+                )  # fmt: skip
+                return record, await self.index.write(commit)
+            except BaseException as error:
+                if write.claimed:
+                    await self._discard(view, draft.key, write, trail)
+                if not isinstance(error, Lost) or not attempts_left:
+                    raise
 
-    async def _claim(self, path: str, volumes: Collection[str]) -> None:
-        await self.index.write(lambda tx: tx.claim(path, volumes, self._number))
+    def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
+        return Write(view, self.health.states, draft, trail, self.index, self._number)
 
-    async def _discard(self, view: View, key: str, write: Write) -> None:
-        """Make garbage of what a failed PUT wrote; if not even the index can be written, delete it right here."""
-        path, names, delay_s = write.path, write.touched, view.config.garbage_delay
+    async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
+        """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
         try:
-            await self.index.write(lambda tx: tx.discard(path, delay_s))
+            rows, outlived = await self.index.write(lambda tx: discard_put(tx, key, write.path, write.doubts))
         except sqlite3.Error as error:
-            log.error("index: %s; deleting what was written for %r at once", error, key)
-            current = await self.index.get(key)
-            if current is None or current.path != path:  # else the commit that seemed to fail did not
-                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in names)
+            log.error("index: %s; deleting what was written for %r all the same", error, key)
+            path, current = write.path, await self.index.get(key)
+            if path and (current is None or current.path != path):  # else the commit that seemed to fail did not
+                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed)
                 await asyncio.gather(*deletes, return_exceptions=True)
+        else:
+            copies = 0 if outlived else view.config.min_replicas
+            await self._bury(view, key, rows, trail, copies, and_blobs=True)
 
     async def delete(self, key: str, conditions: Conditions, trail: str) -> None:
-        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer (I4)."""
-        config, sidecars = self.view.config, defaultdict[str, list[str]](list)
-        for name, path in await self.index.write(lambda tx: commit_delete(tx, key, conditions, config.garbage_delay)):
-            if name in self.view.clients and not self.health.is_down(name):
-                sidecars[name].append(sidecar_path(path))
-        deletes = (self.view.clients[name].delete(paths, trail) for name, paths in sidecars.items())
-        with contextlib.suppress(TimeoutError):  # what was not reached waits in the garbage
+        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer; for the
+        others there are marks (I4). Raises Unfinished if volumes fail just then."""
+        view, states = self.view, self.health.states
+        delay_s, copies = view.config.garbage_delay, view.config.min_replicas
+        up = [name for name in view.clients if states.get(name) is State.UP]
+        answering = None
+        if len(up) < copies:
+            answering = frozenset(name for name in view.clients if not self.health.is_down(name))
+        rows = await self.index.write(lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies))
+        if not await self._bury(view, key, rows, trail, copies):
+            raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
+
+    async def _bury(self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False) -> bool:
+        """Delete the sidecars of a key's dead versions from all volumes that answer soon; where that cannot be done, or
+        proves nothing, put `copies` marks of the version on others. Return whether that succeeded."""
+        sidecars = defaultdict[str, list[Place]](list)
+        for (volume, path), row in rows.items():
+            if row.state in DEAD and volume in view.clients and not self.health.is_down(volume):
+                sidecars[volume].append((volume, path))
+        seen = dict[Place, bool]()
+
+        async def delete(volume: str, places: list[Place]) -> None:
+            paths = [sidecar_path(path) for _, path in places]
+            if and_blobs:
+                paths += [path for _, path in places]
+            found = await view.clients[volume].delete(paths, trail)
+            seen.update(zip(places, found, strict=False))
+
+        deletes = (delete(volume, places) for volume, places in sidecars.items())
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DELETE_PATIENCE_S):
                 await asyncio.gather(*deletes, return_exceptions=True)
+        proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
+        if and_blobs and seen:
+            await self.index.write(lambda tx: tx.settle(seen))
+        elif proofs:
+            await self.index.write(lambda tx: tx.note_found(proofs))
+        needed = plan_marks(rows, seen, copies)
+        if not needed:
+            return True
+        silent = {volume for volume, places in sidecars.items() if not seen.keys() >= set(places)}
+        return await self._put_marks(view, key, needed, silent, copies)
+
+    async def _put_marks(
+        self, view: View, key: str, needed: Mapping[str, Collection[str]], silent: Collection[str], copies: int
+    ) -> bool:
+        """Put the marks of dead versions (path of the blob -> volumes that may show its sidecar) on `copies` volumes
+        that are up, if possible others than these, and note them in the index. Return whether that succeeded."""
+        files = {mark_path(path): encode_mark(path, volumes) for path, volumes in needed.items()}
+        doubted = set[str]().union(*needed.values())
+        states = self.health.states
+        fit = [name for name in view.clients if states.get(name) is State.UP and name not in silent]
+        waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + key)))
+        done = list[str]()
+        failed = list[str]()
+
+        async def put(name: str) -> None:
+            try:
+                await view.clients[name].put(files)
+                done.append(name)
+            except VolumeError:
+                failed.append(name)
+
+        while waiting and len(done) < copies:
+            missing = copies - len(done)
+            await asyncio.gather(*map(put, waiting[:missing]))
+            waiting = waiting[missing:]
+        for path in needed:
+            await self.index.write(lambda tx, path=path: tx.add_marks(path, done, failed))  # type: ignore[misc]
+        return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:
-        """Return one page as JSON, made on the reader's thread."""
-        return await self.index.read(lambda db: json.dumps(list_keys(db, query)).encode())
+        """Return one page as JSON."""
+        return await self.index.list_page(query)
 
     def limit_lists(self, client: str, now: float) -> None:
         """Count a list request of `client`; raises TooManyRequests."""
@@ -1765,11 +2689,11 @@ class Store:
 
     async def render_metrics(self) -> str:
         status = await self.status()
-        oldest = await self.index.read(lambda db: db.execute("SELECT min(since) FROM garbage").fetchone()[0])
+        oldest_s = await self.index.read(read_garbage_age)
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
-            "mkv_garbage_oldest_age_seconds": max(0.0, time.time() - oldest) if oldest else 0,
+            "mkv_garbage_oldest_age_seconds": oldest_s,
         }  # fmt: skip
         for volume in status["volumes"]:
             label = f'volume="{volume["name"]}"'
@@ -1794,26 +2718,25 @@ class Store:
         return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
-        query = "SELECT path, attempts FROM garbage WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
         name = client.volume.name
-        due = await self.index.read(lambda db: iter(db.execute(query, (name, time.time())).fetchall()))
-        gone, failed = list[tuple[str, str]](), list[tuple[str, str, int]]()
+        due = iter(await self.index.read(partial(select_due, name)))
+        seen = dict[Place, bool]()
+        failed = list[Place]()
 
         async def collect() -> None:
-            for path, attempts in due:
+            for row in due:
                 if self.health.is_down(name):
                     return
                 try:
-                    await client.delete([sidecar_path(path)])  # first: a blob without it is an unfinished write
-                    await client.delete([path])
-                    gone.append((name, path))
+                    found = [(await client.delete([path]))[0] for path in paths_to_delete(row)]
+                    seen[name, row.path] = bool(found) and found[0]
                 except VolumeError:
-                    failed.append((name, path, attempts + 1))
+                    failed.append((name, row.path))
 
         await asyncio.gather(*(collect() for _ in range(4)))
-        if gone or failed:
-            await self.index.write(lambda tx: tx.settle_garbage(gone, failed))
-        return len(gone)
+        if seen or failed:
+            await self.index.write(lambda tx: tx.settle(seen, failed))
+        return len(seen)
 
 
 # == HTTP =============================================================================================================
@@ -1824,7 +2747,22 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
-CUT_SHORT = (ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError)
+CUT_SHORT = (
+    ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError, web.RequestPayloadError
+)  # fmt: skip
+MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
+# Each chunk of a body costs as much time as a kilobyte: chunks must not be tiny, nor framing
+# (sizes and extensions) be more than the body.
+MIN_CHUNK = 64  # bytes on average
+FREE_CHUNKS = 1000  # of any size
+FREE_FRAMING = 512 * 1024  # bytes; more than the request's head and what the parser may hold back
+CHUNKS_AT_ONCE = 500  # then others get their turn
+READ_BUFFER = 16 * 1024  # bytes of a body, or 1/16 as many chunks, that wait before a client must
+# After an answer that leaves a body unread, the rest is thrown away for a while: else the
+# connection would be reset, and a reset may overtake the answer.
+LINGER_S = 2.0
+LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
+RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
 
 
 class Call:
@@ -1837,12 +2775,16 @@ class Call:
         self.trace = self.trace if TRACEPARENT.fullmatch(self.trace) else ""
         self.trail = f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
         self.raw_path, self.query, self.key, self.who, self.volumes, self.size = "", "", "", "", tuple[str, ...](), 0
+        self.chunks = 0
 
     async def dispatch(self) -> web.StreamResponse:
         """Find the handler by the raw request target, check who asks, call it."""
         config, method = self.store.view.config, self.request.method
         prefix = cast(web.Resource, self.request.match_info.route.resource).canonical.removesuffix("/{key}")
         self.raw_path, self.query = split_target(self.request.raw_path, prefix)
+        coding = self.headers.get("Transfer-Encoding", "chunked")
+        if coding.lower().strip(", \t") != "chunked":
+            raise UnknownCoding("Transfer-Encoding: only chunked is known here")
         if self.raw_path in ON_PATH and not (self.raw_path == "/" and method in ("PUT", "DELETE")):
             (handler, operation), allowed, scope = ON_PATH[self.raw_path], ["GET", "HEAD"], ""
         else:
@@ -1850,6 +2792,8 @@ class Call:
         if method not in allowed:
             raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
         if scope is None:
+            if "?" in self.request.raw_path and method in ("PUT", "DELETE"):  # readers do no harm
+                raise BadRequest("a key ends where a query begins: write ? as %3F")
             scope = self.key = key_of_path(self.raw_path)
         elif operation == "list":
             scope = parse_list_query(self.query).prefix
@@ -1892,8 +2836,8 @@ class Call:
             raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
         if size is None and "Transfer-Encoding" not in headers:
             size = 0
-        if limit and size and size > limit:
-            raise TooLarge(f"a blob has at most {limit} bytes")
+        if size and size > (limit or MAX_SIZE):
+            raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
         return Draft(self.key, content_type, ext, size, self._read_conditions(), parse_digests(headers))
 
@@ -1913,18 +2857,12 @@ class Call:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
         request, config, began = self.request, self.store.view.config, time.monotonic()
         if self.headers.get("Expect", "").lower() == "100-continue":
-            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0  # the answer proper has not begun
-        while True:
-            try:
-                async with asyncio.timeout(config.body_timeout):
-                    chunk = await request.content.readany()
-            except TimeoutError:
-                raise SlowBody(f"no byte of the body for {config.body_timeout:g} s") from None
-            except CUT_SHORT as error:
-                raise BadRequest(f"the body was cut short: {error}") from None
-            if not chunk:
-                break
+        if isinstance(request.protocol, Connection) and "Transfer-Encoding" in self.headers:
+            request.protocol.watch_framing(request.content)
+        while chunk := await self._read_piece(config.body_timeout):
             self.size += len(chunk)
             self.store.metrics.add("mkv_received_bytes_total", len(chunk))
             if config.max_blob_size and self.size > config.max_blob_size:
@@ -1933,8 +2871,39 @@ class Call:
             if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
                 raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
-        if any(hasattr(message, "exc") for message, _ in request.protocol._messages):  # what follows is no HTTP
+        if is_followed_by_garbage(request.protocol):
             raise BadRequest("the body is longer than its Content-Length")
+
+    async def _read_piece(self, timeout_s: float) -> bytes:
+        """Return what has come of the body, nothing at its end; raises BadRequest, SlowBody."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if "Transfer-Encoding" in self.headers:
+                    return await self._read_chunks()
+                return await self.request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {timeout_s:g} s") from None
+        except (OSError, *CUT_SHORT) as error:
+            raise BadRequest(f"the body was cut short: {error}") from None
+
+    async def _read_chunks(self) -> bytes:
+        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its
+        chunks are tiny."""
+        content = self.request.content
+        piece = bytearray()
+        enough = self.chunks + CHUNKS_AT_ONCE
+        while True:
+            data, whole = await content.readchunk()
+            piece += data
+            self.chunks += whole
+            size = self.size + len(piece)
+            if self.chunks > FREE_CHUNKS and size < MIN_CHUNK * self.chunks:
+                raise BadRequest(f"the body has chunks of less than {MIN_CHUNK} bytes on average")
+            at_end = not data and not whole
+            nothing_waits = size == content.total_bytes
+            if at_end or (piece and (nothing_waits or self.chunks >= enough)):
+                await asyncio.sleep(0)
+                return bytes(piece)
 
     async def delete(self) -> web.StreamResponse:
         await self.store.delete(self.key, self._read_conditions(), self.trail)
@@ -2028,6 +2997,17 @@ async def answer(
     return response
 
 
+def is_followed_by_garbage(protocol: Any) -> bool:
+    """Say whether what has come behind the request under way can be none: then its body is longer
+    than its length. What is named here is private to aiohttp; a test tells if it changes."""
+    if any(hasattr(message, "exc") for message, _ in protocol._messages):
+        return True  # the parser in C has refused it already; the one in Python waits for a line
+    parser = protocol._parser
+    waiting = [*getattr(parser, "_lines", []), getattr(parser, "_tail", b"")]
+    begun = waiting[0].lstrip(b"\r\n").partition(b" ")[0].decode("latin-1")
+    return not any(method.startswith(begun) for method in METHODS)
+
+
 async def expect_nothing(request: web.Request) -> None:
     """Leave 100 Continue to Call._read_body, so that a PUT that is refused is refused before its body is sent."""
 
@@ -2054,17 +3034,35 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
     return app
 
 
+def count_unread(transport: asyncio.Transport) -> int:
+    """Return how many bytes the client has not taken yet: those that wait here and those in the
+    kernel, which takes more only once a third of its own are gone."""
+    peer: socket.socket = transport.get_extra_info("socket")
+    queued: int = struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return transport.get_write_buffer_size() + queued
+
+
 class Connection(web.RequestHandler):
     """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
 
-    def __init__(self, store: Store, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config, self._opened, self._client = store.view.config, opened, ""
+    def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
+        self._config, self._opened, self._client = config, opened, ""
+        self._received = 0  # bytes
+        self._before = 0  # of these, with the answer before
+        self._chunked: StreamReader | None = None  # the body that is being read
+        self._deaf = False  # what comes is thrown away
+        self._malformed = False  # what came was no HTTP
+        self._reader_check: asyncio.TimerHandle | None = None
+        self._lost = asyncio.Event()
         options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
         options["keepalive_timeout"] = self._config.keepalive_timeout
+        options["lingering_time"] = 0.0  # it would parse what nobody wants: see _linger
+        options["read_bufsize"] = READ_BUFFER
         super().__init__(manager, loop=asyncio.get_running_loop(), **options)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)  # see pause_writing
         self._impatience = asyncio.get_running_loop().call_later(self._config.header_timeout, self._give_up)
         self._client = (transport.get_extra_info("peername") or ("",))[0]
         self._opened[self._client] += 1
@@ -2077,10 +3075,113 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._impatience.cancel()
+        self._stop_watching_reader()
+        self._lost.set()
         self._opened[self._client] -= 1
         if not self._opened[self._client]:
             del self._opened[self._client]
         super().connection_lost(exc)
+
+    # -- a client that sends what nobody wants --
+
+    def data_received(self, data: bytes) -> None:
+        """Hand what has come to aiohttp's parser, unless it is no longer wanted."""
+        self._received += len(data)
+        if not self._deaf:
+            try:
+                super().data_received(data)
+            except ValueError:  # of the parser in Python: a number with thousands of digits
+                self.force_close()
+            self._weigh_framing()
+        elif self.transport is not None:
+            self.transport.pause_reading()
+            asyncio.get_running_loop().call_later(LINGER_PAUSE_S, self._hear_more)
+
+    def _hear_more(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def watch_framing(self, content: StreamReader) -> None:
+        """From now on refuse the chunked body `content` if its framing is malformed or outweighs
+        it: nothing of that reaches who reads the body."""
+        self._chunked = content
+        self._weigh_framing()
+
+    def _weigh_framing(self) -> None:
+        content = self._chunked
+        if content is None or content.is_eof():
+            self._chunked = None
+            return
+        framing = self._received - self._before - content.total_bytes
+        if is_followed_by_garbage(self):
+            self._refuse_body(content, "the body's chunks are malformed")
+        elif framing > content.total_bytes + FREE_FRAMING:
+            self._refuse_body(content, "the body's chunk headers outweigh it")
+
+    def _refuse_body(self, content: StreamReader, why: str) -> None:
+        content.set_exception(BadRequest(why))
+        self._deaf = True
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer; one that leaves a body unread ends the connection, and arrives."""
+        if isinstance(resp, web.HTTPException):  # aiohttp's own: an Expect that it does not know
+            error = BadRequest(resp.text or resp.reason)
+            resp = render_error(error, f"{random.getrandbits(64):016x}")
+        unread = not request.content.is_eof() or resp.status == TooLarge.status
+        last = unread or self._malformed
+        if last:
+            resp.force_close()
+        sent, gone = await super().finish_response(request, resp, start_time)
+        if last and not gone:
+            await self._linger()
+        self._before = self._received
+        return sent, gone
+
+    async def _linger(self) -> None:
+        """Say that nothing more comes; throw away what the client sends until it has heard."""
+        self._deaf = True
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write_eof()
+            self.transport.resume_reading()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._lost.wait()
+        self.force_close()
+
+    # -- a client that does not read --
+
+    def pause_writing(self) -> None:
+        """Watch the client: some of its answer could not be sent at once."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching_reader()
+        super().resume_writing()
+
+    def _watch_reader(self) -> None:
+        if self.transport is not None:
+            loop, left = asyncio.get_running_loop(), count_unread(self.transport)
+            wait_s = self._config.send_timeout
+            self._reader_check = loop.call_later(wait_s, self._check_reader, left)
+
+    def _check_reader(self, before: int) -> None:
+        """Drop a client that has taken hardly anything since `before` bytes were left."""
+        if self.transport is not None:
+            least = self._config.min_body_rate * self._config.send_timeout
+            if before - count_unread(self.transport) <= least:
+                peer: socket.socket = self.transport.get_extra_info("socket")
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                self.transport.abort()
+            else:
+                self._watch_reader()
+
+    def _stop_watching_reader(self) -> None:
+        if self._reader_check is not None:
+            self._reader_check.cancel()
+            self._reader_check = None
 
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -2088,12 +3189,28 @@ class Connection(web.RequestHandler):
         """Answer what aiohttp's parser refuses, before any handler."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun")
+        self._malformed = True
         if status >= 500:
             log.error("unexpected error outside of a handler", exc_info=exc)
-        error = BadRequest((message or "malformed HTTP").partition("\n")[0]) if status < 500 else MkvError()
+        error, detail = MkvError(), (message or "malformed HTTP").partition("\n")[0]
+        if "Content-Length overflow" in detail:
+            error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
+        elif status < 500:
+            error = BadRequest(detail)
         response = render_error(error, f"{random.getrandbits(64):016x}")
         response.force_close()
         return response
+
+
+def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any) -> web.BaseRequest:
+    """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
+    hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in 1.1."""
+    if message.version > HttpVersion11:
+        message = message._replace(version=HttpVersion11)
+    try:
+        return make(message, *more)
+    except ValueError:
+        return make(message._replace(url=AnyURL.build(path="*", encoded=True)), *more)
 
 
 # == Embedded volume ==================================================================================================
@@ -2101,13 +3218,37 @@ class Connection(web.RequestHandler):
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
+LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
+BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
+EMBEDDED_CONNECTIONS = 65_536  # to one of a server's own volumes: on loopback it is itself a client
+# A blob is a stranger's: a browser must neither guess its type nor run what is in it.
+SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
+
+
+class StoredFile(web.FileResponse):
+    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
+    the index server's, and has been compared there."""
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        headers = {}
+        for name in BY_DATE:
+            if name in request.headers and request.headers[name].isascii():
+                headers[name] = request.headers[name]
+        if "If-Range" in request.headers and request.if_range is None:
+            headers.pop("Range", None)  # the client may have a part of another version
+        return await super().prepare(request.clone(headers=headers))
 
 
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
-    def __init__(self, folder: Path, volume_secret: str = "", link_secret: str = "") -> None:
+    def __init__(
+        self, folder: Path, volume_secret: str = "", link_secret: str = "",
+        body_timeout_s: float = 60.0,
+    ) -> None:  # fmt: skip
         self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
+        self._body_timeout_s = body_timeout_s
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
         for left in (self._root / ".tmp").iterdir():  # by a crash; a tool may serve the same folder, so not the young
             if time.time() - left.stat().st_mtime > 86400:
@@ -2116,17 +3257,16 @@ class EmbeddedVolume:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         try:
             raw_path, query = split_target(request.raw_path)
-            path = unquote_to_bytes(raw_path).decode()
+            path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
             self._admit(request, path, query)
             return await self._act(request, path, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return web.Response(status=404, text="not found\n")
         except OSError as error:
-            log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            return web.Response(status=507 if full else 500, text=f"{error.strerror}\n")
+            status = status_of(error, request.method)
+            if status >= 500:
+                log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
+            return web.Response(status=status, text=f"{error.strerror}\n")
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
         """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
@@ -2147,11 +3287,17 @@ class EmbeddedVolume:
     def _locate(self, path: str) -> Path:
         """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
         parts = path.split("/")
-        if "\0" in path or ".." in parts or not (self._root / path[1:]).resolve().is_relative_to(self._root):
+        if "\0" in path or ".." in parts or not self._holds(path):
             raise BadRequest("the path leaves the volume")
         if path != PROBE_PATH and any(part.startswith(".") for part in parts):
             raise NotFound("dot-files are the volume's own")
         return self._root / path[1:]
+
+    def _holds(self, path: str) -> bool:
+        try:
+            return (self._root / path[1:]).resolve().is_relative_to(self._root)
+        except RuntimeError:  # links that lead to each other
+            return False
 
     async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
         folder = path.endswith("/")
@@ -2173,7 +3319,8 @@ class EmbeddedVolume:
             case "GET" | "HEAD":
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
-                return web.FileResponse(file, headers={"Content-Type": MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)})
+                media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
+                return StoredFile(file, headers={"Content-Type": media_type})
         raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder))
 
     async def _put(self, request: web.Request, target: Path) -> bool:
@@ -2181,7 +3328,7 @@ class EmbeddedVolume:
         temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
         try:
             with await asyncio.to_thread(open, temporary, "wb", 0) as file:
-                while chunk := await request.content.readany():
+                while chunk := await self._read(request):
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
@@ -2191,6 +3338,25 @@ class EmbeddedVolume:
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    async def _read(self, request: web.Request) -> bytes:
+        """Return what has come of the body, nothing at its end; raises SlowBody."""
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await request.content.readany()
+        except TimeoutError:
+            raise SlowBody(f"no byte of the body for {self._body_timeout_s:g} s") from None
+
+
+def status_of(error: OSError, method: str) -> int:
+    """Return the status that a file which cannot be had, or written, is answered with."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 507
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return 400
+    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):  # a file where a folder is
+        return 409 if method == "PUT" else 404
+    return 404 if error.errno == errno.ENOENT and method != "PUT" else 500
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -2221,25 +3387,68 @@ def sync_folder(folder: Path) -> None:
 
 
 def list_folder(folder: Path) -> bytes:
-    """Return the folder as nginx's autoindex_format json does, without dot-files; raises FileNotFoundError."""
-    rows = []
+    """Return the folder as nginx's autoindex_format json does, an entry a line, without dot-files;
+    raises FileNotFoundError, OSError if the listing would be longer than LISTING_BYTES."""
+    lines = list[str]()
+    size = 0
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.startswith("."):
-                facts = entry.stat()
-                kind = {"type": "directory"} if entry.is_dir() else {"type": "file", "size": facts.st_size}
-                rows.append({"name": entry.name, **kind, "mtime": formatdate(facts.st_mtime, usegmt=True)})
-    return json.dumps(rows).encode()
+        for entry in entries:
+            facts = None if entry.name.startswith(".") else look_at(entry)
+            if facts is None:
+                continue
+            row: dict[str, Any] = {"name": entry.name, "type": "other"}
+            if stat.S_ISDIR(facts.st_mode):
+                row["type"] = "directory"
+            elif stat.S_ISREG(facts.st_mode):
+                row |= {"type": "file", "size": facts.st_size}
+            lines.append(json.dumps(row | {"mtime": formatdate(facts.st_mtime, usegmt=True)}))
+            size += len(lines[-1]) + len(",\n")
+            if size > LISTING_BYTES:
+                raise OSError(errno.EFBIG, "too many files in one folder")
+    lines.sort()  # by name, which comes first
+    return "[\n{}\n]\n".format(",\n".join(lines)).encode()
 
 
-async def serve_volume(volume: EmbeddedVolume, listener: socket.socket) -> web.AppRunner:
-    """Serve until the runner's cleanup()."""
+def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return what an entry of a folder is, None if it is gone by now. A link that leads nowhere is
+    just a link."""
+    for follow in (True, False):
+        try:
+            return entry.stat(follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
+    return None
+
+
+async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
+    response.headers.update(SAFETY)
+    response.headers.pop("ETag", None)
+
+
+Stop = Callable[[], Awaitable[None]]
+
+
+async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
+    """Serve `folder` until what is returned is called."""
+    patience_s = BODY_PATIENCE * config.body_timeout
+    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
     app = web.Application()
     app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=5)
+    app.on_response_prepare.append(harden)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
-    return runner
+    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
+    manager.request_factory = partial(make_request, manager.request_factory)
+    connect = partial(Connection, config, defaultdict[str, int](int), manager)
+    server = await loop.create_server(connect, sock=listener, backlog=1024)
+
+    async def stop() -> None:
+        server.close()
+        await runner.cleanup()
+
+    return stop
 
 
 def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
@@ -2251,14 +3460,15 @@ def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]
 async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes, runners = embedded_volumes(listeners), list[web.AppRunner]()
+    volumes = embedded_volumes(listeners)
+    stops = list[Stop]()
+    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
     try:
         for volume, listener in zip(volumes, listeners, strict=True):
-            server = EmbeddedVolume(Path(config.data, volume.name), config.volume_secret, config.link_secret)
-            runners.append(await serve_volume(server, listener))
+            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
         yield replace(config, volumes=volumes)
     finally:
-        await asyncio.gather(*(runner.cleanup() for runner in runners))
+        await asyncio.gather(*(stop() for stop in stops))
 
 
 # == Command line =====================================================================================================
@@ -2329,6 +3539,21 @@ def print_faults(error: ConfigError) -> None:
     print(*(f"mkv: {fault}" for fault in error.faults), sep="\n", file=sys.stderr)
 
 
+def announce_others(db: str) -> None:
+    """Say so in the log if another server has this index. Its lock is held, and inherited by the
+    workers, until all of this one is gone."""
+    try:
+        Path(db).parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(f"{db}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return  # opening the index says what is wrong
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another server has the index %s, too: one of them should be stopped", db)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+
+
 def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
@@ -2365,7 +3590,8 @@ async def serve_store(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
-    connect = partial(Connection, store, defaultdict[str, int](int), manager)
+    manager.request_factory = partial(make_request, manager.request_factory)
+    connect = partial(Connection, store.view.config, defaultdict[str, int](int), manager)
     server = await loop.create_server(connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
@@ -2452,10 +3678,10 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    runner = await serve_volume(EmbeddedVolume(Path(folder), config.volume_secret, config.link_secret), listener)
+    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
     await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await runner.cleanup()
+    await stop()
 
 
 def run(main: Awaitable[None]) -> NoReturn:
@@ -2477,8 +3703,11 @@ def run(main: Awaitable[None]) -> NoReturn:
     os._exit(code)
 
 
-def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """Give `parser` --config and a flag for each setting in `names`; flags not given are None."""
+def add_settings(
+    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any] = {}
+) -> None:  # fmt: skip
+    """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
+    its help, `defaults` stand for Config's own."""
     parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
@@ -2489,7 +3718,16 @@ def add_settings(parser: argparse.ArgumentParser, names: Collection[str]) -> Non
         elif isinstance(spec.default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
         elif spec.metadata:
-            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=f"{about} [{spec.default}]")
+            about += f" [{defaults.get(spec.name, spec.default)}]"
+            parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=about)
+
+
+# Of the `volume` command. It has no tokens, so `insecure` means something else there: see below.
+VOLUME_DEFAULTS: dict[str, Any] = {"port": "3001", "insecure": True}
+VOLUME_SETTINGS = (
+    "host", "port", "log_format", "insecure",
+    "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -2501,7 +3739,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, ("host", "port", "log_format", "insecure"))
+    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
     flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
@@ -2509,13 +3747,14 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each connection is an open file
     try:
-        config = load_config(file, flags if command == "serve" else {"port": "3001", "insecure": True} | flags)
+        config = load_config(file, flags if command == "serve" else VOLUME_DEFAULTS | flags)
         set_up_logging(config)
         if command == "volume":
             if not (config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)):
                 raise ConfigError([f"host: {config.host} is reachable from outside; set volume_secret or say insecure"])
             run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        announce_others(config.db)
         if config.workers > 1:
             return supervise(config, listener, reread)
         run(serve_store(config, listener, reread, Metrics(), 0, not config.volumes))

@@ -1,4 +1,4 @@
-"""The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, token.
+"""The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, forget, token.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py; here is only what it
 takes to walk, compare, copy and report. Theory of operation:
@@ -7,43 +7,72 @@ takes to walk, compare, copy and report. Theory of operation:
     walk the 65,536 folders in order, on all volumes in step, a few at a time: memory does not grow with the number of
     keys. Listings (nginx's autoindex JSON) are read strictly: a folder that is not there is empty, anything else that
     is not a whole listing is a failure. A timeout is never read as absence (I8).
-2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined (VolumeClient.get).
-3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder is merged by itself:
-    of each key the highest version with a sound sidecar and its blob beside it becomes the record, older versions
-    become garbage. One sidecar is read for each version; the others count if they have the same size. The result is a
-    new file, INDEX.new, checked, then put in place with one rename; the old index stays as INDEX.<date>.
-4.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over, and a version that
-    is garbage there without being the record's is never adopted. Without an old index the sidecars alone decide.
-    A volume that it has blobs on must be there and not be empty, lest a disk that is not mounted counts as read.
-5.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim, copy, commit.
-    Claim, one transaction: if a record still is what the plan saw, the copies to come are claimed; a bad replica leaves
-    the record. Copy: read one replica, check its digest, write blob, then sidecar. Commit, one transaction: if nothing
-    came between, the record gets its new volumes, the claims end and dropped replicas become garbage; else the copies
-    do, and the key is left to the client.
-6.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to find, for rebuild to
-    ignore. The next run takes over the claims of a dead one (only one tool moves at a time: INDEX.tools), and makes
-    garbage of what it has no use for. Nothing is ever copied where garbage waits, since the server may be deleting just
-    there: rebalance waits a while for that, then leaves the key to a later run.
-7.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest right, and that one
-    or its copies stay.
-8.  verify notes the path of every record in a temporary table beside the index, then walks the folders and compares.
-    The store is in use: what looks wrong is looked up again before it counts. Strays are noted and removed at the end:
-    only if no volume failed, only if older than --grace by version and by mtime, and by entering the garbage in a
-    transaction that looks the record up once more. No PUT can still commit one: its claim would be there.
-9.  A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks. Then the good bytes
-    are PUT to its path. That is no overwriting of a blob in place (a volume renames a whole file there) and no new
-    version: a path names a version, and the version's digest names the bytes.
+2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined
+    (VolumeClient.get). Each has a bound, whatever a volume sends: LISTING_BYTES for the folders
+    that are read at once, MAX_SIDECAR_BYTES, SMALL_BLOB. Large blobs are streamed.
+3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder
+    is merged by itself: of each key the highest version with a sound sidecar and its blob beside
+    it becomes the record, older versions become garbage. The result is a new file, INDEX.new,
+    checked, then put in place with one rename; the old index stays as INDEX.<date>.
+4.  It believes no single sidecar: all are read. Where those of a version are not all sound and the
+    same, the blobs beside them are read too, and the sidecar that a blob agrees with, in size and
+    digest, is right; a replica of other bytes is left out. A version that has a sidecar and a
+    blob, and is neither settled so nor dead (older than the record, or garbage of the old index),
+    ends it: all of them are named, and nothing is changed. A blob that no volume has a sidecar of
+    is an unfinished write. What the old index had and the new one lacks is reported; no file is
+    left that could bring it back.
+5.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over,
+    and a version that is garbage there without being the record's is never adopted. Without an old
+    index the sidecars alone decide. A volume that it has blobs on must be there and not be empty,
+    lest a disk that is not mounted counts as read.
+6.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim,
+    copy, commit. Claim, one transaction: if a record still is what the plan saw, the places to be
+    written are claimed. Copy: read one replica, check its digest, write blob, then sidecar.
+    Commit, one transaction: if nothing came between, the record gets its new volumes, the claims
+    end and dropped replicas become garbage; else the copies do, and the key is left to the client.
+7.  A bad replica is made anew in its place. Its record stands there all the time, so a repair that
+    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, this place, or one
+    that is being copied to, is garbage in doubt: that nothing is there does not settle it, since it
+    may yet be written here. The doubt ends when the tool says that it has written.
+8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
+    find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
+    moves at a time: INDEX.tools), and makes garbage of what it has no use for, but not of what was
+    being made anew, where the record stands. Nothing is ever copied where garbage waits, since the
+    server may be deleting just there: rebalance waits a while for that, then leaves the key to a
+    later run.
+9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
+    right, and that one or its copies stay. No place that a record names becomes garbage.
+10. verify notes the path of every record in a temporary table beside the index, then walks the
+    folders and compares. The store is in use: what looks wrong is looked up again before it
+    counts. A record with fewer replicas than `replicas` gets more where a PUT would write now.
+    Strays are noted and removed at the end: only if no volume failed, only if older than --grace
+    by version and by mtime, and by entering the garbage in a transaction that looks the record up
+    once more. No PUT can still commit one: its claim would be there.
+11. A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks.
+    Then the good bytes are PUT to its path. That is no overwriting of a blob in place (a volume
+    renames a whole file there) and no new version: a path names a version, and the version's
+    digest names the bytes.
 
-After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in the index is a stray.
-Exit codes: 0 done, 1 something is left or failed, 2 usage. Ctrl-C is safe: the same command goes on.
+After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in
+the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
+configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
 
 Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool, command line.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if sys.argv[0].endswith(("mkv_tools.py", "mkv-tools")) and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):  # run as a program: a Ctrl-C during the imports ends it, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
+import bisect
 import contextlib
 import hashlib
 import json
@@ -54,9 +83,7 @@ import random
 import re
 import secrets
 import shutil
-import signal
 import sqlite3
-import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -71,11 +98,14 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, COLUMNS, GARBAGE, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher, Index,
-    MkvError, NotFound, Record, Ring, SqliteThread, State, Store, Token, Transaction, Upload, Volume, VolumeClient,
-    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings, after_prefix, decode_sidecar,
-    encode_sidecar, get_all, load_config, lock_file, parse_path, prepare_index, print_faults, read_totals,
-    record_of_row, run_embedded, sidecar_path, sync_folder,
+    ALL_KEYS, BROKEN_OFF, CLAIMS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG,
+    LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PENDING_COLUMNS, SMALL_BLOB, STEM, TOOL, Answer,
+    Config, ConfigError, Hasher, Index, MkvError, NotFound, Pending, PendingState, Record, Ring,
+    SqliteThread, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
+    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings,
+    after_prefix, decode_mark, decode_sidecar, encode_sidecar, get_all, load_config, lock_file,
+    media_type_of, parse_path, pending_of_row, prepare_index, print_faults, read_clock,
+    read_totals, record_of_row, run_embedded, sidecar_path, sync_folder, version_ns,
 )
 # isort: on
 # fmt: on
@@ -85,15 +115,19 @@ File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no
 Files = dict[str, File]  # by name or path
 Found = dict[str, Files]  # volume -> path -> file
 Place = tuple[str, str]  # (volume, path)
+Names = tuple[str, ...]  # of volumes
 Replica = tuple[str, Record]  # (volume, record)
+Sidecars = Mapping[str, Record | str]  # volume -> what its sidecar says, or what is wrong with it
+Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as were listed
+Answered = Answer | VolumeError
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
+More = Callable[[Sequence[str]], Awaitable[Iterable[str]]]  # folders /aa/ -> folders below
 Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
 
 # == Plans ============================================================================================================
 # What is to be done, from what is known. Pure: no clock, no I/O.
 
-SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 BATCH_KEYS, BATCH_BYTES = 48, 4 * 1024 * 1024  # small blobs that are moved together
 
 
@@ -107,6 +141,9 @@ class Case(NamedTuple):
     detail: str = ""
 
 
+Judgement = tuple[Record | None, list[Case]]  # of a version
+
+
 @dataclass(slots=True)
 class Version:
     """What all volumes hold of one version of one key. `stem` is its path without extension."""
@@ -114,6 +151,7 @@ class Version:
     stem: str
     sidecars: Files = field(default_factory=dict)  # volume -> file
     blobs: dict[str, Files] = field(default_factory=dict)  # volume -> path -> file
+    marks: Files = field(default_factory=dict)  # volume -> file
 
     @property
     def places(self) -> list[Place]:
@@ -121,20 +159,46 @@ class Version:
         volumes = sorted(self.sidecars.keys() | self.blobs.keys())
         return [(volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])]
 
+    def path_of(self, record: Record) -> str:
+        """Return the path of a record of this version without hashing its key once more."""
+        return f"{self.stem}.{record.ext}" if record.ext else self.stem
+
     def size(self, volume: str, path: str) -> int | None:
         file = self.blobs.get(volume, {}).get(path)
         return file and file[0]
 
 
+def make_pair(row: dict[str, Any]) -> tuple[str, File]:
+    """Return (name, file) of an entry of a listing; raises ValueError."""
+    name = row.get("name")
+    kind = row.get("type")
+    mtime = row.get("mtime")
+    size = row.get("size")
+    if type(name) is not str or not name or "/" in name:
+        raise ValueError("an entry has no name")
+    if type(kind) is not str or type(mtime) is not str:
+        raise ValueError("an entry has no type or no mtime")
+    if kind != "file":
+        return name, (-1, mtime)
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError("a file has no size")
+    return name, (size, mtime)
+
+
+# It makes each entry a pair as soon as it is read: as dicts they would take ten times their bytes.
+ENTRIES = json.JSONDecoder(object_hook=make_pair)
+
+
 def parse_listing(body: bytes) -> Files:
     """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything else."""
+    text = body.decode("utf-8", "surrogateescape")  # nginx passes any name of a file on as it is
     try:
-        rows = json.loads(body.decode("utf-8", "surrogateescape"))  # nginx passes any name of a file on as it is
-        if not isinstance(rows, list):
-            raise TypeError("no list")
-        return {row["name"]: (int(row["size"]) if row["type"] == "file" else -1, row["mtime"]) for row in rows}
-    except (TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"not a listing: {error}") from None
+        pairs = ENTRIES.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested") from None
+    if type(pairs) is not list or any(type(pair) is not tuple for pair in pairs):
+        raise ValueError("it is no list of entries")
+    return dict(pairs)
 
 
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
@@ -143,53 +207,127 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     for volume, files in found.items():
         for path, file in files.items():
             parsed = parse_path(path) if file[0] >= 0 else None
-            if parsed is None or (parsed[2] == "key" and file[0] > SIDECAR_BYTES):
+            if parsed is None:
                 left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
                 foreign.append(Case("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
                 continue
             version = versions.get(path[:STEM]) or versions.setdefault(path[:STEM], Version(path[:STEM]))
             if parsed[2] == "key":
                 version.sidecars[volume] = file
+            elif parsed[2] == "del":
+                version.marks[volume] = file
             else:
                 version.blobs.setdefault(volume, {})[path] = file
     return versions, foreign
 
 
-def plan_sidecars(version: Version, read: Mapping[str, Record | str]) -> list[str]:
-    """Return the volumes whose sidecar to read next: one, then all if it is bad or another has a different size."""
-    whole = sorted(version.sidecars.keys() & version.blobs.keys()) or sorted(version.sidecars)
-    if not read:
-        return [whole[int(version.stem[-4:], 16) % len(whole)]] if whole else []
-    bad, sizes = any(isinstance(one, str) for one in read.values()), {size for size, _ in version.sidecars.values()}
-    return sorted(version.sidecars.keys() - read.keys()) if bad or len(sizes) > 1 else []
+def find_doubts(version: Version, read: Sidecars) -> list[Place]:
+    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and
+    say the same."""
+    if len(set(read.values())) == 1:
+        return []
+    places = set[Place]()
+    for record in {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}:
+        path = version.path_of(record)
+        places |= {(volume, path) for volume in read if version.size(volume, path) == record.size}
+    return sorted(places)
 
 
-def judge_version(version: Version, read: Mapping[str, Record | str]) -> tuple[Record | None, list[Case]]:
-    """Return the record that the sidecars `read` (or what is wrong with them) and the blobs beside them make.
+def judge_beside(version: Version, record: Record, volume: str, digests: Digests) -> str:
+    """Return what is wrong with the blob beside a sidecar: by its size, and its digest if it was
+    read."""
+    path = version.path_of(record)
+    size = version.size(volume, path)
+    if size is None:
+        return "sidecar without blob"
+    if size != record.size:
+        return "wrong size"
+    digest = digests.get((volume, path), record.digest)
+    return "" if digest == record.digest else "corrupt"
 
-    None if no sidecar is sound, or if two contradict each other. A sidecar that was not read is like the others.
-    """
-    path, bad = f"{version.stem}.key", {volume: r for volume, r in read.items() if isinstance(r, str)}
-    cases = [Case("bad sidecar", volume, path, "", wrong) for volume, wrong in bad.items()]
-    records = {r for r in read.values() if isinstance(r, Record)}
-    if len(records) != 1:
-        names = " ".join(sorted(read.keys() - bad.keys()))
-        return None, cases + ([Case("contradicting sidecars", names, path)] if records else [])
-    record, volumes = records.pop(), []
-    for volume in sorted(version.sidecars.keys() - bad.keys()):
-        if (size := version.size(volume, record.path)) == record.size:
-            volumes.append(volume)
-        elif size is None:
-            cases.append(Case("sidecar without blob", volume, path, record.key))
-        else:
-            detail = f"{size} bytes instead of {record.size}"
-            cases.append(Case("wrong size", volume, record.path, record.key, detail))
+
+def choose_record(version: Version, read: Sidecars, digests: Digests) -> Record | None:
+    """Return the record, without volumes, that a blob agrees with; None if there is none, or if
+    blobs contradict each other. No blob can tell the content type: most sidecars decide, else the
+    extension."""
+    votes = Counter(sidecar for sidecar in read.values() if isinstance(sidecar, Record))
+    proved = []
+    for record in votes:
+        if "" in (judge_beside(version, record, volume, digests) for volume in read):
+            proved.append(record)
+    if len({record.digest for record in proved}) != 1:
+        return None
+
+    def rank(record: Record) -> tuple[int, bool, str, str]:
+        fits = media_type_of(record.content_type, record.key)[1] == record.ext
+        return -votes[record], not fits, record.content_type, record.ext
+
+    return min(proved, key=rank)
+
+
+def tell_apart(record: Record, others: Collection[Record]) -> str:
+    """Say what was decided where sidecars differ."""
+    told = []
+    for name in ("size", "digest", "content_type", "ext"):
+        mine = getattr(record, name)
+        theirs = {getattr(other, name) for other in others} - {mine}
+        told += [f"{name} is {mine!r}, not {one!r}" for one in sorted(theirs)]
+    return "; ".join(told)
+
+
+def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgement:
+    """Return the record that sidecars and the blobs beside them make, None if they make none, and
+    what is wrong with them. `digests` are those of the blobs that find_doubts names."""
+    path = f"{version.stem}.key"
+    record = choose_record(version, read, digests)
+    volumes = list[str]()
+    others = dict[str, Record]()
+    cases = list[Case]()
+    for volume, sidecar in sorted(read.items()):
+        if isinstance(sidecar, str):
+            cases.append(Case("bad sidecar", volume, path, "", sidecar))
+        elif record and sidecar != record:
+            others[volume] = sidecar
+        told = record or sidecar
+        if isinstance(told, str):
+            continue
+        blob = version.path_of(told)
+        match judge_beside(version, told, volume, digests):
+            case "":
+                volumes.append(volume)
+            case "sidecar without blob" as wrong:
+                cases.append(Case(wrong, volume, path, told.key))
+            case "wrong size" as wrong:
+                detail = f"{version.size(volume, blob)} bytes instead of {told.size}"
+                cases.append(Case(wrong, volume, blob, told.key, detail))
+            case wrong:
+                cases.append(Case(wrong, volume, blob, told.key))
+    if record is None:
+        return None, cases
+    if others:
+        detail = tell_apart(record, others.values())
+        cases.append(Case("contradicting sidecars", " ".join(others), path, record.key, detail))
     return replace(record, volumes=tuple(volumes)), cases
+
+
+def name_unusable(version: Version, read: Sidecars) -> Case:
+    """Say why a version that has blobs and sidecars makes no record."""
+    sidecars = {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}
+    keys = {sidecar.key for sidecar in sidecars}
+    if not sidecars:
+        detail = "no sidecar can be used"
+    elif len(sidecars) == 1:
+        detail = "no blob fits its sidecar"
+    else:
+        detail = "sidecars contradict each other, and no blob decides"
+    volumes = " ".join(sorted(read.keys() | version.blobs.keys()))
+    return Case("unusable version", volumes, f"{version.stem}.key", min(keys, default=""), detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """How a record gets to the volumes `keep` and `copy`. If `left` says why, nothing can be done now."""
+    """How a record gets to the volumes `keep` and `copy`; on some of `copy` it may stand already,
+    with a bad replica that is made anew. If `left` says why, nothing can be done now."""
 
     record: Record
     sources: tuple[str, ...] = ()
@@ -197,11 +335,6 @@ class Move:
     copy: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     left: str = ""
-
-    @property
-    def meanwhile(self) -> Record:
-        """The record between claim and commit: without the volumes whose replica is bad and made anew."""
-        return replace(self.record, volumes=tuple(v for v in self.record.volumes if v not in self.copy))
 
     @property
     def after(self) -> Record:
@@ -227,6 +360,21 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
     turn = int(record.version[-4:], 16) % len(readable)  # spreads the reading, the same way each time
     sources = (*readable[turn:], *readable[:turn])
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
+
+
+def plan_more(record: Record, sources: Names, ring: Ring, replicas: int, states: States) -> Move:
+    """Make up for the replicas that a record lacks, from `sources` to where a PUT would write
+    now."""
+    usable = [v for v in ring.zones if states.get(v) is State.UP or v in record.volumes]
+    target = ring.place(record.key, replicas, usable)
+    more = [v for v in target if v not in record.volumes]
+    copy = tuple(more[: replicas - len(record.volumes)])
+    alive = tuple(v for v in sources if states.get(v, State.DOWN) is not State.DOWN)
+    if not alive:
+        return Move(record=record, left="none of them can be read")
+    if not copy:
+        return Move(record=record, left="no other volume is up")
+    return Move(record=record, sources=alive, keep=record.volumes, copy=copy)
 
 
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
@@ -270,12 +418,21 @@ def find_strays(
             ours = record and volume in record.volumes and (path == record.path or path == version.stem)
             if not ours and (volume, version.stem) not in garbage:
                 files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
-                times = [int(version.stem[-20:-4], 16) / 1e9, *(modified_s(file) for file in files if file)]
+                times = [modified_s(file) for file in files if file]
+                written_ns = version_ns(version.stem[-20:])
+                if written_ns < END_OF_TIME_NS:  # else it would never be old enough
+                    times.append(written_ns / 1e9)
                 if max(times) > before_s:
                     young += 1
                 else:
                     strays.append((volume, path))
     return strays, young
+
+
+def find_stray_marks(versions: Iterable[Version], known: Collection[Place], before_s: float) -> list[Place]:
+    """Return the marks that the index does not know and that are not young, say of a crash."""
+    found = [(v, f"{version.stem}.del", file) for version in versions for v, file in version.marks.items()]
+    return [(v, path) for v, path, file in found if (v, path) not in known and modified_s(file) <= before_s]
 
 
 def modified_s(file: File) -> float:
@@ -297,33 +454,54 @@ def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
 # == Reading volumes ==================================================================================================
 # Many small GETs, pipelined, from all volumes at once.
 
+STRIDE = 8  # folders /aa/ that are looked into together
 AHEAD = 6  # runs of folders under way at once
 RUN_FILES = 4000  # files in one run, about
+SIDECARS_AT_ONCE = 1500  # bounds the memory for what is larger than a sidecar should be
 
 
 async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
-    """Return path -> file of all that is in `folders`; raises VolumeError unless it is known for sure."""
+    """Return path -> file of all that is in `folders`, from at most LISTING_BYTES in all; raises
+    VolumeError unless it is known for sure."""
     files: Files = {}
-    for folder, (status, body) in zip(folders, await client.get(folders), strict=True):
+    share = LISTING_BYTES // len(folders)
+    room = LISTING_BYTES
+    answers = await client.get(folders, share)
+    for folder, answer in zip(folders, answers, strict=True):
+        if len(answer[1]) > share and room > share:
+            (answer,) = await client.get([folder], room)
+        room -= len(answer[1])
         try:
-            if status != 200 and (status != 404 or folder == "/"):
-                raise ValueError(f"it was answered {status}")
-            files |= {folder + name: file for name, file in parse_listing(body).items()} if status == 200 else {}
+            if room < 0:
+                raise ValueError(f"more than {LISTING_BYTES} bytes, at once with those before it")
+            files |= read_listing(answer, folder)
         except ValueError as error:
             raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
     return files
 
 
-async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | VolumeError]:
-    """GET each place, from all volumes at once; what a volume fails at is the answer of all that was asked of it."""
+def read_listing(answer: Answer, folder: str) -> Files:
+    """Return path -> file of a folder, none if it is not there; raises ValueError if in doubt."""
+    status, body = answer
+    if status == 404 and folder != "/":
+        return {}
+    if status != 200:
+        raise ValueError(f"it was answered {status}")
+    return {folder + name: file for name, file in parse_listing(body).items()}
+
+
+async def get_each(clients: Clients, wanted: Sequence[Place], limit: int) -> list[Answered]:
+    """GET each place, from all volumes at once; what a volume fails at is the answer of all that
+    was asked of it. What has more than `limit` bytes is cut off after one more."""
     numbers: dict[str, list[int]] = defaultdict(list)
-    answers: dict[int, Answer | VolumeError] = {}
+    answers: dict[int, Answered] = {}
     for i, (volume, _) in enumerate(wanted):
         numbers[volume].append(i)
 
     async def get(volume: str) -> None:
         try:
-            bodies = await clients[volume].get([wanted[i][1] for i in numbers[volume]])
+            paths = [wanted[i][1] for i in numbers[volume]]
+            bodies = await clients[volume].get(paths, limit)
             answers.update(zip(numbers[volume], bodies, strict=True))
         except VolumeError as error:
             answers.update(dict.fromkeys(numbers[volume], error))
@@ -335,16 +513,49 @@ async def get_each(clients: Clients, wanted: Sequence[Place]) -> list[Answer | V
 async def read_sidecars(clients: Clients, wanted: Sequence[Place]) -> list[Record | str]:
     """Read sidecars: each its record, or what is wrong with it. Raises VolumeError."""
     results: list[Record | str] = []
-    for (volume, path), answer in zip(wanted, await get_each(clients, wanted), strict=True):
-        if isinstance(answer, VolumeError):
-            raise answer
-        if answer[0] not in (200, 404):
-            raise VolumeUnexpected(volume, f"GET {path} was answered {answer[0]}")
-        try:
-            results.append(decode_sidecar(answer[1], path) if answer[0] == 200 else "it is not there")
-        except ValueError as error:
-            results.append(str(error))
+    for start in range(0, len(wanted), SIDECARS_AT_ONCE):
+        places = wanted[start : start + SIDECARS_AT_ONCE]
+        answers = await get_each(clients, places, MAX_SIDECAR_BYTES)
+        known: dict[tuple[str, Answer], Record | str] = {}
+        for (volume, path), answer in zip(places, answers, strict=True):
+            if isinstance(answer, VolumeError):
+                raise answer
+            if (path, answer) not in known:  # else it is what another volume has
+                known[path, answer] = judge_sidecar(answer, volume, path)
+            results.append(known[path, answer])
     return results
+
+
+def judge_sidecar(answer: Answer, volume: str, path: str) -> Record | str:
+    """Return the record in a sidecar, or what is wrong with it; raises VolumeUnexpected if in
+    doubt."""
+    status, body = answer
+    if status == 404:
+        return "it is not there"
+    if status != 200:
+        raise VolumeUnexpected(volume, f"GET {path} was answered {status}")
+    try:
+        return decode_sidecar(body, path)
+    except ValueError as error:
+        return str(error)
+
+
+async def read_digest(client: VolumeClient, path: str, size: int) -> str:
+    """Return the digest of a blob, "" if it has not `size` bytes; raises VolumeError."""
+    hasher = hashlib.sha256()
+    left = size
+    try:
+        async with contextlib.aclosing(client.stream(path)) as pieces:
+            async for piece in pieces:
+                hasher.update(piece)
+                left -= len(piece)
+                if left < 0:
+                    break
+    except NotFound:
+        return ""
+    except VolumeError as error:
+        raise VolumeUnexpected(error.volume, f"{path} cannot be read: {error}") from None
+    return hasher.hexdigest() if left == 0 else ""
 
 
 async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
@@ -363,15 +574,27 @@ async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
         await asyncio.gather(*running, return_exceptions=True)
 
 
+def cut_out_each(on: On, run: Sequence[str]) -> On:
+    """Return which folders, from the first to the last of `run`, each volume has; all are in
+    order."""
+    cut = {}
+    for volume, folders in on.items():
+        start = bisect.bisect_left(folders, run[0])
+        end = bisect.bisect_right(folders, run[-1])
+        cut[volume] = folders[start:end]
+    return cut
+
+
 class Walk:
     """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
 
     def __init__(self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]) -> None:
-        self._clients, self._report, self._failed, self._at_once = clients, report, failed, 64
+        self._clients, self._report, self._failed = clients, report, failed
+        self._at_once = 1  # folders in a run; what they hold decides on the next
         self.done = 0.0  # the share of the folders that are behind
 
     async def _list(self, on: On) -> Found:
-        """List folders; a volume that fails is left out."""
+        """List folders; a volume that fails is left out, and one that has none of them, too."""
         found: Found = {}
 
         async def fill(volume: str, folders: Sequence[str]) -> None:
@@ -380,7 +603,7 @@ class Walk:
             except VolumeError as error:
                 self._failed(error)
 
-        await asyncio.gather(*(fill(volume, folders) for volume, folders in on.items()))
+        await asyncio.gather(*(fill(volume, folders) for volume, folders in on.items() if folders))
         return found
 
     def _descend(self, found: Found) -> dict[str, list[str]]:
@@ -392,74 +615,84 @@ class Walk:
                     deeper[volume].append(f"{path}/")
                 elif path != "/corrupt":
                     self._report.add(Case("foreign file", volume, path))
-        return deeper
+        return {volume: sorted(folders) for volume, folders in deeper.items()}
 
     async def start(self) -> None:
         """Find out which folders /aa/ each volume has: `top`."""
         self.top = self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
-    async def run(self, work: Work, more: Callable[[str], Awaitable[Iterable[str]]] | None = None) -> None:
+    async def run(self, work: Work, more: More | None = None) -> None:
         """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the names, and which of them
-        each volume has. `more` names further ones below a folder /aa/."""
+        each volume has. `more` names further ones below some folders /aa/."""
 
         async def jobs() -> AsyncIterator[Awaitable[None]]:
-            for number in range(256):
-                self.done, first = number / 256, f"/{number:02x}/"
-                on = self._descend(
-                    await self._list({v: [first] for v, folders in self.top.items() if first in folders})
-                )
-                names = sorted(set().union(*on.values(), await more(first) if more else ()))
+            for number in range(0, 256, STRIDE):
+                self.done = number / 256
+                firsts = [f"/{i:02x}/" for i in range(number, number + STRIDE)]
+                above = cut_out_each(self.top, firsts)
+                on = self._descend(await self._list(above))
+                names = sorted(set().union(*on.values(), await more(firsts) if more else ()))
                 while names:
                     run, names = names[: self._at_once], names[self._at_once :]
-                    on_run = {v: [f for f in folders if run[0] <= f <= run[-1]] for v, folders in on.items()}
-                    yield work(run, on_run)
+                    yield work(run, cut_out_each(on, run))
 
         await run_all(jobs(), AHEAD)
 
     async def list_run(self, on: On) -> Found:
-        found = await self._list({volume: folders for volume, folders in on.items() if folders})
+        found = await self._list(on)
         names, files = max([1, *map(len, on.values())]), sum(map(len, found.values()))
-        self._at_once = max(1, min(256, RUN_FILES * names // (names + files)))
+        fitting = RUN_FILES * names // (names + files)
+        self._at_once = max(1, min(256 * STRIDE, 8 * self._at_once, fitting))
         return found
 
 
 # == Moving replicas ==================================================================================================
-# Claim, copy, commit: points 5 to 7 of the theory of operation.
+# Claim, copy, commit: points 6 to 9 of the theory of operation.
 
 INTERRUPTED = "interrupted"
-
-
-def set_record(tx: Transaction, before: Record, after: Record) -> None:
-    if before != after:
-        tx.remove(before)
-        tx.insert(after)
+REASONS = {"waiting": "garbage waits where they go; the server deletes it"}  # for people
 
 
 def claim(tx: Transaction, move: Move) -> str:
     """Claim where `move` will write; return why it must not begin, if so."""
-    if tx.get(move.record.key) != move.record:
+    record = move.record
+    if tx.get(record.key) != record:
         return "changed"
-    if {(volume, move.record.path) for volume in move.copy}.intersection(tx.garbage_at(move.record.path)):
+    rows = [row for row in tx.pending_below(record.path).values() if row.volume in move.copy]
+    if any(row.due_s is not None and row.due_s <= tx.now_s for row in rows):
         return "waiting"  # the server may be deleting there just now
-    set_record(tx, move.record, move.meanwhile)
-    tx.claim(move.record.path, move.copy, TOOL)  # or take a dead run's claims over
+    remade = set(record.volumes).intersection(move.copy)
+    tx.claim(record.path, remade, TOOL, PendingState.REMAKING)
+    tx.claim(record.path, set(move.copy) - remade, TOOL, PendingState.COPYING)
     return ""
 
 
 def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
-    """Move the record if nothing failed or came between, else leave the copies to the garbage; return why, if so."""
+    """Move the record if nothing failed or came between, else leave the copies to the garbage;
+    return why, if so. In no case does a place that the record names become garbage."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
-    claimed = tx.take_claims(move.record.path)
-    if tx.get(move.record.key) != move.meanwhile or not claimed.issuperset(move.copy):
-        failed = "changed"
+    before = move.record
+    after = move.after
+    path = before.path
+    claimed = {row.volume for row in tx.pending_below(path).values() if row.state in CLAIMS}
+    current = tx.get(before.key)
+    doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_OFF)  # of a run that was killed
     if failed:
-        tx.add_garbage(move.record.path, claimed)
+        doubts |= dict.fromkeys(move.copy, HUNG)
+    if current != before or not claimed.issuperset(move.copy):
+        named = current.volumes if current and current.path == path else ()
+        tx.end_claims(path, named, doubts)
+        if not failed:
+            tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in move.copy})
+        return "changed"
+    tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
+    if failed:
         return failed
-    set_record(tx, move.meanwhile, move.after)
-    tx.add_garbage(
-        move.record.path, claimed.union(move.drop).difference(move.after.volumes), delay_s
-    )  # or a dead run's
+    if after != before:
+        tx.remove(before)
+        tx.insert(after)
+    tx.add_garbage(path, move.drop, delay_s)
     return ""
 
 
@@ -489,7 +722,8 @@ class Mover:
 
     async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        answers = await get_each(self.clients, [(volume, record.path) for volume, record in wanted])
+        places = [(volume, record.path) for volume, record in wanted]
+        answers = await get_each(self.clients, places, SMALL_BLOB)
         return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
@@ -628,10 +862,13 @@ class Report:
     """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines for people."""
 
     FIRST = 10
+    IN_FULL = ("unusable version", "lost key")  # each is the operator's to see to
+    FULL = 100_000
 
     def __init__(self, keep_all: bool) -> None:
         self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
         self._began, self.facts, self.lines, self.code = time.monotonic(), dict[str, Any](), list[str](), 0
+        self.interrupted = "the store is consistent, and the same command goes on"  # after Ctrl-C
 
     @property
     def seconds(self) -> float:
@@ -640,22 +877,38 @@ class Report:
     def add(self, *cases: Case) -> None:
         for case in cases:
             self.counts[case.kind] += 1
-            if self._keep_all or self.counts[case.kind] <= self.FIRST:
+            most = self.FULL if case.kind in self.IN_FULL else self.FIRST
+            if self._keep_all or self.counts[case.kind] <= most:
                 self._cases[case.kind].append(case)
 
     def as_json(self) -> str:
         cases = [case._asdict() for each in self._cases.values() for case in each]
-        return json.dumps(self.facts | {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases})
+        found = {"seconds": round(self.seconds, 3), "found": self.counts, "cases": cases}
+        return json.dumps(self.facts | found)
 
     def as_text(self) -> str:
         lines = []
         for kind, count in sorted(self.counts.items()):
             lines.append(f"{count} x {kind}")
-            for case in self._cases[kind][: self.FIRST]:
-                path, key = case.path.encode("utf-8", "backslashreplace").decode(), case.key and json.dumps(case.key)
-                lines.append("  " + "  ".join(filter(None, (case.volume, path, key, case.detail))))
-            lines += [f"  and {count - self.FIRST} more (--json lists them)"] if count > self.FIRST else []
-        return "\n".join(lines + self.lines)
+            cases = self._cases[kind]
+            for case in cases:
+                words = (case.volume, case.path, case.key and json.dumps(case.key), case.detail)
+                lines.append("  " + "  ".join(word for word in words if word))
+            if count > len(cases):
+                lines.append(f"  and {count - len(cases)} more (--json lists them)")
+        return "\n".join(show_text(line) for line in lines + self.lines)
+
+
+def show_text(text: str) -> str:
+    """Return `text` as it may go to a terminal, whoever gave it: with escapes, as in JSON, for
+    what cannot be printed."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else escape(ord(one)) for one in text)
+
+
+def escape(code: int) -> str:
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def show_bytes(size: float) -> str:
@@ -705,14 +958,20 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
         async with run_embedded(config) as config:
             yield config
     else:
-        raise ToolError(f"no volumes are configured, and there are no embedded ones in {config.data}")
+        reason = f"none are configured, and there are no embedded ones in {config.data}"
+        raise ConfigError([f"volumes: {reason}"])
+
+
+def check_index(path: str) -> None:
+    """Raise ConfigError if there is no index."""
+    if not Path(path).is_file():
+        raise ConfigError([f"db: there is no index at {path} (rebuild can make one)"])
 
 
 @contextlib.asynccontextmanager
 async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
     """Open volumes and index beside a server that may be running; `moving` replicas is for one tool at a time."""
-    if not Path(config.db).is_file():
-        raise ToolError(f"there is no index at {config.db} (rebuild makes one from the volumes)")
+    check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
         if moving:
@@ -720,14 +979,10 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
             stack.callback(os.close, lock)
         store = Store(config, number=TOOL)
         stack.push_async_callback(store.close)
-        try:
-            await store.start()
-        except ConfigError as error:  # the index cannot be opened: nothing that the command line could mend
-            raise ToolError(str(error)) from None
+        await store.start()
         yield store
         if moving:
-            delay_s = max(config.garbage_delay, config.volume_timeout)
-            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize, delay_s))  # what nobody took over
+            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))  # what nobody took over
 
 
 def select_page(after: str, db: sqlite3.Connection) -> list[Record]:
@@ -766,8 +1021,11 @@ async def find_damage(old: SqliteThread) -> str:
         return str(error)
 
 
+INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")
+
+
 def remove_index(path: str) -> None:
-    for suffix in ("", "-wal", "-shm", "-journal", ".lock"):
+    for suffix in INDEX_SUFFIXES:
         Path(path + suffix).unlink(missing_ok=True)
 
 
@@ -794,13 +1052,51 @@ def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
         raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
 
 
-GARBAGE_AND_CLAIMS = "SELECT volume, path FROM garbage UNION SELECT volume, path FROM claim"
+ALIVE = (PendingState.KEPT, PendingState.REMAKING, PendingState.MARK)  # no garbage, nor will be
+GARBAGE_AND_CLAIMS = """SELECT volume, path FROM pending
+    WHERE state NOT IN ('kept', 'remaking', 'mark') AND path >= ? AND path < ?"""
+MARKS = "SELECT volume, path FROM pending WHERE state = 'mark' AND path >= ? AND path < ?"
 
 
 def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
     """Return the garbage, and what may become garbage, in a range of folders."""
-    query = f"SELECT volume, path FROM ({GARBAGE_AND_CLAIMS}) WHERE path >= ? AND path < ?"
-    return list(db.execute(query, (span[0], after_prefix(span[1]))))
+    return list(db.execute(GARBAGE_AND_CLAIMS, (span[0], after_prefix(span[1]))))
+
+
+def select_marks(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
+    return list(db.execute(MARKS, (span[0], after_prefix(span[1]))))
+
+
+def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
+    """Take over what is pending in an index whose clock is `age_s` behind. What is garbage, or may
+    be, is due at once, since nobody reads."""
+    for row in rows:
+        doubt_s = None if row.doubt_s is None else row.doubt_s + age_s
+        if row.state in CLAIMS:
+            doubt_s = tx.now_s + BROKEN_OFF.seconds
+        if row.state is PendingState.MARK:
+            after = row
+        elif row.state in ALIVE:
+            after = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+        else:
+            after = replace(row, state=PendingState.GARBAGE, owner=None, attempts=0)
+            after = replace(after, due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
+        tx.change({}, {(row.volume, row.path): after})
+
+
+LOST = f"""SELECT new.version IS NOT NULL, old.* FROM (SELECT {COLUMNS} FROM main.record) AS old
+    LEFT JOIN fresh.record AS new USING (key)
+    WHERE new.version IS NULL OR new.version < old.version ORDER BY key"""
+
+
+@dataclass(slots=True, kw_only=True)
+class Mark:
+    """What the marks of a dead version say: the blob's path, the volumes that have a mark, and
+    those that may still show its sidecar."""
+
+    path: str
+    volumes: list[str]
+    doubted: set[str] = field(default_factory=set)
 
 
 class Rebuild:
@@ -809,20 +1105,32 @@ class Rebuild:
     def __init__(self, clients: Clients, old: SqliteThread | None, new: Index, report: Report) -> None:
         self._clients, self._old, self._new, self._report = clients, old, new, report
         self.walk = Walk(clients, report, self._fail)
-        self.keys = self.bytes = self.garbage = 0
+        self.keys = self.bytes = self.garbage = self.left_out = 0
 
     def _fail(self, error: VolumeError) -> None:
         raise error
 
     async def run(self, allowed: Collection[str]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; then decide on the keys of all folders."""
+        """Carry the old garbage over, due at once, since nobody reads; decide on the keys of all
+        folders; see what has become of the old keys."""
         await self.walk.start()
+        totals = await self._old.run(read_totals) if self._old else {}
+        self._check_volumes(totals, allowed)
         if self._old:
-            self._check_volumes(await self._old.run(read_totals), allowed)
-            cursor = await self._old.run(lambda db: db.execute(GARBAGE_AND_CLAIMS))
-            while rows := await self._old.run(lambda db: cursor.fetchmany(10000)):
-                await self._new.write(partial(self._write, [], rows, []))
+            await self._carry_over(self._old)
         await self.walk.run(self._merge)
+        await self._new.write(Transaction.release_all_marks)
+        if self._old and not self._report.counts["unusable version"]:  # which end it anyway
+            await self._find_lost(self._old, set(allowed))
+
+    async def _carry_over(self, old: SqliteThread) -> None:
+        now_s = await old.run(read_clock)
+        age_s = await self._new.read(read_clock) - now_s
+        cursor = await old.run(lambda db: db.execute(f"SELECT {PENDING_COLUMNS} FROM pending"))
+        while rows := await old.run(lambda db: cursor.fetchmany(10000)):
+            pending = list(map(pending_of_row, rows))
+            self.garbage += sum(row.state not in ALIVE for row in pending)
+            await self._new.write(partial(carry_over, pending, age_s))
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
         """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
@@ -830,6 +1138,21 @@ class Rebuild:
             if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not self.walk.top.get(name):
                 state = "is empty" if name in self.walk.top else "is not configured"
                 raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
+
+    async def _find_lost(self, old: SqliteThread, allowed: set[str]) -> None:
+        """Report the keys of the old index that the new one lacks, or has in an older version."""
+        await old.run(lambda db: db.execute("ATTACH ? AS fresh", (self._new.path,)))
+        cursor = await old.run(lambda db: db.execute(LOST))
+        while rows := await old.run(lambda db: cursor.fetchmany(1000)):
+            for older, *row in rows:
+                record = record_of_row(row)
+                names = " ".join(record.volumes)
+                if allowed.issuperset(record.volumes):
+                    self.left_out += 1
+                else:
+                    detail = "an older version is there" if older else ""
+                    self._report.add(Case("lost key", names, record.path, record.key, detail))
+        await old.run(lambda db: db.execute("DETACH fresh"))
 
     def _write(
         self, records: Collection[Record], garbage: Collection[Place], alive: Iterable[Place], tx: Transaction
@@ -841,7 +1164,14 @@ class Rebuild:
             tx.insert(record)
             self.keys += 1
             self.bytes += record.size
-        tx.settle_garbage(alive, [])
+        for volume, path in alive:
+            tx.keep(path, [volume])
+
+    def _write_marks(self, marks: Mapping[str, Mark], tx: Transaction) -> None:
+        """Note what marks say: a volume that is not read now may still have the dead version."""
+        for mark in marks.values():
+            tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG))
+            tx.add_marks(mark.path, mark.volumes, ())
 
     async def _merge(self, run: list[str], on: On) -> None:
         """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
@@ -850,15 +1180,20 @@ class Rebuild:
         garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
         for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))) if self._old else ():
             garbage[path[:STEM]].add(volume)
+        marks = await self._read_marks(versions.values(), read)
         adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
-            unmarked = version.blobs.keys() - version.sidecars.keys() - garbage[stem]
-            cases += [Case("blob without sidecar", volume, *version.blobs[volume]) for volume in unmarked]
-            if key_hash in adopted:
-                dead += version.places if version.sidecars else []
+            for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
+                for path in version.blobs[volume]:
+                    cases.append(Case("blob without sidecar", volume, path))
+            if not version.sidecars:  # an unfinished write
                 continue
-            record, more = judge_version(version, read[stem])
+            if key_hash in adopted or stem in marks:
+                dead += version.places
+                continue
+            digests = await self._read_blobs(version, read[stem])
+            record, more = judge_version(version, read[stem], digests)
             cases += more
             if record and garbage[stem]:
                 record = await self._judge_garbage(record, garbage[stem])
@@ -866,17 +1201,66 @@ class Rebuild:
                 alive += [(volume, record.path) for volume in record.volumes]
             if record and record.volumes:
                 adopted[key_hash] = record
+            elif record is None and version.blobs:
+                if garbage[stem].issuperset(version.blobs):
+                    dead += version.places
+                else:
+                    cases.append(name_unusable(version, read[stem]))
+        await self._new.write(partial(self._write_marks, marks))
         await self._new.write(partial(self._write, adopted.values(), dead, alive))
         self._report.add(*cases)
 
+    async def _read_marks(self, versions: Collection[Version], read: Mapping[str, Sidecars]) -> dict[str, Mark]:
+        """Return stem -> mark of the versions that are dead. That it has a mark is enough; what the mark says only
+        tells where else to look. Only the old index knows better."""
+        marks = dict[str, Mark]()
+        for version in versions:
+            if not version.marks:
+                continue
+            path = f"{version.stem}.del"
+            places = [(volume, path) for volume in version.marks]
+            found = Mark(path=version.stem, volumes=sorted(version.marks))
+            for (volume, _), answer in zip(
+                places, await get_each(self._clients, places, MAX_SIDECAR_BYTES), strict=True
+            ):
+                if isinstance(answer, VolumeError):
+                    raise answer
+                try:
+                    found.path, doubted = decode_mark(answer[1], path)
+                    found.doubted.update(doubted)
+                except ValueError as error:
+                    found.doubted.update(self._clients)
+                    self._report.add(Case("bad mark", volume, path, "", str(error)))
+            if await self._is_alive(version, read[version.stem]):
+                self._report.add(Case("mark of a key that lives", " ".join(found.volumes), path))
+            else:
+                marks[version.stem] = found
+        return marks
+
+    async def _is_alive(self, version: Version, read: Sidecars) -> bool:
+        """Whether the old index has this version as a key's record."""
+        keys = {sidecar.key for sidecar in read.values() if isinstance(sidecar, Record)}
+        records = await self._old.run(partial(get_all, sorted(keys))) if self._old and keys else []
+        return any(record is not None and record.path[:STEM] == version.stem for record in records)
+
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
-        """Return stem -> volume -> sidecar: one for each version, or all where that leaves a doubt."""
+        """Read all sidecars: return stem -> volume -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
-        while wanted := [(v, version.stem) for version in versions for v in plan_sidecars(version, read[version.stem])]:
-            sidecars = await read_sidecars(self._clients, [(volume, f"{stem}.key") for volume, stem in wanted])
-            for (volume, stem), sidecar in zip(wanted, sidecars, strict=True):
-                read[stem][volume] = sidecar
+        wanted = list[Place]()
+        for version in versions:
+            wanted += [(volume, f"{version.stem}.key") for volume in version.sidecars]
+        sidecars = await read_sidecars(self._clients, wanted)
+        for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
+            read[path[:STEM]][volume] = sidecar
         return read
+
+    async def _read_blobs(self, version: Version, read: Sidecars) -> Digests:
+        """Return the digests of the blobs that have to decide."""
+        digests = dict[Place, str]()
+        for volume, path in find_doubts(version, read):
+            size = version.size(volume, path) or 0
+            digests[volume, path] = await read_digest(self._clients[volume], path, size)
+        return digests
 
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
         """Return a record that is garbage on some volumes without these, but never without any; or, if the old index
@@ -897,6 +1281,13 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         exists, old, new = Path(config.db).is_file(), SqliteThread(config.db, False), Index(fresh)
         stack.push_async_callback(old.close)
         damage = await find_damage(old) if exists else ""
+        readable = old if exists and not damage else None
+        known = {volume.name for volume in config.volumes}
+        if readable:
+            known.update(await readable.run(read_totals))
+        unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
+        if unknown:
+            raise ConfigError(f"--allow-missing {name}: no such volume" for name in unknown)
         remove_index(fresh)
         stack.callback(remove_index, fresh)
         stack.push_async_callback(new.close)
@@ -905,13 +1296,16 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         clients = {name: client for name, client in clients.items() if name not in options.allow_missing}
         for client in clients.values():
             stack.callback(client.close)
-        work = Rebuild(clients, old if exists and not damage else None, new, report)
+        work = Rebuild(clients, readable, new, report)
         progress = show_progress(report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
         async with progress:
             await work.run(options.allow_missing)
         report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
-        if report.counts["contradicting sidecars"]:
-            report.lines = ["nothing was changed: of sidecars that contradict each other, move the wrong ones away"]
+        report.facts["left_out"] = work.left_out
+        unusable = report.counts["unusable version"]
+        if unusable:
+            report.lines = [f"nothing was changed: {unusable} versions cannot be used, see above"]
+            report.lines += ["mend their sidecars, or move both away, and run this again"]
             report.code = 1
             return
         await new.read(partial(check_new_index, work.keys, work.bytes))
@@ -924,6 +1318,12 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
     report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
     report.lines += [f"the old index is {kept}"] if kept else []
     report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
+    if work.left_out:
+        report.lines.append(f"{work.left_out} keys are only on the volumes that were left out")
+    lost = report.counts["lost key"]
+    if lost:
+        report.lines.append(f"{lost} keys of the old index are lost or older now, see above")
+        report.code = 1
 
 
 # == rebalance ========================================================================================================
@@ -1015,8 +1415,8 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, {work.dropped} to drop; "
         f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
     )
-    why = {"waiting": "garbage waits where they go; the server deletes it"}
-    report.lines += [f"left {count}: {why.get(reason, reason)}" for reason, count in work.left.items()]
+    for reason, count in work.left.items():
+        report.lines.append(f"left {count}: {REASONS.get(reason, reason)}")
     report.code = 1 if work.left else 0
 
 
@@ -1038,10 +1438,10 @@ def insert_notes(table: str, rows: Iterable[tuple[str, ...]], db: sqlite3.Connec
             db.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
 
 
-def select_folders(first: str, db: sqlite3.Connection) -> list[str]:
-    """Return the folders /aa/bb/ below /aa/ that records were noted in."""
+def select_folders(firsts: Sequence[str], db: sqlite3.Connection) -> list[str]:
+    """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records were noted."""
     query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
-    return [row[0] for row in db.execute(query, (first, after_prefix(first)))]
+    return [row[0] for row in db.execute(query, (firsts[0], after_prefix(firsts[-1])))]
 
 
 def select_noted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, Record]:
@@ -1060,7 +1460,10 @@ def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
     """Put each (key, volume, path) in the garbage unless the key's record names it; return how many."""
     strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
     for volume, path in strays:
-        tx.add_garbage(path, [volume])
+        if path.endswith(".del"):
+            tx.add_marks(path, [volume], ())
+        else:
+            tx.add_garbage(path, [volume])
     return len(strays)
 
 
@@ -1084,24 +1487,30 @@ class Verify:
         async for page in read_pages(self._store.index):
             await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
         await self.walk.start()
-        await self.walk.run(self._compare, lambda first: self._notes.run(partial(select_folders, first)))
+        await self.walk.run(self._compare, self._noted_folders)
         if repair and not self.failed:
             await self._remove_strays()
+
+    async def _noted_folders(self, firsts: Sequence[str]) -> list[str]:
+        return await self._notes.run(partial(select_folders, firsts))
 
     async def _compare(self, run: list[str], on: On) -> None:
         """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
         span = (run[0], run[-1])
         try:
             garbage = await self._notes.run(partial(select_garbage, span))
+            marks = await self._notes.run(partial(select_marks, span))
             versions, cases = group_files(await self.walk.list_run(on))
             records = await self._notes.run(partial(select_noted, span))
             garbage += await self._notes.run(partial(select_garbage, span))
+            marks += await self._notes.run(partial(select_marks, span))
             self._report.add(*cases)
             await self._check(records.values(), versions)
             dead = {(volume, path[:STEM]) for volume, path in garbage}
             strays, young = find_strays(versions.values(), records, dead, self._before_s)
             self.young += young
             await self._note_strays(strays)
+            await self._note_stray_marks(find_stray_marks(versions.values(), set(marks), self._before_s))
         except VolumeError as error:
             self._fail(error)
 
@@ -1132,13 +1541,20 @@ class Verify:
             for (volume, record), wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
                 if wrong:
                     faults[record][volume] = wrong
-        current = await self._store.index.read(partial(get_all, [record.key for record in faults]))
-        for (record, wrongs), now in zip(faults.items(), current, strict=True):
+        replicas = self._store.view.config.replicas
+        short = {record for record in records if len(record.volumes) < replicas}
+        suspects = [record for record in records if record in faults or record in short]
+        keys = [record.key for record in suspects]
+        current = await self._store.index.read(partial(get_all, keys))
+        good = dict[Record, Names]()
+        for record, now in zip(suspects, current, strict=True):
             if record == now:  # else a client came between
-                await self._settle(record, wrongs)
+                good[record] = await self._settle(record, faults[record])
+        await self._make_up({record: where for record, where in good.items() if record in short})
 
-    async def _settle(self, record: Record, faults: Mapping[str, str]) -> None:
-        """Repair a record's replicas if told to, and note each fault."""
+    async def _settle(self, record: Record, faults: Mapping[str, str]) -> Names:
+        """Repair a record's replicas if told to, and note each fault; return the volumes where
+        they are good now."""
         repaired = await self._restore(record, faults) if self._repair else set()
         self.repaired += len(repaired)
         for volume, wrong in faults.items():
@@ -1147,6 +1563,35 @@ class Verify:
             self._report.add(Case(kind, volume, record.path, record.key, detail))
         if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
             self._report.add(Case("no good replica", "", record.path, record.key))
+        return tuple(v for v in record.volumes if v not in faults or v in repaired)
+
+    async def _make_up(self, short: Mapping[Record, Names]) -> None:
+        """Note the records that have too few replicas, and copy them, if told to, from where they
+        are good."""
+        view = self._store.view
+        replicas = view.config.replicas
+        states = self._store.health.states
+        moves = [plan_more(r, good, view.ring, replicas, states) for r, good in short.items()]
+        outcome = {move.record.key: move.left for move in moves}
+        if self._repair:
+            possible = [move for move in moves if not move.left]
+            for batch in plan_batches(possible, lambda move: move.record.size):
+                outcome |= await self._mover.move(batch)
+        for move in moves:
+            record = move.record
+            why = outcome[record.key]
+            if why == "changed":  # by a client
+                continue
+            if self._repair and not why:
+                record = move.after
+            count = len(record.volumes)
+            detail = f"{count} of {replicas}"
+            if count >= replicas:
+                self.repaired += 1
+                detail = "repaired"
+            elif why:
+                detail += f", {REASONS.get(why, why)}"
+            self._report.add(Case("too few replicas", "", record.path, record.key, detail))
 
     async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
         """Make replicas good from good ones; return the volumes where that succeeded."""
@@ -1189,6 +1634,10 @@ class Verify:
                 noted.append((key, volume, path))
         await self._notes.run(partial(insert_notes, "stray", noted))
 
+    async def _note_stray_marks(self, marks: Sequence[Place]) -> None:
+        self._report.add(*(Case("leftover mark", volume, path) for volume, path in marks))
+        await self._notes.run(partial(insert_notes, "stray", [("", volume, path) for volume, path in marks]))
+
     async def _remove_strays(self) -> None:
         """Put the strays in the garbage: each one's record is looked up again in the transaction."""
         cursor = await self._notes.run(lambda db: db.execute("SELECT key, volume, path FROM stray"))
@@ -1219,7 +1668,7 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     report.code = 1 if left else 0
 
 
-# == status, backup, token ============================================================================================
+# == status, backup, forget, token ====================================================================================
 
 
 def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
@@ -1261,7 +1710,47 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    return {"Authorization": f"Bearer {options.token}"} if options.token else {}
+    """Return the header with the secret of --token-file or MKV_TOKEN: a command line is public."""
+    place, text = "MKV_TOKEN", os.environ.get("MKV_TOKEN", "")
+    if options.token_file:
+        place = options.token_file
+        text = Path(place).read_bytes().decode("ascii", "replace")
+    words = text.split()
+    if len(words) > 1 or (options.token_file and not words):
+        raise ToolError(f"{place} must hold one secret and nothing else")
+    return {"Authorization": f"Bearer {words[0]}"} if words else {}
+
+
+def files_of_index(path: str) -> set[str]:
+    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
+    suffixes = [*INDEX_SUFFIXES, ".tools", ".serve", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
+
+
+def identify_file(path: str) -> set[tuple[int, int, str]]:
+    """Return what two paths to the same file share, wherever links lead: the file itself, which
+    may have several names; and its name in its folder, for a file that is not there yet."""
+    real = Path(os.path.realpath(path))
+    marks = set[tuple[int, int, str]]()
+    for place, name in ((real, ""), (real.parent, real.name)):
+        with contextlib.suppress(OSError):
+            facts = place.stat()
+            marks.add((facts.st_dev, facts.st_ino, name))
+    return marks
+
+
+def check_target(target: str, part: str, index: str) -> None:
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
+    `part`."""
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError([f"FILE: there is no folder {folder}"])
+    taken = set[tuple[int, int, str]]()
+    for path in files_of_index(index):
+        taken |= identify_file(path)
+    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
+        if not taken.isdisjoint(identify_file(path)):
+            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
 
 
 def copy_index(target: str, db: sqlite3.Connection) -> int:
@@ -1270,7 +1759,8 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
         db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
         with copy:
-            copy.execute("DELETE FROM claim")  # by the time that it is restored, what is claimed now may be committed
+            # by the time that it is restored, what is claimed now may be committed
+            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
         if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
         return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
@@ -1278,9 +1768,9 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
 
 async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy the index to a file while the server runs; the file appears whole or not at all."""
-    if not Path(config.db).is_file():
-        raise ToolError(f"there is no index at {config.db}")
     part, index = f"{options.file}.tmp", Index(config.db)
+    check_index(config.db)
+    check_target(options.file, part, config.db)
     await index.open()
     try:
         remove_index(part)
@@ -1294,6 +1784,44 @@ async def backup(config: Config, options: argparse.Namespace, report: Report) ->
         remove_index(part)
     report.facts = {"file": options.file, "keys": keys, "bytes": Path(options.file).stat().st_size}
     report.lines = [f"{options.file}: {keys} keys, {show_bytes(report.facts['bytes'])}"]
+
+
+FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
+
+
+def select_pending_on(volume: str, db: sqlite3.Connection) -> list[Place]:
+    query = "SELECT volume, path FROM pending WHERE volume = ? AND owner IS NULL LIMIT ?"
+    return list(db.execute(query, (volume, FORGET_ROWS)))
+
+
+async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Give up what waits to be deleted on a volume that will not come back."""
+    name = options.name
+    index = Index(config.db)
+    embedded = {f"volume{i}" for i in range(1, EMBEDDED_VOLUMES + 1)}
+    configured = {volume.name for volume in config.volumes} or embedded
+    if name in configured:
+        reason = "is in the configuration: take it out, reload, rebalance, then forget it"
+        raise ConfigError([f"NAME: {name} {reason}"])
+    check_index(config.db)
+    await index.open()
+    try:
+        totals = await index.read(read_totals)
+        waiting = await index.read(partial(select_pending_on, name))
+        if name in (ALL_KEYS, GARBAGE) or not (name in totals or waiting):
+            raise ConfigError([f"NAME: the index knows no volume {name}"])
+        blobs, _ = totals.get(name, (0, 0))
+        if blobs:
+            raise ToolError(f"{blobs} records still name {name}: rebalance first")
+        count = 0
+        while waiting:
+            await index.write(partial(Transaction.forget, places=waiting))
+            count += len(waiting)
+            waiting = await index.read(partial(select_pending_on, name))
+    finally:
+        await index.close()
+    report.facts = {"volume": name, "forgotten": count}
+    report.lines = [f"{name}: {count} replicas that waited to be deleted are forgotten"]
 
 
 async def token(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1332,10 +1860,12 @@ class Bench:
 
     def __init__(self, session: ClientSession, options: argparse.Namespace) -> None:
         self._session, self._options = session, options
-        self._base = f"{options.url.rstrip('/')}/mkv-bench-{secrets.token_hex(4)}/"
+        self.prefix = f"mkv-bench-{secrets.token_hex(4)}/"
+        self._base = f"{options.url.rstrip('/')}/{self.prefix}"
         self._noise = random.randbytes(options.size)
         self.written = self.done = 0
         self.phase = ""
+        self.cut_off = False  # was not even let end what was under way: a second Ctrl-C
 
     def _body(self, i: int) -> bytes:
         return (i.to_bytes(8, "big") + self._noise[8:])[: self._options.size]
@@ -1353,13 +1883,20 @@ class Bench:
         return wrong if response.status == good else f"status {response.status}"
 
     async def run(self, method: str) -> dict[str, Any]:
-        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that was written."""
+        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that
+        was written. If it is cancelled, what is under way ends first: no PUT comes after DELETE."""
         options, latencies, errors = self._options, Latencies(), Counter[str]()
         self.phase, self.done, began = method, 0, time.perf_counter()
         timed, count = options.duration and method != "DELETE", options.count if method == "PUT" else self.written
+        ended = False
+
+        def goes_on() -> bool:
+            if ended:
+                return False
+            return time.perf_counter() - began < options.duration if timed else self.done < count
 
         async def work() -> None:
-            while time.perf_counter() - began < options.duration if timed else self.done < count:
+            while goes_on():
                 i = self.done if method == "PUT" else self.done % max(1, self.written)
                 self.done += 1
                 self.written = self.done if method == "PUT" else self.written  # also what fails may be there
@@ -1368,9 +1905,13 @@ class Bench:
                     errors[wrong] += 1
                 latencies.add(time.perf_counter() - sent)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(options.concurrency):
-                group.create_task(work())
+        workers = [asyncio.create_task(work()) for _ in range(options.concurrency)]
+        try:
+            await asyncio.wait(workers)
+        finally:
+            ended = self.cut_off = True
+            await asyncio.gather(*workers)
+            self.cut_off = False
         seconds = max(1e-6, time.perf_counter() - began)
         moved = self.done * options.size / 1e6 if method in ("PUT", "GET") else 0.0
         facts: dict[str, Any] = {"requests": self.done, "a_second": round(self.done / seconds, 1)}
@@ -1384,17 +1925,25 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
     connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
     async with ClientSession(connector=connector, timeout=timeout, headers=authorization(options)) as session:
         work = Bench(session, options)
+        report.interrupted = f"keys that begin with {work.prefix} may be left on the server"
         async with show_progress(report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
             try:
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
             finally:
-                results["DELETE"] = await work.run("DELETE")
+                if not work.cut_off:
+                    results["DELETE"] = await work.run("DELETE")
+                    left = results["DELETE"]["why"].keys() - {"status 404"}  # its PUT had failed
+                    if not left:
+                        report.interrupted = "what was written is removed"
     names = ("requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "errors")
     report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
     report.lines += [f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()]
     report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
+    if left:
+        report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
     report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
+    report.facts["prefix"] = work.prefix
     report.code = 1 if any(r["errors"] for r in results.values()) else 0
 
 
@@ -1410,6 +1959,8 @@ COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awai
     "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
     "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
+    "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. "
+               "Only for a disk that is lost or wiped: else a rebuild brings back what is dead there."),
     "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
@@ -1427,9 +1978,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
-    add = {}
+    make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about.partition(".")[0], description=about)
+        command = make(name, help=about.partition(".")[0], description=about)
         if name != "token":
             add_settings(command, SETTINGS)
         command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -1450,8 +2001,10 @@ def make_parser() -> argparse.ArgumentParser:
     add["bench"]("--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]")
     add["bench"]("--duration", metavar="S", type=seconds, default=0.0, help="s for each kind, instead of --count")
     for name in ("status", "bench"):
-        add[name]("--token", metavar="SECRET", default="", help="if the server has access control")
+        about = "holds the secret of a token [take it from $MKV_TOKEN]"
+        add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
+    add["forget"]("name", metavar="NAME", help="of the volume, which is no longer configured")
     add["token"]("name", metavar="NAME", help="who it is for")
     add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
     add["token"]("--prefix", default="", help="the keys it is confined to [all]")
@@ -1465,11 +2018,18 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
     config = load_config(getattr(options, "config", ""), flags)
     os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))  # for temporary tables
-    await COMMANDS[options.command][0](config, options, report)
+    try:
+        await COMMANDS[options.command][0](config, options, report)
+    except sqlite3.OperationalError as error:  # a full disk, say
+        raise ToolError(f"{config.db}: {error}") from None
+    except sqlite3.DatabaseError as error:
+        raise ConfigError([f"db: {config.db}: {error}"]) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the imports are over
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
@@ -1479,11 +2039,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_faults(error)
         return 2
-    except (ToolError, MkvError, sqlite3.Error, OSError) as error:
-        print(f"mkv: {error}", file=sys.stderr)
+    except (ToolError, MkvError, OSError) as error:
+        print(f"mkv: {show_text(str(error))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
-        print("mkv: interrupted; the store is consistent, and the same command goes on", file=sys.stderr)
+        print(f"mkv: interrupted; {report.interrupted}", file=sys.stderr)
         return 1
     print(report.as_json() if options.json else report.as_text())
     return report.code
