@@ -6262,10 +6262,12 @@ def test_history_with_an_order(story: str, text: str) -> None:
         ("missed", "0-1 PUT a done; 2-3 DELETE"),
         ("issue 7, 1", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET d"),
         ("issue 7, 2", "0-9 PUT b done; 1-2 PUT d new done; 10-11 GET d"),
-        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done;3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
-        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done;3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
+        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done; "
+                       "3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
+        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done; "
+                       "3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
     ],
-)
+)  # fmt: skip
 def test_history_without_an_order(story: str, text: str) -> None:
     assert "no order" in explain(story, read_history(text))
 
@@ -6783,7 +6785,8 @@ class Teller:
         ended = time.monotonic_ns()
         value = self._values.name_of(headers["etag"]) if status == 302 else ABSENT
         seen = Operation(
-            method="GET", outcome=Outcome.SEEN, value=value, status=status, began=began, ended=ended
+            method="GET", outcome=Outcome.SEEN, value=value, status=status,
+            began=began, ended=ended,
         )  # fmt: skip
         self.history.append(seen)
         if status == 302:
