@@ -6266,10 +6266,12 @@ def test_history_with_an_order(story: str, text: str) -> None:
         ("missed", "0-1 PUT a done; 2-3 DELETE"),
         ("issue 7, 1", "0-1 PUT a done; 2-9 PUT b done; 3-4 PUT d if a done; 10-11 GET d"),
         ("issue 7, 2", "0-9 PUT b done; 1-2 PUT d new done; 10-11 GET d"),
-        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done;3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
-        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done;3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
+        ("issue 7, 3", "0-1 PUT a done; 2-9 PUT b if a done; "
+                       "3-4 PUT d if a done; 5-6 PUT a if d done; 10-11 GET a"),
+        ("issue 7, 4", "0-1 PUT a done; 2-9 PUT b if * done; "
+                       "3-4 DELETE if a done; 5-6 PUT d new done; 10-11 GET d"),
     ],
-)
+)  # fmt: skip
 def test_history_without_an_order(story: str, text: str) -> None:
     assert "no order" in explain(story, read_history(text))
 
@@ -6604,10 +6606,12 @@ class Client:
         if name == ABSENT or chance.random() > self._load.again:
             name = self._values.make(chance.choice(self._load.sizes))
         is_slow = chance.random() < self._load.slow
-        ways = ["never seen", "seen", "new", "any"]
+        ways = ["new"]
+        if latest != ABSENT:
+            ways += ["seen", "any"]
         if is_slow or not self._traffic.is_strict(key):
             ways += ["always"] * 3
-        way = chance.choice(ways[1:] if latest != ABSENT else ["new", *ways[4:]])
+        way = chance.choice(ways)
         condition: dict[str, Any] = {"if_new": way == "new"}
         condition["if_match"] = {"seen": latest, "any": "*"}.get(way, "")
         body = self._values.body(name)
@@ -6782,12 +6786,15 @@ class Teller:
                 self._write(step)
         began = time.monotonic_ns()
         status, headers, _ = ask(f"{self._store.url}/{self._key}")
+        ended = time.monotonic_ns()
         value = self._values.name_of(headers["etag"]) if status == 302 else ABSENT
         seen = Operation(
             method="GET", outcome=Outcome.SEEN, value=value, status=status,
-            began=began, ended=time.monotonic_ns(),
+            began=began, ended=ended,
         )  # fmt: skip
         self.history.append(seen)
+        if status == 302:
+            assert ask(headers["location"])[2] == self._bodies[value]
         return self._statuses
 
     def _write(self, step: str) -> None:
@@ -6991,8 +6998,8 @@ def site(tmp_path: Path) -> Iterator[Site]:
         yield Site(tmp_path, stack)
 
 
-def work(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
-    """Let clients work while things fail; then heal all, look at all keys, and say how it went."""
+def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
+    """Let clients work while things fail; then look at all keys, and say how it went."""
     chance = random.Random(f"{traffic.seed} faults")
 
     def meanwhile(until: float) -> None:
@@ -7022,7 +7029,7 @@ def check_answers(site: Site, traffic: Traffic) -> None:
 
 def test_answers_have_an_order_whatever_fails(site: Site) -> None:
     traffic = Traffic(site.address, Load(), SEED)
-    work(site, traffic, 9.0, FAULTS)
+    run_among_faults(site, traffic, 9.0, FAULTS)
     check_answers(site, traffic)
 
 
@@ -7030,7 +7037,7 @@ def test_answers_have_an_order_whatever_fails(site: Site) -> None:
 @patient
 def test_answers_have_an_order_for_long(site: Site) -> None:
     traffic = Traffic(site.address, Load(), random.getrandbits(32))
-    work(site, traffic, LONG_S, FAULTS)
+    run_among_faults(site, traffic, LONG_S, FAULTS)
     check_answers(site, traffic)
 
 
@@ -7039,7 +7046,7 @@ def test_slow_and_conditional_writes_have_an_order(site: Site) -> None:
     other."""
     load = Load(strict=1.0, slow=0.4, again=0.1, sizes=(1000, 400_000))
     traffic = Traffic(site.address, load, SEED)
-    work(site, traffic, 4.0, ())
+    run_among_faults(site, traffic, 4.0, ())
     check_answers(site, traffic)
 
 
@@ -7256,7 +7263,7 @@ def test_soak(tmp_path: Path) -> None:
         estate = Estate(tmp_path, stack)
         kinds = [kind for kind in EVERYTHING if estate.has_disk or kind is not Estate.fill_disk]
         traffic = Traffic(estate.address, load, random.getrandbits(32))
-        work(estate, traffic, LONG_S, kinds)
+        run_among_faults(estate, traffic, LONG_S, kinds)
         audit = Audit(estate, traffic)
         audit.run()
         traffic.look_again()
@@ -7377,7 +7384,7 @@ def messages(draw: st.DrawFn) -> Message:
     is_plain = draw(st.integers(0, 9)) < 8 and not has_odd_version
     key = draw(st.sampled_from(PLAIN_KEYS))
     target = f"/{key}" if is_plain else draw(st.sampled_from(ODD_TARGETS))
-    is_odd = draw(st.integers(0, 19)) == 19
+    is_odd = draw(st.integers(0, 9)) == 9
     method = draw(st.sampled_from(ODD_METHODS if is_odd else METHODS))
     version = draw(st.sampled_from(ODD_VERSIONS)) if has_odd_version else "HTTP/1.1"
     count = draw(st.sampled_from([0, 0, 0, 0, 1, 2]))
@@ -7574,7 +7581,7 @@ class Exchange:
 
     def _read(self) -> Answered | None:
         data = b""
-        to_head = self._message.data.startswith(b"HEAD ")
+        to_head = b"HEAD" in self._message.data
         if isinstance(self._target, VolumeTarget):
             self._connection.settimeout(0.2)  # it may wait for more itself
         while True:
@@ -7666,13 +7673,13 @@ def fuzz_and_check(targets: Sequence[Target], rounds: Iterable[int], count: int)
         assert target.memory() - memory < 24_000_000, target.name
         target.await_files(files + 8)  # it may keep some more connections to its volumes
         target.check_store()
-    for status in (201, 302, 400, 404):
+    for status in (201, 204, 302, 400, 404):
         assert min(answers[f"server-c {status}"], answers[f"server-python {status}"]) > 0, status
 
 
 @pytest.mark.timeout(900)  # s: what is found is made small first
 def test_odd_requests_do_no_harm(targets: list[Target]) -> None:
-    fuzz_and_check(targets, [SEED], 350)
+    fuzz_and_check(targets, [SEED], 200)
 
 
 @long
