@@ -2149,6 +2149,8 @@ class Health:
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
         after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
+        if before is State.DOWN:
+            self._next_write.pop(name, None)  # whether it takes writes again is asked at the next probe
         if after is not before:
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")

@@ -1670,6 +1670,29 @@ async def test_full_disk_is_full_not_down(tmp_path: Path, kind: str) -> None:
         client.close()
 
 
+# == Health ===========================================================================================================
+
+
+async def test_volume_that_is_back_is_asked_at_once_whether_it_takes_writes() -> None:
+    """Else it would count as full, and PUTs be answered 507, until the next write probe is due."""
+    probes = list[bool]()
+    health = mkv.Health(clock=lambda: 100.0)
+
+    class Client:
+        volume = Volume(name="a", url="http://h")
+
+        async def probe(self, write: bool) -> None:
+            probes.append(write)
+            health.notice("a", mkv.Event.STORED if write else mkv.Event.ANSWERED, "")
+
+    for event in (mkv.Event.STORED, mkv.Event.UNREACHABLE, mkv.Event.ANSWERED):  # the last of a DELETE
+        await health.probe(Client())  # type: ignore[arg-type]
+        health.notice("a", event, "")
+    assert health.states["a"] is READONLY
+    await health.probe(Client())  # type: ignore[arg-type]
+    assert health.states["a"] is UP and probes[-1] is True
+
+
 # == Metrics and store ================================================================================================
 
 
