@@ -797,7 +797,7 @@ class Doubt(NamedTuple):
 
 
 HUNG = Doubt(24 * 3600.0)  # it did not answer in time
-BROKEN_OFF = Doubt(30.0)  # the connection broke, or whoever sent it was killed
+BROKEN_OFF = Doubt(300.0)  # the connection broke, or whoever sent it was killed
 BLOB_HUNG = Doubt(24 * 3600.0, sidecars=0)
 Doubts = Mapping[str, Doubt]  # volume -> what may come there
 NO_DOUBTS: Doubts = {}
@@ -1940,21 +1940,25 @@ class VolumeClient:
 
     async def _exchange(
         self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int = 0
-    ) -> list[Answer]:
-        """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad."""
+    ) -> tuple[list[Answer], bool]:
+        """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad, and
+        whether something was sent twice, since a kept connection broke."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
         requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
         answers: list[Answer] = []
+        repeated = False
         with self.watch(method):
             while len(answers) < len(requests):
-                await self._converse(method, requests[len(answers) :], answers, limit)
-        return answers
+                broke = await self._converse(method, requests[len(answers) :], answers, limit)
+                repeated = repeated or broke
+        return answers, repeated
 
     async def _converse(
         self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int
-    ) -> None:
+    ) -> bool:
         """Take from one connection the answers that it gives: it may close after some of them, a
-        kept one before any. A repeat is harmless: a path names one version."""
+        kept one before any. Return whether it broke. A repeat is harmless while the version lives:
+        a path names one version."""
         kept, before, whole, late = self._take_idle(), len(answers), False, False
         wire = kept or await self._connect()
         try:
@@ -1967,9 +1971,10 @@ class VolumeClient:
                         answers.append((await wire.read_status(method == "HEAD"), b""))
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
-                        return
+                        return False
                     patience.renew()
                 whole = wire.is_idle and len(self._idle) < self._keep
+            return False
         except TimeoutError:
             self._drop_idle()  # the network may have forgotten the other kept connections, too
             if method == "PUT" and self._hear_late and len(self._late) < MAX_LATE:
@@ -1981,6 +1986,7 @@ class VolumeClient:
         except BROKEN:
             if not kept and len(answers) == before:
                 raise
+            return True
         finally:
             if whole:
                 self._idle.append(wire)
@@ -2014,13 +2020,14 @@ class VolumeClient:
             wire.abort()
         return None
 
-    async def put(self, files: Mapping[str, bytes], trail: str = "") -> None:
-        """Store small files, path -> bytes, in that order; raises VolumeError unless all are answered for."""
-        await self._exchange("PUT", files.items(), trail)
+    async def put(self, files: Mapping[str, bytes], trail: str = "") -> bool:
+        """Store small files, path -> bytes, in that order; return whether some were sent twice, so that they may come
+        again. Raises VolumeError unless all are answered for."""
+        return (await self._exchange("PUT", files.items(), trail))[1]
 
     async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
         """Delete files in that order; return which of them were there. Raises VolumeError."""
-        answers = await self._exchange("DELETE", [(path, b"") for path in paths], trail)
+        answers, _ = await self._exchange("DELETE", [(path, b"") for path in paths], trail)
         return [status != 404 for status, _ in answers]
 
     async def probe(self, write: bool) -> None:
@@ -2031,7 +2038,7 @@ class VolumeClient:
         """Read small files or listings; return (status, body) of each, whole, but a body longer
         than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
         finds this file bad, and not the whole volume. Raises VolumeError."""
-        return await self._exchange("GET", [(path, b"") for path in paths], limit=limit)
+        return (await self._exchange("GET", [(path, b"") for path in paths], limit=limit))[0]
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
@@ -2317,7 +2324,8 @@ class Write:
         self._hasher = Hasher(draft.digests)
         self.path = ""
         self.claimed = set[str]()  # where something of it may be
-        self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered
+        self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered, or twice
+        self._repeated = set[str]()
         self.done = list[str]()  # where all of it is
         self.failed = dict[str, VolumeError]()
 
@@ -2356,7 +2364,8 @@ class Write:
         return self._make_record(digest)
 
     async def _put_files(self, files: Mapping[str, bytes], name: str) -> None:
-        await self._view.clients[name].put(files, self._trail)
+        if await self._view.clients[name].put(files, self._trail):
+            self._repeated.add(name)
 
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
@@ -2394,7 +2403,8 @@ class Write:
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
-            if isinstance(result, VolumeDown) and name in self.doubts:
+            broke = isinstance(result, VolumeDown) and name in self.doubts
+            if broke or name in self._repeated:
                 self.doubts[name] = self.doubts[name]._replace(seconds=BROKEN_OFF.seconds)
             elif not isinstance(result, VolumeTimeout):
                 self.doubts.pop(name, None)
@@ -2655,23 +2665,22 @@ class Store:
         fit = [name for name in view.clients if states.get(name) is State.UP and name not in silent]
         waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + key)))
         done = list[str]()
-        failed = list[str]()
 
         async def put(name: str) -> None:
-            try:
+            with contextlib.suppress(VolumeError):
                 await view.clients[name].put(files)
                 done.append(name)
-            except VolumeError:
-                failed.append(name)
 
-        while waiting and len(done) < copies:
-            missing = copies - len(done)
-            await asyncio.gather(*map(put, waiting[:missing]))
-            waiting = waiting[missing:]
         try:
-            await self.index.write(lambda tx: tx.add_marks(needed, done, failed))
+            while waiting and len(done) < copies:
+                missing = copies - len(done)
+                names = waiting[:missing]
+                waiting = waiting[missing:]
+                await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=(), doubtful=names))
+                await asyncio.gather(*map(put, names))
+            await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=done, doubtful=()))
         except sqlite3.Error as error:
-            log.error("index: %s; marks of %r stay until verify --repair removes them", error, key)
+            log.error("index: %s; a mark of %r may stay until verify --repair removes it", error, key)
         return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:

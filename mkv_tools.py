@@ -667,9 +667,10 @@ def claim(tx: Transaction, move: Move) -> str:
     return ""
 
 
-def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
+def commit(tx: Transaction, move: Move, failed: str, delay_s: float, repeated: Collection[str] = ()) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage;
-    return why, if so. In no case does a place that the record names become garbage."""
+    return why, if so. In no case does a place that the record names become garbage. To the volumes
+    in `repeated` it was sent twice."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
     before = move.record
@@ -678,13 +679,15 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float) -> str:
     claimed = {row.volume for row in tx.pending_below(path).values() if row.state in CLAIMS}
     current = tx.get(before.key)
     doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_OFF)  # of a run that was killed
+    doubts |= dict.fromkeys(repeated, BROKEN_OFF)
     if failed:
         doubts |= dict.fromkeys(move.copy, HUNG)
     if current != before or not claimed.issuperset(move.copy):
         named = current.volumes if current and current.path == path else ()
         tx.end_claims(path, named, doubts)
         if not failed:
-            tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in move.copy})
+            once = set(move.copy).difference(repeated)
+            tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in once})
         return "changed"
     tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
     if failed:
@@ -712,6 +715,7 @@ class Mover:
     def __init__(self, store: Store, rate: float, report: Report) -> None:
         self._store, self._rate, self._report, self.clients = store, rate, report, store.view.clients
         self.bytes, self._free_at = 0, 0.0
+        self._repeated = defaultdict[str, set[str]](set)  # key -> volumes that were sent it twice
 
     async def _pace(self, size: int) -> None:
         self.bytes += size
@@ -784,8 +788,15 @@ class Mover:
             if begun:
                 failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
         finally:
-            ends = await index.write(lambda tx: [commit(tx, m, failed[m.record.key], delay_s) for m in begun])
+            ends = await index.write(partial(self._commit, begun, failed, delay_s))
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
+
+    def _commit(self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction) -> list[str]:
+        results = []
+        for move in moves:
+            key = move.record.key
+            results.append(commit(tx, move, failed[key], delay_s, self._repeated.pop(key, ())))
+        return results
 
     async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
         """Return key -> why its copies were not made, or "". Sources are tried in turn, for all keys at once."""
@@ -814,10 +825,14 @@ class Mover:
         for record in records:
             files |= {record.path: blobs[record.key], sidecar_path(record.path): encode_sidecar(record)}
         try:
-            await self.clients[volume].put(files)
+            if await self.clients[volume].put(files):
+                for record in records:
+                    self._repeated[record.key].add(volume)
         except VolumeError as error:
             if len(records) == 1 or isinstance(error, VolumeDown | VolumeTimeout):
                 return {record.key: str(error) for record in records}
+            for record in records:
+                self._repeated[record.key].add(volume)
             each = [await self._put(volume, [record], blobs) for record in records]
             return {key: error for errors in each for key, error in errors.items()}
         return {}
@@ -828,13 +843,16 @@ class Mover:
             for source in move.sources:
                 wrong = await self.stream(record, source, move.copy)
                 if not wrong:
-                    sidecar = {sidecar_path(record.path): encode_sidecar(record)}
-                    await in_step(self.clients[volume].put(sidecar) for volume in move.copy)
+                    await in_step(self._put_sidecar(volume, record) for volume in move.copy)
                     return {record.key: ""}
                 self._note_bad(move, source, wrong)
             return {record.key: "no good replica could be read"}
         except VolumeError as error:
             return {record.key: str(error)}
+
+    async def _put_sidecar(self, volume: str, record: Record) -> None:
+        if await self.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)}):
+            self._repeated[record.key].add(volume)
 
     def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
         kind, _, detail = wrong.partition(": ")

@@ -4366,6 +4366,35 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
 
 
 @on_nginx
+def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
+    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+    with contextlib.ExitStack() as stack:
+        cables = [Cable(port) for port in cluster.ports.values()]
+        for name, cable in zip(cluster.ports, cables, strict=True):
+            stack.callback(cable.close)
+            cluster.ports[name] = int(cable.url.rpartition(":")[2])
+        cluster.configure(*cluster.ports, replicas=3)
+
+        async def work(store: Store) -> None:
+            await put_all(store, {f"warm{i}": b"x" for i in range(16)})
+            for cable in cables:
+                cable.lose_answers()
+            await put_one(store, "k", b"x")
+
+        cluster.use(work)
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        assert db.execute("SELECT state, sent FROM pending").fetchall() == [("kept", 2)] * 3
+    for name, volume in cluster.volumes.items():
+        cluster.ports[name] = volume.port
+    cluster.configure(*cluster.ports, replicas=3)
+    cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
+    cluster.collect()
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        rows = db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
+    assert rows == [("watched", 1)] * 3 and marks(cluster)
+
+
+@on_nginx
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, index: str) -> None:
     """The other worker answers the collector with 404, and the stopped one writes when it wakes."""
@@ -7085,6 +7114,7 @@ class Cable:
     def __init__(self, port: int) -> None:
         self._port = port
         self._ends = set[socket.socket]()
+        self._losing = set[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -7111,10 +7141,16 @@ class Cable:
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if source in self._losing:
+                    break
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+
+    def lose_answers(self) -> None:
+        """Pass on what comes over the connections that are open now, and cut them at the answer."""
+        self._losing |= self._ends
 
     def cut(self) -> int:
         """Cut all connections; return how many ends that were."""
