@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,10 @@ class Program:
         command = [*SERVE, "--config", str(self.config), "--port", "0", *patient, *arguments]
         with open(self.log_file, "ab") as log:
             environ = {**os.environ, **(env or {})}
-            self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ)
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ,
+                start_new_session=True,  # a process group of its own, as a shell gives it
+            )  # fmt: skip
         assert self.process.stdout
         first = self.process.stdout.readline().decode()
         if not first.startswith("mkv is ready on "):
@@ -798,6 +802,15 @@ def test_absence_proves_nothing_where_a_write_may_still_come(row: dict[str, Any]
     assert mkv.settle(pending, found, 9.0) is None
 
 
+def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_ends() -> None:
+    (row,) = pending_row(5, "garbage", doubt_s=40.0).values()
+    looks_s = list[float]()
+    while after := mkv.settle(row, False, looks_s[-1] if looks_s else 0.0):
+        row = after
+        looks_s.append(row.due_s or 0.0)
+    assert looks_s == [2, 6, 14, 30, 40]
+
+
 @pytest.mark.parametrize(
     ("rows", "seen", "needed"),
     [
@@ -1069,6 +1082,25 @@ def test_index_can_be_made_by_several_at_once(tmp_path: Path) -> None:
                 made.result()
 
 
+async def test_every_commit_is_synced_whatever_sqlite_would_do_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: the record is on disk when the write is answered. 2 is FULL, 3 EXTRA."""
+    connect = sqlite3.connect
+
+    def connect_lazily(*arguments: Any, **more: Any) -> sqlite3.Connection:
+        db = connect(*arguments, **more)
+        db.execute("PRAGMA synchronous = OFF")  # as SQLite can be built, too
+        return db
+
+    monkeypatch.setattr(mkv.sqlite3, "connect", connect_lazily)
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    level = await index.write(lambda tx: tx._db.execute("PRAGMA synchronous").fetchone())
+    await index.close()
+    assert level[0] in (2, 3)
+
+
 async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     early, late = make_record("k", 1), make_record("k", 2)
     await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED))
@@ -1313,6 +1345,17 @@ def test_version_is_higher_than_all_that_is_known_of_its_key(
     assert mkv.version_of(tx.draw_path("q", "")) > future + "ffff"
 
 
+def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(
+    tx: mkv.Transaction,
+) -> None:
+    place, waits_s = ("a", "/p"), list[float]()
+    tx.add_garbage("/p", ["a"])
+    for _ in range(4):
+        tx.settle({}, [place])
+        waits_s.append((tx.pending_below("/p")[place].due_s or 0.0) - tx.now_s)
+    assert waits_s == pytest.approx([2, 4, 8, 16])
+
+
 LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
 
 
@@ -1391,6 +1434,21 @@ def read_request(connection: socket.socket) -> tuple[bytes, int]:
         head += byte
     length = re.search(rb"\r\nContent-Length: (\d+)", head)
     return head.partition(b"\r\n")[0], int(length[1]) if length else 0
+
+
+def answering(status_of: Callable[[bytes], int]) -> Callable[[socket.socket], None]:
+    """Make what fake_volume needs to answer each request, once it is whole, with the status that
+    `status_of` gives for its first line."""
+
+    def serve(connection: socket.socket) -> None:
+        while True:
+            line, left = read_request(connection)
+            while left:
+                left -= len(connection.recv(left)) or left
+            head = f"HTTP/1.1 {status_of(line)} So\r\nContent-Length: 0\r\n\r\n"
+            connection.sendall(head.encode())
+
+    return serve
 
 
 def say(connection: socket.socket, answer: bytes) -> None:
@@ -1591,6 +1649,29 @@ def test_upload_to_a_slow_volume_succeeds(start: Callable[..., Program], nginx: 
         server.stop()
 
 
+@pytest.mark.parametrize("sync_every", [mkv.SYNC_EVERY, 0])
+async def test_volume_may_take_its_time_for_the_last_sync_of_a_large_blob(
+    monkeypatch: pytest.MonkeyPatch, sync_every: int
+) -> None:
+    """It has all bytes and makes no progress that one could see: for so long as its disk may take
+    for what it had not synced before, and no longer."""
+    monkeypatch.setattr(mkv, "SLOWEST_DISK", 1000)
+    monkeypatch.setattr(mkv, "SYNC_EVERY", sync_every)
+    end = threading.Event()
+
+    def sync(line: bytes) -> int:
+        end.wait(1.0)
+        return 201
+
+    with fake_volume(answering(sync)) as url:
+        client, heard = client_that_hears(url, timeout_s=0.3)
+        with contextlib.nullcontext() if sync_every else pytest.raises(mkv.VolumeTimeout):
+            await upload(client, 300_000)
+        end.set()
+        client.close()
+    assert heard[-1] is (mkv.Event.STORED if sync_every else mkv.Event.UNREACHABLE)
+
+
 async def test_volume_that_takes_nothing_is_given_up_with_little_on_its_way() -> None:
     """Megabytes in the kernel's buffer would look like progress, and be memory for each connection."""
     with fake_volume(lambda connection: threading.Event().wait(3), receive_buffer=4096) as url:
@@ -1709,6 +1790,98 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
         end.set()
     assert await asyncio.gather(*lists) == [b"{}"] * 8
     await store.close()
+
+
+async def until(predicate: Callable[[], object], patience_s: float = 30.0) -> None:
+    """Wait until `predicate` holds, while the loop goes on."""
+    async with asyncio.timeout(patience_s):
+        while not predicate():
+            await asyncio.sleep(0.02)
+
+
+async def state_of(store: Store, volume: str) -> str:
+    states = {one["name"]: one["state"] for one in (await store.status())["volumes"]}
+    return str(states[volume])
+
+
+async def test_full_volume_takes_writes_again_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody writes to a volume that is readonly, so only a probe can tell."""
+    monkeypatch.setattr(mkv, "WRITE_PROBE_EVERY_S", 0.1)
+    full = threading.Event()
+    refuse = answering(lambda line: 507 if full.is_set() and line.startswith(b"PUT") else 201)
+    with fake_volume(refuse) as url:
+        config = Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1)
+        store = Store(config)
+        await store.start()
+        await put_one(store, "k", b"x")
+        full.set()
+        with pytest.raises(mkv.Full):
+            await put_one(store, "k", b"x")
+        assert await state_of(store, "a") == "readonly"
+        full.clear()
+        await until(lambda: store.health.states["a"] is State.UP)
+        await put_one(store, "k", b"x")
+        await store.close()
+
+
+async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was up then, and hangs now: what was known of it says nothing."""
+    hangs, end = threading.Event(), threading.Event()
+    serve = answering(lambda line: 201 if not hangs.is_set() or end.wait(60) else 500)
+    with fake_volume(serve) as url:
+        here = Volume(name="here", url="http://127.0.0.1:1")
+        both = (here, Volume(name="there", url=url))
+        config = Config(db=str(tmp_path / "i.db"), volumes=both, replicas=1, volume_timeout=3600.0)
+        store = Store(config)
+        await store.start()
+        probed = 'mkv_volume_requests_total{volume="there",method="HEAD"} 1'
+        await until(lambda: probed in store.metrics.render({}))  # no probe is under way now
+        assert await state_of(store, "there") == "up"
+        await store.reload(replace(config, volumes=(here,)))
+        hangs.set()
+        monkeypatch.setattr(mkv, "MEETING_PATIENCE_S", 0.1)
+        await store.reload(config)
+        assert await state_of(store, "there") == "down"
+        await store.close()
+        end.set()
+
+
+async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(tmp_path: Path) -> None:
+    """A blob without its sidecar would be an unfinished write, but the other way round it would
+    be a replica that is gone."""
+    asked = list[bytes]()
+
+    def refuse(line: bytes) -> int:
+        asked.append(line)
+        return 403 if line.startswith(b"DELETE") else 201
+
+    with fake_volume(answering(refuse)) as url:
+        volumes = (Volume(name="a", url=url),)
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2)
+        store = Store(config, number=1)  # so that nobody else collects
+        await store.start()
+        await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
+        for _ in range(3):
+            await store.collect_garbage()
+        await store.close()
+    deletes = [line.split()[1].decode() for line in asked if line.startswith(b"DELETE")]
+    assert deletes == [mkv.sidecar_path(R.path)]
+
+
+def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
+    """However many addresses they have; 10,000 of them take some 3 MB."""
+    volumes = (Volume(name="a", url="http://127.0.0.1:1"),)
+    store = Store(Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1))
+    tracemalloc.start()
+    for number in range(100_000):
+        store.limit_lists(f"client {number}", 0.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8_000_000
 
 
 def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
