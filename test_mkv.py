@@ -283,6 +283,17 @@ def metric(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: 
     return found.get((name, frozenset(labels.items())), 0.0)
 
 
+@contextlib.contextmanager
+def full_disks(pid: int) -> Iterator[None]:
+    """Let a process write to no file, as if its disks were full; others still write to theirs."""
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -2525,6 +2536,95 @@ def test_no_volume_up_is_503_and_says_so(start: Callable[..., Program], volumes3
     eventually(lambda: get_body(server.url + "/k") == b"x")
 
 
+def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(
+    start: Callable[..., Program],
+) -> None:
+    server = start("--volume", "a=http://127.0.0.1:1", "--volume", "b=http://127.0.0.1:2")
+    head = HEAD + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n"
+    assert raw(server.port, head).startswith(b"HTTP/1.1 503 ")
+
+
+def garbage_of(server: Program) -> int:
+    return int(json.loads(ask(server.url + "/-/status")[2])["garbage"])
+
+
+def test_what_is_replaced_or_deleted_stays_for_garbage_delay(start: Callable[..., Program]) -> None:
+    """I5: readers under way can finish. What is due at once shows that the collector was there."""
+    server = start(config="garbage_delay = 3600.0\n")
+
+    def leave(name: str) -> list[str]:
+        links = list[str]()
+        for method in ("PUT", "DELETE"):
+            assert ask(f"{server.url}/{name}-{method}", "PUT", b"old")[0] == 201
+            links.append(ask(f"{server.url}/{name}-{method}")[1]["location"])
+            assert ask(f"{server.url}/{name}-{method}", method, b"new")[0] == 204
+        return links
+
+    kept = leave("kept")
+    server.config.write_text("garbage_delay = 0.0\n")
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "changed: garbage_delay" in server.log())
+    gone = leave("gone")
+    eventually(lambda: garbage_of(server) <= 4)
+    assert garbage_of(server) == 4  # two keys with two replicas each
+    assert [ask(link)[0] for link in kept + gone] == [200, 200, 404, 404]
+
+
+def orders_of_deletes(volumes: Iterable[Nginx]) -> Counter[tuple[str, ...]]:
+    """Return how often something of one version was deleted from a volume, by what it was, in the
+    order in which that happened."""
+    orders = Counter[tuple[str, ...]]()
+    for one in volumes:
+        found = defaultdict[str, list[str]](list)
+        for path in re.findall(r'"DELETE (\S+)" 204', (one.folder / ".access.log").read_text()):
+            found[path[: mkv.STEM]].append("sidecar" if path.endswith(".key") else "blob")
+        orders.update(map(tuple, found.values()))
+    return orders
+
+
+def test_sidecars_are_deleted_before_their_blobs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """By the collector, and when a PUT is refused: a kill in between leaves no sidecar alone."""
+    server = start(*flags_of(volumes3), "--garbage-delay", "0")
+    assert [ask(server.url + "/replaced", "PUT", b"x")[0] for _ in range(2)] == [201, 204]
+    slow = SlowPut(server.port, "refused", bytes(400_000), {"If-None-Match": "*"})
+    assert ask(server.url + "/refused", "PUT", b"x")[0] == 201 and slow.finish() == 412
+    eventually(lambda: garbage_of(server) == 0)
+    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 4}  # two versions, two replicas each
+
+
+def test_put_that_the_index_cannot_commit_leaves_nothing(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """I2, though the index cannot even note that there is garbage."""
+    server = start(*flags_of(volumes3))
+    slow = SlowPut(server.port, "k", bytes(3_000_000), {})
+    folders = [one.folder / ".tmp" for one in volumes3]
+    eventually(lambda: sum(len(list(folder.iterdir())) for folder in folders) == 2)
+    with full_disks(server.process.pid):
+        assert slow.finish() == 503
+        assert [one.files() for one in volumes3] == [[], [], []]
+        assert ask(server.url + "/k")[0] == 404
+    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 2}
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+
+
+def test_delete_waits_for_no_volume_that_hangs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """`volume_timeout` is a minute here, and this client has not that much patience."""
+    server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    volumes3[0].signal(signal.SIGSTOP)
+    assert ask(server.url + "/k", "DELETE")[0] == 204
+    assert "volume n0 is down" not in server.log()
+    kinds = [{name.rpartition(".")[2] for name in one.files()} for one in volumes3]
+    assert "key" in kinds[0]
+    for kind in kinds[1:]:
+        assert "del" in kind and "key" not in kind
+
+
 def test_volume_that_was_down_during_a_delete_does_not_bring_it_back(
     start: Callable[..., Program], volumes3: list[Nginx]
 ) -> None:
@@ -3671,6 +3771,42 @@ def test_one_id_follows_a_request_through_both_logs(start: Callable[..., Program
         assert trace in (folder / ".access.log").read_text()
 
 
+def test_trace_that_is_none_goes_nowhere(
+    start: Callable[..., Program], nginx: Callable[..., str]
+) -> None:
+    """By the W3C's Trace Context: what is malformed is not passed on. Only this one is none."""
+    folders = list[Path]()
+    server = start("--volume", nginx(folders=folders), "--replicas", "1")
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    bad = (
+        "evil", f"00-{trace}-{parent}", f"00-{trace}-{parent}-1", f"00-{trace[1:]}-{parent}-01",
+        f"00-{trace}-{parent[1:]}-01", f"00-{trace.upper()}-{parent}-01", f"0-{trace}-{parent}-01",
+        f"ff-{trace}-{parent}-01", f"00-{'0' * 32}-{parent}-01", f"00-{trace}-{'0' * 16}-01",
+        f"00-{trace}-{parent}-01-more", f"00-{trace}-{parent}-01 evil", f"x00-{trace}-{parent}-01",
+    )  # fmt: skip
+    for given in bad:
+        assert ask(server.url + "/k", "PUT", b"x", traceparent=given)[0] in (201, 204), given
+    good = f"cc-{trace}-{parent}-00"
+    assert ask(server.url + "/k", "PUT", b"x", traceparent=good)[0] == 204
+    eventually(lambda: server.log().count("method=PUT") == len(bad) + 1)
+    puts = re.findall(r'trace=(\S+) "PUT', (folders[0] / ".access.log").read_text())
+    assert Counter(puts) == {"-": 2 * len(bad), good: 2}
+    assert re.findall(r"trace=(\S+)", server.log()) == [good]
+
+
+def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(
+    start: Callable[..., Program],
+) -> None:
+    server = start("--log-format", "json")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    with full_disks(server.process.pid):
+        assert [ask(f"{server.url}/{key}")[0] for key in ("k", "none", "k")] == [302, 404, 302]
+        assert "none" not in server.log()
+    assert ask(server.url + "/after")[0] == 404
+    eventually(lambda: "after" in server.log())
+    assert all("message" in json.loads(line) for line in server.log().splitlines())
+
+
 # -- reload --
 
 
@@ -3899,6 +4035,32 @@ def test_shutdown_finishes_an_upload_under_way(start: Callable[..., Program]) ->
         answer = upload.recv(1000)
     assert answer.startswith(b"HTTP/1.1 201") and b"Connection: close" in answer
     assert server.process.wait(20) == 0
+
+
+def test_server_that_stops_says_that_it_is_not_ready(start: Callable[..., Program]) -> None:
+    """To whoever balances the load, on the connection that it keeps."""
+    server = start()
+    upload = SlowPut(server.port, "k", b"abcdef", {})
+    balancer = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    for status in (200, 503):
+        balancer.request("GET", "/-/readyz")
+        answer = balancer.getresponse()
+        assert answer.status == status and (b"shutting down" in answer.read()) == (status == 503)
+        if status == 200:
+            server.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "stopping" in server.log())
+    assert upload.finish() == 201 and server.process.wait(20) == 0
+    balancer.close()
+
+
+def test_interrupt_from_a_terminal_lets_workers_finish(start: Callable[..., Program]) -> None:
+    """Ctrl-C goes to the whole process group. A worker that heard of it twice would end at once,
+    and the embedded volumes before those that need them."""
+    server = start("--workers", "2")
+    upload = SlowPut(server.port, "k", bytes(400_000), {})
+    os.killpg(server.process.pid, signal.SIGINT)
+    eventually(lambda: try_ask(server.url + "/-/livez") == 0)
+    assert upload.finish() == 201 and server.process.wait(20) == 0
 
 
 def test_drain_is_bounded_and_a_second_signal_ends_at_once(start: Callable[..., Program]) -> None:
@@ -6910,9 +7072,9 @@ class Client:
 class SlowPut:
     """A PUT whose headers the server has taken and whose body it waits for, until `finish`."""
 
-    def __init__(self, store: Program, key: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, port: int, key: str, body: bytes, headers: Mapping[str, str]) -> None:
         self._body = body
-        self._connection = socket.create_connection(("127.0.0.1", store.port), timeout=PATIENCE_S)
+        self._connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answers = self._connection.makefile("rb")
         head = f"PUT /{key} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
@@ -6979,7 +7141,8 @@ class Teller:
             assert body
             time.sleep(0.02)  # a version may be 17 ms ahead of the clock; this one's shall not
             asked = replace(asked, began=time.monotonic_ns())
-            self._slow = SlowPut(self._store, self._key, body, headers), replace(asked, client=1)
+            slow = SlowPut(self._store.port, self._key, body, headers)
+            self._slow = slow, replace(asked, client=1)
             return
         named = {name.replace("-", "_"): value for name, value in headers.items()}
         self._note(asked, ask(f"{self._store.url}/{self._key}", asked.method, body, **named)[0])
