@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 import traceback
+import tracemalloc
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,10 @@ class Program:
         command = [*SERVE, "--config", str(self.config), "--port", "0", *patient, *arguments]
         with open(self.log_file, "ab") as log:
             environ = {**os.environ, **(env or {})}
-            self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ)
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=subprocess.PIPE, stderr=log, env=environ,
+                start_new_session=True,  # a process group of its own, as a shell gives it
+            )  # fmt: skip
         assert self.process.stdout
         first = self.process.stdout.readline().decode()
         if not first.startswith("mkv is ready on "):
@@ -277,6 +281,17 @@ def read_metrics(url: str, token: str = "") -> dict[tuple[str, frozenset[tuple[s
 
 def metric(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str) -> float:
     return found.get((name, frozenset(labels.items())), 0.0)
+
+
+@contextlib.contextmanager
+def full_disks(pid: int) -> Iterator[None]:
+    """Let a process write to no file, as if its disks were full; others still write to theirs."""
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 def children_of(pid: int) -> list[int]:
@@ -798,6 +813,15 @@ def test_absence_proves_nothing_where_a_write_may_still_come(row: dict[str, Any]
     assert mkv.settle(pending, found, 9.0) is None
 
 
+def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_ends() -> None:
+    (row,) = pending_row(5, "garbage", doubt_s=40.0).values()
+    looks_s = list[float]()
+    while after := mkv.settle(row, False, looks_s[-1] if looks_s else 0.0):
+        row = after
+        looks_s.append(row.due_s or 0.0)
+    assert looks_s == [2, 6, 14, 30, 40]
+
+
 @pytest.mark.parametrize(
     ("rows", "seen", "needed"),
     [
@@ -1069,6 +1093,25 @@ def test_index_can_be_made_by_several_at_once(tmp_path: Path) -> None:
                 made.result()
 
 
+async def test_every_commit_is_synced_whatever_sqlite_would_do_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I1: the record is on disk when the write is answered. 2 is FULL, 3 EXTRA."""
+    connect = sqlite3.connect
+
+    def connect_lazily(*arguments: Any, **more: Any) -> sqlite3.Connection:
+        db = connect(*arguments, **more)
+        db.execute("PRAGMA synchronous = OFF")  # as SQLite can be built, too
+        return db
+
+    monkeypatch.setattr(mkv.sqlite3, "connect", connect_lazily)
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    level = await index.write(lambda tx: tx._db.execute("PRAGMA synchronous").fetchone())
+    await index.close()
+    assert level[0] in (2, 3)
+
+
 async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     early, late = make_record("k", 1), make_record("k", 2)
     await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED))
@@ -1313,6 +1356,17 @@ def test_version_is_higher_than_all_that_is_known_of_its_key(
     assert mkv.version_of(tx.draw_path("q", "")) > future + "ffff"
 
 
+def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(
+    tx: mkv.Transaction,
+) -> None:
+    place, waits_s = ("a", "/p"), list[float]()
+    tx.add_garbage("/p", ["a"])
+    for _ in range(4):
+        tx.settle({}, [place])
+        waits_s.append((tx.pending_below("/p")[place].due_s or 0.0) - tx.now_s)
+    assert waits_s == pytest.approx([2, 4, 8, 16])
+
+
 LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
 
 
@@ -1391,6 +1445,21 @@ def read_request(connection: socket.socket) -> tuple[bytes, int]:
         head += byte
     length = re.search(rb"\r\nContent-Length: (\d+)", head)
     return head.partition(b"\r\n")[0], int(length[1]) if length else 0
+
+
+def answering(status_of: Callable[[bytes], int]) -> Callable[[socket.socket], None]:
+    """Make what fake_volume needs to answer each request, once it is whole, with the status that
+    `status_of` gives for its first line."""
+
+    def serve(connection: socket.socket) -> None:
+        while True:
+            line, left = read_request(connection)
+            while left:
+                left -= len(connection.recv(left)) or left
+            head = f"HTTP/1.1 {status_of(line)} So\r\nContent-Length: 0\r\n\r\n"
+            connection.sendall(head.encode())
+
+    return serve
 
 
 def say(connection: socket.socket, answer: bytes) -> None:
@@ -1591,6 +1660,29 @@ def test_upload_to_a_slow_volume_succeeds(start: Callable[..., Program], nginx: 
         server.stop()
 
 
+@pytest.mark.parametrize("sync_every", [mkv.SYNC_EVERY, 0])
+async def test_volume_may_take_its_time_for_the_last_sync_of_a_large_blob(
+    monkeypatch: pytest.MonkeyPatch, sync_every: int
+) -> None:
+    """It has all bytes and makes no progress that one could see: for so long as its disk may take
+    for what it had not synced before, and no longer."""
+    monkeypatch.setattr(mkv, "SLOWEST_DISK", 1000)
+    monkeypatch.setattr(mkv, "SYNC_EVERY", sync_every)
+    end = threading.Event()
+
+    def sync(line: bytes) -> int:
+        end.wait(1.0)
+        return 201
+
+    with fake_volume(answering(sync)) as url:
+        client, heard = client_that_hears(url, timeout_s=0.3)
+        with contextlib.nullcontext() if sync_every else pytest.raises(mkv.VolumeTimeout):
+            await upload(client, 300_000)
+        end.set()
+        client.close()
+    assert heard[-1] is (mkv.Event.STORED if sync_every else mkv.Event.UNREACHABLE)
+
+
 async def test_volume_that_takes_nothing_is_given_up_with_little_on_its_way() -> None:
     """Megabytes in the kernel's buffer would look like progress, and be memory for each connection."""
     with fake_volume(lambda connection: threading.Event().wait(3), receive_buffer=4096) as url:
@@ -1732,6 +1824,98 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
         end.set()
     assert await asyncio.gather(*lists) == [b"{}"] * 8
     await store.close()
+
+
+async def until(predicate: Callable[[], object], patience_s: float = 30.0) -> None:
+    """Wait until `predicate` holds, while the loop goes on."""
+    async with asyncio.timeout(patience_s):
+        while not predicate():
+            await asyncio.sleep(0.02)
+
+
+async def state_of(store: Store, volume: str) -> str:
+    states = {one["name"]: one["state"] for one in (await store.status())["volumes"]}
+    return str(states[volume])
+
+
+async def test_full_volume_takes_writes_again_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody writes to a volume that is readonly, so only a probe can tell."""
+    monkeypatch.setattr(mkv, "WRITE_PROBE_EVERY_S", 0.1)
+    full = threading.Event()
+    refuse = answering(lambda line: 507 if full.is_set() and line.startswith(b"PUT") else 201)
+    with fake_volume(refuse) as url:
+        config = Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1)
+        store = Store(config)
+        await store.start()
+        await put_one(store, "k", b"x")
+        full.set()
+        with pytest.raises(mkv.Full):
+            await put_one(store, "k", b"x")
+        assert await state_of(store, "a") == "readonly"
+        full.clear()
+        await until(lambda: store.health.states["a"] is State.UP)
+        await put_one(store, "k", b"x")
+        await store.close()
+
+
+async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was up then, and hangs now: what was known of it says nothing."""
+    hangs, end = threading.Event(), threading.Event()
+    serve = answering(lambda line: 201 if not hangs.is_set() or end.wait(60) else 500)
+    with fake_volume(serve) as url:
+        here = Volume(name="here", url="http://127.0.0.1:1")
+        both = (here, Volume(name="there", url=url))
+        config = Config(db=str(tmp_path / "i.db"), volumes=both, replicas=1, volume_timeout=3600.0)
+        store = Store(config)
+        await store.start()
+        probed = 'mkv_volume_requests_total{volume="there",method="HEAD"} 1'
+        await until(lambda: probed in store.metrics.render({}))  # no probe is under way now
+        assert await state_of(store, "there") == "up"
+        await store.reload(replace(config, volumes=(here,)))
+        hangs.set()
+        monkeypatch.setattr(mkv, "MEETING_PATIENCE_S", 0.1)
+        await store.reload(config)
+        assert await state_of(store, "there") == "down"
+        await store.close()
+        end.set()
+
+
+async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(tmp_path: Path) -> None:
+    """A blob without its sidecar would be an unfinished write, but the other way round it would
+    be a replica that is gone."""
+    asked = list[bytes]()
+
+    def refuse(line: bytes) -> int:
+        asked.append(line)
+        return 403 if line.startswith(b"DELETE") else 201
+
+    with fake_volume(answering(refuse)) as url:
+        volumes = (Volume(name="a", url=url),)
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2)
+        store = Store(config, number=1)  # so that nobody else collects
+        await store.start()
+        await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
+        for _ in range(3):
+            await store.collect_garbage()
+        await store.close()
+    deletes = [line.split()[1].decode() for line in asked if line.startswith(b"DELETE")]
+    assert deletes == [mkv.sidecar_path(R.path)]
+
+
+def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
+    """However many addresses they have; 10,000 of them take some 3 MB."""
+    volumes = (Volume(name="a", url="http://127.0.0.1:1"),)
+    store = Store(Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1))
+    tracemalloc.start()
+    for number in range(100_000):
+        store.limit_lists(f"client {number}", 0.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8_000_000
 
 
 def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
@@ -2373,6 +2557,95 @@ def test_no_volume_up_is_503_and_says_so(start: Callable[..., Program], volumes3
     volumes3[1].begin()
     volumes3[2].begin()
     eventually(lambda: get_body(server.url + "/k") == b"x")
+
+
+def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(
+    start: Callable[..., Program],
+) -> None:
+    server = start("--volume", "a=http://127.0.0.1:1", "--volume", "b=http://127.0.0.1:2")
+    head = HEAD + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n"
+    assert raw(server.port, head).startswith(b"HTTP/1.1 503 ")
+
+
+def garbage_of(server: Program) -> int:
+    return int(json.loads(ask(server.url + "/-/status")[2])["garbage"])
+
+
+def test_what_is_replaced_or_deleted_stays_for_garbage_delay(start: Callable[..., Program]) -> None:
+    """I5: readers under way can finish. What is due at once shows that the collector was there."""
+    server = start(config="garbage_delay = 3600.0\n")
+
+    def leave(name: str) -> list[str]:
+        links = list[str]()
+        for method in ("PUT", "DELETE"):
+            assert ask(f"{server.url}/{name}-{method}", "PUT", b"old")[0] == 201
+            links.append(ask(f"{server.url}/{name}-{method}")[1]["location"])
+            assert ask(f"{server.url}/{name}-{method}", method, b"new")[0] == 204
+        return links
+
+    kept = leave("kept")
+    server.config.write_text("garbage_delay = 0.0\n")
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "changed: garbage_delay" in server.log())
+    gone = leave("gone")
+    eventually(lambda: garbage_of(server) <= 4)
+    assert garbage_of(server) == 4  # two keys with two replicas each
+    assert [ask(link)[0] for link in kept + gone] == [200, 200, 404, 404]
+
+
+def orders_of_deletes(volumes: Iterable[Nginx]) -> Counter[tuple[str, ...]]:
+    """Return how often something of one version was deleted from a volume, by what it was, in the
+    order in which that happened."""
+    orders = Counter[tuple[str, ...]]()
+    for one in volumes:
+        found = defaultdict[str, list[str]](list)
+        for path in re.findall(r'"DELETE (\S+)" 204', (one.folder / ".access.log").read_text()):
+            found[path[: mkv.STEM]].append("sidecar" if path.endswith(".key") else "blob")
+        orders.update(map(tuple, found.values()))
+    return orders
+
+
+def test_sidecars_are_deleted_before_their_blobs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """By the collector, and when a PUT is refused: a kill in between leaves no sidecar alone."""
+    server = start(*flags_of(volumes3), "--garbage-delay", "0")
+    assert [ask(server.url + "/replaced", "PUT", b"x")[0] for _ in range(2)] == [201, 204]
+    slow = SlowPut(server.port, "refused", bytes(400_000), {"If-None-Match": "*"})
+    assert ask(server.url + "/refused", "PUT", b"x")[0] == 201 and slow.finish() == 412
+    eventually(lambda: garbage_of(server) == 0)
+    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 4}  # two versions, two replicas each
+
+
+def test_put_that_the_index_cannot_commit_leaves_nothing(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """I2, though the index cannot even note that there is garbage."""
+    server = start(*flags_of(volumes3))
+    slow = SlowPut(server.port, "k", bytes(3_000_000), {})
+    folders = [one.folder / ".tmp" for one in volumes3]
+    eventually(lambda: sum(len(list(folder.iterdir())) for folder in folders) == 2)
+    with full_disks(server.process.pid):
+        assert slow.finish() == 503
+        assert [one.files() for one in volumes3] == [[], [], []]
+        assert ask(server.url + "/k")[0] == 404
+    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 2}
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+
+
+def test_delete_waits_for_no_volume_that_hangs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """`volume_timeout` is a minute here, and this client has not that much patience."""
+    server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    volumes3[0].signal(signal.SIGSTOP)
+    assert ask(server.url + "/k", "DELETE")[0] == 204
+    assert "volume n0 is down" not in server.log()
+    kinds = [{name.rpartition(".")[2] for name in one.files()} for one in volumes3]
+    assert "key" in kinds[0]
+    for kind in kinds[1:]:
+        assert "del" in kind and "key" not in kind
 
 
 def test_volume_that_was_down_during_a_delete_does_not_bring_it_back(
@@ -3521,6 +3794,42 @@ def test_one_id_follows_a_request_through_both_logs(start: Callable[..., Program
         assert trace in (folder / ".access.log").read_text()
 
 
+def test_trace_that_is_none_goes_nowhere(
+    start: Callable[..., Program], nginx: Callable[..., str]
+) -> None:
+    """By the W3C's Trace Context: what is malformed is not passed on. Only this one is none."""
+    folders = list[Path]()
+    server = start("--volume", nginx(folders=folders), "--replicas", "1")
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    bad = (
+        "evil", f"00-{trace}-{parent}", f"00-{trace}-{parent}-1", f"00-{trace[1:]}-{parent}-01",
+        f"00-{trace}-{parent[1:]}-01", f"00-{trace.upper()}-{parent}-01", f"0-{trace}-{parent}-01",
+        f"ff-{trace}-{parent}-01", f"00-{'0' * 32}-{parent}-01", f"00-{trace}-{'0' * 16}-01",
+        f"00-{trace}-{parent}-01-more", f"00-{trace}-{parent}-01 evil", f"x00-{trace}-{parent}-01",
+    )  # fmt: skip
+    for given in bad:
+        assert ask(server.url + "/k", "PUT", b"x", traceparent=given)[0] in (201, 204), given
+    good = f"cc-{trace}-{parent}-00"
+    assert ask(server.url + "/k", "PUT", b"x", traceparent=good)[0] == 204
+    eventually(lambda: server.log().count("method=PUT") == len(bad) + 1)
+    puts = re.findall(r'trace=(\S+) "PUT', (folders[0] / ".access.log").read_text())
+    assert Counter(puts) == {"-": 2 * len(bad), good: 2}
+    assert re.findall(r"trace=(\S+)", server.log()) == [good]
+
+
+def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(
+    start: Callable[..., Program],
+) -> None:
+    server = start("--log-format", "json")
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    with full_disks(server.process.pid):
+        assert [ask(f"{server.url}/{key}")[0] for key in ("k", "none", "k")] == [302, 404, 302]
+        assert "none" not in server.log()
+    assert ask(server.url + "/after")[0] == 404
+    eventually(lambda: "after" in server.log())
+    assert all("message" in json.loads(line) for line in server.log().splitlines())
+
+
 # -- reload --
 
 
@@ -3749,6 +4058,32 @@ def test_shutdown_finishes_an_upload_under_way(start: Callable[..., Program]) ->
         answer = upload.recv(1000)
     assert answer.startswith(b"HTTP/1.1 201") and b"Connection: close" in answer
     assert server.process.wait(20) == 0
+
+
+def test_server_that_stops_says_that_it_is_not_ready(start: Callable[..., Program]) -> None:
+    """To whoever balances the load, on the connection that it keeps."""
+    server = start()
+    upload = SlowPut(server.port, "k", b"abcdef", {})
+    balancer = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    for status in (200, 503):
+        balancer.request("GET", "/-/readyz")
+        answer = balancer.getresponse()
+        assert answer.status == status and (b"shutting down" in answer.read()) == (status == 503)
+        if status == 200:
+            server.process.send_signal(signal.SIGTERM)
+            eventually(lambda: "stopping" in server.log())
+    assert upload.finish() == 201 and server.process.wait(20) == 0
+    balancer.close()
+
+
+def test_interrupt_from_a_terminal_lets_workers_finish(start: Callable[..., Program]) -> None:
+    """Ctrl-C goes to the whole process group. A worker that heard of it twice would end at once,
+    and the embedded volumes before those that need them."""
+    server = start("--workers", "2")
+    upload = SlowPut(server.port, "k", bytes(400_000), {})
+    os.killpg(server.process.pid, signal.SIGINT)
+    eventually(lambda: try_ask(server.url + "/-/livez") == 0)
+    assert upload.finish() == 201 and server.process.wait(20) == 0
 
 
 def test_drain_is_bounded_and_a_second_signal_ends_at_once(start: Callable[..., Program]) -> None:
@@ -6789,9 +7124,9 @@ class Client:
 class SlowPut:
     """A PUT whose headers the server has taken and whose body it waits for, until `finish`."""
 
-    def __init__(self, store: Program, key: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, port: int, key: str, body: bytes, headers: Mapping[str, str]) -> None:
         self._body = body
-        self._connection = socket.create_connection(("127.0.0.1", store.port), timeout=PATIENCE_S)
+        self._connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answers = self._connection.makefile("rb")
         head = f"PUT /{key} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n"
@@ -6858,7 +7193,8 @@ class Teller:
             assert body
             time.sleep(0.02)  # a version may be 17 ms ahead of the clock; this one's shall not
             asked = replace(asked, began=time.monotonic_ns())
-            self._slow = SlowPut(self._store, self._key, body, headers), replace(asked, client=1)
+            slow = SlowPut(self._store.port, self._key, body, headers)
+            self._slow = slow, replace(asked, client=1)
             return
         named = {name.replace("-", "_"): value for name, value in headers.items()}
         self._note(asked, ask(f"{self._store.url}/{self._key}", asked.method, body, **named)[0])
