@@ -17,6 +17,7 @@ import http.client
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -47,7 +48,7 @@ from urllib.parse import quote, urlsplit
 import hypothesis
 import pytest
 import yaml
-from aiohttp import web
+from aiohttp import ClientSession, web
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -284,14 +285,19 @@ def metric(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: 
 
 
 @contextlib.contextmanager
-def full_disks(pid: int) -> Iterator[None]:
-    """Let a process write to no file, as if its disks were full; others still write to theirs."""
-    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+def limited(pid: int, kind: int, soft: int) -> Iterator[None]:
+    """Give a process another limit, such as RLIMIT_NOFILE, for a while."""
+    limits = resource.prlimit(pid, kind)
+    resource.prlimit(pid, kind, (soft, limits[1]))
     try:
         yield
     finally:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+        resource.prlimit(pid, kind, limits)
+
+
+def full_disks(pid: int) -> contextlib.AbstractContextManager[None]:
+    """Let a process write to no file, as if its disks were full; others still write to theirs."""
+    return limited(pid, resource.RLIMIT_FSIZE, 1)
 
 
 def children_of(pid: int) -> list[int]:
@@ -1356,9 +1362,7 @@ def test_version_is_higher_than_all_that_is_known_of_its_key(
     assert mkv.version_of(tx.draw_path("q", "")) > future + "ffff"
 
 
-def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(
-    tx: mkv.Transaction,
-) -> None:
+def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv.Transaction) -> None:
     place, waits_s = ("a", "/p"), list[float]()
     tx.add_garbage("/p", ["a"])
     for _ in range(4):
@@ -1828,9 +1832,10 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
 
 async def until(predicate: Callable[[], object], patience_s: float = 30.0) -> None:
     """Wait until `predicate` holds, while the loop goes on."""
-    async with asyncio.timeout(patience_s):
-        while not predicate():
-            await asyncio.sleep(0.02)
+    deadline = time.monotonic() + patience_s
+    while not predicate():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.02)
 
 
 async def state_of(store: Store, volume: str) -> str:
@@ -2559,9 +2564,7 @@ def test_no_volume_up_is_503_and_says_so(start: Callable[..., Program], volumes3
     eventually(lambda: get_body(server.url + "/k") == b"x")
 
 
-def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(
-    start: Callable[..., Program],
-) -> None:
+def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(start: Callable[..., Program]) -> None:
     server = start("--volume", "a=http://127.0.0.1:1", "--volume", "b=http://127.0.0.1:2")
     head = HEAD + b"Content-Length: 300000\r\nExpect: 100-continue\r\n\r\n"
     assert raw(server.port, head).startswith(b"HTTP/1.1 503 ")
@@ -2605,9 +2608,7 @@ def orders_of_deletes(volumes: Iterable[Nginx]) -> Counter[tuple[str, ...]]:
     return orders
 
 
-def test_sidecars_are_deleted_before_their_blobs(
-    start: Callable[..., Program], volumes3: list[Nginx]
-) -> None:
+def test_sidecars_are_deleted_before_their_blobs(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
     """By the collector, and when a PUT is refused: a kill in between leaves no sidecar alone."""
     server = start(*flags_of(volumes3), "--garbage-delay", "0")
     assert [ask(server.url + "/replaced", "PUT", b"x")[0] for _ in range(2)] == [201, 204]
@@ -2617,9 +2618,7 @@ def test_sidecars_are_deleted_before_their_blobs(
     assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 4}  # two versions, two replicas each
 
 
-def test_put_that_the_index_cannot_commit_leaves_nothing(
-    start: Callable[..., Program], volumes3: list[Nginx]
-) -> None:
+def test_put_that_the_index_cannot_commit_leaves_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
     """I2, though the index cannot even note that there is garbage."""
     server = start(*flags_of(volumes3))
     slow = SlowPut(server.port, "k", bytes(3_000_000), {})
@@ -2633,9 +2632,7 @@ def test_put_that_the_index_cannot_commit_leaves_nothing(
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
 
 
-def test_delete_waits_for_no_volume_that_hangs(
-    start: Callable[..., Program], volumes3: list[Nginx]
-) -> None:
+def test_delete_waits_for_no_volume_that_hangs(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
     """`volume_timeout` is a minute here, and this client has not that much patience."""
     server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2")
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
@@ -2885,13 +2882,10 @@ def test_server_out_of_file_descriptors_blames_no_volume(start: Callable[..., Pr
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("PUT", "/small", b"x")  # from now on the index has all files that it needs
     assert connection.getresponse().read() == b""
-    pid = server.process.pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-    connection.request("PUT", "/k", bytes(1_000_000))
-    answer = connection.getresponse()
-    assert answer.status == 503 and "Too many open files" in json.loads(answer.read())["detail"]
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    with limited(server.process.pid, resource.RLIMIT_NOFILE, 3):
+        connection.request("PUT", "/k", bytes(1_000_000))
+        answer = connection.getresponse()
+        assert answer.status == 503 and "Too many open files" in json.loads(answer.read())["detail"]
     assert states_of(server) == {"up"} and " is down" not in server.log()
     assert ask(server.url + "/k", "PUT", bytes(1_000_000))[0] == 201
 
@@ -3479,11 +3473,13 @@ def test_readme_names_what_the_code_has() -> None:
         "X-Request-ID",
     ):
         assert name in readme, name
-    statuses = {
-        str(error.status) for error in vars(mkv).values() if isinstance(error, type) and issubclass(error, mkv.MkvError)
-    }
-    for status in statuses - {"500"}:
-        assert re.search(rf"\b{status}\b", readme), status
+    kinds = [one for one in vars(mkv).values() if isinstance(one, type)]
+    statuses = {str(one.status) for one in kinds if issubclass(one, mkv.MkvError)} - {"500"}
+    requests = re.findall(r"^\| `(?:PUT|GET|HEAD|DELETE) /.*", readme, re.MULTILINE)
+    everywhere = re.search(r"^- \*\*Any request\*\*(?:.|\n(?!-))*", readme, re.MULTILINE)
+    assert everywhere
+    named = set(re.findall(r"\b[1-5]\d\d\b", "".join([*requests, everywhere[0]])))
+    assert statuses <= named
 
 
 def test_compose_file_runs_what_is_in_the_repository() -> None:
@@ -3537,6 +3533,33 @@ def test_compose_serves_the_host(tmp_path: Path) -> None:
         assert ask(url, "DELETE", token=secret)[0] == 204
     finally:
         subprocess.run([*compose, "down", "--volumes"], check=False, timeout=120)
+
+
+async def test_embedded_volume_syncs_the_file_and_each_new_folder_before_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I3"""
+    synced, sync = list[str](), os.fsync
+
+    def note(fd: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), tmp_path / "v"))
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    path = mkv.blob_path("k", "0" * 20, "")
+    listener = mkv.listen("127.0.0.1", 0)
+    stop = await mkv.serve_volume(tmp_path / "v", listener, mkv.Config())
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
+    try:
+        async with ClientSession() as session:
+            for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
+                async with session.put(url, data=b"x") as answer:
+                    assert answer.status == status
+                temporary, *rest = synced
+                assert temporary.startswith(".tmp/") and rest == folders
+                synced.clear()
+    finally:
+        await stop()
 
 
 # == Fit for production: access, metrics, logs, reload, limits, shutdown ==============================================
@@ -3711,7 +3734,7 @@ def test_internal_headers_of_a_client_are_ignored(private: Program) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_metrics_equal_what_was_sent(start: Callable[..., Program], workers: str) -> None:
-    server = start("--workers", workers)
+    server = start("--workers", workers, "--garbage-delay", "3600")
     for i in range(12):
         assert ask(f"{server.url}/k{i}", "PUT", b"x" * 100)[0] == 201
         assert ask(f"{server.url}/k{i}")[0] == 302
@@ -3728,7 +3751,7 @@ def test_metrics_equal_what_was_sent(start: Callable[..., Program], workers: str
     assert metric(found, "mkv_received_bytes_total") == 1200
     assert metric(found, "mkv_keys") == 7 and metric(found, "mkv_bytes") == 700
     assert metric(found, "mkv_http_requests_in_flight") == 1  # this one
-    assert metric(found, "mkv_garbage_pending") >= 0
+    assert metric(found, "mkv_garbage_pending") == 10  # two replicas of five
     assert metric(found, "mkv_volume_state", volume="volume1", state="up") == 1
     assert sum(metric(found, "mkv_volume_blobs", volume=f"volume{i}") for i in (1, 2, 3)) == 14
     assert metric(found, "mkv_index_batch_size_count", kind="write") > 0
@@ -3794,9 +3817,7 @@ def test_one_id_follows_a_request_through_both_logs(start: Callable[..., Program
         assert trace in (folder / ".access.log").read_text()
 
 
-def test_trace_that_is_none_goes_nowhere(
-    start: Callable[..., Program], nginx: Callable[..., str]
-) -> None:
+def test_trace_that_is_none_goes_nowhere(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
     """By the W3C's Trace Context: what is malformed is not passed on. Only this one is none."""
     folders = list[Path]()
     server = start("--volume", nginx(folders=folders), "--replicas", "1")
@@ -3807,8 +3828,9 @@ def test_trace_that_is_none_goes_nowhere(
         f"ff-{trace}-{parent}-01", f"00-{'0' * 32}-{parent}-01", f"00-{trace}-{'0' * 16}-01",
         f"00-{trace}-{parent}-01-more", f"00-{trace}-{parent}-01 evil", f"x00-{trace}-{parent}-01",
     )  # fmt: skip
-    for given in bad:
-        assert ask(server.url + "/k", "PUT", b"x", traceparent=given)[0] in (201, 204), given
+    for trace_parent in bad:
+        status, _, _ = ask(server.url + "/k", "PUT", b"x", traceparent=trace_parent)
+        assert status in (201, 204), trace_parent
     good = f"cc-{trace}-{parent}-00"
     assert ask(server.url + "/k", "PUT", b"x", traceparent=good)[0] == 204
     eventually(lambda: server.log().count("method=PUT") == len(bad) + 1)
@@ -3817,9 +3839,7 @@ def test_trace_that_is_none_goes_nowhere(
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
 
 
-def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(
-    start: Callable[..., Program],
-) -> None:
+def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(start: Callable[..., Program]) -> None:
     server = start("--log-format", "json")
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     with full_disks(server.process.pid):
@@ -4021,17 +4041,18 @@ def test_idle_connection_is_closed(start: Callable[..., Program]) -> None:
 def test_many_slow_connections_leave_a_normal_client_alone(start: Callable[..., Program]) -> None:
     """2,000 clients that send a header byte at a time; how little a normal client notices is in the README."""
     server = start("--header-timeout", "30")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),) * 2)
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
-    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(2000)]
-    try:
+    with contextlib.ExitStack() as stack:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        stack.enter_context(limited(os.getpid(), resource.RLIMIT_NOFILE, min(8192, most)))
+        slow = list[socket.socket]()
+        for _ in range(2000):
+            slow.append(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+            stack.enter_context(slow[-1])
         for turn in range(5):
             for one in slow:
                 one.send(b"GET / HTTP/1.1"[turn : turn + 1])
             assert [ask(server.url + "/k")[0] for _ in range(40)] == [302] * 40
-    finally:
-        for one in slow:
-            one.close()
 
 
 # -- shutdown --
@@ -4203,6 +4224,7 @@ class Cluster:
             await store.index.write(lambda tx: tx._db.execute("UPDATE pending SET due = 0 WHERE due > 0").rowcount)
             while (await store.status())["garbage"]:
                 await store.collect_garbage()
+            await store.collect_garbage()  # marks, once what they speak of is gone
 
         self.use(work)
 
@@ -5350,18 +5372,28 @@ def test_rebuild_replaces_an_index_that_cannot_be_read(cluster: Cluster, damage:
     assert not Path(f"{cluster.db}-wal").exists()
 
 
+def has_begun(process: subprocess.Popen[bytes], db: Path) -> bool:
+    """Return whether a tool has the index or a file beside it open."""
+    for link in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(link).startswith(str(db)):
+                return True
+    return False
+
+
 def kill_at_moments(cluster: Cluster, command: str, *arguments: object, kills: int, check: Callable[[], None]) -> None:
-    """Kill a tool after more and more of the time that it takes, then let it finish."""
-    began = time.monotonic()
-    cluster.spawn("status").communicate()
-    least_s = (time.monotonic() - began) * 0.6
+    """Kill a tool after it has worked for longer and longer, then let it finish."""
+    hits = 0
     for number in range(kills):
         process = cluster.spawn(command, *arguments)
+        eventually(lambda process=process: has_begun(process, cluster.db))  # type: ignore[misc]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(least_s + number * 0.04)
+            process.wait(0.02 + number * 0.04)
         process.kill()
         process.communicate()
+        hits += process.returncode == -signal.SIGKILL
         check()
+    assert hits > kills / 2  # the others came too late
     process = cluster.spawn(command, *arguments)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, (out, err)
@@ -5707,6 +5739,26 @@ def test_two_tools_never_move_at_once_and_dry_run_may(cluster: Cluster) -> None:
     os.close(lock)
 
 
+@on_nginx
+def test_rebalance_gives_no_volume_a_wrong_blob(cluster: Cluster) -> None:
+    """Not even for a moment: a redirect may lead there, once somebody else has put the key there."""
+    cluster.configure("volume1", "volume2", replicas=2)
+    cluster.put({"k": b"x" * LARGE})
+    for number in (0, 1):
+        flip_bit(cluster.replica("k", number))
+    cluster.start("volume4", "volume5")
+    cluster.configure("volume4", "volume5", "volume1", "volume2", replicas=2, weights={"volume1": 0, "volume2": 0})
+    code, facts, _ = cluster.tool("rebalance")
+    assert code == 1 and facts["found"]["corrupt"] == 2
+    logs = [(cluster.data / name / ".access.log").read_text() for name in ("volume4", "volume5")]
+    assert not re.search(rf'"PUT {cluster.record("k").path}" 20', "".join(logs))
+    flip_bit(cluster.replica("k", 0))
+    cluster.collect()
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    logs = [(cluster.data / name / ".access.log").read_text() for name in ("volume4", "volume5")]
+    assert all(re.search(rf'"PUT {cluster.record("k").path}" 20', log) for log in logs)
+
+
 # == Tools: verify ====================================================================================================
 
 
@@ -5804,6 +5856,104 @@ def test_verify_removes_strays_older_than_grace_and_nothing_younger(cluster: Clu
     assert code == 0 and facts["repaired"] == 4 and {path for _, path in cluster.garbage()} == set(planted.values())
     cluster.collect()
     assert cluster.tool("verify", "--grace", 0, "--deep")[1]["found"] == {} and cluster.rows() == before
+
+
+def let_nothing_be_young(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if verify's clock were ahead of the volumes' clocks."""
+    find_strays, find_stray_marks = mkv_tools.find_strays, mkv_tools.find_stray_marks
+    monkeypatch.setattr(mkv_tools, "find_strays", lambda *args: find_strays(*args[:-1], math.inf))
+    monkeypatch.setattr(mkv_tools, "find_stray_marks", lambda *args: find_stray_marks(*args[:-1], math.inf))
+
+
+def delete_one(cluster: Cluster) -> None:
+    cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
+
+
+def delete_one_while_a_volume_is_down(cluster: Cluster) -> None:
+    """The others get marks."""
+    name = cluster.record("k").volumes[0]
+    cluster.stop(name)
+    delete_one(cluster)
+    assert marks(cluster)
+    cluster.start(name)
+
+
+def replace_one(cluster: Cluster) -> None:
+    cluster.put({"k": b"new"})
+
+
+@on_nginx
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+@pytest.mark.parametrize("act", [delete_one, delete_one_while_a_volume_is_down, replace_one])
+def test_verify_takes_nothing_that_clients_do_meanwhile_for_a_stray(
+    cluster: Cluster, act: Callable[[Cluster], None], moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads index, files, index. What is deleted then: before, and no index knows of it after;
+    between index and files; after the files."""
+    cluster.put({"k": b"old"})
+    if moment == "before":
+        cluster.configure("volume1", "volume2", "volume3", garbage_delay=3600.0)
+        act(cluster)
+    runs, list_run = list[int](), mkv_tools.Walk.list_run
+
+    async def disturbed(walk: mkv_tools.Walk, on: Any) -> Any:
+        first = not runs
+        runs.append(1)
+        if first and moment == "between":
+            await asyncio.to_thread(act, cluster)
+        found = await list_run(walk, on)
+        if first and moment == "before":
+            await asyncio.to_thread(cluster.collect)
+            assert not marks(cluster)
+        if first and moment == "after":
+            await asyncio.to_thread(act, cluster)
+        return found
+
+    monkeypatch.setattr(mkv_tools.Walk, "list_run", disturbed)
+    let_nothing_be_young(monkeypatch)
+    code, facts, _ = cluster.tool("verify", "--grace", 0)
+    assert runs and (code, facts["found"]) == (0, {})
+
+
+@on_nginx
+def test_verify_takes_no_blob_that_came_after_it_began_for_a_stray(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.put({"k": b"old"})
+    start = mkv_tools.Walk.start
+
+    async def disturbed(walk: mkv_tools.Walk) -> None:
+        await asyncio.to_thread(cluster.put, {"late": b"x"})
+        await start(walk)
+
+    monkeypatch.setattr(mkv_tools.Walk, "start", disturbed)
+    let_nothing_be_young(monkeypatch)
+    code, facts, _ = cluster.tool("verify", "--grace", 0)
+    assert (code, facts["found"]) == (0, {})
+
+
+@on_nginx
+def test_verify_looks_a_last_time_before_it_removes_a_stray(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file beside the record's places is one of them by then, as after a rebalance that was quick."""
+    cluster.put({"k": b"abc"})
+    (outside,) = set(cluster.volumes).difference(cluster.record("k").volumes)
+    record = replace(cluster.record("k"), volumes=tuple(sorted(cluster.volumes)))
+    for path in (record.path, mkv.sidecar_path(record.path)):
+        file = cluster.data / outside / path[1:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((cluster.replica("k", 0).parent / file.name).read_bytes())
+    remove = mkv_tools.Verify._remove_strays
+
+    async def disturbed(verify: mkv_tools.Verify) -> None:
+        with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+            db.execute("UPDATE record SET volumes = ?", (" ".join(record.volumes),))
+            db.commit()
+        await remove(verify)
+
+    monkeypatch.setattr(mkv_tools.Verify, "_remove_strays", disturbed)
+    _, facts, _ = cluster.tool("verify", "--grace", 0, "--repair")
+    assert facts["cases"][0]["kind"] == "extra replica" and facts["repaired"] == 0
+    assert not cluster.garbage()
 
 
 @on_nginx
