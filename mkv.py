@@ -150,11 +150,12 @@ class ConfigError(MkvError):
         super().__init__("\n".join(self.faults))
 
 class VolumeError(Unavailable):
-    """One request to one volume failed; `volume` is its name."""
+    """One request to one volume failed; `volume` is its name. It was sent `sent` times: 0 if nobody
+    could be connected to, 2 if a kept connection had broken before."""
 
-    def __init__(self, volume: str, detail: str) -> None:
+    def __init__(self, volume: str, detail: str, sent: int = 1) -> None:
         super().__init__(f"volume {volume}: {detail}")
-        self.volume = volume
+        self.volume, self.sent = volume, sent
 
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
 class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
@@ -758,13 +759,14 @@ class PendingState(enum.StrEnum):
     REMAKING = "remaking"  # by a tool, which makes a bad replica anew where the record names it
     GARBAGE = "garbage"  # to be deleted
     WATCHED = "watched"  # has been deleted, but a write that was never answered may still come
+    DELETING = "deleting"  # to be deleted, and a DELETE that was never answered may still come
     KEPT = "kept"  # a record names the place, but if the record goes, such a write may still come
     MARK = "mark"  # a mark, to be deleted when nothing else of its version is pending
 
 
 TOOL_CLAIMS = (PendingState.COPYING, PendingState.REMAKING)
 CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, *TOOL_CLAIMS)
-DEAD = (PendingState.GARBAGE, PendingState.WATCHED)
+DEAD = (PendingState.GARBAGE, PendingState.WATCHED, PendingState.DELETING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -778,8 +780,8 @@ class Pending:
     due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
     attempts: int = 0  # to delete it
     since_s: float = 0.0  # since when it is garbage
-    doubt_s: float | None = None  # until when a write that was never answered may still come; None: there was none
-    sent: int = 1  # how many times a sidecar may come there
+    doubt_s: float | None = None  # until when what was never answered may still come; None: there is no such thing
+    sent: int = 1  # how many times a sidecar may come there, or has come
 
     @property
     def version(self) -> str:
@@ -790,15 +792,16 @@ Rows = Mapping[Place, Pending]
 
 
 class Doubt(NamedTuple):
-    """A volume was sent something and has not answered: for how many seconds it may come, and how many sidecars."""
+    """A volume was sent something and has not answered: for how many seconds it may come, and how many sidecars come
+    or have come there."""
 
     seconds: float
     sidecars: int = 1
 
 
 HUNG = Doubt(24 * 3600.0)  # it did not answer in time
-BROKEN_OFF = Doubt(300.0)  # the connection broke, or whoever sent it was killed
-BLOB_HUNG = Doubt(24 * 3600.0, sidecars=0)
+BROKEN_OFF = Doubt(300.0)  # the connection broke, or whoever sent it was killed or gave up
+BLOB_BROKEN_OFF = BROKEN_OFF._replace(sidecars=0)
 Doubts = Mapping[str, Doubt]  # volume -> what may come there
 NO_DOUBTS: Doubts = {}
 
@@ -819,10 +822,10 @@ def bury(
             path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
             doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
         )  # fmt: skip
-        if old is not None and old.state in TOOL_CLAIMS:
-            new = replace(new, sent=old.sent)
+        if old is not None:
+            new = replace(new, sent=old.sent + new.sent - 1)
         if old is not None and old.doubt_s is not None:
-            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0), sent=old.sent)
+            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
         after[volume, path] = new
     return after
 
@@ -839,11 +842,15 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
             continue
         del after[place]
         times_s = [] if row.doubt_s is None else [row.doubt_s]
+        sent = row.sent
         if row.volume in doubts:
             times_s.append(now_s + doubts[row.volume].seconds)
+            sent += doubts[row.volume].sidecars - 1
         if times_s:
-            kept = replace(row, state=PendingState.KEPT, owner=None, due_s=max(times_s), doubt_s=max(times_s))
-            after[place] = replace(kept, sent=row.sent + 1)
+            doubt_s = max(times_s)
+            after[place] = replace(
+                row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s, sent=sent
+            )  # fmt: skip
     return after
 
 
@@ -919,10 +926,9 @@ def plan_put(
 ) -> dict[Place, Pending]:  # fmt: skip
     """Return what is pending on the key after the PUT that made `record` is DONE."""
     after = end_claims(rows, record.path, record.volumes, now_s, doubts)
-    after = tell_others(after, record.path, conditions, now_s)
     if current is not None:
         after = bury(after, current.path, current.volumes, now_s, delay_s)
-    return after
+    return tell_others(after, record.path, conditions, now_s)
 
 
 def plan_delete(
@@ -939,6 +945,8 @@ def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
     Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does. A blob
     that may come without a sidecar is nothing.
     """
+    if not row.sent:
+        return True
     found = seen.get((row.volume, row.path))
     if found is None:
         return False
@@ -970,17 +978,32 @@ def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
 
     A place that a write may still come to is looked at again, ever more seldom.
     """
-    proven = found and row.sent == 1
+    proven = found and row.sent == 1 and row.state is not PendingState.DELETING
     if row.state not in DEAD or proven or row.doubt_s is None or row.doubt_s <= now_s:
         return None
     attempts = row.attempts + 1
     due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
-    return replace(row, state=PendingState.WATCHED, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
+    state = PendingState.WATCHED if row.state is PendingState.GARBAGE else row.state
+    return replace(row, state=state, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
+
+
+def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
+    """Return what becomes of a row when its place could not be deleted; `doubt`: a DELETE may still come.
+
+    Such a DELETE could hit a replica that a tool brings back there.
+    """
+    attempts = row.attempts + 1
+    after = replace(row, attempts=attempts, due_s=now_s + retry_delay_s(attempts))
+    if doubt is None or row.state not in DEAD:
+        return after
+    doubt_s = max(row.doubt_s or 0.0, now_s + doubt.seconds)
+    return replace(after, state=PendingState.DELETING, doubt_s=doubt_s)
 
 
 def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
-    """Return what becomes of a row when a volume has answered after all (`doubt_s` is None), or cannot any more."""
-    if row.doubt_s is None:
+    """Return what becomes of a row when a volume has answered a PUT after all (`doubt_s` is None), or cannot any
+    more."""
+    if row.doubt_s is None or row.state is PendingState.DELETING:
         return row
     after = replace(row, doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
     if row.state is PendingState.WATCHED:
@@ -1184,7 +1207,7 @@ class Transaction:
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
                 new = replace(new, doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
-            elif old is not None and old.doubt_s is not None:
+            elif old is not None:
                 new = replace(new, doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
@@ -1221,44 +1244,41 @@ class Transaction:
                     after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
         self.change(before, after)
 
-    def settle(self, seen: Mapping[Place, bool], failed: Collection[Place] = ()) -> None:
-        """Note where garbage has been deleted (place -> whether its sidecar was there), and where that failed: there it
-        is tried again later."""
-        for place in (*seen, *failed):
-            volume, path = place
-            before = self._row_at(volume, path)
-            after = {}
-            for row in before.values():
-                new = settle(row, seen[place], self.now_s) if place in seen else self._put_off(row)
-                if new is not None:
-                    after[place] = new
-            self.change(before, after)
-            if not after:
-                self._release_marks(path)
+    def settle(self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None) -> None:
+        """Note where garbage has been deleted (row -> whether its sidecar was there), and where that
+        failed (row -> what may still come of it): there it is tried again later. A row that has
+        changed since it was read is left as it is."""
+        ends = {row: settle(row, found, self.now_s) for row, found in seen.items()}
+        ends |= {row: put_off(row, doubt, self.now_s) for row, doubt in (failed or {}).items()}
+        for row, after in ends.items():
+            place = (row.volume, row.path)
+            before = self._row_at(*place)
+            if before.get(place) == row:
+                self.change(before, {} if after is None else {place: after})
+                self._release_marks(row.path)
 
     def note_found(self, places: Iterable[Place]) -> None:
         """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
         for volume, path in places:
             before = self._row_at(volume, path)
-            self.change(before, {place: replace(row, sent=row.sent - 1) for place, row in before.items()})
+            self.change(before, {place: replace(row, sent=max(0, row.sent - 1)) for place, row in before.items()})
 
     def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
-        """Note that a volume that hung has answered for what it was sent at `paths`, or that it cannot any more."""
+        """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any more."""
         doubt_s = None if answered else self.now_s + BROKEN_OFF.seconds
         for path in paths:
-            before = self.pending_below(path[:STEM])
-            after = {place: end_doubt(row, doubt_s) if row.volume == volume else row for place, row in before.items()}
-            self.change(before, after)
+            rows = self.pending_below(path[:STEM])
+            is_mark = path.endswith(".del")
+            before = {
+                p: row for p, row in rows.items() if row.volume == volume and row.path.endswith(".del") == is_mark
+            }
+            self.change(before, {place: end_doubt(row, doubt_s) for place, row in before.items()})
 
     def forget(self, places: Iterable[Place]) -> None:
         """Give up what is pending at `places`, whose volume will not come back."""
         for volume, path in places:
             self.change(self._row_at(volume, path), {})
             self._release_marks(path)
-
-    def _put_off(self, row: Pending) -> Pending:
-        attempts = row.attempts + 1
-        return replace(row, attempts=attempts, due_s=self.now_s + retry_delay_s(attempts))
 
     def _row_at(self, volume: str, path: str) -> dict[Place, Pending]:
         """Return the row there, unless somebody has claimed the place meanwhile."""
@@ -1270,9 +1290,10 @@ class Transaction:
             self._release_marks(path)
 
     def _release_marks(self, path: str) -> None:
-        """Have the marks of a version deleted if nothing else of it is pending."""
-        before = self.pending_below(path[:STEM])
-        if all(row.state is PendingState.MARK and row.due_s is None for row in before.values()):
+        """Have the marks of a version deleted if no sidecar of it is pending."""
+        rows = self.pending_below(path[:STEM])
+        before = {place: row for place, row in rows.items() if row.state is PendingState.MARK and row.due_s is None}
+        if all(row.state is PendingState.MARK or not row.sent for row in rows.values()):
             self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
 
     def add_marks(self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]) -> None:
@@ -1309,10 +1330,14 @@ class Lost(Unavailable):
     """Newer writes of the key leave no moment at which this PUT could have happened: it has to begin anew."""
 
 
+class Overtaken(Exception):
+    """It is as if this PUT had come just before a newer write: what it wrote is to be deleted, and it has succeeded."""
+
+
 def commit_put(
     tx: Transaction, record: Record, conditions: Conditions, delay_s: float, doubts: Doubts = NO_DOUBTS
 ) -> bool:
-    """Carry out decide_put; return whether the key is new. If it raises, nothing has changed."""
+    """Carry out decide_put; return whether the key is new. If it raises, even Overtaken, nothing has changed."""
     current = tx.get(record.key)
     rows = tx.pending_of(record.key)
     match decide_put(record, conditions, current, rows):
@@ -1321,8 +1346,7 @@ def commit_put(
         case Commit.LOST:
             raise Lost("another write of this key came in between; send it again")
         case Commit.OVERTAKEN:
-            tx.end_claims(record.path, (), doubts)
-            return False
+            raise Overtaken
         case Commit.DONE:
             tx.change(rows, plan_put(record, conditions, current, rows, tx.now_s, delay_s, doubts))
             if current is not None:
@@ -1548,8 +1572,9 @@ def prepare_index(db: sqlite3.Connection) -> None:
             db.execute(statement)
         if version != SCHEMA_VERSION:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else "unknown"
-        ahead = time.time() - time.monotonic()
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
+        latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
+        ahead = max(time.time(), latest) - time.monotonic()  # a clock that was not set yet takes nothing back
         db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
 
 
@@ -1940,27 +1965,34 @@ class VolumeClient:
 
     async def _exchange(
         self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int = 0
-    ) -> tuple[list[Answer], bool]:
+    ) -> tuple[list[Answer], int]:
         """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad, and
-        whether something was sent twice, since a kept connection broke."""
+        how many times some of it was sent: a kept connection may break. Errors tell that, too."""
         frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
         requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
         answers: list[Answer] = []
-        repeated = False
-        with self.watch(method):
-            while len(answers) < len(requests):
-                broke = await self._converse(method, requests[len(answers) :], answers, limit)
-                repeated = repeated or broke
-        return answers, repeated
+        sent = 0
+        broke = True
+        try:
+            with self.watch(method):
+                while len(answers) < len(requests):
+                    kept = self._take_idle()
+                    wire = kept or await self._connect()
+                    sent += broke
+                    left = requests[len(answers) :]
+                    broke = not await self._converse(wire, kept is not None, sent == 1, method, left, answers, limit)
+        except VolumeError as error:
+            error.sent = sent
+            raise
+        return answers, sent
 
     async def _converse(
-        self, method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int
-    ) -> bool:
-        """Take from one connection the answers that it gives: it may close after some of them, a
-        kept one before any. Return whether it broke. A repeat is harmless while the version lives:
-        a path names one version."""
-        kept, before, whole, late = self._take_idle(), len(answers), False, False
-        wire = kept or await self._connect()
+        self, wire: Wire, kept: bool, first: bool,
+        method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int,
+    ) -> bool:  # fmt: skip
+        """Take from a connection the answers that it gives: it may close after some of them, a kept one before any.
+        Return whether it did so in good order. A repeat is harmless while the version lives: a path names one."""
+        before, whole, late = len(answers), False, False
         try:
             async with Patience(wire, self.timeout_s) as patience:
                 wire.write(b"".join([data for _, data in requests]))
@@ -1971,13 +2003,13 @@ class VolumeClient:
                         answers.append((await wire.read_status(method == "HEAD"), b""))
                         self.check(method, path, answers[-1][0])
                     if not wire.reusable:
-                        return False
+                        return True
                     patience.renew()
                 whole = wire.is_idle and len(self._idle) < self._keep
-            return False
+            return True
         except TimeoutError:
             self._drop_idle()  # the network may have forgotten the other kept connections, too
-            if method == "PUT" and self._hear_late and len(self._late) < MAX_LATE:
+            if method == "PUT" and first and self._hear_late and len(self._late) < MAX_LATE:
                 paths = [path for path, _ in requests[len(answers) - before :]]
                 self._late.add(task := asyncio.create_task(self._await_late(wire, paths, self._hear_late)))
                 task.add_done_callback(self._late.discard)
@@ -1986,7 +2018,8 @@ class VolumeClient:
         except BROKEN:
             if not kept and len(answers) == before:
                 raise
-            return True
+            self._drop_idle()  # they may have broken, too, and each would be sent all of it
+            return False
         finally:
             if whole:
                 self._idle.append(wire)
@@ -2020,9 +2053,9 @@ class VolumeClient:
             wire.abort()
         return None
 
-    async def put(self, files: Mapping[str, bytes], trail: str = "") -> bool:
-        """Store small files, path -> bytes, in that order; return whether some were sent twice, so that they may come
-        again. Raises VolumeError unless all are answered for."""
+    async def put(self, files: Mapping[str, bytes], trail: str = "") -> int:
+        """Store small files, path -> bytes, in that order; return how many times some of them were sent: if more than
+        once, they may come again. Raises VolumeError unless all are answered for."""
         return (await self._exchange("PUT", files.items(), trail))[1]
 
     async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
@@ -2325,7 +2358,7 @@ class Write:
         self.path = ""
         self.claimed = set[str]()  # where something of it may be
         self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered, or twice
-        self._repeated = set[str]()
+        self._sent = dict[str, int]()  # how many times, where not once
         self.done = list[str]()  # where all of it is
         self.failed = dict[str, VolumeError]()
 
@@ -2359,13 +2392,12 @@ class Write:
         while names := await self._plan_and_claim(self.done):
             record = self._make_record(digest)
             files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
-            self.doubts |= dict.fromkeys(names, HUNG)
+            self.doubts |= dict.fromkeys(names, BROKEN_OFF)
             self.done += await self._each(names, partial(self._put_files, files))
         return self._make_record(digest)
 
     async def _put_files(self, files: Mapping[str, bytes], name: str) -> None:
-        if await self._view.clients[name].put(files, self._trail):
-            self._repeated.add(name)
+        self._sent[name] = await self._view.clients[name].put(files, self._trail)
 
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
@@ -2375,6 +2407,7 @@ class Write:
             while names := await self._plan_and_claim(uploads):
                 start = self._each(names, lambda name: clients[name].start_upload(self.path, size, self._trail))
                 uploads |= await start
+                self.doubts |= dict.fromkeys(uploads, BLOB_BROKEN_OFF)
             chunk = chunk or await anext(body, b"")
             while chunk:
                 self._hasher.update(chunk)
@@ -2382,15 +2415,14 @@ class Write:
                     try:
                         await upload.send(chunk)
                     except VolumeError as error:
-                        self.failed[name] = error
+                        self._note(name, error)
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
             digest = self._finish_body()
-            self.doubts |= dict.fromkeys(uploads, BLOB_HUNG)
             await self._each(uploads, lambda name: uploads[name].finish())
             self._drop_failed(uploads)
             sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
-            self.doubts |= dict.fromkeys(uploads, HUNG)
+            self.doubts |= dict.fromkeys(uploads, BROKEN_OFF)
             self.done += await self._each(uploads, partial(self._put_files, sidecar))
             self._drop_failed(uploads)
             return self._make_record(digest)
@@ -2403,18 +2435,25 @@ class Write:
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
-            broke = isinstance(result, VolumeDown) and name in self.doubts
-            if broke or name in self._repeated:
-                self.doubts[name] = self.doubts[name]._replace(seconds=BROKEN_OFF.seconds)
-            elif not isinstance(result, VolumeTimeout):
-                self.doubts.pop(name, None)
-            if isinstance(result, VolumeError):
-                self.failed[name] = result
-            elif isinstance(result, BaseException):
-                raise result
-            else:
+            self._note(name, result if isinstance(result, VolumeError) else None)
+            if not isinstance(result, BaseException):
                 good[name] = result
+            elif not isinstance(result, VolumeError):
+                raise result
         return good
+
+    def _note(self, name: str, error: VolumeError | None) -> None:
+        """Note that a volume has answered, or failed, and what may still come to it."""
+        doubt = self.doubts.pop(name, None)
+        sent = error.sent if error else self._sent.pop(name, 1)
+        answered = 0 if isinstance(error, VolumeDown | VolumeTimeout) else 1
+        if error:
+            self.failed[name] = error
+        if doubt is None or sent <= answered:
+            return
+        come = sent - answered if error else sent
+        seconds = HUNG.seconds if isinstance(error, VolumeTimeout) else doubt.seconds
+        self.doubts[name] = Doubt(seconds, doubt.sidecars * come)
 
     def _drop_failed(self, uploads: dict[str, Upload]) -> None:
         """Go on without those that failed if the others are enough; raises Unavailable."""
@@ -2577,6 +2616,8 @@ class Store:
             except BaseException as error:
                 if write.claimed:
                     await self._discard(view, draft.key, write, trail)
+                if isinstance(error, Overtaken):
+                    return record, False
                 if not isinstance(error, Lost) or not attempts_left:
                     raise
 
@@ -2648,7 +2689,7 @@ class Store:
         proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
         try:
             if and_blobs and seen:
-                await self.index.write(lambda tx: tx.settle(seen))
+                await self.index.write(lambda tx: tx.settle({rows[place]: found for place, found in seen.items()}))
             elif proofs:
                 await self.index.write(lambda tx: tx.note_found(proofs))
         except sqlite3.Error as error:
@@ -2747,8 +2788,8 @@ class Store:
     async def _collect_on(self, client: VolumeClient) -> int:
         name = client.volume.name
         due = iter(await self.index.read(partial(select_due, name)))
-        seen = dict[Place, bool]()
-        failed = list[Place]()
+        seen = dict[Pending, bool]()
+        failed = dict[Pending, Doubt | None]()
 
         async def collect() -> None:
             for row in due:
@@ -2756,9 +2797,13 @@ class Store:
                     return
                 try:
                     found = [(await client.delete([path]))[0] for path in paths_to_delete(row)]
-                    seen[name, row.path] = bool(found) and found[0]
+                    seen[row] = bool(found) and found[0]
+                except VolumeTimeout as error:
+                    failed[row] = HUNG if error.sent else None
+                except VolumeDown as error:
+                    failed[row] = BROKEN_OFF if error.sent else None
                 except VolumeError:
-                    failed.append((name, row.path))
+                    failed[row] = None
 
         await asyncio.gather(*(collect() for _ in range(4)))
         if seen or failed:

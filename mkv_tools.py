@@ -659,34 +659,36 @@ def claim(tx: Transaction, move: Move) -> str:
     if tx.get(record.key) != record:
         return "changed"
     rows = [row for row in tx.pending_below(record.path).values() if row.volume in move.copy]
-    if any(row.due_s is not None and row.due_s <= tx.now_s for row in rows):
-        return "waiting"  # the server may be deleting there just now
+    if any(row.state is PendingState.DELETING or (row.due_s is not None and row.due_s <= tx.now_s) for row in rows):
+        return "waiting"  # the server may be deleting there just now, or a DELETE may still come
     remade = set(record.volumes).intersection(move.copy)
     tx.claim(record.path, remade, TOOL, PendingState.REMAKING)
     tx.claim(record.path, set(move.copy) - remade, TOOL, PendingState.COPYING)
     return ""
 
 
-def commit(tx: Transaction, move: Move, failed: str, delay_s: float, repeated: Collection[str] = ()) -> str:
+def commit(tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mapping[str, int] | None = None) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage;
-    return why, if so. In no case does a place that the record names become garbage. To the volumes
-    in `repeated` it was sent twice."""
+    return why, if so. In no case does a place that the record names become garbage. `sent`: how
+    many times the sidecar was sent to a volume; once, if nothing is said."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
+    sent = sent or {}
     before = move.record
     after = move.after
     path = before.path
     claimed = {row.volume for row in tx.pending_below(path).values() if row.state in CLAIMS}
     current = tx.get(before.key)
     doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_OFF)  # of a run that was killed
-    doubts |= dict.fromkeys(repeated, BROKEN_OFF)
-    if failed:
-        doubts |= dict.fromkeys(move.copy, HUNG)
+    for volume in move.copy:
+        times = sent.get(volume, 1)
+        if failed or times > 1:
+            doubts[volume] = (HUNG if failed else BROKEN_OFF)._replace(sidecars=times)
     if current != before or not claimed.issuperset(move.copy):
         named = current.volumes if current and current.path == path else ()
         tx.end_claims(path, named, doubts)
         if not failed:
-            once = set(move.copy).difference(repeated)
+            once = [volume for volume in move.copy if sent.get(volume, 1) == 1]
             tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in once})
         return "changed"
     tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
@@ -715,7 +717,7 @@ class Mover:
     def __init__(self, store: Store, rate: float, report: Report) -> None:
         self._store, self._rate, self._report, self.clients = store, rate, report, store.view.clients
         self.bytes, self._free_at = 0, 0.0
-        self._repeated = defaultdict[str, set[str]](set)  # key -> volumes that were sent it twice
+        self._sent = defaultdict[str, dict[str, int]](dict)  # key -> volume -> how many times
 
     async def _pace(self, size: int) -> None:
         self.bytes += size
@@ -795,7 +797,7 @@ class Mover:
         results = []
         for move in moves:
             key = move.record.key
-            results.append(commit(tx, move, failed[key], delay_s, self._repeated.pop(key, ())))
+            results.append(commit(tx, move, failed[key], delay_s, self._sent.pop(key, {})))
         return results
 
     async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
@@ -825,14 +827,11 @@ class Mover:
         for record in records:
             files |= {record.path: blobs[record.key], sidecar_path(record.path): encode_sidecar(record)}
         try:
-            if await self.clients[volume].put(files):
-                for record in records:
-                    self._repeated[record.key].add(volume)
+            self._note_sent(volume, records, await self.clients[volume].put(files))
         except VolumeError as error:
+            self._note_sent(volume, records, error.sent)
             if len(records) == 1 or isinstance(error, VolumeDown | VolumeTimeout):
                 return {record.key: str(error) for record in records}
-            for record in records:
-                self._repeated[record.key].add(volume)
             each = [await self._put(volume, [record], blobs) for record in records]
             return {key: error for errors in each for key, error in errors.items()}
         return {}
@@ -851,8 +850,13 @@ class Mover:
             return {record.key: str(error)}
 
     async def _put_sidecar(self, volume: str, record: Record) -> None:
-        if await self.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)}):
-            self._repeated[record.key].add(volume)
+        sent = await self.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)})
+        self._note_sent(volume, [record], sent)
+
+    def _note_sent(self, volume: str, records: Iterable[Record], sent: int) -> None:
+        for record in records:
+            times = self._sent[record.key]
+            times[volume] = times.get(volume, 0) + sent
 
     def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
         kind, _, detail = wrong.partition(": ")
@@ -1198,7 +1202,7 @@ class Rebuild:
         garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
         for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))) if self._old else ():
             garbage[path[:STEM]].add(volume)
-        marks = await self._read_marks(versions.values(), read)
+        marks = await self._read_marks(versions.values())
         adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
@@ -1228,9 +1232,9 @@ class Rebuild:
         await self._new.write(partial(self._write, adopted.values(), dead, alive))
         self._report.add(*cases)
 
-    async def _read_marks(self, versions: Collection[Version], read: Mapping[str, Sidecars]) -> dict[str, Mark]:
+    async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
         """Return stem -> mark of the versions that are dead. That it has a mark is enough; what the mark says only
-        tells where else to look. Only the old index knows better."""
+        tells where else to look. An index that names such a version is a copy from before that."""
         marks = dict[str, Mark]()
         for version in versions:
             if not version.marks:
@@ -1249,17 +1253,8 @@ class Rebuild:
                 except ValueError as error:
                     found.doubted.update(self._clients)
                     self._report.add(Case("bad mark", volume, path, "", str(error)))
-            if await self._is_alive(version, read[version.stem]):
-                self._report.add(Case("mark of a key that lives", " ".join(found.volumes), path))
-            else:
-                marks[version.stem] = found
+            marks[version.stem] = found
         return marks
-
-    async def _is_alive(self, version: Version, read: Sidecars) -> bool:
-        """Whether the old index has this version as a key's record."""
-        keys = {sidecar.key for sidecar in read.values() if isinstance(sidecar, Record)}
-        records = await self._old.run(partial(get_all, sorted(keys))) if self._old and keys else []
-        return any(record is not None and record.path[:STEM] == version.stem for record in records)
 
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
         """Read all sidecars: return stem -> volume -> sidecar."""
@@ -1281,11 +1276,15 @@ class Rebuild:
         return digests
 
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
-        """Return a record that is garbage on some volumes without these, but never without any; or, if the old index
-        has no such record, without all."""
+        """Return a record that is garbage on some volumes without these. If the old index has no such record, without
+        all. If it names volumes that have it no more, it is older than the volumes: with all."""
         (old,) = await self._old.run(partial(get_all, [record.key])) if self._old else [None]
-        standing = tuple(volume for volume in record.volumes if volume not in dead) or record.volumes
-        return replace(record, volumes=standing if old and old.version == record.version else ())
+        if old is None or old.version != record.version:
+            return replace(record, volumes=())
+        if not set(record.volumes).issuperset(old.volumes):
+            return record
+        standing = tuple(volume for volume in record.volumes if volume not in dead)
+        return replace(record, volumes=standing or record.volumes)
 
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:

@@ -938,10 +938,10 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
                     record = replace(RECORD, version=mkv.version_of(paths[i]), volumes=("a",), digest=digest)
                     mkv.commit_put(tx, record, conditions, 0.0)
                 answers[i] = "done"
-            except mkv.MkvError as error:
-                answers[i] = type(error).__name__
+            except (mkv.MkvError, mkv.Overtaken) as error:
+                answers[i] = "done" if isinstance(error, mkv.Overtaken) else type(error).__name__
                 rows, _ = mkv.discard_put(tx, "k", paths[i], {})
-                tx.settle(dict.fromkeys(rows, True))
+                settle_at(tx, dict.fromkeys(rows, True))
             ended.append(i)
             spans[i] = (began[i], now)
             current = tx.get("k")
@@ -1075,6 +1075,14 @@ async def all_pending(index: mkv.Index) -> dict[mkv.Place, mkv.Pending]:
     return await index.write(lambda tx: tx.pending_below("/"))
 
 
+def row_at(tx: mkv.Transaction, place: mkv.Place) -> mkv.Pending:
+    return tx.pending_below(place[1])[place]
+
+
+def settle_at(tx: mkv.Transaction, seen: Mapping[mkv.Place, bool]) -> None:
+    tx.settle({row_at(tx, place): found for place, found in seen.items()})
+
+
 async def all_garbage(index: mkv.Index) -> set[tuple[str, str]]:
     return {place for place, row in (await all_pending(index)).items() if row.state is GARBAGE}
 
@@ -1122,11 +1130,13 @@ async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     early, late = make_record("k", 1), make_record("k", 2)
     await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED))
     assert await put(index, late) is True
-    assert await index.write(lambda tx: mkv.commit_put(tx, early, mkv.UNCONDITIONAL, 0.0)) is False
+    with pytest.raises(mkv.Overtaken):
+        await index.write(lambda tx: mkv.commit_put(tx, early, mkv.UNCONDITIONAL, 0.0))
     assert await index.get("k") == late
     assert await put(index, make_record("k", 3, ("b", "c"))) is False
     assert await index.get("k") == make_record("k", 3, ("b", "c"))
-    assert await all_garbage(index) == {(v, record.path) for record in (early, late) for v in "ab"}
+    assert await all_garbage(index) == {(v, late.path) for v in "ab"}
+    assert await all_claims(index) == {(v, early.path) for v in "ab"}  # until it is discarded
 
 
 async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.Index) -> None:
@@ -1159,7 +1169,7 @@ async def test_what_a_dead_process_wrote_is_deleted_at_once_and_watched(index: m
     await index.write(lambda tx: tx.release_claims(3, 4))
     due = await index.read(lambda db: mkv.select_due("a", db))
     assert [row.path for row in due] == [record.path]
-    await index.write(lambda tx: tx.settle({("a", record.path): False}))
+    await index.write(lambda tx: settle_at(tx, {("a", record.path): False}))
     row = (await all_pending(index))["a", record.path]
     assert row.state is mkv.PendingState.WATCHED and row.due_s and row.doubt_s and row.doubt_s > row.due_s
 
@@ -1182,7 +1192,7 @@ async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
         else:
             await put(index, make_record(key, n, tuple(sorted(rng.sample("abc", 2))), rng.randrange(99)))
     gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
-    await index.write(lambda tx: tx.settle(dict.fromkeys(gone, True)))
+    await index.write(lambda tx: settle_at(tx, dict.fromkeys(gone, True)))
     totals = await index.read(mkv.read_totals)
     rows = await index.read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
     for name in "abc":
@@ -1366,7 +1376,7 @@ def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv
     place, waits_s = ("a", "/p"), list[float]()
     tx.add_garbage("/p", ["a"])
     for _ in range(4):
-        tx.settle({}, [place])
+        tx.settle({}, {row_at(tx, place): None})
         waits_s.append((tx.pending_below("/p")[place].due_s or 0.0) - tx.now_s)
     assert waits_s == pytest.approx([2, 4, 8, 16])
 
@@ -1579,7 +1589,7 @@ async def test_odd_but_whole_answer_is_understood(answer: bytes) -> None:
     with fake_volume(lambda connection: say(connection, answer)) as url:
         for act, result in ACTS.items():
             client, heard = client_that_hears(url)  # and a new connection
-            expected = {"get": [(201, b"ok")], "stream": b"ok", "delete": [True]}
+            expected = {"get": [(201, b"ok")], "stream": b"ok", "delete": [True], "put": 1}
             assert await result(client) == expected.get(act)
             client.close()
             assert not {mkv.Event.UNREACHABLE, mkv.Event.REFUSED}.intersection(heard)
@@ -4562,7 +4572,8 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
         mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
     else:
         claim_and_commit(tx, replace(R, version="3" * 20))
-    tx.settle({(volume, R.path): volume == "b" for volume in "abc"})  # b had one already
+    places = [place for place in tx.pending_of("k") if place[1] == R.path]
+    settle_at(tx, {place: place[0] == "b" for place in places})  # b had one already
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
     mkv_tools.commit(tx, move, outcome, 10.0)
     tx.release_claims(mkv.TOOL, sys.maxsize)
@@ -4599,7 +4610,7 @@ def test_failed_copy_is_left_to_the_garbage(tx: mkv.Transaction) -> None:
 def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_dead_claim(tx: mkv.Transaction) -> None:
     tx.add_garbage(R.path, ["c"], 0.0)
     assert mkv_tools.claim(tx, MOVE) == "waiting"
-    tx.settle({("c", R.path): True})
+    settle_at(tx, {("c", R.path): True})
     tx.add_garbage(R.path, ["c"], 10.0)
     assert mkv_tools.claim(tx, MOVE) == "" and claimed(tx) == {"c"}
     assert mkv_tools.claim(tx, MOVE) == ""
@@ -6123,7 +6134,7 @@ def test_delete_while_a_replica_is_made_anew_brings_nothing_back(
 
     monkeypatch.setattr(mkv_tools.Mover, "_put", delete_first)
     assert cluster.tool("verify", "--repair")[0] == 1
-    cluster.use(lambda store: store.index.write(lambda tx: tx.settle(seen)))
+    cluster.use(lambda store: store.index.write(lambda tx: settle_at(tx, seen)))
     assert list(seen.values()).count(True) == 1
     cluster.collect()
     assert [row[0] for row in cluster.rows()] == ["other"] and not cluster.claims()
@@ -7428,7 +7439,9 @@ class Site:
         return self.server.url
 
     def reload(self) -> None:
-        self._config.write_text(self.configuration())
+        fresh = self._config.with_suffix(".new")
+        fresh.write_text(self.configuration())
+        fresh.replace(self._config)  # a tool that starts just now reads it whole
         self.server.process.send_signal(signal.SIGHUP)
 
     def begin_tool(self, command: str, *arguments: object) -> None:
@@ -7601,6 +7614,7 @@ class Cable:
     def __init__(self, port: int) -> None:
         self._port = port
         self._ends = set[socket.socket]()
+        self._volumes = set[socket.socket]()
         self._losing = set[socket.socket]()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -7619,11 +7633,13 @@ class Cable:
             far = stack.enter_context(socket.create_connection(("127.0.0.1", self._port)))
             ends = {near, far}
             self._ends |= ends
+            self._volumes.add(far)
             back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
             back.start()
             self._pass_on(near, far)
             back.join()
             self._ends -= ends
+            self._volumes.remove(far)
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -7637,7 +7653,7 @@ class Cable:
 
     def lose_answers(self) -> None:
         """Pass on what comes over the connections that are open now, and cut them at the answer."""
-        self._losing |= self._ends
+        self._losing |= self._volumes
 
     def cut(self) -> int:
         """Cut all connections; return how many ends that were."""
