@@ -2647,9 +2647,16 @@ class Store:
         answering = None
         if len(up) < copies:
             answering = frozenset(name for name in view.clients if not self.health.is_down(name))
-        rows = await self.index.write(lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies))
+        missing = None
+        try:
+            rows = await self.index.write(lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies))
+        except NotFound as error:
+            missing = error
+            rows = await self.index.write(lambda tx: tx.pending_of(key))  # an unfinished DELETE is finished now
         if not await self._bury(view, key, rows, trail, copies):
             raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
+        if missing:
+            raise missing
 
     async def _bury(self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False) -> bool:
         """Delete the sidecars of a key's dead versions from all volumes that answer; where that cannot be done soon, or

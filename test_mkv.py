@@ -4830,6 +4830,17 @@ def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluste
             await store.find("k", mkv.UNCONDITIONAL)
 
     cluster.use(work)
+    dead = next(name for name in cluster.volumes if cluster.volumes[name].process.poll() is not None)
+    cluster.start(dead)
+    assert len(marks(cluster)) < 2
+
+    async def again(store: Store) -> None:
+        """404 promises the same as 204."""
+        with pytest.raises(mkv.NotFound):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+
+    cluster.use(again)
+    assert len(marks(cluster)) == 2
 
 
 @on_nginx
