@@ -49,7 +49,8 @@ clean-up can never hit a newer write, and several processes and tools can share 
 claims the path in the index before, so what a crash leaves there is known, and becomes garbage.
 
 What no index and no mark can cover: a request that was under way when the index was lost may have happened, whatever
-its conditions; a volume that hangs for more than a day and then carries out what it was sent.
+its conditions; what a volume carries out more than a day after it hung, or more than five minutes after the
+connection to it broke or the server was killed.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
