@@ -93,7 +93,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
+from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, HttpVersion10, HttpVersion11, StreamReader, web
@@ -665,11 +665,45 @@ def decide_conditions(conditions: Conditions, record: Record | None, reading: bo
     return Verdict.PROCEED
 
 
+def judge_read(record: Record | None, conditions: Conditions) -> tuple[Record, Verdict]:
+    """Return the record that a read found, and whether the client has it already. Raises NotFound,
+    PreconditionFailed."""
+    if record is None:
+        raise NotFound("no such key")
+    if conditions is UNCONDITIONAL:
+        return record, Verdict.PROCEED
+    verdict = decide_conditions(conditions, record, reading=True)
+    if verdict is Verdict.FAILED:
+        raise PreconditionFailed("the key is not what the condition asks for")
+    return record, verdict
+
+
+def parse_conditions(headers: Mapping[str, str]) -> Conditions:
+    """Read the conditional headers (names in lower case); a date that is none is ignored (RFC 9110, 13.1.3). Raises
+    BadRequest."""
+    if headers.keys().isdisjoint(CONDITIONAL):
+        return UNCONDITIONAL
+    given: dict[str, Any] = {}
+    for header, name in (("if-match", "if_match"), ("if-none-match", "if_none_match")):
+        if header in headers:
+            given[name] = parse_etags(headers[header])
+    for header, name in (("if-modified-since", "modified_since_s"), ("if-unmodified-since", "unmodified_since_s")):
+        if header in headers:
+            with contextlib.suppress(ValueError, OverflowError):
+                given[name] = parsedate_to_datetime(headers[header]).timestamp()
+    return Conditions(**given) if given else UNCONDITIONAL
+
+
+CONDITIONAL = frozenset(("if-match", "if-none-match", "if-modified-since", "if-unmodified-since"))
+DIGESTS = {"repr-digest": "Repr-Digest", "content-digest": "Content-Digest", "content-md5": "Content-MD5"}
+
+
 def parse_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
-    """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and Content-MD5 (RFC 1864)."""
+    """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and Content-MD5 (RFC 1864);
+    names of headers are in lower case."""
     expected: dict[str, bytes] = {}
-    for header in ("Repr-Digest", "Content-Digest", "Content-MD5"):
-        if (text := headers.get(header)) is None:
+    for name_in_lower, header in DIGESTS.items():
+        if (text := headers.get(name_in_lower)) is None:
             continue
         given = re.findall(r"(?:^|,)\s*(sha-256|sha-512)=:([^:]*):\s*(?=,|$)", text)
         if header == "Content-MD5":
@@ -2289,6 +2323,11 @@ class Metrics:
             self._doubles[cell] += 1.0
         self._doubles[cells[-1]] += value
 
+    def count_request(self, method: str, status: int, seconds: float) -> None:
+        labels = f'method="{method}",status="{status}"'
+        self.add(f"mkv_http_requests_total{{{labels}}}")
+        self.observe("mkv_http_request_duration_seconds", labels, seconds)
+
     def render(self, gauges: Mapping[str, float]) -> str:
         """Return the Prometheus text format: the sums over all processes, and `gauges` (name with labels -> value)."""
         samples, lines = defaultdict[str, float](float, gauges), defaultdict[str, list[str]](list)
@@ -2300,6 +2339,11 @@ class Metrics:
             lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}\n")
         families = ((name, *FAMILIES[name], "".join(found)) for name, found in lines.items())
         return "".join(f"# HELP {name} {about}\n# TYPE {name} {kind}\n{found}" for name, kind, about, found in families)
+
+
+def log_access(facts: dict[str, Any]) -> None:
+    """Write the line of a request where the application's other lines go."""
+    access_log.info("request", extra={"facts": facts})
 
 
 # == Store ============================================================================================================
@@ -2499,8 +2543,13 @@ class Store:
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
         self.stopping, self.uploads, self.in_flight = False, 0, 0
+        self.note_access: Callable[[dict[str, Any]], None] = log_access
         self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
         self.view = self._make_view(config, {})
+
+    def count_in_flight(self, change: int) -> None:
+        self.in_flight += change
+        self.metrics.add("mkv_http_requests_in_flight", change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
@@ -2576,13 +2625,7 @@ class Store:
 
     async def find(self, key: str, conditions: Conditions) -> tuple[Record, Verdict]:
         """Return the key's record and whether the client has it already; raises NotFound or PreconditionFailed."""
-        record = await self.index.get(key)
-        if record is None:
-            raise NotFound("no such key")
-        verdict = decide_conditions(conditions, record, reading=True)
-        if verdict is Verdict.FAILED:
-            raise PreconditionFailed("the key is not what the condition asks for")
-        return record, verdict
+        return judge_read(await self.index.get(key), conditions)
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
@@ -2819,18 +2862,276 @@ class Store:
         return len(seen)
 
 
-# == HTTP =============================================================================================================
-# Handlers parse, call one operation, render. One middleware turns errors into answers, counts and logs.
+# == Requests and responses ===========================================================================================
+# Handlers take a request value and return a response value, and know no server: what serves them fills and renders
+# these. Errors become answers in one place.
 
-STORE = web.AppKey("store", Store)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
+
+
+class Body(Protocol):
+    """The body of a request, as it comes. A client that waits to be asked is asked by the first read."""
+
+    async def read(self, timeout_s: float) -> bytes:
+        """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or malformed,
+        SlowBody if nothing comes for `timeout_s`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asks for."""
+
+    method: str
+    target: str  # as it was sent (RFC 9112, 3.2)
+    headers: Mapping[str, str]  # names in lower case; what is given more than once is joined by ", "
+    peer: str  # the client's address
+    length: int | None  # bytes of the body; None: chunked
+    body: Body
+    prefix: str = ""  # where in another application the store is, such as "/blobs"
+
+
+@dataclass(slots=True)
+class Response:
+    """What a client is answered. The answer to HEAD has a Content-Length of its own, and no body."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+def explain(error: MkvError, request_id: str) -> Response:
+    """Render an error as problem details (RFC 9457)."""
+    facts = {"title": error.title, "status": error.status, "detail": str(error), "request_id": request_id}
+    headers = {**error.headers, "Content-Type": "application/problem+json", "X-Request-ID": request_id, "Server": "mkv"}
+    return Response(error.status, headers, json.dumps(facts).encode())
+
+
+def explain_all(error: Exception, request_id: str) -> Response:
+    """Render whatever went wrong; what no client is to blame for goes into the log."""
+    if isinstance(error, MkvError):
+        return explain(error, request_id)
+    if isinstance(error, sqlite3.Error):
+        log.error("index: %s", error)
+        return explain(Unavailable(f"the index: {error}"), request_id)
+    log.error("unexpected error, request %s", request_id, exc_info=error)
+    return explain(MkvError("this is a bug in mkv; its log has more under this request_id"), request_id)
+
+
+def draw_request_id() -> str:
+    return f"{random.getrandbits(64):016x}"
+
+
+class Call:
+    """One request on its way: its handlers, and what the log says of it. From `begin` to `finish` it is under way."""
+
+    def __init__(self, store: Store, request: Request) -> None:
+        self.store = store
+        self.request = request
+        given = request.headers.get("x-request-id", "")
+        self.id = given if REQUEST_ID.fullmatch(given) else draw_request_id()
+        trace = request.headers.get("traceparent", "")
+        self.trace = trace if TRACEPARENT.fullmatch(trace) else ""
+        self.path = ""
+        self.query = ""
+        self.key = ""
+        self.who = ""
+        self.volumes: tuple[str, ...] = ()
+        self.size = 0
+        self._began = time.perf_counter()
+        store.count_in_flight(1)
+
+    @property
+    def trail(self) -> str:
+        """Header lines that tell volumes which request is behind theirs."""
+        return f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
+
+    async def answer(self) -> Response:
+        """Carry the request out; raises nothing but CancelledError."""
+        try:
+            act = self.begin()
+            if isinstance(act, asyncio.Future):
+                response = self.read(await act)
+            else:
+                response = await act(self)
+        except Exception as error:
+            return self.finish(explain_all(error, self.id))
+        except BaseException:
+            self.store.count_in_flight(-1)
+            raise
+        return self.finish(response)
+
+    def begin(self) -> asyncio.Future[Record | None] | Handler:
+        """Check who asks for what; return the lookup that a read of a key waits for, or who handles the rest."""
+        request = self.request
+        method = request.method
+        self.path, self.query = split_target(request.target, request.prefix)
+        coding = request.headers.get("transfer-encoding", "chunked")
+        if coding != "chunked" and coding.lower().strip(", \t") != "chunked":
+            raise UnknownCoding("Transfer-Encoding: only chunked is known here")
+        found = ON_PATH.get(self.path)
+        if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
+            handler, operation = found
+            check_method(method, ("GET", "HEAD"))
+            scope = parse_list_query(self.query).prefix if operation == "list" else ""
+        else:
+            check_method(method, ON_KEY)
+            handler, operation = ON_KEY[method]
+            if method in ("PUT", "DELETE") and "?" in request.target:  # readers do no harm
+                raise BadRequest("a key ends where a query begins: write ? as %3F")
+            scope = self.key = key_of_path(self.path)
+        config = self.store.view.config
+        if operation:
+            shown = request.headers.get("authorization")
+            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+        if operation == "read":
+            return self.store.index.get(self.key)
+        return handler
+
+    def read(self, found: Record | None) -> Response:
+        """Answer a GET or HEAD of a key."""
+        record, verdict = judge_read(found, parse_conditions(self.request.headers))
+        self.volumes = record.volumes
+        headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        if verdict is Verdict.NOT_MODIFIED:
+            return Response(304, headers)
+        if self.request.method == "GET":
+            headers["Location"] = self.store.locate(record)
+            return Response(302, headers)
+        headers["Content-Length"] = str(record.size)
+        headers["Content-Type"] = record.content_type
+        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
+        return Response(200, headers)
+
+    async def put(self) -> Response:
+        store = self.store
+        draft = self._read_draft()
+        if store.uploads >= store.view.config.max_uploads:
+            raise Unavailable("too many uploads at once")
+        store.uploads += 1
+        try:
+            record, created = await store.put(draft, self._read_body(), self.trail)
+        finally:
+            store.uploads -= 1
+        self.volumes = record.volumes
+        return Response(201 if created else 204, {"ETag": record.etag})
+
+    def _read_draft(self) -> Draft:
+        """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
+        headers = self.request.headers
+        size = self.request.length
+        limit = self.store.view.config.max_blob_size
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
+        if "content-range" in headers:
+            raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
+        if size and size > (limit or MAX_SIZE):
+            raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
+        content_type, ext = media_type_of(headers.get("content-type"), self.key)
+        return Draft(self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers))
+
+    async def _read_body(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
+        config = self.store.view.config
+        body = self.request.body
+        began = time.monotonic()
+        while chunk := await body.read(config.body_timeout):
+            self.size += len(chunk)
+            self.store.metrics.add("mkv_received_bytes_total", len(chunk))
+            if config.max_blob_size and self.size > config.max_blob_size:
+                raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
+            elapsed_s = time.monotonic() - began
+            if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
+                raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
+            yield chunk
+
+    async def delete(self) -> Response:
+        await self.store.delete(self.key, parse_conditions(self.request.headers), self.trail)
+        return Response(204)
+
+    async def list(self) -> Response:
+        self.store.limit_lists(self.request.peer, time.monotonic())
+        body = await self.store.list(parse_list_query(self.query))
+        self.size = len(body)
+        return Response(200, {"Content-Type": "application/json; charset=utf-8"}, body)
+
+    async def report(self) -> Response:
+        plain = {"Content-Type": "text/plain; charset=utf-8"}
+        match self.path:
+            case "/-/livez":
+                return Response(200, plain, b"alive\n")
+            case "/-/readyz":
+                await self.store.check_ready()
+                return Response(200, plain, b"ready\n")
+            case "/-/status":
+                status = json.dumps(await self.store.status()).encode()
+                return Response(200, {"Content-Type": "application/json; charset=utf-8"}, status)
+        body = (await self.store.render_metrics()).encode()
+        return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, body)
+
+    def finish(self, response: Response) -> Response:
+        """Complete the answer; count the request and write its line."""
+        store = self.store
+        seconds = time.perf_counter() - self._began
+        method = self.request.method
+        store.count_in_flight(-1)
+        response.headers["X-Request-ID"] = self.id
+        response.headers["Server"] = "mkv"
+        store.metrics.count_request(method if method in METHODS else "other", response.status, seconds)
+        if store.view.config.access_log:
+            store.note_access(self.describe(response.status, seconds))
+        return response
+
+    def describe(self, status: int, seconds: float) -> dict[str, Any]:
+        """Return what the access log says."""
+        facts: dict[str, Any] = {
+            "id": self.id, "client": self.request.peer, "method": self.request.method, "key": self.key or self.path,
+            "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
+        }  # fmt: skip
+        if self.volumes:
+            facts["volumes"] = ",".join(self.volumes)
+        if self.who:
+            facts["token"] = self.who
+        if self.trace:
+            facts["trace"] = self.trace
+        return facts
+
+
+def check_method(method: str, allowed: Iterable[str]) -> None:
+    """Raise MethodNotAllowed unless `method` is among these."""
+    if method not in allowed:
+        names = ", ".join(sorted(allowed))
+        raise MethodNotAllowed(f"this resource answers {names}", Allow=names)
+
+
+async def read_nothing(call: Call) -> Response:
+    """Stand for reads of a key, whose lookup begins at once."""
+    return call.read(await call.store.index.get(call.key))
+
+
+Handler = Callable[[Call], Awaitable[Response]]
+Route = tuple[Handler, str]  # and what a token must allow (none: open)
+ON_PATH: Mapping[str, Route] = {
+    "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
+    "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
+}  # fmt: skip
+ON_KEY: Mapping[str, Route] = {
+    "GET": (read_nothing, "read"), "HEAD": (read_nothing, "read"), "PUT": (Call.put, "write"),
+    "DELETE": (Call.delete, "delete"),
+}  # fmt: skip
+
+
+# == aiohttp ==========================================================================================================
+# Serves what is not simple, and the store inside another application.
+
+STORE = web.AppKey("store", Store)
 CUT_SHORT = (
     ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError, web.RequestPayloadError
 )  # fmt: skip
-MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 # Each chunk of a body costs as much time as a kilobyte: chunks must not be tiny, nor framing
 # (sizes and extensions) be more than the body.
 MIN_CHUNK = 64  # bytes on average
@@ -2845,236 +3146,95 @@ LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 
 RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
 
 
-class Call:
-    """One request on its way: what it asks for, its handlers, its log line. `trail` is header lines for the volumes."""
+class WebBody:
+    """The body of a request that aiohttp has parsed."""
 
     def __init__(self, request: web.Request) -> None:
-        self.request, self.store, self.headers = request, request.app[STORE], request.headers
-        self.id, self.trace = self.headers.get("X-Request-ID", ""), self.headers.get("traceparent", "")
-        self.id = self.id if REQUEST_ID.fullmatch(self.id) else f"{random.getrandbits(64):016x}"
-        self.trace = self.trace if TRACEPARENT.fullmatch(self.trace) else ""
-        self.trail = f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
-        self.raw_path, self.query, self.key, self.who, self.volumes, self.size = "", "", "", "", tuple[str, ...](), 0
-        self.chunks = 0
+        self._request = request
+        self._chunked = "Transfer-Encoding" in request.headers
+        self._begun = False
+        self._size = 0
+        self._chunks = 0
 
-    async def dispatch(self) -> web.StreamResponse:
-        """Find the handler by the raw request target, check who asks, call it."""
-        config, method = self.store.view.config, self.request.method
-        prefix = cast(web.Resource, self.request.match_info.route.resource).canonical.removesuffix("/{key}")
-        self.raw_path, self.query = split_target(self.request.raw_path, prefix)
-        coding = self.headers.get("Transfer-Encoding", "chunked")
-        if coding.lower().strip(", \t") != "chunked":
-            raise UnknownCoding("Transfer-Encoding: only chunked is known here")
-        if self.raw_path in ON_PATH and not (self.raw_path == "/" and method in ("PUT", "DELETE")):
-            (handler, operation), allowed, scope = ON_PATH[self.raw_path], ["GET", "HEAD"], ""
-        else:
-            (handler, operation), allowed, scope = ON_KEY.get(method, ON_KEY["GET"]), sorted(ON_KEY), None
-        if method not in allowed:
-            raise MethodNotAllowed(f"this resource answers {', '.join(allowed)}", Allow=", ".join(allowed))
-        if scope is None:
-            if "?" in self.request.raw_path and method in ("PUT", "DELETE"):  # readers do no harm
-                raise BadRequest("a key ends where a query begins: write ? as %3F")
-            scope = self.key = key_of_path(self.raw_path)
-        elif operation == "list":
-            scope = parse_list_query(self.query).prefix
-        if operation:
-            shown = self.headers.get("Authorization")
-            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
-        return await handler(self)
-
-    async def read(self) -> web.StreamResponse:
-        record, verdict = await self.store.find(self.key, self._read_conditions())
-        self.volumes = record.volumes
-        headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
-        if verdict is Verdict.NOT_MODIFIED:
-            return web.Response(status=304, headers=headers)
-        if self.request.method == "GET":
-            return web.Response(status=302, headers=headers | {"Location": self.store.locate(record)})
-        headers |= {"Content-Length": str(record.size), "Content-Type": record.content_type}
-        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
-        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
-        return web.Response(headers=headers)
-
-    async def put(self) -> web.StreamResponse:
-        store, draft = self.store, self._read_draft()
-        if store.uploads >= store.view.config.max_uploads:
-            raise Unavailable("too many uploads at once")
-        store.uploads += 1
-        try:
-            record, created = await store.put(draft, self._read_body(), self.trail)
-        finally:
-            store.uploads -= 1
-        self.volumes = record.volumes
-        return web.Response(status=201 if created else 204, headers={"ETag": record.etag})
-
-    def _read_draft(self) -> Draft:
-        """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
-        headers, size, limit = self.headers, self.request.content_length, self.store.view.config.max_blob_size
-        if headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
-        if "Content-Range" in headers:
-            raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
-        if size is None and "Transfer-Encoding" not in headers:
-            size = 0
-        if size and size > (limit or MAX_SIZE):
-            raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
-        content_type, ext = media_type_of(headers.get("Content-Type"), self.key)
-        return Draft(self.key, content_type, ext, size, self._read_conditions(), parse_digests(headers))
-
-    def _read_conditions(self) -> Conditions:
-        """Read the conditional headers; a date that is none is ignored (RFC 9110, 13.1.3). Raises BadRequest."""
-        given: dict[str, Any] = {}
-        for header, name in (("If-Match", "if_match"), ("If-None-Match", "if_none_match")):
-            if header in self.headers:
-                given[name] = parse_etags(", ".join(self.headers.getall(header)))
-        for header, name in (("If-Modified-Since", "modified_since_s"), ("If-Unmodified-Since", "unmodified_since_s")):
-            if header in self.headers:
-                with contextlib.suppress(ValueError, OverflowError):
-                    given[name] = parsedate_to_datetime(self.headers[header]).timestamp()
-        return Conditions(**given) if given else UNCONDITIONAL
-
-    async def _read_body(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
-        request, config, began = self.request, self.store.view.config, time.monotonic()
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
-                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.writer.output_size = 0  # the answer proper has not begun
-        if isinstance(request.protocol, Connection) and "Transfer-Encoding" in self.headers:
-            request.protocol.watch_framing(request.content)
-        while chunk := await self._read_piece(config.body_timeout):
-            self.size += len(chunk)
-            self.store.metrics.add("mkv_received_bytes_total", len(chunk))
-            if config.max_blob_size and self.size > config.max_blob_size:
-                raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
-            elapsed_s = time.monotonic() - began
-            if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
-                raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
-            yield chunk
-        if is_followed_by_garbage(request.protocol):
-            raise BadRequest("the body is longer than its Content-Length")
-
-    async def _read_piece(self, timeout_s: float) -> bytes:
-        """Return what has come of the body, nothing at its end; raises BadRequest, SlowBody."""
+    async def read(self, timeout_s: float) -> bytes:
+        if not self._begun:
+            self._begun = True
+            await self._ask()
         try:
             async with asyncio.timeout(timeout_s):
-                if "Transfer-Encoding" in self.headers:
-                    return await self._read_chunks()
-                return await self.request.content.readany()
+                piece = await (self._read_chunks() if self._chunked else self._request.content.readany())
         except TimeoutError:
             raise SlowBody(f"no byte of the body for {timeout_s:g} s") from None
         except (OSError, *CUT_SHORT) as error:
             raise BadRequest(f"the body was cut short: {error}") from None
+        self._size += len(piece)
+        if not piece and is_followed_by_garbage(self._request.protocol):
+            raise BadRequest("the body is longer than its Content-Length")
+        return piece
+
+    async def _ask(self) -> None:
+        """Let a client that waits for that send the body."""
+        request = self._request
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer proper has not begun
+        if isinstance(request.protocol, Connection) and self._chunked:
+            request.protocol.watch_framing(request.content)
 
     async def _read_chunks(self) -> bytes:
-        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its
-        chunks are tiny."""
-        content = self.request.content
+        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its chunks are tiny."""
+        content = self._request.content
         piece = bytearray()
-        enough = self.chunks + CHUNKS_AT_ONCE
+        enough = self._chunks + CHUNKS_AT_ONCE
         while True:
             data, whole = await content.readchunk()
             piece += data
-            self.chunks += whole
-            size = self.size + len(piece)
-            if self.chunks > FREE_CHUNKS and size < MIN_CHUNK * self.chunks:
+            self._chunks += whole
+            size = self._size + len(piece)
+            if self._chunks > FREE_CHUNKS and size < MIN_CHUNK * self._chunks:
                 raise BadRequest(f"the body has chunks of less than {MIN_CHUNK} bytes on average")
             at_end = not data and not whole
             nothing_waits = size == content.total_bytes
-            if at_end or (piece and (nothing_waits or self.chunks >= enough)):
+            if at_end or (piece and (nothing_waits or self._chunks >= enough)):
                 await asyncio.sleep(0)
                 return bytes(piece)
 
-    async def delete(self) -> web.StreamResponse:
-        await self.store.delete(self.key, self._read_conditions(), self.trail)
-        return web.Response(status=204)
 
-    async def list(self) -> web.StreamResponse:
-        self.store.limit_lists(self.request.remote or "", time.monotonic())
-        body = await self.store.list(parse_list_query(self.query))
-        self.size = len(body)
-        return web.Response(body=body, content_type="application/json")
-
-    async def report(self) -> web.StreamResponse:
-        match self.raw_path:
-            case "/-/livez":
-                return web.Response(text="alive\n")
-            case "/-/readyz":
-                await self.store.check_ready()
-                return web.Response(text="ready\n")
-            case "/-/status":
-                return web.json_response(await self.store.status())
-        body = (await self.store.render_metrics()).encode()
-        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-    def finish(self, status: int, seconds: float) -> None:
-        """Count the request and write its line."""
-        request, store = self.request, self.store
-        labels = f'method="{request.method if request.method in METHODS else "other"}",status="{status}"'
-        store.metrics.add(f"mkv_http_requests_total{{{labels}}}")
-        store.metrics.observe("mkv_http_request_duration_seconds", labels, seconds)
-        if store.view.config.access_log:
-            facts = {
-                "id": self.id, "client": request.remote or "", "method": request.method,
-                "key": self.key or self.raw_path, "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
-            }  # fmt: skip
-            more = {"volumes": ",".join(self.volumes), "token": self.who, "trace": self.trace}
-            access_log.info("request", extra={"facts": facts | {name: value for name, value in more.items() if value}})
+def to_request(request: web.Request) -> Request:
+    """Return aiohttp's request as ours."""
+    headers = dict[str, str]()
+    for name, value in request.headers.items():
+        name = name.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    length = None if "transfer-encoding" in headers else request.content_length or 0
+    resource = cast(web.Resource, request.match_info.route.resource)
+    prefix = resource.canonical.removesuffix("/{key}")
+    peer = request.remote or ""
+    return Request(request.method, request.raw_path, headers, peer, length, WebBody(request), prefix)
 
 
-Route = tuple[Callable[[Call], Awaitable[web.StreamResponse]], str]  # handler, and what a token must allow (none: open)
-ON_PATH: Mapping[str, Route] = {
-    "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
-    "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
-}  # fmt: skip
-ON_KEY: Mapping[str, Route] = {
-    "GET": (Call.read, "read"), "HEAD": (Call.read, "read"), "PUT": (Call.put, "write"),
-    "DELETE": (Call.delete, "delete"),
-}  # fmt: skip
-CALL = web.RequestKey("call", Call)
+def to_web(response: Response) -> web.Response:
+    return web.Response(status=response.status, body=response.body or None, headers=response.headers)
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
-    return await request[CALL].dispatch()
-
-
-def render_error(error: MkvError, request_id: str) -> web.Response:
-    """Render an error as problem details (RFC 9457)."""
-    facts = {"title": error.title, "status": error.status, "detail": str(error), "request_id": request_id}
-    headers = {**error.headers, "X-Request-ID": request_id, "Content-Type": "application/problem+json"}
-    return web.Response(status=error.status, body=json.dumps(facts).encode(), headers=headers)
+    store = request.app[STORE]
+    response = to_web(await Call(store, to_request(request)).answer())
+    if store.stopping:
+        response.force_close()
+    return response
 
 
 @web.middleware
-async def answer(
+async def answer_without_path(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Give every request its ID, every error its answer, and every answer its line in log and metrics."""
-    began, call = time.perf_counter(), Call(request)
-    request[CALL], store = call, call.store
-    store.in_flight += 1
-    store.metrics.add("mkv_http_requests_in_flight")
+    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of OPTIONS *."""
     try:
-        response = await handler(request)
-        response.headers["X-Request-ID"] = call.id
-    except MkvError as error:
-        response = render_error(error, call.id)
-    except web.HTTPException as error:  # aiohttp's router: a target that is no path, such as that of OPTIONS *
-        response = render_error(BadRequest(f"this target is no path: {error.reason}"), call.id)
-    except sqlite3.Error as error:
-        log.error("index: %s", error)
-        response = render_error(Unavailable(f"the index: {error}"), call.id)
-    except Exception:
-        log.exception("unexpected error, request %s", call.id)
-        response = render_error(MkvError("this is a bug in mkv; its log has more under this request_id"), call.id)
-    finally:
-        store.in_flight -= 1
-        store.metrics.add("mkv_http_requests_in_flight", -1.0)
-    response.headers["Server"] = "mkv"
-    if store.stopping:
-        response.force_close()
-    call.finish(response.status, time.perf_counter() - began)
-    return response
+        return await handler(request)
+    except web.HTTPException as error:
+        return to_web(explain(BadRequest(f"this target is no path: {error.reason}"), draw_request_id()))
 
 
 def is_followed_by_garbage(protocol: Any) -> bool:
@@ -3089,7 +3249,7 @@ def is_followed_by_garbage(protocol: Any) -> bool:
 
 
 async def expect_nothing(request: web.Request) -> None:
-    """Leave 100 Continue to Call._read_body, so that a PUT that is refused is refused before its body is sent."""
+    """Leave 100 Continue to WebBody, so that a PUT that is refused is refused before its body is sent."""
 
 
 def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 0) -> web.Application:
@@ -3108,7 +3268,7 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
             await app[STORE].start()
             yield
 
-    app = web.Application(middlewares=[answer])
+    app = web.Application(middlewares=[answer_without_path])
     app.router.add_route("*", "/{key:[\\s\\S]*}", dispatch, expect_handler=expect_nothing)
     app.cleanup_ctx.append(run_store)
     return app
@@ -3208,7 +3368,7 @@ class Connection(web.RequestHandler):
         """Send an answer; one that leaves a body unread ends the connection, and arrives."""
         if isinstance(resp, web.HTTPException):  # aiohttp's own: an Expect that it does not know
             error = BadRequest(resp.text or resp.reason)
-            resp = render_error(error, f"{random.getrandbits(64):016x}")
+            resp = to_web(explain(error, draw_request_id()))
         unread = not request.content.is_eof() or resp.status == TooLarge.status
         last = unread or self._malformed
         if last:
@@ -3277,7 +3437,7 @@ class Connection(web.RequestHandler):
             error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
         elif status < 500:
             error = BadRequest(detail)
-        response = render_error(error, f"{random.getrandbits(64):016x}")
+        response = to_web(explain(error, draw_request_id()))
         response.force_close()
         return response
 

@@ -1011,17 +1011,17 @@ def test_retry_backs_off_to_an_hour() -> None:
 
 def test_digest_headers() -> None:
     digest = base64.b64encode(hashlib.sha256(b"x").digest()).decode()
-    assert mkv.parse_digests({"Repr-Digest": f"unknown=:AA==:, sha-256=:{digest}:"}) == {
+    assert mkv.parse_digests({"repr-digest": f"unknown=:AA==:, sha-256=:{digest}:"}) == {
         "sha256": hashlib.sha256(b"x").digest()
     }
     for bad in ("sha-256=:AA==:", "md5=:AA==:", f"sha-256={digest}", "sha-256=:!:", ""):
         with pytest.raises(mkv.BadRequest):
-            mkv.parse_digests({"Repr-Digest": bad})
+            mkv.parse_digests({"repr-digest": bad})
     with pytest.raises(mkv.WrongDigest):
         mkv.parse_digests(
             {
-                "Repr-Digest": f"sha-256=:{digest}:",
-                "Content-Digest": f"sha-256=:{base64.b64encode(b'y' * 32).decode()}:",
+                "repr-digest": f"sha-256=:{digest}:",
+                "content-digest": f"sha-256=:{base64.b64encode(b'y' * 32).decode()}:",
             }
         )
 
