@@ -72,6 +72,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import mmap
 import os
 import random
@@ -87,11 +88,22 @@ import termios
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
@@ -1106,6 +1118,161 @@ def parse_list_query(query: str) -> ListQuery:
     return ListQuery(**given, limit=int(limit))
 
 
+# == Wire format =================================================================================
+# HTTP/1.1 (RFC 9112) over bytes: pure and bounded. Of what clients send only the simple is read
+# here, a subset that every parser reads the same; the rest is left to aiohttp.
+
+MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
+CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
+# Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
+# extensions) be more than the body.
+MIN_CHUNK = 64  # bytes on average
+FREE_CHUNKS = 1000  # of any size
+FREE_FRAMING = 512 * 1024  # bytes
+SIMPLE_METHODS = (b"GET ", b"HEAD ", b"PUT ", b"DELETE ")
+
+REQUEST_HEAD = re.compile(
+    rb"(GET|HEAD|PUT|DELETE) (/[!$-~]*) HTTP/1\.1\r\n"  # no "#": a fragment is never sent
+    rb"((?:[A-Za-z0-9_-]+:[ -~\t]*(?<![ \t])\r\n)+)\r\n"
+)
+LENGTH = re.compile(r"[0-9]{1,15}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+
+
+class RequestHead(NamedTuple):
+    """The head of a simple request. Names of headers are in lower case, and each is there once."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    length: int | None  # bytes of the body; None: chunked
+    is_last: bool  # the connection is to end after the answer
+
+
+def may_be_simple(data: bytes) -> bool:
+    """Whether what begins with `data` can be a simple request."""
+    return any(method.startswith(data[: len(method)]) for method in SIMPLE_METHODS)
+
+
+def parse_request_head(head: bytes) -> RequestHead | None:
+    """Read the head of a request, with its empty line; None if it is not simple."""
+    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
+    if found is None:
+        return None
+    lines = found[3].decode().split("\r\n")
+    lines.pop()  # behind the last line
+    headers = dict[str, str]()
+    for line in lines:
+        name, _, value = line.partition(":")
+        headers[name.lower()] = value.strip(" \t")
+    if len(headers) < len(lines) or "host" not in headers or "upgrade" in headers:
+        return None
+    connection = headers.get("connection", "keep-alive").lower()
+    if connection not in ("keep-alive", "close"):
+        return None
+    method = found[1].decode()
+    length: int | None = 0
+    if method == "PUT":
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            return None
+        if "transfer-encoding" in headers:
+            if headers["transfer-encoding"].lower() != "chunked" or "content-length" in headers:
+                return None
+            length = None
+        elif "content-length" in headers:
+            if not LENGTH.fullmatch(headers["content-length"]):
+                return None
+            length = int(headers["content-length"])
+    elif not headers.keys().isdisjoint(("expect", "transfer-encoding")) or headers.get("content-length", "0") != "0":
+        return None
+    return RequestHead(method, found[2].decode(), headers, length, connection == "close")
+
+
+class ChunkDecoder:
+    """Takes the framing off a chunked body (RFC 9112, 7.1) as it comes. Extensions are skipped,
+    trailers refused: a digest there would be ignored in silence. With `frugal`, refuses framing
+    that outweighs the body."""
+
+    def __init__(self, frugal: bool = False) -> None:
+        self.done = False
+        self._frugal = frugal
+        self._left = 0  # bytes of this chunk
+        self._line = b""  # the beginning of a line
+        self._ends_chunk = False  # the line that comes next
+        self._ends_body = False
+        self._chunks = 0
+        self._size = 0  # bytes of the body
+        self._framing = 0  # bytes around them
+
+    def decode(self, data: bytes) -> tuple[bytes, bytes]:
+        """Return what is of the body in `data`, and what comes behind the body; raises ValueError
+        if it is malformed."""
+        data = self._line + data
+        self._line = b""
+        pieces = list[bytes]()
+        at = 0
+        while at < len(data) and not self.done:
+            if self._left:
+                piece = data[at : at + self._left]
+                pieces.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                self._size += len(piece)
+                self._ends_chunk = not self._left
+                continue
+            end = data.find(b"\n", at) + 1
+            if (end or len(data)) - at > CHUNK_LINE_BYTES:
+                raise ValueError("the size of a chunk is too long")
+            if not end:
+                self._line = data[at:]
+                return b"".join(pieces), b""
+            self._take_line(data[at:end])
+            at = end
+        return b"".join(pieces), data[at:]
+
+    def _take_line(self, line: bytes) -> None:
+        """Read the line between two chunks."""
+        self._framing += len(line)
+        if self._ends_chunk or self._ends_body:
+            if line != b"\r\n":
+                raise ValueError("a chunk is longer than its size, or a trailer follows the last")
+            self.done = self._ends_body
+            self._ends_chunk = False
+            return
+        found = CHUNK_LINE.fullmatch(line)
+        if found is None:
+            raise ValueError("the size of a chunk is malformed")
+        self._left = int(found[1], 16)
+        self._ends_body = not self._left
+        self._chunks += 1
+        if self._frugal:
+            self._weigh(self._size + self._left)
+
+    def _weigh(self, size: int) -> None:
+        if self._chunks > FREE_CHUNKS and size < MIN_CHUNK * self._chunks:
+            raise ValueError(f"it has chunks of less than {MIN_CHUNK} bytes on average")
+        if self._framing > size + FREE_FRAMING:
+            raise ValueError("its chunk headers outweigh it")
+
+
+def encode_response_head(status: int, headers: Mapping[str, str], date: str, is_last: bool) -> bytes:
+    """Return the head of a response; raises ValueError if a header would become two."""
+    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    for name, value in headers.items():
+        lines.append(f"{name}: {value}")
+    lines.append(f"Date: {date}")
+    if is_last:
+        lines.append("Connection: close")
+    text = "\r\n".join(lines)
+    if text.count("\n") >= len(lines) or text.count("\r") >= len(lines):
+        raise ValueError("a line break in a header")
+    return f"{text}\r\n\r\n".encode("latin-1")
+
+
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+
+
 # == Index ============================================================================================================
 # SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it. Calls that wait
 # while a thread works are handed to it together, so that they share one hop, and mutations one transaction.
@@ -1707,7 +1874,6 @@ OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # here, so that nobody could be con
 # Whatever a volume sends has a bound; a volume that breaks one has failed, as if it had hung up.
 HEAD_BYTES = 16 * 1024  # of the head of an answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
-CHUNK_LINE_BYTES = 256  # a size and its extensions
 ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; nobody reads it
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
@@ -1716,8 +1882,7 @@ ANSWER_HEAD = re.compile(
     rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
 )  # fmt: skip
 FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.I)
-LENGTH = re.compile(rb"[0-9]{1,15}")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
+LENGTH_BYTES = re.compile(rb"[0-9]{1,15}")
 
 
 class AnswerHead(NamedTuple):
@@ -1744,7 +1909,7 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
                 reusable = reusable and b"close" not in value
             case b"transfer-encoding" if value == b"chunked" and not chunked:
                 chunked = True
-            case b"content-length" if LENGTH.fullmatch(value) and size in (None, int(value)):
+            case b"content-length" if LENGTH_BYTES.fullmatch(value) and size in (None, int(value)):
                 size = int(value)
             case _:
                 raise ValueError("the length of its answer is malformed or given twice")
@@ -3125,6 +3290,402 @@ ON_KEY: Mapping[str, Route] = {
 }  # fmt: skip
 
 
+# == Lane ========================================================================================
+# Serves clients without aiohttp, as long as what they ask for is simple. A connection that asks for
+# something else goes to aiohttp for the rest of its life. The lane holds the limits on clients that
+# are slow, greedy or do not listen; one sweep for all lanes looks after their deadlines.
+
+LANE_BUFFER = 128 * 1024  # bytes of a body that wait before a client must
+LINGER_S = 2.0  # after an answer that leaves a body unread: a reset may overtake the answer
+LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
+RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
+AT_ONCE = 16  # requests of one client that are answered before others get their turn
+SWEEP_S = 0.25
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def count_unread(transport: asyncio.Transport) -> int:
+    """Return how many bytes the client has not taken yet: those that wait here and those in the
+    kernel, which takes more only once a third of its own are gone."""
+    peer: socket.socket = transport.get_extra_info("socket")
+    queued: int = struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return transport.get_write_buffer_size() + queued
+
+
+class LaneBody:
+    """The body of a request on a lane."""
+
+    def __init__(self, lane: Lane, head: RequestHead) -> None:
+        self.is_whole = head.length == 0
+        self._lane = lane
+        self._left = head.length or 0  # bytes
+        self._chunks = ChunkDecoder(frugal=True) if head.length is None else None
+        self._waits_to_be_asked = "expect" in head.headers
+        self._held = list[bytes]()
+        self._failure: MkvError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what is of the body in `data`; return what comes behind it."""
+        if self._failure is not None:
+            return b""
+        try:
+            piece, rest = self._chunks.decode(data) if self._chunks else self._cut(data)
+        except ValueError as error:
+            self.fail(BadRequest(f"the body's chunks are malformed: {error}"))
+            return b""
+        if piece:
+            self._held.append(piece)
+        self.is_whole = self._chunks.done if self._chunks else not self._left
+        if rest and not may_be_simple(rest):
+            self.is_whole = False
+            self.fail(BadRequest("the body is longer than its Content-Length"))
+            return b""
+        self._wake()
+        if not self.is_whole and sum(map(len, self._held)) > LANE_BUFFER:
+            self._lane.pause_reading()
+        return rest
+
+    def _cut(self, data: bytes) -> tuple[bytes, bytes]:
+        piece = data[: self._left]
+        self._left -= len(piece)
+        return piece, data[len(piece) :]
+
+    def fail(self, error: MkvError) -> None:
+        """Let whoever reads have this, unless all is there."""
+        if not self.is_whole and self._failure is None:
+            self._failure = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def read(self, timeout_s: float) -> bytes:
+        if self._waits_to_be_asked:
+            self._waits_to_be_asked = False
+            if not self._held:
+                self._lane.write(CONTINUE)
+        while self._failure is None and not self._held and not self.is_whole:
+            self._waiter = asyncio.get_running_loop().create_future()
+            self._lane.wait_for_body(timeout_s)
+            await self._waiter
+            self._waiter = None
+        if self._failure is not None:
+            raise self._failure
+        piece = b"".join(self._held)
+        self._held.clear()
+        return piece
+
+
+class Lane(asyncio.Protocol):
+    """A client's connection. Its requests are answered one after the other."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.deadline_s = math.inf  # of the loop's clock
+        self._lanes = lanes
+        self._store = lanes.store
+        self._peer = ""
+        self._buffer = b""  # what no request has taken yet
+        self._head: RequestHead | None = None  # of the request under way
+        self._body: LaneBody | None = None
+        self._is_serving = False  # within serve_next
+        self._is_reading = True
+        self._is_writable = True
+        self._is_deaf = False  # what comes is thrown away
+        self._is_lost = False
+        self._has_ended = False  # the client sends nothing more
+        self._unread = 0  # bytes that the client had not taken when that was looked at
+
+    # -- what the transport says --
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=0)  # see pause_writing
+        self._peer = (transport.get_extra_info("peername") or ("",))[0]
+        self._wait(self._lanes.config.header_timeout)
+        if not self._lanes.admit(self, self._peer):
+            self._transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._is_lost = True
+        self._lanes.forget(self, self._peer)
+        if self._body is not None:
+            self._body.fail(BadRequest("the body was cut short: the client has gone"))
+
+    def eof_received(self) -> bool:
+        """A client that says it is done may still listen."""
+        self._has_ended = True
+        if self._body is not None:
+            self._body.fail(BadRequest("the body was cut short"))
+        return self._head is not None and not self._is_deaf
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            self.pause_reading()
+            self._lanes.loop.call_later(LINGER_PAUSE_S, self.resume_reading)
+            return
+        if self._body is not None and not self._body.is_whole:
+            data = self._body.feed(data)
+        if data:
+            self._buffer += data
+            if self._head is None:
+                self.serve_next()
+            elif len(self._buffer) > MAX_HEAD:
+                self.pause_reading()
+
+    def pause_writing(self) -> None:
+        """Watch the client: some of its answer could not be sent at once."""
+        self._is_writable = False
+        self._unread = count_unread(self._transport)
+        self._wait(self._lanes.config.send_timeout)
+
+    def resume_writing(self) -> None:
+        self._is_writable = True
+        self._wait(self._lanes.config.keepalive_timeout)
+        self.serve_next()
+
+    # -- requests --
+
+    def serve_next(self) -> None:
+        """Begin with the next request if it is there, and no other under way."""
+        if self._is_serving:
+            return
+        self._is_serving = True
+        for _ in range(AT_ONCE):
+            if self._head is not None or not self._buffer or not self._is_writable or self._is_deaf:
+                break
+            if not self._take_request():
+                break
+        else:
+            self._lanes.loop.call_soon(self.serve_next)
+        self._is_serving = False
+
+    def _take_request(self) -> bool:
+        """Begin with the request in the buffer; return whether there was one."""
+        end = self._buffer.find(b"\r\n\r\n") + 4
+        if end < 4 and len(self._buffer) <= MAX_HEAD and may_be_simple(self._buffer):
+            if self.deadline_s > self._lanes.loop.time() + self._lanes.config.header_timeout:
+                self._wait(self._lanes.config.header_timeout)
+            return False
+        head = parse_request_head(self._buffer[:end]) if end >= 4 else None
+        if head is None:
+            self._hand_over()
+            return False
+        self._buffer = self._buffer[end:]
+        self._begin(head)
+        return True
+
+    def _hand_over(self) -> None:
+        """Let aiohttp go on with this connection."""
+        self._is_deaf = True
+        self._lanes.forget(self, self._peer)
+        handler = self._lanes.make_handler()
+        self._transport.set_protocol(handler)
+        self.resume_reading()
+        handler.connection_made(self._transport)
+        handler.data_received(self._buffer)
+
+    def _begin(self, head: RequestHead) -> None:
+        self._head = head
+        self._body = LaneBody(self, head)
+        self.deadline_s = math.inf
+        if self._buffer and not self._body.is_whole:
+            self._buffer = self._body.feed(self._buffer)
+        request = Request(head.method, head.target, head.headers, self._peer, head.length, self._body)
+        call = Call(self._store, request)
+        try:
+            act = call.begin()
+        except Exception as error:
+            self._respond(call, explain_all(error, call.id))
+            return
+        if isinstance(act, asyncio.Future):
+            act.add_done_callback(partial(self._found, call))
+        else:
+            self._lanes.start(self._work(call, act))
+
+    def _found(self, call: Call, lookup: asyncio.Future[Record | None]) -> None:
+        """Answer a read. No task is needed for that, which would cost more than all the rest."""
+        try:
+            response = call.read(lookup.result())
+        except Exception as error:
+            response = explain_all(error, call.id)
+        except asyncio.CancelledError:
+            response = explain(Unavailable("the server stops"), call.id)
+        self._respond(call, response)
+
+    async def _work(self, call: Call, handler: Handler) -> None:
+        try:
+            response = await handler(call)
+        except Exception as error:
+            response = explain_all(error, call.id)
+        except asyncio.CancelledError:
+            response = explain(Unavailable("the server stops"), call.id)
+        self._respond(call, response)
+
+    def _respond(self, call: Call, response: Response) -> None:
+        """Send the answer, and go on with the next request, if one may follow."""
+        head = self._head
+        body = self._body
+        assert head is not None and body is not None
+        response = call.finish(response)
+        if self._is_lost:
+            return
+        is_last = head.is_last or self._has_ended or self._store.stopping or not body.is_whole
+        if response.status not in (204, 304):
+            response.headers.setdefault("Content-Length", str(len(response.body)))
+        data = encode_response_head(response.status, response.headers, self._lanes.date(), is_last)
+        if head.method != "HEAD":
+            data += response.body
+        self._wait(self._lanes.config.keepalive_timeout)
+        self._transport.write(data)
+        if is_last:
+            self._end()
+            return
+        self._head = None
+        self._body = None
+        if not self._is_reading:
+            self.resume_reading()
+        self.serve_next()
+
+    def _end(self) -> None:
+        """Close once the answer is on its way. What is unread would lead to a reset, which may overtake it: so say
+        that nothing more comes, and throw away what the client sends until it has heard."""
+        self._is_deaf = True
+        assert self._body is not None
+        if (self._body.is_whole and not self._buffer) or self._has_ended:
+            self._transport.close()
+            return
+        self._transport.write_eof()
+        self.resume_reading()
+        self._wait(LINGER_S)
+
+    # -- patience --
+
+    def _wait(self, timeout_s: float) -> None:
+        self.deadline_s = self._lanes.loop.time() + timeout_s
+
+    def wait_for_body(self, timeout_s: float) -> None:
+        if not self._is_reading:
+            self.resume_reading()
+        self._wait(timeout_s)
+
+    def run_out(self) -> None:
+        """Do what is to be done when the deadline has passed."""
+        if not self._is_writable:
+            self._check_reader()
+        elif self._head is not None and self._body is not None and not self._is_deaf:
+            self.deadline_s = math.inf
+            self._body.fail(SlowBody("no byte of the body for too long"))
+        elif self._is_deaf:
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    def _check_reader(self) -> None:
+        """Drop a client that has taken hardly anything since this was looked at."""
+        config = self._lanes.config
+        before = self._unread
+        self._unread = count_unread(self._transport)
+        if before - self._unread <= config.min_body_rate * config.send_timeout:
+            peer: socket.socket = self._transport.get_extra_info("socket")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self._transport.abort()
+        else:
+            self._wait(config.send_timeout)
+
+    def pause_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if not self._is_reading and not self._transport.is_closing():
+            self._is_reading = True
+            self._transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        if not self._is_lost:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        """Close now if no request is under way."""
+        if self._head is None:
+            self._transport.close()
+
+
+class Lanes:
+    """All lanes of a process, and what they share. `make_handler` makes aiohttp's side of a connection; `opened` counts
+    the connections of each client."""
+
+    def __init__(
+        self, store: Store, make_handler: Callable[[], Connection], opened: defaultdict[str, int]
+    ) -> None:  # fmt: skip
+        self.store = store
+        self.make_handler = make_handler
+        self.loop = asyncio.get_running_loop()
+        self._opened = opened
+        self._lanes = set[Lane]()
+        self._tasks = set[asyncio.Task[None]]()
+        self._second = 0
+        self._date = ""
+        self._sweep()
+
+    @property
+    def config(self) -> Config:
+        return self.store.view.config
+
+    def connect(self) -> Lane:
+        return Lane(self)
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def admit(self, lane: Lane, peer: str) -> bool:
+        """Count a connection; return whether the client may have so many."""
+        self._lanes.add(lane)
+        self._opened[peer] += 1
+        return self._opened[peer] <= self.config.max_connections
+
+    def forget(self, lane: Lane, peer: str) -> None:
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+            self._opened[peer] -= 1
+            if not self._opened[peer]:
+                del self._opened[peer]
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run the work on a request, and hold on to it."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def date(self) -> str:
+        """Return the time as HTTP writes it."""
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._date = formatdate(second, usegmt=True)
+        return self._date
+
+    def _sweep(self) -> None:
+        now_s = self.loop.time()
+        for lane in [lane for lane in self._lanes if lane.deadline_s <= now_s]:
+            lane.run_out()
+        config = self.config
+        times_s = (config.header_timeout, config.body_timeout, config.keepalive_timeout, config.send_timeout)
+        self._timer = self.loop.call_later(min(SWEEP_S, *(one / 4 for one in times_s)), self._sweep)
+
+    async def close(self) -> None:
+        """Close all connections; what is still under way is cut off."""
+        self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for lane in self._lanes:
+            lane.close()
+
+
 # == aiohttp ==========================================================================================================
 # Serves what is not simple, and the store inside another application.
 
@@ -3132,18 +3693,8 @@ STORE = web.AppKey("store", Store)
 CUT_SHORT = (
     ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError, web.RequestPayloadError
 )  # fmt: skip
-# Each chunk of a body costs as much time as a kilobyte: chunks must not be tiny, nor framing
-# (sizes and extensions) be more than the body.
-MIN_CHUNK = 64  # bytes on average
-FREE_CHUNKS = 1000  # of any size
-FREE_FRAMING = 512 * 1024  # bytes; more than the request's head and what the parser may hold back
 CHUNKS_AT_ONCE = 500  # then others get their turn
 READ_BUFFER = 16 * 1024  # bytes of a body, or 1/16 as many chunks, that wait before a client must
-# After an answer that leaves a body unread, the rest is thrown away for a while: else the
-# connection would be reset, and a reset may overtake the answer.
-LINGER_S = 2.0
-LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
-RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
 
 
 class WebBody:
@@ -3272,14 +3823,6 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
     app.router.add_route("*", "/{key:[\\s\\S]*}", dispatch, expect_handler=expect_nothing)
     app.cleanup_ctx.append(run_store)
     return app
-
-
-def count_unread(transport: asyncio.Transport) -> int:
-    """Return how many bytes the client has not taken yet: those that wait here and those in the
-    kernel, which takes more only once a third of its own are gone."""
-    peer: socket.socket = transport.get_extra_info("socket")
-    queued: int = struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    return transport.get_write_buffer_size() + queued
 
 
 class Connection(web.RequestHandler):
@@ -3833,8 +4376,9 @@ async def serve_store(
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
     manager.request_factory = partial(make_request, manager.request_factory)
-    connect = partial(Connection, store.view.config, defaultdict[str, int](int), manager)
-    server = await loop.create_server(connect, sock=listener, backlog=1024)
+    opened = defaultdict[str, int](int)
+    lanes = Lanes(store, partial(Connection, store.view.config, opened, manager), opened)
+    server = await loop.create_server(lanes.connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -3849,13 +4393,14 @@ async def serve_store(
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
         while True:  # who has connected already is not turned away
-            await loop.connect_accepted_socket(connect, listener.accept()[0])
+            await loop.connect_accepted_socket(lanes.connect, listener.accept()[0])
     server.close()
     began = time.monotonic()
     while (waited_s := time.monotonic() - began) < store.view.config.drain:
-        if not store.in_flight and (waited_s > 0.5 or not manager.connections):
+        if not store.in_flight and (waited_s > 0.5 or not (lanes or manager.connections)):
             break  # kept connections had time to hear `Connection: close`
         await asyncio.sleep(0.01)
+    await lanes.close()
     await runner.cleanup()
     log.info("stopped")
 
