@@ -102,7 +102,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
@@ -2455,6 +2455,7 @@ class Metrics:
         self._shared = shared or mmap.mmap(-1, REGION)
         self._doubles = memoryview(self._shared).cast("d")
         self._region, self._histograms = mine * REGION, dict[tuple[str, str], list[int]]()
+        self._requests = dict[tuple[str, int], tuple[str, str]]()  # counter and labels of each kind of answer
         self._cells = dict(self._samples(self._region))  # a predecessor in this region died: go on where it was
         self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
 
@@ -2481,29 +2482,113 @@ class Metrics:
         """Add `value` to a histogram; `labels` are as in the text format, without braces."""
         cells = self._histograms.get((name, labels))
         if cells is None:
-            names = [f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")]
-            names += [f"{name}_count{{{labels}}}", f"{name}_sum{{{labels}}}"]
-            cells = self._histograms[name, labels] = [self._cell(one) for one in names]
-        for cell in cells[bisect.bisect_left(bounds, value) : -1]:
-            self._doubles[cell] += 1.0
+            cells = self._histograms[name, labels] = self._make_histogram(name, labels, bounds)
+        self._doubles[cells[bisect.bisect_left(bounds, value)]] += 1.0
         self._doubles[cells[-1]] += value
 
+    def _make_histogram(self, name: str, labels: str, bounds: tuple[float, ...]) -> list[int]:
+        """Return the cells of the buckets, each of which counts what no lower one does, and of the sum."""
+        names = [f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")]
+        return [self._cell(one) for one in (*names, f"{name}_sum{{{labels}}}")]
+
     def count_request(self, method: str, status: int, seconds: float) -> None:
-        labels = f'method="{method}",status="{status}"'
-        self.add(f"mkv_http_requests_total{{{labels}}}")
+        """Count a request that has been answered."""
+        names = self._requests.get((method, status))
+        if names is None:
+            labels = f'method="{method}",status="{status}"'
+            names = self._requests[method, status] = f"mkv_http_requests_total{{{labels}}}", labels
+        counter, labels = names
+        self.add(counter)
         self.observe("mkv_http_request_duration_seconds", labels, seconds)
 
     def render(self, gauges: Mapping[str, float]) -> str:
         """Return the Prometheus text format: the sums over all processes, and `gauges` (name with labels -> value)."""
-        samples, lines = defaultdict[str, float](float, gauges), defaultdict[str, list[str]](list)
+        samples = defaultdict[str, float](float, gauges)
         for region in range(0, len(self._shared), REGION):
             for name, cell in self._samples(region):
                 samples[name] += self._doubles[cell]
-        for name, value in samples.items():
+        lines = defaultdict[str, list[str]](list)
+        for name, value in add_up_buckets(samples).items():
             bare = name.partition("{")[0]
             lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}\n")
         families = ((name, *FAMILIES[name], "".join(found)) for name, found in lines.items())
         return "".join(f"# HELP {name} {about}\n# TYPE {name} {kind}\n{found}" for name, kind, about, found in families)
+
+
+BUCKET = re.compile(r'([a-z_]+)_bucket\{(.*),le="([^"]*)"\}')
+
+
+def add_up_buckets(samples: Mapping[str, float]) -> dict[str, float]:
+    """Return the samples of histograms as Prometheus wants them: a bucket also counts what lower
+    ones do, and there is a count of all."""
+    after = dict(samples)
+    histograms = defaultdict[str, list[tuple[float, str]]](list)
+    for name in samples:
+        found = BUCKET.fullmatch(name)
+        if found:
+            histograms[f"{found[1]}_count{{{found[2]}}}"].append((float(found[3]), name))
+    for count, buckets in histograms.items():
+        total = 0.0
+        for _, name in sorted(buckets):
+            total += samples[name]
+            after[name] = total
+        after[count] = total
+    return after
+
+
+class AccessLog:
+    """Writes the lines of requests to a file descriptor, those of a few milliseconds by one call.
+    What cannot be written waits, up to a bound, and what is over that is lost."""
+
+    def __init__(self, fd: int, as_json: bool) -> None:
+        self._fd = fd
+        self._format = format_json if as_json else format_text
+        self._lines = list[str]()
+        self._left = b""  # of lines that were cut off
+        self._is_due = False
+
+    def note(self, facts: dict[str, Any]) -> None:
+        self._lines.append(self._format(time.time(), "info", "request", facts))
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
+
+    def flush(self) -> None:
+        self._is_due = False
+        if len(self._left) < ACCESS_LOG_BYTES:
+            self._left += "".join(self._lines).encode("utf-8", "backslashreplace")
+        self._lines.clear()
+        with contextlib.suppress(OSError):
+            self._left = self._left[os.write(self._fd, self._left) :]
+
+
+ACCESS_LOG_S = 0.005
+ACCESS_LOG_BYTES = 1024 * 1024  # that wait for a disk that is full
+PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
+
+
+def format_time(at_s: float) -> str:
+    second = int(at_s)
+    return f"{format_second(second)}.{int((at_s - second) * 1000):03d}Z"
+
+
+@lru_cache(2)
+def format_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
+    """Return a line of the log as JSON."""
+    return json.dumps({"time": format_time(at_s), "level": level, "message": message} | dict(facts)) + "\n"
+
+
+def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
+    """Return a line of the log as text with key=value; what clients send is escaped."""
+    words = [format_time(at_s), level, message]
+    for name, value in facts.items():
+        is_plain = type(value) is not str or PLAIN.fullmatch(value)
+        words.append(f"{name}={value if is_plain else json.dumps(value)}")
+    return " ".join(words) + "\n"
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -4262,27 +4347,21 @@ async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()
 new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with contextlib.suppress(ImportError):
     from uvloop import new_event_loop as new_loop
-PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
 
 
 class LogFormatter(logging.Formatter):
     """One line an entry, as text with key=value or as JSON; what clients send is escaped either way."""
 
-    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
     def __init__(self, as_json: bool) -> None:
         super().__init__()
-        self.converter, self._as_json = time.gmtime, as_json
+        self._format = format_json if as_json else format_text
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: dict[str, Any] = getattr(record, "facts", {})
-        when, level, message = self.formatTime(record), record.levelname.lower(), record.getMessage()
+        message = record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
-        if self._as_json:
-            return json.dumps({"time": when, "level": level, "message": message} | facts)
-        words = (f"{k}={v if type(v) is not str or PLAIN.fullmatch(v) else json.dumps(v)}" for k, v in facts.items())
-        return " ".join([when, level, message, *words])
+        facts: dict[str, Any] = getattr(record, "facts", {})
+        return self._format(record.created, record.levelname.lower(), message, facts).removesuffix("\n")
 
 
 def set_up_logging(config: Config) -> None:
@@ -4376,6 +4455,8 @@ async def serve_store(
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
     manager.request_factory = partial(make_request, manager.request_factory)
+    entries = AccessLog(sys.stderr.fileno(), store.view.config.log_format == "json")
+    store.note_access = entries.note
     opened = defaultdict[str, int](int)
     lanes = Lanes(store, partial(Connection, store.view.config, opened, manager), opened)
     server = await loop.create_server(lanes.connect, sock=listener, backlog=1024)
@@ -4402,6 +4483,7 @@ async def serve_store(
         await asyncio.sleep(0.01)
     await lanes.close()
     await runner.cleanup()
+    entries.flush()
     log.info("stopped")
 
 

@@ -49,6 +49,8 @@ import hypothesis
 import pytest
 import yaml
 from aiohttp import ClientSession, web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_parser import HttpRequestParser, HttpRequestParserPy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -666,14 +668,16 @@ def test_no_bytes_break_the_sidecar_reader(data: bytes) -> None:
 
 # == Decisions ========================================================================================================
 
-PURE_SECTIONS = ("Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions")
+PURE_SECTIONS = (
+    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions", "Wire format",
+)  # fmt: skip
 IMPURE = {"asyncio", "sqlite3", "time", "random", "os", "socket", "web", "ClientSession", "open", "print"}
 
 
 def test_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
     banners = re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)
-    assert tuple(banners[:6]) == PURE_SECTIONS
+    assert tuple(banners[: len(PURE_SECTIONS)]) == PURE_SECTIONS
     start, end = (source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index"))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and start < node.lineno < end:
@@ -1033,6 +1037,108 @@ def test_token_bucket_never_gives_more_than_rate_and_burst(gaps: list[float], ra
         tokens, wait_s = mkv.take_token(tokens, gap, rate, burst)
         given_out += wait_s == 0
     assert given_out <= burst + sum(gaps) * rate + 1e-6
+
+
+# == Wire format ======================================================================================================
+
+HEADS = (
+    b'GET /k%20a?x=1 HTTP/1.1\r\nHost: a:1\r\nX-Y: z\tq\r\nIf-Match: "a"\r\n\r\n',
+    b"PUT /k HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Type: a/b; c=d\r\n\r\n",
+    b"PUT /k HTTP/1.1\r\nhost:a\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n",
+    b"DELETE /k HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAccept: */*\r\n\r\n",
+    b"HEAD /{}|\\^`'\"<> HTTP/1.1\r\nHost: a\r\nRange: bytes=0-\r\nContent-Length: 0\r\n\r\n",
+)
+BITS = (b"\r\n", b" ", b":", b"\t", b",", b"X: y\r\n", b"\0", b"a", b"/", b"?", b"//h/", b"@", b"[", b"%", b";", b"#")
+
+
+def change_bytes(chance: random.Random, data: bytes) -> bytes:
+    """Change, insert, delete or double a few bytes."""
+    changed = bytearray(data)
+    for _ in range(chance.randrange(3)):
+        at = chance.randrange(len(changed))
+        match chance.randrange(4):
+            case 0:
+                changed[at] = chance.randrange(256)
+            case 1:
+                changed[at:at] = chance.choice(BITS)
+            case 2:
+                del changed[at : at + chance.randrange(1, 4)]
+            case _:
+                changed[at:at] = changed[chance.randrange(len(changed)) :][: chance.randrange(12)]
+    return bytes(changed)
+
+
+async def test_simple_head_is_read_as_both_of_aiohttps_parsers_read_it() -> None:
+    chance = random.Random(SEED)
+    loop = asyncio.get_running_loop()
+    accepted = 0
+    for _ in range(20_000):
+        head = change_bytes(chance, chance.choice(HEADS)).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
+        found = mkv.parse_request_head(head)
+        if found is None:
+            continue
+        accepted += 1
+        steps = (len(head), 1) if accepted % 8 == 0 else (len(head),)
+        for parser, step in itertools.product((HttpRequestParser, HttpRequestParserPy), steps):
+            reader = parser(BaseProtocol(loop), loop, 2**16, max_line_size=8190, max_field_size=8190)
+            messages = list[Any]()
+            for at in range(0, len(head), step):
+                messages += reader.feed_data(head[at : at + step])[0]
+            ((message, _),) = messages
+            headers = {name.decode().lower(): value.decode() for name, value in message.raw_headers}
+            assert (message.method, message.path, headers) == (found.method, found.target, found.headers)
+            assert len(message.raw_headers) == len(headers)
+            assert (message.should_close, message.chunked) == (found.is_last, found.length is None)
+            if found.length is not None:
+                assert int(message.headers.get("Content-Length", 0)) == found.length
+    assert accepted > 5000
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Content-Length: 1\r\nContent-Length: 1", b"Content-Length: +1", b"Content-Length: 1, 1", b"Content-Length:",
+        b"Content-Length: 1\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Expect: more",
+        b"Upgrade: h2c", b"Connection: x-y", b"X: a\r\n b", b"X : a", b"X: \x80", b"Host: twice",
+        b"Content-Length: 9999999999999999", b"X: " + b"a" * mkv.MAX_HEAD,
+    ],
+)  # fmt: skip
+def test_what_is_not_simple_is_left_to_aiohttp(line: bytes) -> None:
+    assert mkv.parse_request_head(b"PUT /k HTTP/1.1\r\nHost: h\r\nX: y\r\n\r\n") is not None
+    assert mkv.parse_request_head(b"PUT /k HTTP/1.1\r\nHost: h\r\n" + line + b"\r\n\r\n") is None
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300), max_size=20), st.integers(1, 400), st.sampled_from([b"", b";a=b"]))
+def test_chunked_body_is_read_however_it_comes(chunks: list[bytes], step: int, extension: bytes) -> None:
+    sent = b"".join(b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks) + b"0\r\n\r\nbehind"
+    decoder = mkv.ChunkDecoder()
+    body = behind = b""
+    for at in range(0, len(sent), step):
+        if decoder.done:
+            behind += sent[at : at + step]
+        else:
+            piece, rest = decoder.decode(sent[at : at + step])
+            body += piece
+            behind += rest
+    assert decoder.done and body == b"".join(chunks) and behind == b"behind"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"x\r\n", b"\r\n", b"-1\r\n", b"1\r\nab\r\n", b"0\r\nTrailer: x\r\n", b"1\na", b"1 2\r\n", b"1" * 13 + b"\r\n",
+        b"1;" + b"a" * 300,
+    ],
+)  # fmt: skip
+def test_malformed_chunks_are_refused(sent: bytes) -> None:
+    with pytest.raises(ValueError):
+        mkv.ChunkDecoder().decode(sent)
+
+
+def test_no_header_becomes_two() -> None:
+    for value in ("a\r\nb: c", "a\nb", "a\rb"):
+        with pytest.raises(ValueError):
+            mkv.encode_response_head(200, {"X": value}, "now", False)
 
 
 # == Index ============================================================================================================
