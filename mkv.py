@@ -1150,8 +1150,9 @@ class RequestHead(NamedTuple):
 
 
 def may_be_simple(data: bytes) -> bool:
-    """Whether what begins with `data` can be a simple request."""
-    return any(method.startswith(data[: len(method)]) for method in SIMPLE_METHODS)
+    """Whether what begins with `data` can be a simple request; an empty line may precede it."""
+    data = data.removeprefix(b"\r\n")
+    return data == b"\r" or any(method.startswith(data[: len(method)]) for method in SIMPLE_METHODS)
 
 
 def parse_request_head(head: bytes) -> RequestHead | None:
@@ -1186,6 +1187,9 @@ def parse_request_head(head: bytes) -> RequestHead | None:
     elif not headers.keys().isdisjoint(("expect", "transfer-encoding")) or headers.get("content-length", "0") != "0":
         return None
     return RequestHead(method, found[2].decode(), headers, length, connection == "close")
+
+
+WRONG_END = "a chunk is longer than its size, or a trailer follows the last"
 
 
 class ChunkDecoder:
@@ -1225,6 +1229,8 @@ class ChunkDecoder:
                 raise ValueError("the size of a chunk is too long")
             if not end:
                 self._line = data[at:]
+                if (self._ends_chunk or self._ends_body) and not b"\r\n".startswith(self._line):
+                    raise ValueError(WRONG_END)
                 return b"".join(pieces), b""
             self._take_line(data[at:end])
             at = end
@@ -1235,7 +1241,7 @@ class ChunkDecoder:
         self._framing += len(line)
         if self._ends_chunk or self._ends_body:
             if line != b"\r\n":
-                raise ValueError("a chunk is longer than its size, or a trailer follows the last")
+                raise ValueError(WRONG_END)
             self.done = self._ends_body
             self._ends_chunk = False
             return
@@ -1244,8 +1250,8 @@ class ChunkDecoder:
             raise ValueError("the size of a chunk is malformed")
         self._left = int(found[1], 16)
         self._ends_body = not self._left
-        self._chunks += 1
-        if self._frugal:
+        if self._frugal and self._left:
+            self._chunks += 1
             self._weigh(self._size + self._left)
 
     def _weigh(self, size: int) -> None:
@@ -3548,6 +3554,7 @@ class Lane(asyncio.Protocol):
 
     def _take_request(self) -> bool:
         """Begin with the request in the buffer; return whether there was one."""
+        self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, 2.2
         end = self._buffer.find(b"\r\n\r\n") + 4
         if end < 4 and len(self._buffer) <= MAX_HEAD and may_be_simple(self._buffer):
             if self.deadline_s > self._lanes.loop.time() + self._lanes.config.header_timeout:
