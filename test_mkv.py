@@ -799,6 +799,16 @@ def test_what_a_write_means_to_what_others_claim(state: str, conditions: mkv.Con
     assert row.state.value == after and (row.doubt_s is not None) == (state == "copying")
 
 
+@pytest.mark.parametrize(("state", "due_s"), [("remaking", 110.0), ("copying", 100.0)])
+def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_readers(state: str, due_s: float) -> None:
+    """Where the record names it, a redirect may have led there just now."""
+    rows = pending_row(4, state) | pending_row(5, "claimed")
+    current = numbered(4) if state == "remaking" else replace(numbered(4), volumes=("b",))
+    after = mkv.plan_put(numbered(5), FREE, current, rows, 100.0, 10.0, {})
+    row = after["a", current.path]
+    assert (row.state, row.due_s, row.doubt_s) == (GARBAGE, due_s, 100.0 + mkv.HUNG.seconds)
+
+
 @pytest.mark.parametrize(
     ("row", "found", "gone"),
     [
@@ -845,6 +855,11 @@ def test_what_needs_a_mark(rows: list[tuple[int, str, str]], seen: str, needed: 
         pending |= pending_row(version, state, volume)
     answers = {place: True for place in pending if place[0] in seen}
     assert [int(mkv.version_of(path)[:16], 16) for path in mkv.plan_marks(pending, answers, 2)] == needed
+
+
+def test_blob_that_may_come_without_a_sidecar_needs_no_mark() -> None:
+    assert mkv.plan_marks(pending_row(5, "garbage", doubt_s=9.0, sent=1), {}, 2)
+    assert not mkv.plan_marks(pending_row(5, "garbage", doubt_s=9.0, sent=0), {}, 2)
 
 
 def test_mark_comes_back_from_its_bytes_and_nothing_else_is_one() -> None:
@@ -1347,12 +1362,15 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     assert [row.path for row in mkv.select_due("a", tx._db)] == ["/p"]
 
 
+@pytest.mark.parametrize("wall", ["right", "not set yet"])
 def test_clock_of_the_index_goes_on_after_a_boot(
-    tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wall: str
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
+    if wall == "not set yet":
+        monkeypatch.setattr(time, "time", lambda: 100.0)  # in 1970: else garbage would wait for 50 years
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     mkv.prepare_index(tx._db)
     assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
@@ -1379,6 +1397,51 @@ def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv
         tx.settle({}, {row_at(tx, place): None})
         waits_s.append((tx.pending_below("/p")[place].due_s or 0.0) - tx.now_s)
     assert waits_s == pytest.approx([2, 4, 8, 16])
+
+
+@pytest.mark.parametrize("state", ["kept", "mark"])
+@pytest.mark.parametrize("end", ["deleted", "failed"])
+def test_what_changed_after_the_collector_read_it_is_left_as_it_is(tx: mkv.Transaction, state: str, end: str) -> None:
+    """I4: what was kept has become garbage, what was to be deleted is a mark anew."""
+    path = mkv.mark_path(R.path) if state == "mark" else R.path
+    place = ("a", path)
+    read = mkv.Pending(path=path, volume="a", state=mkv.PendingState(state), due_s=tx.now_s)
+    tx.change({}, {place: read})
+    if state == "mark":
+        tx.add_garbage(R.path, ["b"])
+        tx.add_marks([R.path], ["a"], ())
+    else:
+        mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
+    changed = row_at(tx, place)
+    assert changed != read
+    if end == "deleted":
+        tx.settle({read: True})
+    else:
+        tx.settle({}, {read: mkv.HUNG})
+    assert row_at(tx, place) == changed
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("late", ["mark", "sidecar"])
+def test_late_answer_ends_only_the_doubt_about_its_own_file(tx: mkv.Transaction, late: str, answered: bool) -> None:
+    """I4: for the mark of a version, not for its sidecar on the same volume, and the other way round."""
+    mark = mkv.mark_path(R.path)
+    tx.add_garbage(R.path, ["a", "b"], 0.0, dict.fromkeys("ab", mkv.HUNG))
+    tx.add_marks([R.path], (), ["a", "b"])
+    before = tx.pending_of("k")
+    tx.end_doubts("a", [mark if late == "mark" else mkv.sidecar_path(R.path)], answered)
+    after = tx.pending_of("k")
+    changed = {place for place in before if before[place] != after[place]}
+    assert changed == {("a", mark if late == "mark" else R.path)}
+    doubt_s = after[changed.pop()].doubt_s
+    assert doubt_s == (None if answered else tx.now_s + mkv.BROKEN_OFF.seconds)
+
+
+@pytest.mark.parametrize("sidecars", [0, 1])
+def test_blob_that_may_come_without_a_sidecar_holds_back_no_mark(tx: mkv.Transaction, sidecars: int) -> None:
+    tx.add_garbage(R.path, ["a"], 0.0, {"a": mkv.Doubt(300.0, sidecars)})
+    tx.add_marks([R.path], ["b"], ())
+    assert (row_at(tx, ("b", mkv.mark_path(R.path))).due_s is None) is (sidecars > 0)
 
 
 LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
@@ -1899,26 +1962,41 @@ async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
         end.set()
 
 
-async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "state", "doubt"), [("403", "garbage", None), ("breaks", "deleting", 300), ("hangs", "deleting", 24 * 3600)]
+)
+async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
+    tmp_path: Path, how: str, state: str, doubt: int | None
+) -> None:
     """A blob without its sidecar would be an unfinished write, but the other way round it would
-    be a replica that is gone."""
-    asked = list[bytes]()
+    be a replica that is gone. What was not answered may still be carried out (I8)."""
+    asked, end = list[bytes](), threading.Event()
 
     def refuse(line: bytes) -> int:
         asked.append(line)
-        return 403 if line.startswith(b"DELETE") else 201
+        if not line.startswith(b"DELETE"):
+            return 201
+        if how == "hangs":
+            end.wait(30)
+        if how != "403":
+            raise EOFError
+        return 403
 
     with fake_volume(answering(refuse)) as url:
         volumes = (Volume(name="a", url=url),)
-        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2)
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5)
         store = Store(config, number=1)  # so that nobody else collects
         await store.start()
         await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
         for _ in range(3):
             await store.collect_garbage()
+        ((row, now_s),) = await store.index.write(lambda tx: [(row_at(tx, ("a", R.path)), tx.now_s)])
         await store.close()
-    deletes = [line.split()[1].decode() for line in asked if line.startswith(b"DELETE")]
-    assert deletes == [mkv.sidecar_path(R.path)]
+        end.set()
+    deletes = {line.split()[1].decode() for line in asked if line.startswith(b"DELETE")}
+    assert deletes == {mkv.sidecar_path(R.path)} and (row.state.value, row.attempts) == (state, 1)
+    left_s = None if row.doubt_s is None else row.doubt_s - now_s
+    assert left_s == (None if doubt is None else pytest.approx(doubt, abs=30))
 
 
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
@@ -4615,6 +4693,34 @@ def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_de
     assert mkv_tools.claim(tx, MOVE) == "" and claimed(tx) == {"c"}
     assert mkv_tools.claim(tx, MOVE) == ""
     assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
+
+
+def test_claim_waits_while_a_delete_that_was_not_answered_may_come(tx: mkv.Transaction) -> None:
+    """I8: it would hit the replica that is made there. Neither a DELETE that is answered proves that
+    it will not, nor a late answer to the PUT of before."""
+    tx.add_garbage(R.path, ["c"])
+    tx.settle({}, {row_at(tx, ("c", R.path)): mkv.BROKEN_OFF})
+    began_s = tx.now_s
+    for passed_s, found in ((2, True), (9, False), (299, True)):
+        tx.now_s = began_s + passed_s
+        settle_at(tx, {("c", R.path): found})
+        tx.end_doubts("c", [mkv.sidecar_path(R.path)], answered=True)
+        assert row_at(tx, ("c", R.path)).state is mkv.PendingState.DELETING
+        assert mkv_tools.claim(tx, MOVE) == "waiting" and not claimed(tx)
+    tx.now_s = began_s + 301
+    settle_at(tx, {("c", R.path): False})
+    assert mkv_tools.claim(tx, MOVE) == ""
+
+
+def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(tx: mkv.Transaction) -> None:
+    """I4: the collector finds what was there before, which proves nothing of the tool's copy."""
+    tx.add_garbage(R.path, ["c"], 10.0)
+    assert mkv_tools.claim(tx, MOVE) == ""
+    claim_and_commit(tx, replace(R, version="3" * 20))
+    settle_at(tx, {("c", R.path): True})
+    assert row_at(tx, ("c", R.path)).state is mkv.PendingState.WATCHED
+    settle_at(tx, {("c", R.path): True})
+    assert ("c", R.path) not in tx.pending_of("k")
 
 
 def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(tx: mkv.Transaction) -> None:
