@@ -1721,6 +1721,43 @@ def take_slowly(connection: socket.socket) -> None:
         connection.sendall(CREATED + b"Content-Length: 0\r\n\r\n")
 
 
+@pytest.mark.parametrize("how", ["taken", "refused", "broken off"])
+async def test_put_is_sent_twice_at_most_and_its_end_says_so(how: str) -> None:
+    """All kept connections break at their next request: each would be one more that may come late."""
+
+    def serve(connection: socket.socket) -> None:
+        line, _ = read_request(connection)
+        if b"/k " in line and how == "broken off":
+            return
+        status = 507 if b"/k " in line and how == "refused" else 201
+        connection.sendall(b"HTTP/1.1 %d So\r\nContent-Length: 0\r\n\r\n" % status)
+        read_request(connection)
+
+    with fake_volume(serve) as url:
+        client, _ = client_that_hears(url)
+        await asyncio.gather(*(client.put({"/kept": b""}) for _ in range(5)))
+        try:
+            sent = await client.put({"/k": b""})
+        except mkv.VolumeError as error:
+            sent = error.sent
+            assert isinstance(error, mkv.VolumeFull if how == "refused" else mkv.VolumeDown)
+        client.close()
+    assert sent == 2
+
+
+@pytest.mark.parametrize("how", ["refused", "no answer"])
+async def test_what_could_not_be_sent_says_so(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(client: mkv.VolumeClient) -> mkv.Wire:
+        raise TimeoutError
+
+    if how == "no answer":
+        monkeypatch.setattr(mkv.VolumeClient, "_connect", never)
+    client, _ = client_that_hears(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(mkv.VolumeError) as caught:
+        await client.put({"/k": b""})
+    assert caught.value.sent == 0
+
+
 async def test_volume_that_is_slow_and_steady_is_not_hung() -> None:
     with fake_volume(take_slowly, receive_buffer=4096) as url:
         client, heard = client_that_hears(url, timeout_s=0.4)
@@ -1960,6 +1997,33 @@ async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
         assert await state_of(store, "there") == "down"
         await store.close()
         end.set()
+
+
+@pytest.mark.parametrize(
+    ("failure", "sent", "doubt"),
+    [
+        (None, 1, None),
+        (None, 2, mkv.Doubt(300, 2)),
+        (mkv.VolumeTimeout, 0, None),
+        (mkv.VolumeTimeout, 1, mkv.HUNG),
+        (mkv.VolumeTimeout, 2, mkv.Doubt(24 * 3600, 2)),
+        (mkv.VolumeDown, 0, None),
+        (mkv.VolumeDown, 1, mkv.Doubt(300, 1)),
+        (mkv.VolumeFull, 1, None),
+        (mkv.VolumeFull, 2, mkv.Doubt(300, 1)),
+    ],
+)
+async def test_what_may_still_come_of_a_put(
+    tmp_path: Path, failure: type[mkv.VolumeError] | None, sent: int, doubt: mkv.Doubt | None
+) -> None:
+    """A volume has answered, or failed, after it was sent a sidecar so many times."""
+    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://a"),), replicas=1))
+    write = store._begin_write(store.view, mkv.Draft("k", "a/b", "", 1), "")
+    write.doubts["a"] = mkv.BROKEN_OFF
+    if failure is None:
+        write._sent["a"] = sent
+    write._note("a", failure and failure("a", "", sent))
+    assert write.doubts.get("a") == doubt and ("a" in write.failed) is (failure is not None)
 
 
 @pytest.mark.parametrize(
@@ -4821,6 +4885,98 @@ def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> Non
 
 
 @on_nginx
+@pytest.mark.parametrize("down", [False, True])
+def test_put_that_was_overtaken_does_not_come_back_though_the_index_is_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, down: bool
+) -> None:
+    """I4: it is answered 204, as if it had come before the PUT and the DELETE that came while it was under way."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+    store_small = mkv.Write.store_small
+
+    async def overtaken(write: mkv.Write, blob: bytes) -> Record:
+        record = await store_small(write, blob)
+        monkeypatch.undo()
+        await put_one(stores[0], "k", b"newer")
+        await stores[0].delete("k", mkv.UNCONDITIONAL, "")
+        if down:
+            cluster.stop("volume3")
+        return record
+
+    async def work(store: Store) -> None:
+        stores.append(store)
+        monkeypatch.setattr(mkv.Write, "store_small", overtaken)
+        await put_one(store, "k", b"older")
+
+    stores = list[Store]()
+    cluster.use(work)
+    assert len(marks(cluster)) == (2 if down else 0)
+    lose_the_index(cluster)
+    if down:
+        cluster.start("volume3")
+    assert len(sidecars(cluster)) == (1 if down else 0)
+    assert cluster.tool("rebuild")[0] == 0 and not cluster.rows()
+
+
+@on_nginx
+@pytest.mark.parametrize("why", ["wrong digest", "a volume fails"])
+def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """I2: the volumes were sent the whole of it, and nobody waits for their answers."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    send, sends = mkv.Upload.send, itertools.count(1)
+    digests = {"sha256": bytes(32)} if why == "wrong digest" else {}
+
+    async def send_or_fail(upload: mkv.Upload, chunk: bytes) -> None:
+        if next(sends) == 6 and why == "a volume fails":  # the last piece, to the last volume
+            raise mkv.VolumeDown("volume3", "broken off")
+        await send(upload, chunk)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x" * LARGE
+        yield b"x" * LARGE
+
+    async def work(store: Store) -> float:
+        with pytest.raises(mkv.WrongDigest if why == "wrong digest" else mkv.Unavailable):
+            await store.put(mkv.Draft("k", "a/b", "", 2 * LARGE, digests=digests), body(), "")
+        return await store.index.read(mkv.read_clock)
+
+    monkeypatch.setattr(mkv.Upload, "send", send_or_fail)
+    now_s = cluster.use(work)
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        rows = db.execute("SELECT volume, path, sent, doubt FROM pending").fetchall()
+    assert [row[2:] for row in rows] == [(0, pytest.approx(now_s + 300, abs=30))] * 3 and not marks(cluster)
+    for volume, path, _, _ in rows:
+        late = cluster.data / volume / path[1:]
+        late.parent.mkdir(parents=True, exist_ok=True)
+        late.write_bytes(b"late")
+
+    def is_clean_after_collecting() -> bool:
+        cluster.collect()
+        return not all_files(cluster)
+
+    eventually(is_clean_after_collecting)  # another one may come just now
+
+
+@on_nginx
+def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: Cluster) -> None:
+    """Nothing was sent, so nothing can come late."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+
+    async def work(store: Store) -> None:
+        store.view.clients["volume3"]._drop_idle()
+        cluster.stop("volume3")
+        await put_one(store, "k", b"x")
+
+    cluster.use(work)
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        assert db.execute("SELECT volume, state, doubt FROM pending").fetchall() == [("volume3", "garbage", None)]
+    cluster.start("volume3")
+    cluster.collect()
+    assert not sent_rows(cluster)
+
+
+@on_nginx
 def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_lost(cluster: Cluster) -> None:
     """A volume hangs, takes the PUT after it was refused, and the index is lost."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=0.5)
@@ -4840,15 +4996,31 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-@on_nginx
-def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
-    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+@contextlib.contextmanager
+def by_cables(cluster: Cluster) -> Iterator[list[Cable]]:
+    """Have the volumes reached by cables meanwhile."""
     with contextlib.ExitStack() as stack:
         cables = [Cable(port) for port in cluster.ports.values()]
         for name, cable in zip(cluster.ports, cables, strict=True):
             stack.callback(cable.close)
             cluster.ports[name] = int(cable.url.rpartition(":")[2])
-        cluster.configure(*cluster.ports, replicas=3)
+        cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
+        yield cables
+    for name, volume in cluster.volumes.items():
+        cluster.ports[name] = volume.port
+    cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
+
+
+def sent_rows(cluster: Cluster) -> list[tuple[str, int]]:
+    """Return state and `sent` of what is pending, but for marks."""
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        return db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
+
+
+@on_nginx
+def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
+    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+    with by_cables(cluster) as cables:
 
         async def work(store: Store) -> None:
             await put_all(store, {f"warm{i}": b"x" for i in range(16)})
@@ -4857,16 +5029,40 @@ def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> Non
             await put_one(store, "k", b"x")
 
         cluster.use(work)
-    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        assert db.execute("SELECT state, sent FROM pending").fetchall() == [("kept", 2)] * 3
-    for name, volume in cluster.volumes.items():
-        cluster.ports[name] = volume.port
-    cluster.configure(*cluster.ports, replicas=3)
+    assert sent_rows(cluster) == [("kept", 2)] * 3
     cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
     cluster.collect()
-    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        rows = db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
-    assert rows == [("watched", 1)] * 3 and marks(cluster)
+    assert sent_rows(cluster) == [("watched", 1)] * 3 and marks(cluster)
+
+
+@on_nginx
+def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I4: that one was found and deleted proves nothing of the other; here the key has gone meanwhile, so it is 412."""
+    with by_cables(cluster) as cables:
+
+        async def work(store: Store) -> None:
+            await put_all(store, {f"warm{i}": b"x" for i in range(16)} | {"k": b"old"})
+            etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
+            each = mkv.Write._each
+
+            async def then_delete(*arguments: Any) -> Any:
+                done = await each(*arguments)
+                monkeypatch.undo()
+                await store.delete("k", mkv.UNCONDITIONAL, "")
+                return done
+
+            async def body() -> AsyncIterator[bytes]:
+                yield b"new"
+
+            monkeypatch.setattr(mkv.Write, "_each", then_delete)
+            for cable in cables:
+                cable.lose_answers()
+            with pytest.raises(mkv.PreconditionFailed):
+                await store.put(mkv.Draft("k", "a/b", "", 3, mkv.Conditions(if_match=(etag,))), body(), "")
+
+        cluster.use(work)
+    cluster.collect()
+    assert sent_rows(cluster) == [("watched", 1)] * 3 and len(marks(cluster)) == 2
 
 
 @on_nginx
@@ -5042,6 +5238,21 @@ def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cl
 
 
 @on_nginx
+def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(cluster: Cluster, tmp_path: Path) -> None:
+    """I4: the backup is from before the DELETE."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+    cluster.put({"gone": b"1", "stays": b"2"})
+    assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
+    cluster.stop("volume3")
+    cluster.use(lambda store: store.delete("gone", mkv.UNCONDITIONAL, ""))
+    cluster.start("volume3")
+    lose_the_index(cluster)
+    shutil.copy(tmp_path / "copy.db", cluster.db)
+    assert cluster.tool("rebuild")[1]["found"]["lost key"] == 1
+    assert [row[0] for row in cluster.rows()] == ["stays"]
+
+
+@on_nginx
 def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> None:
     """An old index from a backup may call garbage what has become the record's only replica."""
     cluster.put({"k": b"1"})
@@ -5051,6 +5262,28 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
             (cluster.record("k").path, json.dumps(cluster.record("k").volumes)),
         )
     before = cluster.rows()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
+
+
+@on_nginx
+def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(cluster: Cluster, tmp_path: Path) -> None:
+    """The key has moved from volume1 to volume3 before the backup, and back after it."""
+
+    def move_off(name: str) -> None:
+        volumes = ("volume1", "volume2", "volume3")
+        cluster.configure(*volumes, replicas=2, garbage_delay=3600.0, weights={name: 0.0})
+        assert cluster.tool("rebalance")[0] == 0
+
+    cluster.configure("volume1", "volume2", replicas=2)
+    cluster.put({"k": b"1"})
+    before = cluster.rows()
+    move_off("volume1")
+    assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
+    cluster.collect()
+    move_off("volume3")
+    cluster.collect()
+    lose_the_index(cluster)
+    shutil.copy(tmp_path / "copy.db", cluster.db)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
 
 
@@ -5782,6 +6015,34 @@ def test_rebalance_copies_to_no_place_where_garbage_waits(cluster: Cluster, monk
     assert code == 1 and facts["why_left"] == {"waiting": facts["left"]} and facts["left"] > 0
     cluster.collect()
     assert cluster.tool("rebalance")[0] == 0
+
+
+@on_nginx
+def test_rebalance_back_to_where_its_garbage_waits_brings_nothing_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: a client overwrites the key, and the collector deletes the garbage, just before the tool writes there."""
+
+    def leave_only(name: str) -> None:
+        others = {"volume1", "volume2", "volume3"}.difference({name})
+        cluster.configure(name, *others, replicas=1, garbage_delay=3600.0, weights=dict.fromkeys(others, 0.0))
+
+    async def overwrite_first(mover: mkv_tools.Mover, moves: Any) -> Any:
+        await put_one(mover._store, "k", b"new")
+        await mover._store.collect_garbage()
+        return await copy(mover, moves)
+
+    leave_only("volume1")
+    cluster.put({"k": b"old"})
+    leave_only("volume2")
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    leave_only("volume1")
+    copy = mkv_tools.Mover._copy_small
+    monkeypatch.setattr(mkv_tools.Mover, "_copy_small", overwrite_first)
+    cluster.tool("rebalance")
+    cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
+    cluster.collect()
+    assert not sidecars(cluster) and cluster.tool("rebuild")[0] == 0 and not cluster.rows()
 
 
 @on_nginx
