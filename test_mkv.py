@@ -839,6 +839,18 @@ def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_en
 
 
 @pytest.mark.parametrize(
+    ("state", "after"), [("garbage", "deleting"), ("watched", "deleting"), ("mark", "mark"), ("kept", "kept")]
+)
+def test_place_that_could_not_be_deleted_is_put_off(state: str, after: str) -> None:
+    """Nothing comes back where a mark is, so that a DELETE that comes late does no harm there."""
+    (row,) = pending_row(5, state, doubt_s=40.0).values()
+    put_off = mkv.put_off(row, mkv.BROKEN_OFF, 1.0)
+    assert (put_off.state.value, put_off.doubt_s) == (after, 301.0 if after == "deleting" else 40.0)
+    assert replace(put_off, state=row.state, doubt_s=40.0) == replace(row, attempts=1, due_s=3.0)
+    assert mkv.put_off(row, None, 1.0) == replace(row, attempts=1, due_s=3.0)
+
+
+@pytest.mark.parametrize(
     ("rows", "seen", "needed"),
     [
         ([(5, "garbage", "a")], "a", []),
@@ -1743,6 +1755,35 @@ async def test_put_is_sent_twice_at_most_and_its_end_says_so(how: str) -> None:
             assert isinstance(error, mkv.VolumeFull if how == "refused" else mkv.VolumeDown)
         client.close()
     assert sent == 2
+
+
+@pytest.mark.parametrize("twice", [False, True])
+async def test_late_answer_is_waited_for_only_if_it_was_sent_once(twice: bool) -> None:
+    """The answer to the second says nothing of the first, on the kept connection that broke."""
+    end = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        line, _ = read_request(connection)
+        if b"/k " in line:
+            end.wait(30)
+        connection.sendall(b"HTTP/1.1 201 So\r\nContent-Length: 0\r\n\r\n")
+        read_request(connection)
+
+    async def hear_late(paths: list[str], answered: bool) -> None:
+        heard.append(answered)
+
+    heard = list[bool]()
+    with fake_volume(serve) as url:
+        client = mkv.VolumeClient(Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None, hear_late)
+        if twice:
+            await client.put({"/kept": b""})
+        with pytest.raises(mkv.VolumeTimeout):
+            await client.put({"/k": b""})
+        late = list(client._late)
+        end.set()
+        await asyncio.gather(*late)
+        client.close()
+    assert heard == ([] if twice else [True, False])
 
 
 @pytest.mark.parametrize("how", ["refused", "no answer"])
@@ -4757,6 +4798,45 @@ def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_de
     assert mkv_tools.claim(tx, MOVE) == "" and claimed(tx) == {"c"}
     assert mkv_tools.claim(tx, MOVE) == ""
     assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
+
+
+@pytest.mark.parametrize(
+    ("failed", "sent", "state", "doubt"),
+    [
+        ("", 1, None, None),
+        ("", 3, "kept", 300),
+        ("volume c: full", 1, "garbage", 24 * 3600),
+        ("volume c: full", 3, "garbage", 24 * 3600),
+    ],
+)
+def test_copy_that_was_sent_several_times_may_come_as_often(
+    tx: mkv.Transaction, failed: str, sent: int, state: str | None, doubt: float | None
+) -> None:
+    mkv_tools.claim(tx, MOVE)
+    assert mkv_tools.commit(tx, MOVE, failed, 10.0, {"c": sent}) == failed
+    row = tx.pending_of("k").get(("c", R.path))
+    assert (row and row.state.value) == state
+    if row:
+        assert (row.sent, row.doubt_s) == (sent, tx.now_s + (doubt or 0))
+
+
+def test_copy_that_was_sent_twice_stays_in_doubt_if_the_key_was_deleted_meanwhile(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
+    assert mkv_tools.commit(tx, MOVE, "", 10.0, {"c": 2}) == "changed"
+    assert row_at(tx, ("c", R.path)).doubt_s
+
+
+async def test_tool_counts_how_often_it_has_sent_a_sidecar(tmp_path: Path) -> None:
+    """Two together are refused, then each by itself is taken."""
+    statuses = iter([507])
+    records = [R, replace(R, key="q")]
+    with fake_volume(answering(lambda line: next(statuses, 201))) as url:
+        store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1))
+        mover = mkv_tools.Mover(store, 0.0, mkv_tools.Report(False))
+        assert await mover._put("a", records, {"k": b"x", "q": b"y"}) == {}
+        store.view.clients["a"].close()
+    assert mover._sent == {"k": {"a": 2}, "q": {"a": 2}}
 
 
 def test_claim_waits_while_a_delete_that_was_not_answered_may_come(tx: mkv.Transaction) -> None:
