@@ -6098,26 +6098,50 @@ def test_rebalance_copies_to_no_place_where_garbage_waits(cluster: Cluster, monk
     assert cluster.tool("rebalance")[0] == 0
 
 
+def use_only(cluster: Cluster, name: str, **settings: Any) -> None:
+    """Let all replicas go to one of two volumes."""
+    other = "volume1" if name == "volume2" else "volume2"
+    cluster.configure(name, other, weights={other: 0.0}, replicas=1, **settings)
+
+
+@on_nginx
+def test_rebalance_copies_to_no_place_that_a_late_delete_may_hit(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I8: volume1 hung when the collector asked it."""
+    monkeypatch.setattr(mkv_tools, "GARBAGE_PATIENCE_S", 0.0)
+
+    async def work(store: Store) -> None:
+        cluster.volumes["volume1"].signal(signal.SIGSTOP)
+        await store.collect_garbage()
+        cluster.volumes["volume1"].signal(signal.SIGCONT)
+
+    use_only(cluster, "volume1")
+    cluster.put({"k": b"x"})
+    use_only(cluster, "volume2", volume_timeout=0.5)
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    cluster.use(work)
+    use_only(cluster, "volume1")
+    assert cluster.tool("rebalance")[1]["why_left"] == {"waiting": 1}
+    assert cluster.record("k").volumes == ("volume2",)
+
+
 @on_nginx
 def test_rebalance_back_to_where_its_garbage_waits_brings_nothing_back(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I4: a client overwrites the key, and the collector deletes the garbage, just before the tool writes there."""
 
-    def leave_only(name: str) -> None:
-        others = {"volume1", "volume2", "volume3"}.difference({name})
-        cluster.configure(name, *others, replicas=1, garbage_delay=3600.0, weights=dict.fromkeys(others, 0.0))
-
     async def overwrite_first(mover: mkv_tools.Mover, moves: Any) -> Any:
         await put_one(mover._store, "k", b"new")
         await mover._store.collect_garbage()
         return await copy(mover, moves)
 
-    leave_only("volume1")
+    use_only(cluster, "volume1", garbage_delay=3600.0)
     cluster.put({"k": b"old"})
-    leave_only("volume2")
+    use_only(cluster, "volume2", garbage_delay=3600.0)
     assert cluster.tool("rebalance")[1]["moved"] == 1
-    leave_only("volume1")
+    use_only(cluster, "volume1", garbage_delay=3600.0)
     copy = mkv_tools.Mover._copy_small
     monkeypatch.setattr(mkv_tools.Mover, "_copy_small", overwrite_first)
     cluster.tool("rebalance")
