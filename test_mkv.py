@@ -803,6 +803,16 @@ def test_what_a_write_means_to_what_others_claim(state: str, conditions: mkv.Con
     assert row.state.value == after and (row.doubt_s is not None) == (state == "copying")
 
 
+@pytest.mark.parametrize(("state", "due_s"), [("remaking", 110.0), ("copying", 100.0)])
+def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_readers(state: str, due_s: float) -> None:
+    """Where the record names it, a redirect may have led there just now."""
+    rows = pending_row(4, state) | pending_row(5, "claimed")
+    current = numbered(4) if state == "remaking" else replace(numbered(4), volumes=("b",))
+    after = mkv.plan_put(numbered(5), FREE, current, rows, 100.0, 10.0, {})
+    row = after["a", current.path]
+    assert (row.state, row.due_s, row.doubt_s) == (GARBAGE, due_s, 100.0 + mkv.HUNG.seconds)
+
+
 @pytest.mark.parametrize(
     ("row", "found", "gone"),
     [
@@ -833,6 +843,18 @@ def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_en
 
 
 @pytest.mark.parametrize(
+    ("state", "after"), [("garbage", "deleting"), ("watched", "deleting"), ("mark", "mark"), ("kept", "kept")]
+)
+def test_place_that_could_not_be_deleted_is_put_off(state: str, after: str) -> None:
+    """Nothing comes back where a mark is, so that a DELETE that comes late does no harm there."""
+    (row,) = pending_row(5, state, doubt_s=40.0).values()
+    put_off = mkv.put_off(row, mkv.BROKEN_OFF, 1.0)
+    assert (put_off.state.value, put_off.doubt_s) == (after, 301.0 if after == "deleting" else 40.0)
+    assert replace(put_off, state=row.state, doubt_s=40.0) == replace(row, attempts=1, due_s=3.0)
+    assert mkv.put_off(row, None, 1.0) == replace(row, attempts=1, due_s=3.0)
+
+
+@pytest.mark.parametrize(
     ("rows", "seen", "needed"),
     [
         ([(5, "garbage", "a")], "a", []),
@@ -849,6 +871,11 @@ def test_what_needs_a_mark(rows: list[tuple[int, str, str]], seen: str, needed: 
         pending |= pending_row(version, state, volume)
     answers = {place: True for place in pending if place[0] in seen}
     assert [int(mkv.version_of(path)[:16], 16) for path in mkv.plan_marks(pending, answers, 2)] == needed
+
+
+def test_blob_that_may_come_without_a_sidecar_needs_no_mark() -> None:
+    assert mkv.plan_marks(pending_row(5, "garbage", doubt_s=9.0, sent=1), {}, 2)
+    assert not mkv.plan_marks(pending_row(5, "garbage", doubt_s=9.0, sent=0), {}, 2)
 
 
 def test_mark_comes_back_from_its_bytes_and_nothing_else_is_one() -> None:
@@ -1453,12 +1480,15 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     assert [row.path for row in mkv.select_due("a", tx._db)] == ["/p"]
 
 
+@pytest.mark.parametrize("wall", ["right", "not set yet"])
 def test_clock_of_the_index_goes_on_after_a_boot(
-    tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wall: str
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
+    if wall == "not set yet":
+        monkeypatch.setattr(time, "time", lambda: 100.0)  # in 1970: else garbage would wait for 50 years
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     mkv.prepare_index(tx._db)
     assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
@@ -1485,6 +1515,51 @@ def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv
         tx.settle({}, {row_at(tx, place): None})
         waits_s.append((tx.pending_below("/p")[place].due_s or 0.0) - tx.now_s)
     assert waits_s == pytest.approx([2, 4, 8, 16])
+
+
+@pytest.mark.parametrize("state", ["kept", "mark"])
+@pytest.mark.parametrize("end", ["deleted", "failed"])
+def test_what_changed_after_the_collector_read_it_is_left_as_it_is(tx: mkv.Transaction, state: str, end: str) -> None:
+    """I4: what was kept has become garbage, what was to be deleted is a mark anew."""
+    path = mkv.mark_path(R.path) if state == "mark" else R.path
+    place = ("a", path)
+    read = mkv.Pending(path=path, volume="a", state=mkv.PendingState(state), due_s=tx.now_s)
+    tx.change({}, {place: read})
+    if state == "mark":
+        tx.add_garbage(R.path, ["b"])
+        tx.add_marks([R.path], ["a"], ())
+    else:
+        mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
+    changed = row_at(tx, place)
+    assert changed != read
+    if end == "deleted":
+        tx.settle({read: True})
+    else:
+        tx.settle({}, {read: mkv.HUNG})
+    assert row_at(tx, place) == changed
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("late", ["mark", "sidecar"])
+def test_late_answer_ends_only_the_doubt_about_its_own_file(tx: mkv.Transaction, late: str, answered: bool) -> None:
+    """I4: for the mark of a version, not for its sidecar on the same volume, and the other way round."""
+    mark = mkv.mark_path(R.path)
+    tx.add_garbage(R.path, ["a", "b"], 0.0, dict.fromkeys("ab", mkv.HUNG))
+    tx.add_marks([R.path], (), ["a", "b"])
+    before = tx.pending_of("k")
+    tx.end_doubts("a", [mark if late == "mark" else mkv.sidecar_path(R.path)], answered)
+    after = tx.pending_of("k")
+    changed = {place for place in before if before[place] != after[place]}
+    assert changed == {("a", mark if late == "mark" else R.path)}
+    doubt_s = after[changed.pop()].doubt_s
+    assert doubt_s == (None if answered else tx.now_s + mkv.BROKEN_OFF.seconds)
+
+
+@pytest.mark.parametrize("sidecars", [0, 1])
+def test_blob_that_may_come_without_a_sidecar_holds_back_no_mark(tx: mkv.Transaction, sidecars: int) -> None:
+    tx.add_garbage(R.path, ["a"], 0.0, {"a": mkv.Doubt(300.0, sidecars)})
+    tx.add_marks([R.path], ["b"], ())
+    assert (row_at(tx, ("b", mkv.mark_path(R.path))).due_s is None) is (sidecars > 0)
 
 
 LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
@@ -1764,6 +1839,72 @@ def take_slowly(connection: socket.socket) -> None:
         connection.sendall(CREATED + b"Content-Length: 0\r\n\r\n")
 
 
+@pytest.mark.parametrize("how", ["taken", "refused", "broken off"])
+async def test_put_is_sent_twice_at_most_and_its_end_says_so(how: str) -> None:
+    """All kept connections break at their next request: each would be one more that may come late."""
+
+    def serve(connection: socket.socket) -> None:
+        line, _ = read_request(connection)
+        if b"/k " in line and how == "broken off":
+            return
+        status = 507 if b"/k " in line and how == "refused" else 201
+        connection.sendall(b"HTTP/1.1 %d So\r\nContent-Length: 0\r\n\r\n" % status)
+        read_request(connection)
+
+    with fake_volume(serve) as url:
+        client, _ = client_that_hears(url)
+        await asyncio.gather(*(client.put({"/kept": b""}) for _ in range(5)))
+        try:
+            sent = await client.put({"/k": b""})
+        except mkv.VolumeError as error:
+            sent = error.sent
+            assert isinstance(error, mkv.VolumeFull if how == "refused" else mkv.VolumeDown)
+        client.close()
+    assert sent == 2
+
+
+@pytest.mark.parametrize("twice", [False, True])
+async def test_late_answer_is_waited_for_only_if_it_was_sent_once(twice: bool) -> None:
+    """The answer to the second says nothing of the first, on the kept connection that broke."""
+    end = threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        line, _ = read_request(connection)
+        if b"/k " in line:
+            end.wait(30)
+        connection.sendall(b"HTTP/1.1 201 So\r\nContent-Length: 0\r\n\r\n")
+        read_request(connection)
+
+    async def hear_late(paths: list[str], answered: bool) -> None:
+        heard.append(answered)
+
+    heard = list[bool]()
+    with fake_volume(serve) as url:
+        client = mkv.VolumeClient(Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None, hear_late)
+        if twice:
+            await client.put({"/kept": b""})
+        with pytest.raises(mkv.VolumeTimeout):
+            await client.put({"/k": b""})
+        late = list(client._late)
+        end.set()
+        await asyncio.gather(*late)
+        client.close()
+    assert heard == ([] if twice else [True, False])
+
+
+@pytest.mark.parametrize("how", ["refused", "no answer"])
+async def test_what_could_not_be_sent_says_so(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(client: mkv.VolumeClient) -> mkv.Wire:
+        raise TimeoutError
+
+    if how == "no answer":
+        monkeypatch.setattr(mkv.VolumeClient, "_connect", never)
+    client, _ = client_that_hears(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(mkv.VolumeError) as caught:
+        await client.put({"/k": b""})
+    assert caught.value.sent == 0
+
+
 async def test_volume_that_is_slow_and_steady_is_not_hung() -> None:
     with fake_volume(take_slowly, receive_buffer=4096) as url:
         client, heard = client_that_hears(url, timeout_s=0.4)
@@ -2005,26 +2146,68 @@ async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
         end.set()
 
 
-async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "sent", "doubt"),
+    [
+        (None, 1, None),
+        (None, 2, mkv.Doubt(300, 2)),
+        (mkv.VolumeTimeout, 0, None),
+        (mkv.VolumeTimeout, 1, mkv.HUNG),
+        (mkv.VolumeTimeout, 2, mkv.Doubt(24 * 3600, 2)),
+        (mkv.VolumeDown, 0, None),
+        (mkv.VolumeDown, 1, mkv.Doubt(300, 1)),
+        (mkv.VolumeFull, 1, None),
+        (mkv.VolumeFull, 2, mkv.Doubt(300, 1)),
+    ],
+)
+async def test_what_may_still_come_of_a_put(
+    tmp_path: Path, failure: type[mkv.VolumeError] | None, sent: int, doubt: mkv.Doubt | None
+) -> None:
+    """A volume has answered, or failed, after it was sent a sidecar so many times."""
+    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://a"),), replicas=1))
+    write = store._begin_write(store.view, mkv.Draft("k", "a/b", "", 1), "")
+    write.doubts["a"] = mkv.BROKEN_OFF
+    if failure is None:
+        write._sent["a"] = sent
+    write._note("a", failure and failure("a", "", sent))
+    assert write.doubts.get("a") == doubt and ("a" in write.failed) is (failure is not None)
+
+
+@pytest.mark.parametrize(
+    ("how", "state", "doubt"), [("403", "garbage", None), ("breaks", "deleting", 300), ("hangs", "deleting", 24 * 3600)]
+)
+async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
+    tmp_path: Path, how: str, state: str, doubt: int | None
+) -> None:
     """A blob without its sidecar would be an unfinished write, but the other way round it would
-    be a replica that is gone."""
-    asked = list[bytes]()
+    be a replica that is gone. What was not answered may still be carried out (I8)."""
+    asked, end = list[bytes](), threading.Event()
 
     def refuse(line: bytes) -> int:
         asked.append(line)
-        return 403 if line.startswith(b"DELETE") else 201
+        if not line.startswith(b"DELETE"):
+            return 201
+        if how == "hangs":
+            end.wait(30)
+        if how != "403":
+            raise EOFError
+        return 403
 
     with fake_volume(answering(refuse)) as url:
         volumes = (Volume(name="a", url=url),)
-        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2)
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5)
         store = Store(config, number=1)  # so that nobody else collects
         await store.start()
         await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
         for _ in range(3):
             await store.collect_garbage()
+        ((row, now_s),) = await store.index.write(lambda tx: [(row_at(tx, ("a", R.path)), tx.now_s)])
         await store.close()
-    deletes = [line.split()[1].decode() for line in asked if line.startswith(b"DELETE")]
-    assert deletes == [mkv.sidecar_path(R.path)]
+        end.set()
+    deletes = {line.split()[1].decode() for line in asked if line.startswith(b"DELETE")}
+    assert deletes == {mkv.sidecar_path(R.path)} and (row.state.value, row.attempts) == (state, 1)
+    left_s = None if row.doubt_s is None else row.doubt_s - now_s
+    assert left_s == (None if doubt is None else pytest.approx(doubt, abs=30))
 
 
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
@@ -4723,6 +4906,73 @@ def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_de
     assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
 
 
+@pytest.mark.parametrize(
+    ("failed", "sent", "state", "doubt"),
+    [
+        ("", 1, None, None),
+        ("", 3, "kept", 300),
+        ("volume c: full", 1, "garbage", 24 * 3600),
+        ("volume c: full", 3, "garbage", 24 * 3600),
+    ],
+)
+def test_copy_that_was_sent_several_times_may_come_as_often(
+    tx: mkv.Transaction, failed: str, sent: int, state: str | None, doubt: float | None
+) -> None:
+    mkv_tools.claim(tx, MOVE)
+    assert mkv_tools.commit(tx, MOVE, failed, 10.0, {"c": sent}) == failed
+    row = tx.pending_of("k").get(("c", R.path))
+    assert (row and row.state.value) == state
+    if row:
+        assert (row.sent, row.doubt_s) == (sent, tx.now_s + (doubt or 0))
+
+
+def test_copy_that_was_sent_twice_stays_in_doubt_if_the_key_was_deleted_meanwhile(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
+    assert mkv_tools.commit(tx, MOVE, "", 10.0, {"c": 2}) == "changed"
+    assert row_at(tx, ("c", R.path)).doubt_s
+
+
+async def test_tool_counts_how_often_it_has_sent_a_sidecar(tmp_path: Path) -> None:
+    """Two together are refused, then each by itself is taken."""
+    statuses = iter([507])
+    records = [R, replace(R, key="q")]
+    with fake_volume(answering(lambda line: next(statuses, 201))) as url:
+        store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1))
+        mover = mkv_tools.Mover(store, 0.0, mkv_tools.Report(False))
+        assert await mover._put("a", records, {"k": b"x", "q": b"y"}) == {}
+        store.view.clients["a"].close()
+    assert mover._sent == {"k": {"a": 2}, "q": {"a": 2}}
+
+
+def test_claim_waits_while_a_delete_that_was_not_answered_may_come(tx: mkv.Transaction) -> None:
+    """I8: it would hit the replica that is made there. Neither a DELETE that is answered proves that
+    it will not, nor a late answer to the PUT of before."""
+    tx.add_garbage(R.path, ["c"])
+    tx.settle({}, {row_at(tx, ("c", R.path)): mkv.BROKEN_OFF})
+    began_s = tx.now_s
+    for passed_s, found in ((2, True), (9, False), (299, True)):
+        tx.now_s = began_s + passed_s
+        settle_at(tx, {("c", R.path): found})
+        tx.end_doubts("c", [mkv.sidecar_path(R.path)], answered=True)
+        assert row_at(tx, ("c", R.path)).state is mkv.PendingState.DELETING
+        assert mkv_tools.claim(tx, MOVE) == "waiting" and not claimed(tx)
+    tx.now_s = began_s + 301
+    settle_at(tx, {("c", R.path): False})
+    assert mkv_tools.claim(tx, MOVE) == ""
+
+
+def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(tx: mkv.Transaction) -> None:
+    """I4: the collector finds what was there before, which proves nothing of the tool's copy."""
+    tx.add_garbage(R.path, ["c"], 10.0)
+    assert mkv_tools.claim(tx, MOVE) == ""
+    claim_and_commit(tx, replace(R, version="3" * 20))
+    settle_at(tx, {("c", R.path): True})
+    assert row_at(tx, ("c", R.path)).state is mkv.PendingState.WATCHED
+    settle_at(tx, {("c", R.path): True})
+    assert ("c", R.path) not in tx.pending_of("k")
+
+
 def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(tx: mkv.Transaction) -> None:
     """As when the ring was changed after a rebalance was killed: c was copied, d is where it goes now."""
     mkv_tools.claim(tx, MOVE)
@@ -4821,6 +5071,99 @@ def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> Non
 
 
 @on_nginx
+@pytest.mark.parametrize("down", [False, True])
+def test_put_that_was_overtaken_does_not_come_back_though_the_index_is_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, down: bool
+) -> None:
+    """I4: it is answered 204, as if it had come before the PUT and the DELETE that came while it was under way."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+    store_small = mkv.Write.store_small
+
+    async def overtaken(write: mkv.Write, blob: bytes) -> Record:
+        record = await store_small(write, blob)
+        monkeypatch.undo()
+        await put_one(stores[0], "k", b"newer")
+        await stores[0].delete("k", mkv.UNCONDITIONAL, "")
+        if down:
+            cluster.stop("volume3")
+        return record
+
+    async def work(store: Store) -> None:
+        stores.append(store)
+        monkeypatch.setattr(mkv.Write, "store_small", overtaken)
+        await put_one(store, "k", b"older")
+
+    stores = list[Store]()
+    cluster.use(work)
+    assert len(marks(cluster)) == (2 if down else 0)
+    lose_the_index(cluster)
+    if down:
+        cluster.start("volume3")
+    assert len(sidecars(cluster)) == (1 if down else 0)
+    assert cluster.tool("rebuild")[0] == 0 and not cluster.rows()
+
+
+@on_nginx
+@pytest.mark.parametrize("why", ["wrong digest", "a volume fails"])
+def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """I2: the volumes were sent the whole of it, and nobody waits for their answers."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    send, sends = mkv.Upload.send, itertools.count(1)
+    digests = {"sha256": bytes(32)} if why == "wrong digest" else {}
+
+    async def send_or_fail(upload: mkv.Upload, chunk: bytes) -> None:
+        if next(sends) == 6 and why == "a volume fails":  # the last piece, to the last volume
+            raise mkv.VolumeDown("volume3", "broken off")
+        await send(upload, chunk)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x" * LARGE
+        yield b"x" * LARGE
+
+    async def work(store: Store) -> float:
+        with pytest.raises(mkv.WrongDigest if why == "wrong digest" else mkv.Unavailable):
+            await store.put(mkv.Draft("k", "a/b", "", 2 * LARGE, digests=digests), body(), "")
+        return await store.index.read(mkv.read_clock)
+
+    monkeypatch.setattr(mkv.Upload, "send", send_or_fail)
+    now_s = cluster.use(work)
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        rows = db.execute("SELECT volume, path, sent, doubt FROM pending").fetchall()
+    assert [row[2:] for row in rows] == [(0, pytest.approx(now_s + 300, abs=30))] * 3 and not marks(cluster)
+    for volume, path, _, _ in rows:
+        late = cluster.data / volume / path[1:]
+        late.parent.mkdir(parents=True, exist_ok=True)
+        late.write_bytes(b"late")
+
+    def is_clean_after_collecting() -> bool:
+        cluster.collect()
+        return not all_files(cluster)
+
+    eventually(is_clean_after_collecting)  # another one may come just now
+
+
+@on_nginx
+def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: Cluster) -> None:
+    """Nothing was sent, so nothing can come late."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+
+    async def work(store: Store) -> None:
+        store._tasks[0].cancel()  # the probes, so that it counts as up
+        store.view.clients["volume3"]._drop_idle()
+        cluster.stop("volume3")
+        await put_one(store, "k", b"x")
+
+    cluster.use(work)
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        assert db.execute("SELECT volume, state, doubt FROM pending").fetchall() == [("volume3", "garbage", None)]
+    cluster.start("volume3")
+    cluster.collect()
+    assert not sent_rows(cluster)
+
+
+@on_nginx
 def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_lost(cluster: Cluster) -> None:
     """A volume hangs, takes the PUT after it was refused, and the index is lost."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=0.5)
@@ -4840,15 +5183,31 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-@on_nginx
-def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
-    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+@contextlib.contextmanager
+def by_cables(cluster: Cluster) -> Iterator[list[Cable]]:
+    """Have the volumes reached by cables meanwhile."""
     with contextlib.ExitStack() as stack:
         cables = [Cable(port) for port in cluster.ports.values()]
         for name, cable in zip(cluster.ports, cables, strict=True):
             stack.callback(cable.close)
             cluster.ports[name] = int(cable.url.rpartition(":")[2])
-        cluster.configure(*cluster.ports, replicas=3)
+        cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
+        yield cables
+    for name, volume in cluster.volumes.items():
+        cluster.ports[name] = volume.port
+    cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
+
+
+def sent_rows(cluster: Cluster) -> list[tuple[str, int]]:
+    """Return state and `sent` of what is pending, but for marks."""
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
+        return db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
+
+
+@on_nginx
+def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
+    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+    with by_cables(cluster) as cables:
 
         async def work(store: Store) -> None:
             await put_all(store, {f"warm{i}": b"x" for i in range(16)})
@@ -4857,16 +5216,40 @@ def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> Non
             await put_one(store, "k", b"x")
 
         cluster.use(work)
-    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        assert db.execute("SELECT state, sent FROM pending").fetchall() == [("kept", 2)] * 3
-    for name, volume in cluster.volumes.items():
-        cluster.ports[name] = volume.port
-    cluster.configure(*cluster.ports, replicas=3)
+    assert sent_rows(cluster) == [("kept", 2)] * 3
     cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
     cluster.collect()
-    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        rows = db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
-    assert rows == [("watched", 1)] * 3 and marks(cluster)
+    assert sent_rows(cluster) == [("watched", 1)] * 3 and marks(cluster)
+
+
+@on_nginx
+def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I4: that one was found and deleted proves nothing of the other; here the key has gone meanwhile, so it is 412."""
+    with by_cables(cluster) as cables:
+
+        async def work(store: Store) -> None:
+            await put_all(store, {f"warm{i}": b"x" for i in range(16)} | {"k": b"old"})
+            etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
+            each = mkv.Write._each
+
+            async def then_delete(*arguments: Any) -> Any:
+                done = await each(*arguments)
+                monkeypatch.undo()
+                await store.delete("k", mkv.UNCONDITIONAL, "")
+                return done
+
+            async def body() -> AsyncIterator[bytes]:
+                yield b"new"
+
+            monkeypatch.setattr(mkv.Write, "_each", then_delete)
+            for cable in cables:
+                cable.lose_answers()
+            with pytest.raises(mkv.PreconditionFailed):
+                await store.put(mkv.Draft("k", "a/b", "", 3, mkv.Conditions(if_match=(etag,))), body(), "")
+
+        cluster.use(work)
+    cluster.collect()
+    assert sent_rows(cluster) == [("watched", 1)] * 3 and len(marks(cluster)) == 2
 
 
 @on_nginx
@@ -5042,6 +5425,21 @@ def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cl
 
 
 @on_nginx
+def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(cluster: Cluster, tmp_path: Path) -> None:
+    """I4: the backup is from before the DELETE."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
+    cluster.put({"gone": b"1", "stays": b"2"})
+    assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
+    cluster.stop("volume3")
+    cluster.use(lambda store: store.delete("gone", mkv.UNCONDITIONAL, ""))
+    cluster.start("volume3")
+    lose_the_index(cluster)
+    shutil.copy(tmp_path / "copy.db", cluster.db)
+    assert cluster.tool("rebuild")[1]["found"]["lost key"] == 1
+    assert [row[0] for row in cluster.rows()] == ["stays"]
+
+
+@on_nginx
 def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> None:
     """An old index from a backup may call garbage what has become the record's only replica."""
     cluster.put({"k": b"1"})
@@ -5051,6 +5449,28 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
             (cluster.record("k").path, json.dumps(cluster.record("k").volumes)),
         )
     before = cluster.rows()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
+
+
+@on_nginx
+def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(cluster: Cluster, tmp_path: Path) -> None:
+    """The key has moved from volume1 to volume3 before the backup, and back after it."""
+
+    def move_off(name: str) -> None:
+        volumes = ("volume1", "volume2", "volume3")
+        cluster.configure(*volumes, replicas=2, garbage_delay=3600.0, weights={name: 0.0})
+        assert cluster.tool("rebalance")[0] == 0
+
+    cluster.configure("volume1", "volume2", replicas=2)
+    cluster.put({"k": b"1"})
+    before = cluster.rows()
+    move_off("volume1")
+    assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
+    cluster.collect()
+    move_off("volume3")
+    cluster.collect()
+    lose_the_index(cluster)
+    shutil.copy(tmp_path / "copy.db", cluster.db)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
 
 
@@ -5782,6 +6202,58 @@ def test_rebalance_copies_to_no_place_where_garbage_waits(cluster: Cluster, monk
     assert code == 1 and facts["why_left"] == {"waiting": facts["left"]} and facts["left"] > 0
     cluster.collect()
     assert cluster.tool("rebalance")[0] == 0
+
+
+def use_only(cluster: Cluster, name: str, **settings: Any) -> None:
+    """Let all replicas go to one of two volumes."""
+    other = "volume1" if name == "volume2" else "volume2"
+    cluster.configure(name, other, weights={other: 0.0}, replicas=1, **settings)
+
+
+@on_nginx
+def test_rebalance_copies_to_no_place_that_a_late_delete_may_hit(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I8: volume1 hung when the collector asked it."""
+    monkeypatch.setattr(mkv_tools, "GARBAGE_PATIENCE_S", 0.0)
+
+    async def work(store: Store) -> None:
+        cluster.volumes["volume1"].signal(signal.SIGSTOP)
+        await store.collect_garbage()
+        cluster.volumes["volume1"].signal(signal.SIGCONT)
+
+    use_only(cluster, "volume1")
+    cluster.put({"k": b"x"})
+    use_only(cluster, "volume2", volume_timeout=0.5)
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    cluster.use(work)
+    use_only(cluster, "volume1")
+    assert cluster.tool("rebalance")[1]["why_left"] == {"waiting": 1}
+    assert cluster.record("k").volumes == ("volume2",)
+
+
+@on_nginx
+def test_rebalance_back_to_where_its_garbage_waits_brings_nothing_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: a client overwrites the key, and the collector deletes the garbage, just before the tool writes there."""
+
+    async def overwrite_first(mover: mkv_tools.Mover, moves: Any) -> Any:
+        await put_one(mover._store, "k", b"new")
+        await mover._store.collect_garbage()
+        return await copy(mover, moves)
+
+    use_only(cluster, "volume1", garbage_delay=3600.0)
+    cluster.put({"k": b"old"})
+    use_only(cluster, "volume2", garbage_delay=3600.0)
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    use_only(cluster, "volume1", garbage_delay=3600.0)
+    copy = mkv_tools.Mover._copy_small
+    monkeypatch.setattr(mkv_tools.Mover, "_copy_small", overwrite_first)
+    cluster.tool("rebalance")
+    cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
+    cluster.collect()
+    assert not sidecars(cluster) and cluster.tool("rebuild")[0] == 0 and not cluster.rows()
 
 
 @on_nginx
