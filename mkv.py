@@ -864,7 +864,7 @@ def bury(
             continue
         doubt = doubts.get(volume)
         if doubt is None and old is not None and old.state in TOOL_CLAIMS:
-            doubt = HUNG  # the tool may be writing there now
+            doubt = HUNG._replace(sidecars=2)  # the tool may write there now, and again if its connection breaks
         new = Pending(
             path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
             doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
@@ -896,7 +896,7 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
         if times_s:
             doubt_s = max(times_s)
             after[place] = replace(
-                row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s, sent=sent
+                row, state=PendingState.KEPT, owner=None, due_s=doubt_s, since_s=now_s, doubt_s=doubt_s, sent=sent
             )  # fmt: skip
     return after
 
@@ -1261,6 +1261,16 @@ class ChunkDecoder:
             raise ValueError("its chunk headers outweigh it")
 
 
+# bytes; when aiohttp 3.14's parser in Python has to pause within a larger one, it may wait for ever
+CHUNK_BYTES = 16 * 1024
+
+
+def encode_chunks(data: bytes) -> bytes:
+    """Return a part of a body as chunks."""
+    pieces = [data[at : at + CHUNK_BYTES] for at in range(0, len(data), CHUNK_BYTES)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+
 def encode_response_head(status: int, headers: Mapping[str, str], date: str, is_last: bool) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
     lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
@@ -1409,7 +1419,7 @@ class Transaction:
             state = PendingState.OVERTAKEN
         after = dict(before)
         for volume in volumes:
-            new = Pending(path=path, volume=volume, state=state, owner=owner)
+            new = Pending(path=path, volume=volume, state=state, owner=owner, since_s=self.now_s)
             if state is PendingState.REMAKING:
                 new = replace(new, sent=2)  # one may be there
             old = before.get((volume, path))
@@ -1437,7 +1447,7 @@ class Transaction:
         after = dict(before)
         for volume, count in sent.items():
             row = before.get((volume, path))
-            if row is not None and row.state in DEAD and row.sent == count:
+            if row is not None and row.state in (PendingState.GARBAGE, PendingState.WATCHED) and row.sent == count:
                 after[volume, path] = replace(row, state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
         self.change(before, after)
 
@@ -2337,7 +2347,7 @@ class Upload:
     async def send(self, chunk: bytes) -> None:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
         self._size += len(chunk)
-        framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk
+        framed = encode_chunks(chunk) if self._chunked else chunk
         if self._write(framed) and self._wire.waiting <= UPLOAD_BUFFER:
             return
         with self._client.watch("SEND"):
@@ -2736,11 +2746,13 @@ class Write:
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
         for name, result in zip(names, results, strict=True):
-            self._note(name, result if isinstance(result, VolumeError) else None)
-            if not isinstance(result, BaseException):
-                good[name] = result
-            elif not isinstance(result, VolumeError):
+            if isinstance(result, VolumeError):
+                self._note(name, result)
+            elif isinstance(result, BaseException):
                 raise result
+            else:
+                self._note(name, None)
+                good[name] = result
         return good
 
     def _note(self, name: str, error: VolumeError | None) -> None:

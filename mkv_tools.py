@@ -689,7 +689,7 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mappi
         tx.end_claims(path, named, doubts)
         if not failed:
             once = [volume for volume in move.copy if sent.get(volume, 1) == 1]
-            tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in once})
+            tx.end_copies(path, {volume: 3 if volume in before.volumes else 2 for volume in once})
         return "changed"
     tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
     if failed:
@@ -1101,7 +1101,8 @@ def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
         elif row.state in ALIVE:
             after = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
         else:
-            after = replace(row, state=PendingState.GARBAGE, owner=None, attempts=0)
+            state = row.state if row.state is PendingState.DELETING else PendingState.GARBAGE
+            after = replace(row, state=state, owner=None, attempts=0)
             after = replace(after, due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
         tx.change({}, {(row.volume, row.path): after})
 

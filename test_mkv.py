@@ -4969,8 +4969,25 @@ def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(tx
     claim_and_commit(tx, replace(R, version="3" * 20))
     settle_at(tx, {("c", R.path): True})
     assert row_at(tx, ("c", R.path)).state is mkv.PendingState.WATCHED
-    settle_at(tx, {("c", R.path): True})
+    for _ in range(2):  # a tool's connection may break, so that it sends twice
+        settle_at(tx, {("c", R.path): True})
     assert ("c", R.path) not in tx.pending_of("k")
+
+
+def test_copy_that_was_sent_twice_while_its_key_died_may_come_twice(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 0.0)
+    assert mkv_tools.commit(tx, MOVE, "", 10.0, {"c": 2}) == "changed"
+    settle_at(tx, {("c", R.path): True})
+    assert ("c", R.path) in tx.pending_of("k")
+
+
+def test_end_of_a_copy_ends_no_doubt_about_a_delete(tx: mkv.Transaction) -> None:
+    mkv_tools.claim(tx, MOVE)
+    tx.end_claims(R.path, ())
+    tx.settle({}, {row_at(tx, ("c", R.path)): mkv.HUNG})
+    mkv_tools.commit(tx, MOVE, "", 10.0)
+    assert row_at(tx, ("c", R.path)).state is mkv.PendingState.DELETING
 
 
 def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(tx: mkv.Transaction) -> None:
