@@ -231,13 +231,17 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.stop(signal.SIGKILL)
 
 
+NOT_SIMPLE = {"Connection": "keep-alive, x"}  # what has this header is served by aiohttp
+MORE_HEADERS = dict[str, str]()  # of all that `ask` sends
+
+
 def ask(
     url: str, method: str = "GET", body: Any = None, token: str = "", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """One request on a connection of its own; redirects are not followed. Header names have _ for -."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    named = MORE_HEADERS | {name.replace("_", "-"): value for name, value in headers.items()}
     if token:
         named["Authorization"] = f"Bearer {SECRETS.get(token, token)}"
     try:
@@ -2234,17 +2238,79 @@ def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
 # == HTTP: the same contract over embedded volumes and over real nginx ================================================
 
 
-@pytest.fixture(scope="module", params=["embedded", "nginx"])
+@pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A server with its own volumes, or nginx's, or whose clients are served by aiohttp."""
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.ExitStack() as stack:
         flags = ["--garbage-delay", "0", "--list-rate", "0"]
         if request.param == "nginx":
             for i in range(3):
                 flags += ["--volume", f"n{i}={stack.enter_context(Nginx(folder / f'n{i}')).url}"]
+        if request.param == "aiohttp":
+            stack.enter_context(pytest.MonkeyPatch.context()).setitem(MORE_HEADERS, "Connection", "keep-alive, x")
         program = Program(folder / "program", *flags)
         stack.callback(program.stop, signal.SIGKILL)
         yield program
+
+
+WRONG_DIGEST = {"Repr-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"}
+REQUESTS: tuple[tuple[str, str, dict[str, str], Any], ...] = (
+    ("PUT", "k.png", {}, b"x"),
+    ("PUT", "k.png", {"If-None-Match": "*"}, b"y"),
+    ("PUT", "k.png", {"If-Match": "*", "Content-Type": "image/gif"}, b"z"),
+    ("PUT", "chunked", {}, iter([b"abc", b"def"])),
+    ("PUT", "large", {}, b"x" * 300_000),
+    ("PUT", "empty", {}, b""),
+    ("PUT", "bad", {"Content-Encoding": "gzip"}, b"x"),
+    ("PUT", "bad", {"Content-Range": "bytes 0-1/2"}, b"x"),
+    ("PUT", "bad", {"Content-Type": "nothing"}, b"x"),
+    ("PUT", "bad", WRONG_DIGEST, b"x"),
+    ("PUT", "bad?query", {}, b"x"),
+    ("PUT", "bad%zz", {}, b"x"),
+    ("PUT", "b" * 1100, {}, b"x"),
+    ("GET", "k.png", {}, None),
+    ("HEAD", "k.png", {}, None),
+    ("GET", "k.png?query", {}, None),
+    ("GET", "k.png", {"If-None-Match": "*"}, None),
+    ("GET", "k.png", {"If-Match": '"a"'}, None),
+    ("GET", "k.png", {"If-Match": "a"}, None),
+    ("HEAD", "large", {"If-Modified-Since": "Sat, 01 Jan 2050 00:00:00 GMT"}, None),
+    ("GET", "none", {}, None),
+    ("HEAD", "none", {}, None),
+    ("DELETE", "k.png", {"If-Match": '"a"'}, None),
+    ("DELETE", "k.png", {}, None),
+    ("DELETE", "k.png", {}, None),
+)
+VARIES = {"date", "x-request-id", "location", "mkv-volumes", "last-modified", "connection"}
+
+
+@pytest.mark.parametrize("query", ["", "?delimiter=/&limit=2", "?limit=0", "?prefix=%ff", "?nonsense"])
+def test_lists_and_reports_are_the_same_from_both_servers(start: Callable[..., Program], query: str) -> None:
+    server = start()
+    for path in (f"/{query}", "/-/livez", "/-/readyz", "/-/nothing"):
+        for method in ("GET", "HEAD"):
+            both = [comparable(ask(server.url + path, method, **more)) for more in ({}, NOT_SIMPLE)]
+            assert both[0] == both[1], (method, path)
+
+
+def comparable(answer: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, str], bytes]:
+    """Return an answer without what differs from one to the next."""
+    status, headers, body = answer
+    body = re.sub(rb'"request_id": "[0-9a-f]+"', b"", body)
+    return status, {name: value for name, value in headers.items() if name not in VARIES}, body
+
+
+def test_lane_and_aiohttp_answer_alike(start: Callable[..., Program]) -> None:
+    server = start()
+    for method, path, headers, body in REQUESTS:
+        again = list(body) if isinstance(body, Iterator) else body
+        both = list[Any]()
+        for space, more in (("one", {}), ("two", NOT_SIMPLE)):
+            named = {name.replace("-", "_"): value for name, value in (headers | more).items()}
+            sent = iter(again) if isinstance(again, list) else again
+            both.append(comparable(ask(f"{server.url}/{space}/{path}", method, sent, **named)))
+        assert both[0] == both[1], (method, path, headers)
 
 
 def read_back(store: Program, key: str) -> bytes:
