@@ -77,6 +77,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1082,6 +1083,9 @@ def parse_list_query(query: str) -> ListQuery:
 #
 # Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a step of the wall
 # clock neither hastens nor delays a deletion. After a boot of the machine it goes on from the wall clock.
+#
+# The face that all others use, the tools too: Index (reads, and `write` for mutations), Transaction (what a mutation
+# may do), Replacement (a new index in place of the old one). No SQL, connection or error of SQLite leaves this section.
 
 SCHEMA_VERSION = 2
 RECORDS = """
@@ -1113,6 +1117,30 @@ TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
 LIST_FRAME = 8 * 1024  # of these for all but the entries: `next` may have 6 bytes for each of a key
+RECORD_PAGE = 1000  # of all records, for a tool
+PENDING_PAGE = 10_000
+FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
+INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
+
+
+class IndexFailed(Unavailable):
+    """The index could not be read or written, say on a full disk: nothing was done."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the index: {reason}")
+        self.reason = reason
+
+
+class IndexDamaged(IndexFailed):
+    """It is no index, one of another schema, or a damaged one."""
+
+
+def explain_sqlite(error: Exception) -> Exception:
+    """Return what goes out of this section for an error: those of SQLite stay inside."""
+    if isinstance(error, sqlite3.OperationalError):  # busy, out of space, no permission
+        return IndexFailed(str(error))
+    return IndexDamaged(str(error)) if isinstance(error, sqlite3.Error) else error
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -1439,6 +1467,29 @@ def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
     return [pending_of_row(row) for row in db.execute(query, (volume, read_clock(db)))]
 
 
+def select_pending_between(first: str, last: str, db: sqlite3.Connection) -> list[Pending]:
+    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
+    return [pending_of_row(row) for row in db.execute(query, (first, after_prefix(last)))]
+
+
+def select_unclaimed(volume: str, db: sqlite3.Connection) -> list[Place]:
+    query = "SELECT volume, path FROM pending WHERE volume = ? AND owner IS NULL LIMIT ?"
+    return list(db.execute(query, (volume, FORGET_ROWS)))
+
+
+def select_records(after: str, db: sqlite3.Connection) -> list[Record]:
+    query = f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT ?"
+    return [record_of_row(row) for row in db.execute(query, (after, RECORD_PAGE))]
+
+
+def select_pending(after: Place, db: sqlite3.Connection) -> list[Pending]:
+    """Return a page of all that is pending, in the order of paths."""
+    query = f"""SELECT {PENDING_COLUMNS} FROM pending WHERE (path, volume) > (?, ?)
+        ORDER BY path, volume LIMIT ?"""
+    volume, path = after
+    return [pending_of_row(row) for row in db.execute(query, (path, volume, PENDING_PAGE))]
+
+
 def read_garbage_age(db: sqlite3.Connection) -> float:
     """Return for how many seconds the oldest garbage has waited, 0 if there is none."""
     oldest = db.execute("SELECT min(since) FROM pending WHERE state = 'garbage'").fetchone()[0]
@@ -1474,7 +1525,11 @@ class SqliteThread:
         return work(self._db)
 
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
+        """Do `work` on the thread; raises IndexFailed."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
+        except sqlite3.Error as error:
+            raise explain_sqlite(error) from error
 
     def call(self, item: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
@@ -1489,6 +1544,7 @@ class SqliteThread:
             self._observe(len(batch))
             try:
                 answers = await self.run(partial(self._carry_out, [item for item, _ in batch]))
+                answers = [explain_sqlite(one) if isinstance(one, Exception) else one for one in answers]
             except Exception as error:  # the whole hop failed, say on a full disk: nobody's call was carried out
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
@@ -1608,7 +1664,9 @@ class Index:
     open, it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away."""
 
     def __init__(self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None) -> None:
-        self.path, self._lock = path, -1
+        self.path = path
+        self._lock = -1
+        self._tools_lock = -1
         self._writer = SqliteThread(path, False, write_all, partial(observe, "write"))
         self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
         self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
@@ -1622,8 +1680,28 @@ class Index:
             await self._writer.run(prepare_index)
         except BlockingIOError:
             raise ConfigError([f"db: {self.path} is being rebuilt by mkv_tools.py"]) from None
-        except (OSError, sqlite3.Error) as error:
+        except IndexFailed as error:
+            raise ConfigError([f"db: {self.path}: {error.reason}"]) from None
+        except OSError as error:
             raise ConfigError([f"db: {self.path}: {error}"]) from None
+
+    def exists(self) -> bool:
+        return Path(self.path).is_file()
+
+    def lock_tools(self) -> None:
+        """Keep other tools that move replicas away until `close`; raises Unavailable if there is one."""
+        try:
+            self._tools_lock = lock_file(f"{self.path}.tools", exclusive=True)
+        except BlockingIOError:
+            raise Unavailable("another rebalance or verify --repair is running") from None
+
+    async def _find_damage(self) -> str:
+        """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed if it may be no
+        damage."""
+        try:
+            return await self._writer.run(open_old_index)
+        except IndexDamaged as error:
+            return error.reason
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
@@ -1634,9 +1712,67 @@ class Index:
         it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(mutation)
 
-    async def read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
         return await self._take_turn(self._readers).run(query)
+
+    async def get_many(self, keys: list[str]) -> list[Record | None]:
+        """Look many records up; raises IndexFailed, as all that follow."""
+        return await self._read(partial(get_all, keys))
+
+    async def totals(self) -> dict[str, tuple[int, int]]:
+        """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and GARBAGE."""
+        return await self._read(read_totals)
+
+    async def garbage_age_s(self) -> float:
+        """Return for how long the oldest garbage has waited, 0 if there is none."""
+        return await self._read(read_garbage_age)
+
+    async def now_s(self) -> float:
+        """Return the time by the index's own clock."""
+        return await self._read(read_clock)
+
+    async def due_on(self, volume: str) -> list[Pending]:
+        """Return some of what is to be deleted on a volume now, the oldest first."""
+        return await self._read(partial(select_due, volume))
+
+    async def unclaimed_on(self, volume: str) -> list[Place]:
+        """Return some of what is pending on a volume and claimed by nobody."""
+        return await self._read(partial(select_unclaimed, volume))
+
+    async def pending_between(self, first: str, last: str) -> list[Pending]:
+        """Return what is pending on paths from `first` to those that begin with `last`."""
+        return await self._read(partial(select_pending_between, first, last))
+
+    async def read_records(self) -> AsyncIterator[list[Record]]:
+        """Yield all records in the order of their keys, in pages: each page is of one moment, not all of them."""
+        after = ""
+        while page := await self._read(partial(select_records, after)):
+            yield page
+            after = page[-1].key
+
+    async def read_pending(self) -> AsyncIterator[list[Pending]]:
+        """Yield all that is pending, in pages."""
+        after = ("", "")
+        while page := await self._read(partial(select_pending, after)):
+            yield page
+            after = (page[-1].volume, page[-1].path)
+
+    def check_target(self, target: str) -> None:
+        """Raise ConfigError if a copy of the index may not be written to the file `target`."""
+        check_target(target, f"{target}.tmp", self.path)
+
+    async def copy_to(self, target: str) -> int:
+        """Copy the index as it is at this moment to a file, while others write; return its number
+        of keys. The file appears whole, checked and synced, or not at all."""
+        part = f"{target}.tmp"
+        try:
+            remove_index(part)
+            keys = await self._read(partial(copy_index, part))
+            put_in_place(part, target)
+        finally:
+            remove_index(part)
+        return keys
 
     async def list_page(self, query: ListQuery) -> bytes:
         """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
@@ -1651,9 +1787,180 @@ class Index:
         """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
         for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
+        for lock in (self._lock, self._tools_lock):
+            if lock >= 0:
+                os.close(lock)
+        self._lock = -1
+        self._tools_lock = -1
+
+
+class Replacement:
+    """A new index that is made beside the one at `path`, and takes its place or is given up. Meanwhile no server and no
+    tool has the index open. `old` is None if there is none that can be read, `damage` says what is wrong with it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.new = Index(f"{path}.new")
+        self.old: Index | None = None
+        self.damage = ""
+        self._lock = -1
+
+    async def open(self) -> None:
+        """Lock the index, look at the old one, begin the new one; raises Unavailable, ConfigError, OSError."""
+        Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_file(f"{self.path}.lock", exclusive=True)
+        except BlockingIOError:
+            raise Unavailable(f"{self.path} is in use by a server or a tool: stop that first") from None
+        if Path(self.path).is_file():
+            self.old = Index(self.path)
+            self.damage = await self.old._find_damage()
+            if self.damage:
+                await self._close_old()
+                self.old = None
+        remove_index(self.new.path)
+        await self.new.open()
+
+    async def lost(self) -> AsyncIterator[list[tuple[Record, bool]]]:
+        """Yield the records of the old index that the new one lacks, and whether it has an older version, in pages."""
+        after = ""
+        while self.old is not None:
+            page = await self.old._writer.run(partial(select_lost, self.new.path, after))
+            if not page:
+                return
+            yield page
+            after = page[-1][0].key
+
+    async def finish(self, keys: int, size: int) -> str:
+        """Check that the new index is sound and holds so many keys and bytes, and put it in the place of the old one.
+        Return the name under which that is kept, "" if there was none; raises IndexFailed, and then the old one stays.
+        It is killed at any step without harm."""
+        await self.new._read(partial(check_new_index, keys, size))
+        await self.new.close()
+        await self._close_old()
+        kept = keep_old_index(self.path) if Path(self.path).is_file() else ""
+        put_in_place(self.new.path, self.path)
+        return kept
+
+    async def _close_old(self) -> None:
+        if self.old is not None:
+            await self.old.close()
+
+    async def close(self) -> None:
+        """Leave nothing of a new index that was not put in place."""
+        await self.new.close()
+        await self._close_old()
         if self._lock >= 0:
+            remove_index(self.new.path)
             os.close(self._lock)
             self._lock = -1
+
+
+def open_old_index(db: sqlite3.Connection) -> str:
+    """Bring the old index's log into it; return what is wrong with it, or ""."""
+    if not db.execute("PRAGMA user_version").fetchone()[0]:
+        return "it is empty"
+    prepare_index(db)
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+    return "" if soundness == "ok" else soundness
+
+
+def select_lost(new: str, after: str, db: sqlite3.Connection) -> list[tuple[Record, bool]]:
+    """Return a page of the records that the index at `new` lacks or has in an older version, and which of the two."""
+    query = f"""SELECT new.version IS NOT NULL, old.* FROM (SELECT {COLUMNS} FROM main.record) AS old
+        LEFT JOIN fresh.record AS new USING (key)
+        WHERE key > ? AND (new.version IS NULL OR new.version < old.version) ORDER BY key LIMIT ?"""
+    db.execute("ATTACH ? AS fresh", (new,))
+    try:
+        rows = db.execute(query, (after, RECORD_PAGE)).fetchall()
+    finally:
+        db.execute("DETACH fresh")
+    return [(record_of_row(row), bool(older)) for older, *row in rows]
+
+
+def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
+    """Raise IndexFailed unless the new index is sound and holds what was read."""
+    soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
+    if soundness != "ok" or rows != (keys, size) or read_totals(db).get(ALL_KEYS, (0, 0)) != rows:
+        raise IndexFailed(f"the new one is not what was read ({soundness}, {rows}); the old one stays")
+
+
+def copy_index(target: str, db: sqlite3.Connection) -> int:
+    """Copy the index as it is at this moment to `target`, and check the copy; return its number of keys."""
+    with contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)  # in one step: one snapshot, while writers go on
+        copy.execute("PRAGMA journal_mode = DELETE")
+        with copy:
+            # by the time that it is restored, what is claimed now may be committed
+            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
+        soundness = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if soundness != "ok":
+            raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
+        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
+
+
+# -- its files --
+
+
+def remove_index(path: str) -> None:
+    for suffix in INDEX_SUFFIXES:
+        Path(path + suffix).unlink(missing_ok=True)
+
+
+def put_in_place(file: str, target: str) -> None:
+    """Give `file` the name `target`, for good: it is synced before, and its folder after."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(file, target)
+    sync_folder(Path(target).absolute().parent)
+
+
+def keep_old_index(path: str) -> str:
+    """Give the index, and its log if that could not be brought in, a second, dated name; return that."""
+    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
+    for suffix in ("", "-wal"):
+        if Path(path + suffix).exists():
+            try:
+                os.link(path + suffix, name + suffix)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path + suffix, name + suffix)
+    sync_folder(Path(path).absolute().parent)
+    for suffix in ("-wal", "-shm"):  # the log of the old index must never be applied to the new one
+        Path(path + suffix).unlink(missing_ok=True)
+    return name
+
+
+def files_of_index(path: str) -> set[str]:
+    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
+    suffixes = [*INDEX_SUFFIXES, *TOOL_SUFFIXES, *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
+
+
+def identify_file(path: str) -> set[tuple[int, int, str]]:
+    """Return what two paths to the same file share, wherever links lead: the file itself, which
+    may have several names; and its name in its folder, for a file that is not there yet."""
+    real = Path(os.path.realpath(path))
+    marks = set[tuple[int, int, str]]()
+    for place, name in ((real, ""), (real.parent, real.name)):
+        with contextlib.suppress(OSError):
+            facts = place.stat()
+            marks.add((facts.st_dev, facts.st_ino, name))
+    return marks
+
+
+def check_target(target: str, part: str, index: str) -> None:
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of `part`."""
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError([f"FILE: there is no folder {folder}"])
+    taken = set[tuple[int, int, str]]()
+    for path in files_of_index(index):
+        taken |= identify_file(path)
+    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
+        if not taken.isdisjoint(identify_file(path)):
+            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
 
 
 # == Volume client ====================================================================================================
@@ -2521,7 +2828,7 @@ class Store:
 
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
-            with contextlib.suppress(sqlite3.Error):  # then it is looked at until the doubt has passed
+            with contextlib.suppress(IndexFailed):  # then it is looked at until the doubt has passed
                 await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered))
 
     async def start(self) -> None:
@@ -2535,8 +2842,8 @@ class Store:
         if number != TOOL:
             try:
                 await self.index.write(lambda tx: tx.release_claims(number, config.workers))
-            except sqlite3.Error as error:  # a full disk: reads go on
-                log.error("index: %s; what the last run left on the volumes waits for the next start", error)
+            except IndexFailed as error:  # a full disk: reads go on
+                log.error("%s; what the last run left on the volumes waits for the next start", error)
         if number == 0:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
 
@@ -2629,8 +2936,8 @@ class Store:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
         try:
             rows, outlived = await self.index.write(lambda tx: discard_put(tx, key, write.path, write.doubts))
-        except sqlite3.Error as error:
-            log.error("index: %s; deleting what was written for %r all the same", error, key)
+        except IndexFailed as error:
+            log.error("%s; deleting what was written for %r all the same", error, key)
             path, current = write.path, await self.index.get(key)
             if path and (current is None or current.path != path):  # else the commit that seemed to fail did not
                 deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed)
@@ -2700,8 +3007,8 @@ class Store:
                 await self.index.write(lambda tx: tx.settle({rows[place]: found for place, found in seen.items()}))
             elif proofs:
                 await self.index.write(lambda tx: tx.note_found(proofs))
-        except sqlite3.Error as error:
-            log.error("index: %s; what was deleted will be deleted again", error)
+        except IndexFailed as error:
+            log.error("%s; what was deleted will be deleted again", error)
 
     async def _put_marks(
         self, view: View, key: str, needed: Mapping[str, Collection[str]], silent: Collection[str], copies: int
@@ -2728,8 +3035,8 @@ class Store:
                 await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=(), doubtful=names))
                 await asyncio.gather(*map(put, names))
             await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=done, doubtful=()))
-        except sqlite3.Error as error:
-            log.error("index: %s; a mark of %r may stay until verify --repair removes it", error, key)
+        except IndexFailed as error:
+            log.error("%s; a mark of %r may stay until verify --repair removes it", error, key)
         return len(done) >= copies
 
     async def list(self, query: ListQuery) -> bytes:
@@ -2755,7 +3062,7 @@ class Store:
             raise Unavailable("shutting down" if self.stopping else "no volume is up")
 
     async def status(self) -> dict[str, Any]:
-        totals, volumes = await self.index.read(read_totals), []
+        totals, volumes = await self.index.totals(), []
         for name, client in self.view.clients.items():
             blobs, size = totals.get(name, (0, 0))
             state = self.health.states.get(name, State.DOWN).value
@@ -2765,7 +3072,7 @@ class Store:
 
     async def render_metrics(self) -> str:
         status = await self.status()
-        oldest_s = await self.index.read(read_garbage_age)
+        oldest_s = await self.index.garbage_age_s()
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
@@ -2795,7 +3102,7 @@ class Store:
 
     async def _collect_on(self, client: VolumeClient) -> int:
         name = client.volume.name
-        due = iter(await self.index.read(partial(select_due, name)))
+        due = iter(await self.index.due_on(name))
         seen = dict[Pending, bool]()
         failed = dict[Pending, Doubt | None]()
 
@@ -3057,13 +3364,13 @@ async def answer(
     try:
         response = await handler(request)
         response.headers["X-Request-ID"] = call.id
+    except IndexFailed as error:
+        log.error("%s", error)
+        response = render_error(error, call.id)
     except MkvError as error:
         response = render_error(error, call.id)
     except web.HTTPException as error:  # aiohttp's router: a target that is no path, such as that of OPTIONS *
         response = render_error(BadRequest(f"this target is no path: {error.reason}"), call.id)
-    except sqlite3.Error as error:
-        log.error("index: %s", error)
-        response = render_error(Unavailable(f"the index: {error}"), call.id)
     except Exception:
         log.exception("unexpected error, request %s", call.id)
         response = render_error(MkvError("this is a bug in mkv; its log has more under this request_id"), call.id)
