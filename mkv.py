@@ -92,7 +92,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
@@ -439,9 +440,15 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def blob_path(key: str, version: str, ext: str) -> str:
+@lru_cache(4096)  # one request asks several times
+def key_stem(key: str) -> str:
+    """Return what the paths of all versions of a key begin with."""
     h = hash_key(key)
-    return f"/{h[:2]}/{h[2:4]}/{h}-{version}{'.' if ext else ''}{ext}"
+    return f"/{h[:2]}/{h[2:4]}/{h}-"
+
+
+def blob_path(key: str, version: str, ext: str) -> str:
+    return f"{key_stem(key)}{version}{'.' if ext else ''}{ext}"
 
 
 def sidecar_path(path: str) -> str:
@@ -771,9 +778,9 @@ CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, *TOO
 DEAD = (PendingState.GARBAGE, PendingState.WATCHED, PendingState.DELETING)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pending:
-    """A place on a volume that is claimed or to be deleted. Times are seconds of the index's own clock."""
+class Pending(NamedTuple):
+    """A place on a volume that is claimed or to be deleted. Times are seconds of the index's own
+    clock. The fields are in the order of the columns: thousands a second are made and written."""
 
     path: str  # of the blob; of a mark: its own
     volume: str
@@ -825,9 +832,9 @@ def bury(
             doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
         )  # fmt: skip
         if old is not None:
-            new = replace(new, sent=old.sent + new.sent - 1)
+            new = new._replace(sent=old.sent + new.sent - 1)
         if old is not None and old.doubt_s is not None:
-            new = replace(new, doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
+            new = new._replace(doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
         after[volume, path] = new
     return after
 
@@ -850,9 +857,7 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
             sent += doubts[row.volume].sidecars - 1
         if times_s:
             doubt_s = max(times_s)
-            after[place] = replace(
-                row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s, sent=sent
-            )  # fmt: skip
+            after[place] = row._replace(state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s, sent=sent)
     return after
 
 
@@ -887,7 +892,7 @@ def tell_others(rows: Rows, path: str, conditions: Conditions, now_s: float) -> 
         if row.path == path:
             continue
         if row.state is PendingState.CLAIMED and lets_before(conditions):
-            after[place] = replace(row, state=PendingState.OVERTAKEN)
+            after[place] = row._replace(state=PendingState.OVERTAKEN)
         elif row.state in TOOL_CLAIMS:
             after = bury(after, row.path, [row.volume], now_s, 0.0)
     return after
@@ -910,7 +915,8 @@ def decide_put(record: Record, conditions: Conditions, current: Record | None, r
     """
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         return Commit.CHANGED
-    claims = {row.volume: row.state for row in rows.values() if row.path == record.path and row.state in CLAIMS}
+    path = record.path
+    claims = {row.volume: row.state for row in rows.values() if row.path == path and row.state in CLAIMS}
     if not claims.keys() >= set(record.volumes):
         return Commit.LOST
     versions = {row.version for row in rows.values() if row.state not in CLAIMS}
@@ -986,7 +992,7 @@ def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
     attempts = row.attempts + 1
     due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
     state = PendingState.WATCHED if row.state is PendingState.GARBAGE else row.state
-    return replace(row, state=state, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
+    return row._replace(state=state, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
 
 
 def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
@@ -995,11 +1001,11 @@ def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
     Such a DELETE could hit a replica that a tool brings back there.
     """
     attempts = row.attempts + 1
-    after = replace(row, attempts=attempts, due_s=now_s + retry_delay_s(attempts))
+    after = row._replace(attempts=attempts, due_s=now_s + retry_delay_s(attempts))
     if doubt is None or row.state not in DEAD:
         return after
     doubt_s = max(row.doubt_s or 0.0, now_s + doubt.seconds)
-    return replace(after, state=PendingState.DELETING, doubt_s=doubt_s)
+    return after._replace(state=PendingState.DELETING, doubt_s=doubt_s)
 
 
 def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
@@ -1007,10 +1013,10 @@ def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
     more."""
     if row.doubt_s is None or row.state is PendingState.DELETING:
         return row
-    after = replace(row, doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
+    after = row._replace(doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
     if row.state is PendingState.WATCHED:
-        return replace(after, state=PendingState.GARBAGE, due_s=min(row.due_s or 0.0, row.since_s))
-    return replace(after, due_s=after.doubt_s or 0.0) if row.state is PendingState.KEPT else after
+        return after._replace(state=PendingState.GARBAGE, due_s=min(row.due_s or 0.0, row.since_s))
+    return after._replace(due_s=after.doubt_s or 0.0) if row.state is PendingState.KEPT else after
 
 
 def authorize(
@@ -1111,7 +1117,18 @@ DROP TABLE claim;
 STEPS = {0: RECORDS + PENDING, 1: PENDING + FROM_1_TO_2}  # from a schema to this one
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
+FIELDS = 7
 PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent"
+PENDING_STATES = {state.value: state for state in PendingState}
+PENDING_TEXTS = {state: state.value for state in PendingState}
+Row = tuple[Any, ...]
+KEY_STEM = STEM - 20  # as key_stem
+# Fields and records are told apart by NUL, which no key has: half the cost of JSON.
+LOOK_UP = f"""SELECT group_concat({COLUMNS.replace(", ", "||char(0)||")}, char(0))
+    FROM record WHERE key IN ({{}})"""
+PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
+NO_ROWS = set[Row]()
+REMEMBERED = 4000  # records and paths, from one transaction to the next
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
@@ -1145,20 +1162,77 @@ def explain_sqlite(error: Exception) -> Exception:
 
 def record_of_row(row: Iterable[Any]) -> Record:
     key, version, volumes, size, digest, content_type, ext = row
-    where = tuple(volumes.split())
-    return Record(key=key, version=version, volumes=where, size=size, digest=digest, content_type=content_type, ext=ext)
-
-
-def pending_of_row(row: Iterable[Any]) -> Pending:
-    path, volume, state, owner, due, attempts, since, doubt, sent = row
-    return Pending(
-        path=path, volume=volume, state=PendingState(state), owner=owner,
-        due_s=due, attempts=attempts, since_s=since, doubt_s=doubt, sent=sent,
+    return Record(
+        key=key, version=version, volumes=tuple(volumes.split()), size=int(size),
+        digest=digest, content_type=content_type, ext=ext,
     )  # fmt: skip
 
 
-def row_of_pending(p: Pending) -> tuple[Any, ...]:
-    return p.path, p.volume, p.state, p.owner, p.due_s, p.attempts, p.since_s, p.doubt_s, p.sent
+def row_of_record(record: Record) -> Row:
+    r = record
+    return r.key, r.version, " ".join(r.volumes), r.size, r.digest, r.content_type, r.ext
+
+
+def pending_of_rows(rows: Iterable[Row]) -> list[Pending]:
+    """Return what rows say: one of claims may name several volumes."""
+    found = list[Pending]()
+    for path, volumes, state, *rest in rows:
+        for volume in volumes.split():
+            found.append(Pending(path, volume, PENDING_STATES[state], *rest))
+    return found
+
+
+def rows_of_pending(pending: Iterable[Pending]) -> set[Row]:
+    """Return the rows that say this of one path. Claims that differ only in the volume share one: a row costs
+    more than all else of a claim, and most of them are gone soon."""
+    rows = set[Row]()
+    claims = dict[Row, list[str]]()
+    for path, volume, state, owner, *rest in pending:
+        text = PENDING_TEXTS[state]  # SQLite's module takes plain strings at once
+        if owner is None:
+            rows.add((path, volume, text, owner, *rest))
+        else:
+            claims.setdefault((text, owner, *rest), []).append(volume)
+    for row, volumes in claims.items():
+        rows.add((path, " ".join(sorted(volumes)), *row))
+    return rows
+
+
+def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
+    """Cut `rows` into pieces of a few sizes: each size is a statement that is prepared once."""
+    start = 0
+    for size in PIECES:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
+def run_on_rows(db: sqlite3.Connection, before: str, rows: Collection[Row], after: str = "") -> None:
+    """Run a statement on many rows in few steps of SQLite: each step gives up the GIL, and a busy
+    event loop is slow to return it."""
+    for piece in in_pieces(list(rows)):
+        values = ",".join([f"({','.join('?' * len(piece[0]))})"] * len(piece))
+        db.execute(before + values + after, list(chain.from_iterable(piece)))
+
+
+def look_up(keys: list[str], db: sqlite3.Connection) -> dict[str, Record]:
+    """Return the records of `keys`, in one step of SQLite for many. No key has NUL in it."""
+    found = dict[str, Record]()
+    for start in range(0, len(keys), PIECES[0]):
+        part = keys[start : start + PIECES[0]]
+        size = min(one for one in PIECES if one >= len(part))
+        part += part[-1:] * (size - len(part))  # each size is a statement that is prepared once
+        text = db.execute(LOOK_UP.format(",".join("?" * size)), part).fetchone()[0]
+        fields = text.split("\0") if text is not None else []
+        for i in range(0, len(fields), FIELDS):
+            found[fields[i]] = record_of_row(fields[i : i + FIELDS])
+    return found
+
+
+def end_of_stem(stem: str) -> str:
+    """Return the first string after all paths of the key that `stem` is of."""
+    end = after_prefix(stem) if len(stem) == KEY_STEM else None
+    return end or f"{stem}\0"  # what is shorter is a path of nobody's
 
 
 def read_clock(db: sqlite3.Connection) -> float:
@@ -1167,52 +1241,171 @@ def read_clock(db: sqlite3.Connection) -> float:
 
 
 class Transaction:
-    """What a mutation may do: the records, what is pending, and with both, always, the totals."""
+    """What a mutation may do: the records, what is pending, and with both, always, the totals.
+
+    It works on what it has read, in memory; `flush` writes it. What it has read it remembers for
+    the next transaction, unless another connection has written in between: most of what a commit
+    asks for is what its claim has written.
+    """
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
-        self.now_s = read_clock(db)
-        self._totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._seen: int | None = None  # SQLite's data_version when this was read:
+        self._ahead_s = 0.0
+        self._records = dict[str, Record | None]()
+        self._pending = dict[str, dict[Place, Pending]]()  # stem of a key's paths -> all of the key
+        self._rows = dict[str, set[Row]]()  # path -> what is stored
+        # and this is to be written:
+        self._changed = set[str]()  # keys
+        self._touched = set[str]()  # paths
+        self._totals = defaultdict[str, list[int]](lambda: [0, 0])
+        self.now_s = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what may have changed since, and look at the clock."""
+        (seen,) = self._db.execute("PRAGMA data_version").fetchone()
+        if seen != self._seen or len(self._records) + len(self._rows) > REMEMBERED:
+            self._records.clear()
+            self._pending.clear()
+            self._rows.clear()
+            self._seen = seen
+            self._ahead_s = read_clock(self._db) - time.monotonic()
+        self.now_s = time.monotonic() + self._ahead_s
+
+    def read_ahead(self, keys: Iterable[str], paths: Iterable[str] = ()) -> None:
+        """Read what is not known yet of keys, and of the keys that paths belong to."""
+        stems = {path[:KEY_STEM] for path in paths}
+        unknown = list[str]()
+        for key in keys:
+            stems.add(key_stem(key))
+            if key not in self._records:
+                unknown.append(key)
+        stems -= self._pending.keys()
+        if unknown:
+            found = look_up(unknown, self._db)
+            for key in unknown:
+                self._records[key] = found.get(key)
+        if stems:
+            self._read_pending(stems)
+
+    def _read_pending(self, stems: Collection[str]) -> None:
+        for stem in stems:
+            self._pending[stem] = {}
+        for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
+            values = ",".join(["(?,?)"] * len(piece))
+            query = f"""WITH span AS (VALUES {values}) SELECT {PENDING_COLUMNS}
+                FROM span CROSS JOIN pending WHERE path >= column1 AND path < column2"""
+            self._remember(self._db.execute(query, list(chain.from_iterable(piece))).fetchall())
+
+    def _remember(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self._rows.setdefault(row[0], set()).add(row)
+        for pending in pending_of_rows(rows):
+            self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
+
+    def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
+        if stem not in self._pending:
+            self._read_pending([stem])
+        return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
-        row = self._db.execute(f"SELECT {COLUMNS} FROM record WHERE key = ?", (key,)).fetchone()
-        return record_of_row(row) if row else None
+        if key not in self._records:
+            self._records[key] = look_up([key], self._db).get(key)
+        return self._records[key]
 
     def insert(self, record: Record) -> None:
-        r = record
-        row = (r.key, r.version, " ".join(r.volumes), r.size, r.digest, r.content_type, r.ext)
-        self._db.execute(f"INSERT INTO record ({COLUMNS}) VALUES (?,?,?,?,?,?,?)", row)
+        if self.get(record.key) is not None:
+            raise ValueError(f"{record.key!r} has a record already")
+        self._records[record.key] = record
+        self._changed.add(record.key)
         self._count(record, 1)
 
     def remove(self, record: Record) -> None:
-        self._db.execute("DELETE FROM record WHERE key = ?", (record.key,))
+        self._records[record.key] = None
+        self._changed.add(record.key)
         self._count(record, -1)
 
     def _count(self, record: Record, sign: int) -> None:
         for name in (ALL_KEYS, *record.volumes):
-            self._totals[name][0] += sign
-            self._totals[name][1] += sign * record.size
+            total = self._totals[name]
+            total[0] += sign
+            total[1] += sign * record.size
 
     def pending_below(self, start: str) -> dict[Place, Pending]:
-        """Return what is pending on paths that begin with `start`: of a key, of a version, or at one path."""
+        """Return what is pending on paths that begin with `start`: of a key, of a version, or at
+        one path."""
+        if len(start) < KEY_STEM:
+            return self._pending_of_many(start)
+        rows = self._pending_of_stem(start[:KEY_STEM])
+        return {place: row for place, row in rows.items() if place[1].startswith(start)}
+
+    def _pending_of_many(self, start: str) -> dict[Place, Pending]:
+        self.flush()
         query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
-        rows = map(pending_of_row, self._db.execute(query, (start, after_prefix(start))))
+        rows = pending_of_rows(self._db.execute(query, (start, after_prefix(start))))
         return {(row.volume, row.path): row for row in rows}
 
     def pending_of(self, key: str) -> dict[Place, Pending]:
-        return self.pending_below(blob_path(key, "", ""))
+        return dict(self._pending_of_stem(key_stem(key)))
 
     def change(self, before: Rows, after: Rows) -> None:
         """Make `after` of the rows `before`, and keep the total of the garbage."""
-        for place, old in before.items():
+        for place in before:
             if place not in after:
-                self._db.execute("DELETE FROM pending WHERE path = ? AND volume = ?", (old.path, old.volume))
+                self._put(place, None)
         for place, new in after.items():
-            if before.get(place) != new:
-                self._db.execute("INSERT OR REPLACE INTO pending VALUES (?,?,?,?,?,?,?,?,?)", row_of_pending(new))
-        for rows, sign in ((before, -1), (after, 1)):
-            garbage = [row for row in rows.values() if row.state is PendingState.GARBAGE]
-            self._totals[GARBAGE][0] += sign * len(garbage)
+            old = before.get(place)
+            if new is not old and new != old:
+                self._put(place, new)
+
+    def _put(self, place: Place, new: Pending | None) -> None:
+        path = place[1]
+        rows = self._pending_of_stem(path[:KEY_STEM])
+        old = rows.pop(place, None)
+        if old is not None and old.state is PendingState.GARBAGE:
+            self._totals[GARBAGE][0] -= 1
+        if new is not None:
+            rows[place] = new
+            if new.state is PendingState.GARBAGE:
+                self._totals[GARBAGE][0] += 1
+        self._touched.add(path)
+
+    def flush(self) -> None:
+        """Write what has changed; the last act of every transaction."""
+        if self._changed:
+            self._write_records()
+        if self._touched:
+            self._write_pending()
+        if self._totals:
+            after = """ ON CONFLICT (name) DO UPDATE
+                SET blobs = blobs + excluded.blobs, bytes = bytes + excluded.bytes"""
+            totals = [(name, *total) for name, total in self._totals.items()]
+            run_on_rows(self._db, "INSERT INTO total VALUES ", totals, after)
+            self._totals.clear()
+
+    def _write_records(self) -> None:
+        records = [(key, self._records[key]) for key in sorted(self._changed)]
+        gone = [(key,) for key, record in records if record is None]
+        rows = [row_of_record(record) for _, record in records if record is not None]
+        run_on_rows(self._db, "DELETE FROM record WHERE key IN (VALUES ", gone, ")")
+        run_on_rows(self._db, "INSERT OR REPLACE INTO record VALUES ", rows)
+        self._changed.clear()
+
+    def _write_pending(self) -> None:
+        gone = list[Row]()
+        new = list[Row]()
+        for path in sorted(self._touched):
+            of_key = self._pending[path[:KEY_STEM]]
+            rows = rows_of_pending(row for row in of_key.values() if row.path == path)
+            stored = self._rows.pop(path, NO_ROWS)
+            if rows:
+                self._rows[path] = rows
+            gone += [row[:2] for row in stored - rows]
+            new += rows - stored
+        run_on_rows(self._db, "DELETE FROM pending WHERE (path, volume) IN (VALUES ", gone, ")")
+        run_on_rows(self._db, "INSERT INTO pending VALUES ", new)
+        self._touched.clear()
 
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that is known of it, dead or alive."""
@@ -1230,14 +1423,14 @@ class Transaction:
             state = PendingState.OVERTAKEN
         after = dict(before)
         for volume in volumes:
-            new = Pending(path=path, volume=volume, state=state, owner=owner)
+            new = Pending(path, volume, state, owner)
             if state is PendingState.REMAKING:
-                new = replace(new, sent=2)  # one may be there
+                new = new._replace(sent=2)  # one may be there
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                new = replace(new, doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
+                new = new._replace(doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
             elif old is not None:
-                new = replace(new, doubt_s=old.doubt_s, sent=new.sent + old.sent)
+                new = new._replace(doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
 
@@ -1259,7 +1452,7 @@ class Transaction:
         for volume, count in sent.items():
             row = before.get((volume, path))
             if row is not None and row.state in DEAD and row.sent == count:
-                after[volume, path] = replace(row, state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
+                after[volume, path] = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
         self.change(before, after)
 
     def keep(self, path: str, volumes: Collection[str]) -> None:
@@ -1270,7 +1463,7 @@ class Transaction:
             if row.path == path and row.volume in volumes:
                 del after[place]
                 if row.doubt_s is not None:
-                    after[place] = replace(row, state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+                    after[place] = row._replace(state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
         self.change(before, after)
 
     def settle(self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None) -> None:
@@ -1290,7 +1483,7 @@ class Transaction:
         """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
         for volume, path in places:
             before = self._row_at(volume, path)
-            self.change(before, {place: replace(row, sent=max(0, row.sent - 1)) for place, row in before.items()})
+            self.change(before, {place: row._replace(sent=max(0, row.sent - 1)) for place, row in before.items()})
 
     def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
         """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any more."""
@@ -1315,7 +1508,11 @@ class Transaction:
         return {place: row for place, row in rows.items() if place == (volume, path) and row.state not in CLAIMS}
 
     def release_all_marks(self) -> None:
-        for (path,) in self._db.execute("SELECT DISTINCT path FROM pending WHERE state = 'mark'").fetchall():
+        self.flush()
+        query = "SELECT DISTINCT path FROM pending WHERE state = 'mark'"
+        paths = [path for (path,) in self._db.execute(query)]
+        self.read_ahead((), paths)
+        for path in paths:
             self._release_marks(path)
 
     def _release_marks(self, path: str) -> None:
@@ -1323,7 +1520,7 @@ class Transaction:
         rows = self.pending_below(path[:STEM])
         before = {place: row for place, row in rows.items() if row.state is PendingState.MARK and row.due_s is None}
         if all(row.state is PendingState.MARK or not row.sent for row in rows.values()):
-            self.change(before, {place: replace(row, due_s=self.now_s) for place, row in before.items()})
+            self.change(before, {place: row._replace(due_s=self.now_s) for place, row in before.items()})
 
     def add_marks(self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]) -> None:
         """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in `doubtful` perhaps."""
@@ -1342,17 +1539,14 @@ class Transaction:
     def release_claims(self, owner: int, workers: int) -> None:
         """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now. The
         volumes may still carry out what they were sent."""
+        self.flush()
         query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
-        for (path,) in self._db.execute(query, (owner, workers)).fetchall():
+        paths = [path for (path,) in self._db.execute(query, (owner, workers))]
+        self.read_ahead((), paths)
+        for path in paths:
             rows = self.pending_below(path).values()
             named = {row.volume for row in rows if row.state is PendingState.REMAKING}
             self.end_claims(path, named, {row.volume: BROKEN_OFF for row in rows})
-
-    def close(self) -> None:
-        """Write the totals; the last act of every transaction."""
-        query = """INSERT INTO total VALUES (?, ?, ?)
-            ON CONFLICT (name) DO UPDATE SET blobs = blobs + excluded.blobs, bytes = bytes + excluded.bytes"""
-        self._db.executemany(query, [(name, *total) for name, total in self._totals.items()])
 
 
 class Lost(Unavailable):
@@ -1464,12 +1658,12 @@ def describe(record: Record) -> dict[str, Any]:
 def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
     """Return some of what is due on a volume, the oldest first."""
     query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
-    return [pending_of_row(row) for row in db.execute(query, (volume, read_clock(db)))]
+    return pending_of_rows(db.execute(query, (volume, read_clock(db))))
 
 
 def select_pending_between(first: str, last: str, db: sqlite3.Connection) -> list[Pending]:
     query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
-    return [pending_of_row(row) for row in db.execute(query, (first, after_prefix(last)))]
+    return pending_of_rows(db.execute(query, (first, after_prefix(last))))
 
 
 def select_unclaimed(volume: str, db: sqlite3.Connection) -> list[Place]:
@@ -1487,7 +1681,7 @@ def select_pending(after: Place, db: sqlite3.Connection) -> list[Pending]:
     query = f"""SELECT {PENDING_COLUMNS} FROM pending WHERE (path, volume) > (?, ?)
         ORDER BY path, volume LIMIT ?"""
     volume, path = after
-    return [pending_of_row(row) for row in db.execute(query, (path, volume, PENDING_PAGE))]
+    return pending_of_rows(db.execute(query, (path, volume, PENDING_PAGE)))
 
 
 def read_garbage_age(db: sqlite3.Connection) -> float:
@@ -1563,47 +1757,63 @@ class SqliteThread:
 
 
 def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
-    """Look all keys up in one step of SQLite: each gives up the GIL, and a busy event loop is slow to return it."""
-    query = f"SELECT json_group_array(json_array({COLUMNS})) FROM record WHERE key IN (SELECT value FROM json_each(?))"
-    rows = json.loads(db.execute(query, (json.dumps(keys),)).fetchone()[0])
-    found = {row[0]: record_of_row(row) for row in rows}
+    found = look_up(keys, db)
     return [found.get(key) for key in keys]
 
 
-def write_all(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    """Carry all mutations out in one transaction; what one raises is its answer. If that is no
-    MkvError, it may have done half its work: then nothing was done, and each gets a transaction of
-    its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's fault."""
-    try:
-        return write_together(mutations, db)
-    except sqlite3.OperationalError:
-        raise
-    except Exception:
-        return [write_alone(mutation, db) for mutation in mutations]
+class Mutation(NamedTuple):
+    """What is to be done in a transaction, and the keys and paths that it will ask for."""
+
+    act: Callable[[Transaction], Any]
+    keys: Collection[str]
+    paths: Collection[str]
 
 
-def write_alone(mutation: Callable[[Transaction], Any], db: sqlite3.Connection) -> Any:
-    """Carry one mutation out; return its answer, or what it raises."""
-    try:
-        return write_together([mutation], db)[0]
-    except StopIteration as error:
-        return RuntimeError(repr(error))  # a future refuses the one itself
-    except Exception as error:
-        return error
+class Writer:
+    """Carries mutations out, many in one transaction. Lives on the thread that writes."""
 
+    def __init__(self) -> None:
+        self._tx: Transaction | None = None
 
-def write_together(mutations: list[Callable[[Transaction], Any]], db: sqlite3.Connection) -> list[Any]:
-    answers: list[Any] = []
-    with db:
-        db.execute("BEGIN IMMEDIATE")
-        tx = Transaction(db)
-        for mutation in mutations:
-            try:
-                answers.append(mutation(tx))
-            except MkvError as error:
-                answers.append(error)
-        tx.close()
-    return answers
+    def write_all(self, mutations: list[Mutation], db: sqlite3.Connection) -> list[Any]:
+        """Carry all mutations out in one transaction; what one raises is its answer. If that is no
+        refusal, it may have done half its work: then nothing was done, and each gets a transaction
+        of its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's
+        fault."""
+        try:
+            return self._write_together(mutations, db)
+        except sqlite3.OperationalError:
+            raise
+        except Exception:
+            return [self._write_alone(mutation, db) for mutation in mutations]
+
+    def _write_alone(self, mutation: Mutation, db: sqlite3.Connection) -> Any:
+        """Carry one mutation out; return its answer, or what it raises."""
+        try:
+            return self._write_together([mutation], db)[0]
+        except StopIteration as error:
+            return RuntimeError(repr(error))  # a future refuses the one itself
+        except Exception as error:
+            return error
+
+    def _write_together(self, mutations: list[Mutation], db: sqlite3.Connection) -> list[Any]:
+        answers = list[Any]()
+        tx = self._tx or Transaction(db)
+        self._tx = None  # unless all goes well: what it remembers may not be so
+        with db:
+            db.execute("BEGIN IMMEDIATE")
+            tx.begin()
+            keys = set[str]().union(*(one.keys for one in mutations))
+            paths = set[str]().union(*(one.paths for one in mutations))
+            tx.read_ahead(keys, paths)
+            for mutation in mutations:
+                try:
+                    answers.append(mutation.act(tx))
+                except (MkvError, Overtaken) as error:
+                    answers.append(error)
+            tx.flush()
+        self._tx = tx
+        return answers
 
 
 def prepare_index(db: sqlite3.Connection) -> None:
@@ -1667,7 +1877,7 @@ class Index:
         self.path = path
         self._lock = -1
         self._tools_lock = -1
-        self._writer = SqliteThread(path, False, write_all, partial(observe, "write"))
+        self._writer = SqliteThread(path, False, Writer().write_all, partial(observe, "write"))
         self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
         self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
         self._listers = [SqliteThread(path, True), SqliteThread(path, True)]
@@ -1707,10 +1917,13 @@ class Index:
         """Look a record up."""
         return self._getter.call(key)
 
-    def write(self, mutation: Callable[[Transaction], T]) -> asyncio.Future[T]:
+    def write(
+        self, mutation: Callable[[Transaction], T], keys: Collection[str] = (), paths: Collection[str] = ()
+    ) -> asyncio.Future[T]:
         """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
-        it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of it was done."""
-        return self._writer.call(mutation)
+        or Overtaken that it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of
+        it was done. What it will ask for, all that belongs to `keys` and `paths`, is read together for all."""
+        return self._writer.call(Mutation(mutation, keys, paths))
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -2683,7 +2896,7 @@ class Write:
         names = self.plan(done)
         if names:
             self.claimed.update(names)
-            await self._index.write(partial(self._claim, names))
+            await self._index.write(partial(self._claim, names), keys=[self._draft.key])
         return names
 
     def _claim(self, names: Collection[str], tx: Transaction) -> None:
@@ -2829,7 +3042,7 @@ class Store:
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
             with contextlib.suppress(IndexFailed):  # then it is looked at until the doubt has passed
-                await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered))
+                await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered), paths=paths)
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
@@ -2920,7 +3133,7 @@ class Store:
                     commit_put, record=record, conditions=draft.conditions, delay_s=view.config.garbage_delay,
                     doubts=dict(write.doubts),
                 )  # fmt: skip
-                return record, await self.index.write(commit)
+                return record, await self.index.write(commit, keys=[draft.key])
             except BaseException as error:
                 if write.claimed:
                     await self._discard(view, draft.key, write, trail)
@@ -2935,7 +3148,8 @@ class Store:
     async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
         try:
-            rows, outlived = await self.index.write(lambda tx: discard_put(tx, key, write.path, write.doubts))
+            discard = partial(discard_put, key=key, path=write.path, doubts=write.doubts)
+            rows, outlived = await self.index.write(discard, keys=[key])
         except IndexFailed as error:
             log.error("%s; deleting what was written for %r all the same", error, key)
             path, current = write.path, await self.index.get(key)
@@ -2957,10 +3171,13 @@ class Store:
             answering = frozenset(name for name in view.clients if not self.health.is_down(name))
         missing = None
         try:
-            rows = await self.index.write(lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies))
+            rows = await self.index.write(
+                lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies), keys=[key]
+            )
         except NotFound as error:
             missing = error
-            rows = await self.index.write(lambda tx: tx.pending_of(key))  # an unfinished DELETE is finished now
+            # an unfinished DELETE is finished now
+            rows = await self.index.write(lambda tx: tx.pending_of(key), keys=[key])
         if not await self._bury(view, key, rows, trail, copies):
             raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
         if missing:
@@ -2997,16 +3214,17 @@ class Store:
         finally:
             for task in deletes.values():
                 task.cancel()  # the garbage follows
-        await self._note_deletes(rows, seen, and_blobs)
+        await self._note_deletes(key, rows, seen, and_blobs)
         return marked
 
-    async def _note_deletes(self, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool) -> None:
+    async def _note_deletes(self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool) -> None:
         proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
         try:
             if and_blobs and seen:
-                await self.index.write(lambda tx: tx.settle({rows[place]: found for place, found in seen.items()}))
+                settled = {rows[place]: found for place, found in seen.items()}
+                await self.index.write(lambda tx: tx.settle(settled), keys=[key])
             elif proofs:
-                await self.index.write(lambda tx: tx.note_found(proofs))
+                await self.index.write(lambda tx: tx.note_found(proofs), keys=[key])
         except IndexFailed as error:
             log.error("%s; what was deleted will be deleted again", error)
 
@@ -3032,9 +3250,11 @@ class Store:
                 missing = copies - len(done)
                 names = waiting[:missing]
                 waiting = waiting[missing:]
-                await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=(), doubtful=names))
+                begin = partial(Transaction.add_marks, paths=needed, volumes=(), doubtful=names)
+                await self.index.write(begin, keys=[key])
                 await asyncio.gather(*map(put, names))
-            await self.index.write(partial(Transaction.add_marks, paths=needed, volumes=done, doubtful=()))
+            end = partial(Transaction.add_marks, paths=needed, volumes=done, doubtful=())
+            await self.index.write(end, keys=[key])
         except IndexFailed as error:
             log.error("%s; a mark of %r may stay until verify --repair removes it", error, key)
         return len(done) >= copies
@@ -3122,7 +3342,8 @@ class Store:
 
         await asyncio.gather(*(collect() for _ in range(4)))
         if seen or failed:
-            await self.index.write(lambda tx: tx.settle(seen, failed))
+            paths = [row.path for row in (*seen, *failed)]
+            await self.index.write(lambda tx: tx.settle(seen, failed), paths=paths)
         return len(seen)
 
 

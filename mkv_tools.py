@@ -781,7 +781,8 @@ class Mover:
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
         """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or ""."""
         index, delay_s = self._store.index, self._store.view.config.garbage_delay
-        claims = await index.write(lambda tx: [claim(tx, move) for move in moves])
+        keys = [move.record.key for move in moves]
+        claims = await index.write(lambda tx: [claim(tx, move) for move in moves], keys)
         outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
         begun = [move for move in moves if not outcome[move.record.key]]
         failed = {move.record.key: INTERRUPTED for move in begun}
@@ -789,7 +790,7 @@ class Mover:
             if begun:
                 failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
         finally:
-            ends = await index.write(partial(self._commit, begun, failed, delay_s))
+            ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
 
     def _commit(self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction) -> list[str]:
@@ -1019,10 +1020,10 @@ def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
         if row.state is PendingState.MARK:
             after = row
         elif row.state in ALIVE:
-            after = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+            after = row._replace(state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
         else:
-            after = replace(row, state=PendingState.GARBAGE, owner=None, attempts=0)
-            after = replace(after, due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
+            after = row._replace(state=PendingState.GARBAGE, owner=None, attempts=0)
+            after = after._replace(due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
         tx.change({}, {(row.volume, row.path): after})
 
 
@@ -1068,7 +1069,8 @@ class Rebuild:
         age_s = await self._new.now_s() - await old.now_s()
         async for pending in old.read_pending():
             self.garbage += len(places_of_garbage(pending))
-            await self._new.write(partial(carry_over, pending, age_s))
+            paths = [row.path for row in pending]
+            await self._new.write(partial(carry_over, pending, age_s), paths=paths)
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
         """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
@@ -1141,8 +1143,10 @@ class Rebuild:
                     dead += version.places
                 else:
                     cases.append(name_unusable(version, read[stem]))
-        await self._new.write(partial(self._write_marks, marks))
-        await self._new.write(partial(self._write, adopted.values(), dead, alive))
+        await self._new.write(partial(self._write_marks, marks), paths=marks)
+        keys = [record.key for record in adopted.values()]
+        paths = [path for _, path in (*dead, *alive)]
+        await self._new.write(partial(self._write, adopted.values(), dead, alive), keys, paths)
         self._report.add(*cases)
 
     async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
@@ -1568,7 +1572,9 @@ class Verify:
             await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
         except VolumeError:
             return False
-        return not await self._store.index.write(partial(remove_strays, [(record.key, volume, path)]))
+        return not await self._store.index.write(
+            partial(remove_strays, [(record.key, volume, path)]), keys=[record.key]
+        )
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
         sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
@@ -1589,7 +1595,10 @@ class Verify:
         """Put the strays in the garbage: each one's record is looked up again in the transaction."""
         cursor = await self._notes.run(lambda db: db.execute("SELECT key, volume, path FROM stray"))
         while strays := await self._notes.run(lambda db: cursor.fetchmany(500)):
-            self.repaired += await self._store.index.write(partial(remove_strays, strays))
+            keys = [key for key, _, _ in strays if key]
+            paths = [path for _, _, path in strays]
+            remove = partial(remove_strays, strays)
+            self.repaired += await self._store.index.write(remove, keys, paths)
 
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1703,7 +1712,8 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
             raise ToolError(f"{blobs} records still name {name}: rebalance first")
         count = 0
         while waiting:
-            await index.write(partial(Transaction.forget, places=waiting))
+            paths = [path for _, path in waiting]
+            await index.write(partial(Transaction.forget, places=waiting), paths=paths)
             count += len(waiting)
             waiting = await index.unclaimed_on(name)
     finally:
