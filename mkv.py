@@ -74,6 +74,7 @@ import json
 import logging
 import mmap
 import os
+import queue
 import random
 import re
 import resource
@@ -85,11 +86,11 @@ import stat
 import struct
 import sys
 import termios
+import threading
 import time
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
@@ -919,10 +920,10 @@ def decide_put(record: Record, conditions: Conditions, current: Record | None, r
     claims = {row.volume: row.state for row in rows.values() if row.path == path and row.state in CLAIMS}
     if not claims.keys() >= set(record.volumes):
         return Commit.LOST
-    versions = {row.version for row in rows.values() if row.state not in CLAIMS}
+    versions = [row.version for row in rows.values() if row.state not in CLAIMS]
     if current is not None:
-        versions.add(current.version)
-    if all(version < record.version for version in versions):
+        versions.append(current.version)
+    if max(versions, default="") < record.version:
         return Commit.DONE
     overtaken = all(state is PendingState.OVERTAKEN for state in claims.values())
     return Commit.OVERTAKEN if overtaken else Commit.LOST
@@ -933,10 +934,11 @@ def plan_put(
     now_s: float, delay_s: float, doubts: Doubts,
 ) -> dict[Place, Pending]:  # fmt: skip
     """Return what is pending on the key after the PUT that made `record` is DONE."""
-    after = end_claims(rows, record.path, record.volumes, now_s, doubts)
+    path = record.path
+    after = end_claims(rows, path, record.volumes, now_s, doubts)
     if current is not None:
         after = bury(after, current.path, current.volumes, now_s, delay_s)
-    return tell_others(after, record.path, conditions, now_s)
+    return tell_others(after, path, conditions, now_s)
 
 
 def plan_delete(
@@ -1123,9 +1125,6 @@ PENDING_STATES = {state.value: state for state in PendingState}
 PENDING_TEXTS = {state: state.value for state in PendingState}
 Row = tuple[Any, ...]
 KEY_STEM = STEM - 20  # as key_stem
-# Fields and records are told apart by NUL, which no key has: half the cost of JSON.
-LOOK_UP = f"""SELECT group_concat({COLUMNS.replace(", ", "||char(0)||")}, char(0))
-    FROM record WHERE key IN ({{}})"""
 PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
 NO_ROWS = set[Row]()
 REMEMBERED = 4000  # records and paths, from one transaction to the next
@@ -1175,27 +1174,35 @@ def row_of_record(record: Record) -> Row:
 
 def pending_of_rows(rows: Iterable[Row]) -> list[Pending]:
     """Return what rows say: one of claims may name several volumes."""
-    found = list[Pending]()
-    for path, volumes, state, *rest in rows:
-        for volume in volumes.split():
-            found.append(Pending(path, volume, PENDING_STATES[state], *rest))
+    found: list[Pending] = []
+    for row in rows:
+        state = PENDING_STATES[row[2]]
+        rest = row[3:]
+        for volume in row[1].split():
+            found.append(Pending(row[0], volume, state, *rest))
     return found
 
 
 def rows_of_pending(pending: Iterable[Pending]) -> set[Row]:
     """Return the rows that say this of one path. Claims that differ only in the volume share one: a row costs
     more than all else of a claim, and most of them are gone soon."""
-    rows = set[Row]()
-    claims = dict[Row, list[str]]()
-    for path, volume, state, owner, *rest in pending:
-        text = PENDING_TEXTS[state]  # SQLite's module takes plain strings at once
-        if owner is None:
-            rows.add((path, volume, text, owner, *rest))
+    rows: set[Row] = set()
+    claims: dict[Row, list[str]] = {}  # all but path and volume -> volumes
+    for one in pending:
+        if one.owner is None:
+            rows.add((one.path, one.volume, PENDING_TEXTS[one.state], *one[3:]))
         else:
-            claims.setdefault((text, owner, *rest), []).append(volume)
-    for row, volumes in claims.items():
-        rows.add((path, " ".join(sorted(volumes)), *row))
+            claims.setdefault(one[2:], []).append(one.volume)
+    for (state, *rest), volumes in claims.items():
+        rows.add((one.path, " ".join(sorted(volumes)), PENDING_TEXTS[state], *rest))
     return rows
+
+
+@lru_cache(64)
+def placeholders(width: int, count: int) -> str:
+    """Return SQL for `count` rows of `width` parameters."""
+    one = ",".join("?" * width)
+    return ",".join([f"({one})"] * count)
 
 
 def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
@@ -1211,18 +1218,29 @@ def run_on_rows(db: sqlite3.Connection, before: str, rows: Collection[Row], afte
     """Run a statement on many rows in few steps of SQLite: each step gives up the GIL, and a busy
     event loop is slow to return it."""
     for piece in in_pieces(list(rows)):
-        values = ",".join([f"({','.join('?' * len(piece[0]))})"] * len(piece))
+        values = placeholders(len(piece[0]), len(piece))
         db.execute(before + values + after, list(chain.from_iterable(piece)))
 
 
+@lru_cache(16)
+def look_up_query(count: int) -> str:
+    """Return the query for `count` keys. It answers in one row, and tells fields and records apart
+    by NUL, which no key has."""
+    fields = COLUMNS.replace(", ", "||char(0)||")
+    keys = ",".join("?" * count)
+    return f"SELECT group_concat({fields}, char(0)) FROM record WHERE key IN ({keys})"
+
+
 def look_up(keys: list[str], db: sqlite3.Connection) -> dict[str, Record]:
-    """Return the records of `keys`, in one step of SQLite for many. No key has NUL in it."""
-    found = dict[str, Record]()
+    """Return the records of `keys`, in one step of SQLite for many."""
+    found: dict[str, Record] = {}
     for start in range(0, len(keys), PIECES[0]):
         part = keys[start : start + PIECES[0]]
-        size = min(one for one in PIECES if one >= len(part))
+        size = PIECES[0]
+        while size >= 2 * len(part):
+            size //= 2
         part += part[-1:] * (size - len(part))  # each size is a statement that is prepared once
-        text = db.execute(LOOK_UP.format(",".join("?" * size)), part).fetchone()[0]
+        (text,) = db.execute(look_up_query(size), part).fetchone()
         fields = text.split("\0") if text is not None else []
         for i in range(0, len(fields), FIELDS):
             found[fields[i]] = record_of_row(fields[i : i + FIELDS])
@@ -1258,7 +1276,8 @@ class Transaction:
         # and this is to be written:
         self._changed = set[str]()  # keys
         self._touched = set[str]()  # paths
-        self._totals = defaultdict[str, list[int]](lambda: [0, 0])
+        self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])  # volumes of records
+        self._garbage = 0
         self.now_s = 0.0
         self.begin()
 
@@ -1276,12 +1295,9 @@ class Transaction:
     def read_ahead(self, keys: Iterable[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
         stems = {path[:KEY_STEM] for path in paths}
-        unknown = list[str]()
-        for key in keys:
-            stems.add(key_stem(key))
-            if key not in self._records:
-                unknown.append(key)
-        stems -= self._pending.keys()
+        stems.update(map(key_stem, keys))
+        stems = {stem for stem in stems if stem not in self._pending}
+        unknown = [key for key in keys if key not in self._records]
         if unknown:
             found = look_up(unknown, self._db)
             for key in unknown:
@@ -1293,8 +1309,7 @@ class Transaction:
         for stem in stems:
             self._pending[stem] = {}
         for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
-            values = ",".join(["(?,?)"] * len(piece))
-            query = f"""WITH span AS (VALUES {values}) SELECT {PENDING_COLUMNS}
+            query = f"""WITH span AS (VALUES {placeholders(2, len(piece))}) SELECT {PENDING_COLUMNS}
                 FROM span CROSS JOIN pending WHERE path >= column1 AND path < column2"""
             self._remember(self._db.execute(query, list(chain.from_iterable(piece))).fetchall())
 
@@ -1327,10 +1342,9 @@ class Transaction:
         self._count(record, -1)
 
     def _count(self, record: Record, sign: int) -> None:
-        for name in (ALL_KEYS, *record.volumes):
-            total = self._totals[name]
-            total[0] += sign
-            total[1] += sign * record.size
+        total = self._totals[record.volumes]
+        total[0] += sign
+        total[1] += sign * record.size
 
     def pending_below(self, start: str) -> dict[Place, Pending]:
         """Return what is pending on paths that begin with `start`: of a key, of a version, or at
@@ -1364,11 +1378,11 @@ class Transaction:
         rows = self._pending_of_stem(path[:KEY_STEM])
         old = rows.pop(place, None)
         if old is not None and old.state is PendingState.GARBAGE:
-            self._totals[GARBAGE][0] -= 1
+            self._garbage -= 1
         if new is not None:
             rows[place] = new
             if new.state is PendingState.GARBAGE:
-                self._totals[GARBAGE][0] += 1
+                self._garbage += 1
         self._touched.add(path)
 
     def flush(self) -> None:
@@ -1377,27 +1391,42 @@ class Transaction:
             self._write_records()
         if self._touched:
             self._write_pending()
-        if self._totals:
-            after = """ ON CONFLICT (name) DO UPDATE
-                SET blobs = blobs + excluded.blobs, bytes = bytes + excluded.bytes"""
-            totals = [(name, *total) for name, total in self._totals.items()]
-            run_on_rows(self._db, "INSERT INTO total VALUES ", totals, after)
-            self._totals.clear()
+        if self._totals or self._garbage:
+            self._write_totals()
+
+    def _write_totals(self) -> None:
+        blobs = Counter({GARBAGE: self._garbage})
+        size = Counter[str]()
+        for volumes, total in self._totals.items():
+            for name in (ALL_KEYS, *volumes):
+                blobs[name] += total[0]
+                size[name] += total[1]
+        rows: list[Row] = [(name, count, size[name]) for name, count in blobs.items()]
+        after = """ ON CONFLICT (name) DO UPDATE
+            SET blobs = blobs + excluded.blobs, bytes = bytes + excluded.bytes"""
+        run_on_rows(self._db, "INSERT INTO total VALUES ", rows, after)
+        self._totals.clear()
+        self._garbage = 0
 
     def _write_records(self) -> None:
-        records = [(key, self._records[key]) for key in sorted(self._changed)]
-        gone = [(key,) for key, record in records if record is None]
-        rows = [row_of_record(record) for _, record in records if record is not None]
+        rows: list[Row] = []
+        gone: list[Row] = []
+        for key in self._changed:
+            record = self._records[key]
+            if record is None:
+                gone.append((key,))
+            else:
+                rows.append(row_of_record(record))
         run_on_rows(self._db, "DELETE FROM record WHERE key IN (VALUES ", gone, ")")
         run_on_rows(self._db, "INSERT OR REPLACE INTO record VALUES ", rows)
         self._changed.clear()
 
     def _write_pending(self) -> None:
-        gone = list[Row]()
-        new = list[Row]()
-        for path in sorted(self._touched):
-            of_key = self._pending[path[:KEY_STEM]]
-            rows = rows_of_pending(row for row in of_key.values() if row.path == path)
+        gone: list[Row] = []
+        new: list[Row] = []
+        for path in self._touched:
+            of_key = self._pending[path[:KEY_STEM]].values()
+            rows = rows_of_pending([row for row in of_key if row.path == path])
             stored = self._rows.pop(path, NO_ROWS)
             if rows:
                 self._rows[path] = rows
@@ -1698,62 +1727,111 @@ def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
 class SqliteThread:
     """One thread and the connection that it opens on first use; nobody else touches that connection.
 
-    `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe` hears how many. A call
-    runs to its end even if whoever awaits it is cancelled: it waits in a list, not in the executor."""
+    `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe`
+    hears how many. A call runs to its end even if whoever awaits it is cancelled. A hop goes
+    through a plain queue: an executor and its futures cost twice as much.
+    """
 
     def __init__(
-        self, path: str, readonly: bool, carry_out: Callable[[list[Any], sqlite3.Connection], Any] = lambda *_: None,
+        self,
+        path: str,
+        readonly: bool,
+        carry_out: Callable[[list[Any], sqlite3.Connection], list[Any]] = lambda *_: [],
         observe: Callable[[int], None] = lambda size: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._uri = f"{Path(path).absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        self._pool, self._db = ThreadPoolExecutor(1, "mkv-index"), cast(sqlite3.Connection | None, None)
-        self._carry_out, self._observe = carry_out, observe
-        self._waiting = list[tuple[Any, asyncio.Future[Any]]]()
-        self._worker: asyncio.Task[None] | None = None
+        self._carry_out = carry_out
+        self._observe = observe
+        self._db: sqlite3.Connection | None = None
+        self._thread: threading.Thread | None = None
+        self._jobs = queue.SimpleQueue[Job | None]()
+        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._busy = False  # a batch is on its way
+
+    # -- on the thread --
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while job := self._jobs.get():
+            work, hear = job
+            try:
+                result = self._run(work)
+            except Exception as error:
+                result = explain_sqlite(error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(hear, result)
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
-            self._db = sqlite3.connect(self._uri, uri=True, timeout=30, isolation_level=None)  # s for other processes
+            patience_s = 30  # with other processes that write
+            self._db = sqlite3.connect(self._uri, uri=True, timeout=patience_s, isolation_level=None)
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -32768")
         return work(self._db)
 
+    # -- on the loop --
+
+    def _put(self, work: Callable[[sqlite3.Connection], Any], hear: Callable[[Any], None]) -> None:
+        if self._thread is None:
+            loop = asyncio.get_running_loop()
+            self._thread = threading.Thread(target=self._serve, args=(loop,), name="mkv-index", daemon=True)
+            self._thread.start()
+        self._jobs.put((work, hear))
+
     async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` on the thread; raises IndexFailed."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
-        except sqlite3.Error as error:
-            raise explain_sqlite(error) from error
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._put(work, partial(settle_future, future))
+        return await future
 
     def call(self, item: Any) -> asyncio.Future[Any]:
         loop = asyncio.get_running_loop()
-        self._waiting.append((item, future := loop.create_future()))
-        if self._worker is None:
-            self._worker = loop.create_task(self._work())
+        future = loop.create_future()
+        self._waiting.append((item, future))
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._send)  # with what else is called in this turn of the loop
         return future
 
-    async def _work(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-            self._observe(len(batch))
-            try:
-                answers = await self.run(partial(self._carry_out, [item for item, _ in batch]))
-                answers = [explain_sqlite(one) if isinstance(one, Exception) else one for one in answers]
-            except Exception as error:  # the whole hop failed, say on a full disk: nobody's call was carried out
-                answers = [error] * len(batch)
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():  # else it was cancelled meanwhile, and carried out all the same
-                    (future.set_exception if isinstance(answer, Exception) else future.set_result)(answer)
-        self._worker = None
+    def _send(self) -> None:
+        batch = self._waiting[:BATCH]
+        del self._waiting[:BATCH]
+        self._observe(len(batch))
+        items = [item for item, _ in batch]
+        self._put(partial(self._carry_out, items), partial(self._deliver, batch))
+
+    def _deliver(self, batch: list[tuple[Any, asyncio.Future[Any]]], result: Any) -> None:
+        if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
+            result = [result] * len(batch)
+        for (_, future), answer in zip(batch, result, strict=True):
+            settle_future(future, answer)
+        self._busy = bool(self._waiting)
+        if self._busy:
+            self._send()
 
     async def close(self) -> None:
         """Finish what is queued, then close. May be called twice."""
-        while self._worker is not None:
-            await asyncio.wait([self._worker])
+        while self._busy:
+            await self.run(lambda db: None)
+        if self._thread is None:
+            return
         if self._db is not None:
             await self.run(sqlite3.Connection.close)
             self._db = None
-        self._pool.shutdown()
+        self._jobs.put(None)
+        self._thread.join()  # it has nothing left to do
+        self._thread = None
+
+
+Job = tuple[Callable[[sqlite3.Connection], Any], Callable[[Any], None]]  # and who hears of it
+
+
+def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
+    if future.done():
+        return  # it was cancelled meanwhile, and carried out all the same
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
 
 
 def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
@@ -1794,7 +1872,7 @@ class Writer:
         except StopIteration as error:
             return RuntimeError(repr(error))  # a future refuses the one itself
         except Exception as error:
-            return error
+            return explain_sqlite(error)
 
     def _write_together(self, mutations: list[Mutation], db: sqlite3.Connection) -> list[Any]:
         answers = list[Any]()

@@ -1340,6 +1340,7 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, step_s: float
 ) -> None:
     tx.add_garbage("/p", ["a"], 10.0)
+    tx.flush()
     wall, monotonic = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: wall() + step_s)
     mkv.prepare_index(tx._db)  # as another process does that starts after the step
@@ -1353,6 +1354,7 @@ def test_clock_of_the_index_goes_on_after_a_boot(
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
+    tx.flush()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     mkv.prepare_index(tx._db)
@@ -1396,6 +1398,7 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
     tx = mkv.Transaction(db)
     for key in {*keys, *LISTED}:
         tx.insert(make_record(key))
+    tx.flush()
     expected_keys, expected_prefixes = [], []
     for key in sorted({*keys, *LISTED}):
         if key.startswith(prefix):
@@ -3965,7 +3968,7 @@ def crowded(tmp_path: Path) -> str:
             tx = mkv.Transaction(db)
             for i in range(600):
                 tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
-            tx.close()
+            tx.flush()
     return str(tmp_path / "crowded.db")
 
 
@@ -4276,7 +4279,8 @@ class Cluster:
 
     def claims(self) -> list[tuple[str, str]]:
         with contextlib.closing(sqlite3.connect(self.db)) as db:
-            return db.execute("SELECT volume, path FROM pending WHERE owner IS NOT NULL ORDER BY 1, 2").fetchall()
+            rows = db.execute(f"SELECT {mkv.PENDING_COLUMNS} FROM pending WHERE owner IS NOT NULL")
+            return sorted((row.volume, row.path) for row in mkv.pending_of_rows(rows))
 
     def record(self, key: str) -> Record:
         return next(mkv.record_of_row(row) for row in self.rows() if row[0] == key)
