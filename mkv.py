@@ -1127,7 +1127,7 @@ Row = tuple[Any, ...]
 KEY_STEM = STEM - 20  # as key_stem
 PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
 NO_ROWS = set[Row]()
-REMEMBERED = 4000  # records and paths, from one transaction to the next
+REMEMBERED = 6000  # records, keys and paths, from one transaction to the next
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 BATCH = 1000  # calls in one hop: bounds how long the others wait
@@ -1284,7 +1284,8 @@ class Transaction:
     def begin(self) -> None:
         """Forget what may have changed since, and look at the clock."""
         (seen,) = self._db.execute("PRAGMA data_version").fetchone()
-        if seen != self._seen or len(self._records) + len(self._rows) > REMEMBERED:
+        known = len(self._records) + len(self._pending) + len(self._rows)
+        if seen != self._seen or known > REMEMBERED:
             self._records.clear()
             self._pending.clear()
             self._rows.clear()

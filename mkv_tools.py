@@ -1346,52 +1346,68 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
 
 
+Stray = tuple[str, str, str]  # (key, volume, path)
+NOTES = """CREATE TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT"""
+
+
 class Notes:
-    """A scratch database of one run of verify, in a file without a name that goes with it, on a
-    thread of its own: the path of each record (`noted`), and what is to be removed (`stray`)."""
+    """What one run of verify notes: the path of each record, and what is to be removed. It is in a
+    scratch database of its own, a file without a name that goes with it, on a thread of its own."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "mkv-notes")
         self._db: sqlite3.Connection | None = None
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._work, work)
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _work(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
             self._db = sqlite3.connect("", isolation_level=None)
-            prepare_notes(self._db)
+            self._db.executescript(NOTES)
         return work(self._db)
+
+    async def _insert(self, query: str, rows: Iterable[tuple[str, ...]]) -> None:
+        def insert(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("BEGIN")
+                db.executemany(query, rows)
+
+        await self._run(insert)
+
+    async def _select(self, query: str, *values: str | int | None) -> list[Any]:
+        return await self._run(lambda db: db.execute(query, values).fetchall())
+
+    async def add_records(self, records: Iterable[Record]) -> None:
+        rows = [(record.path, record.key) for record in records]
+        await self._insert("INSERT INTO noted VALUES (?, ?)", rows)
+
+    async def add_strays(self, strays: Iterable[Stray]) -> None:
+        await self._insert("INSERT INTO stray VALUES (?, ?, ?)", strays)
+
+    async def folders(self, firsts: Sequence[str]) -> list[str]:
+        """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records are."""
+        query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
+        return [row[0] for row in await self._select(query, firsts[0], after_prefix(firsts[-1]))]
+
+    async def records_in(self, first: str, last: str) -> list[tuple[str, str]]:
+        """Return (path, key) of what was noted in a range of folders."""
+        query = "SELECT path, key FROM noted WHERE path >= ? AND path < ?"
+        return await self._select(query, first, after_prefix(last))
+
+    async def strays(self) -> AsyncIterator[list[Stray]]:
+        """Yield them in pages."""
+        query = "SELECT rowid, key, volume, path FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500"
+        after = 0
+        while rows := await self._select(query, after):
+            yield [(key, volume, path) for _, key, volume, path in rows]
+            after = rows[-1][0]
 
     async def close(self) -> None:
         if self._db is not None:
-            await self.run(sqlite3.Connection.close)
+            await self._run(sqlite3.Connection.close)
         self._pool.shutdown()
-
-
-def prepare_notes(db: sqlite3.Connection) -> None:
-    db.execute("CREATE TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID")
-    db.execute("CREATE TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT")
-
-
-def insert_notes(table: str, rows: Collection[tuple[str, ...]], db: sqlite3.Connection) -> None:
-    """Note rows of equal length."""
-    with db:
-        db.execute("BEGIN")
-        for row in rows:
-            db.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
-
-
-def select_folders(firsts: Sequence[str], db: sqlite3.Connection) -> list[str]:
-    """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records were noted."""
-    query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
-    return [row[0] for row in db.execute(query, (firsts[0], after_prefix(firsts[-1])))]
-
-
-def select_noted(span: tuple[str, str], db: sqlite3.Connection) -> list[tuple[str, str]]:
-    """Return (path, key) of what was noted in a range of folders."""
-    query = "SELECT path, key FROM noted WHERE path >= ? AND path < ?"
-    return list(db.execute(query, (span[0], after_prefix(span[1]))))
 
 
 def is_named(record: Record | None, volume: str, path: str) -> bool:
@@ -1399,7 +1415,7 @@ def is_named(record: Record | None, volume: str, path: str) -> bool:
     return record is not None and record.path[:STEM] == path[:STEM] and volume in record.volumes
 
 
-def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
+def remove_strays(rows: Iterable[Stray], tx: Transaction) -> int:
     """Put each (key, volume, path) in the garbage unless the key's record names it; return how many."""
     strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
     for volume, path in strays:
@@ -1427,18 +1443,15 @@ class Verify:
     async def run(self, repair: bool, grace_s: float) -> None:
         self._repair, self._before_s = repair, time.time() - grace_s
         async for page in self._store.index.read_records():
-            await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
+            await self._notes.add_records(page)
         await self.walk.start()
-        await self.walk.run(self._compare, self._noted_folders)
+        await self.walk.run(self._compare, self._notes.folders)
         if repair and not self.failed:
             await self._remove_strays()
 
-    async def _noted_folders(self, firsts: Sequence[str]) -> list[str]:
-        return await self._notes.run(partial(select_folders, firsts))
-
-    async def _read_noted(self, span: tuple[str, str]) -> dict[str, Record]:
+    async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
         """Return, by stem, the records in a range of folders that are still where they were noted."""
-        noted = await self._notes.run(partial(select_noted, span))
+        noted = await self._notes.records_in(first, last)
         current = await self._store.index.get_many([key for _, key in noted])
         records = dict[str, Record]()
         for (path, _), record in zip(noted, current, strict=True):
@@ -1452,7 +1465,7 @@ class Verify:
         try:
             pending = await self._store.index.pending_between(*span)
             versions, cases = group_files(await self.walk.list_run(on))
-            records = await self._read_noted(span)
+            records = await self._read_noted(*span)
             pending += await self._store.index.pending_between(*span)
             self._report.add(*cases)
             await self._check(records.values(), versions)
@@ -1580,21 +1593,20 @@ class Verify:
         sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
         keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
         current = await self._store.index.get_many(keys)
-        noted = list[tuple[str, str, str]]()
+        noted = list[Stray]()
         for (volume, path), sidecar, key, record in zip(strays, sidecars, keys, current, strict=True):
             if not is_named(record, volume, path):  # else it was written since the records were noted
                 self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
                 noted.append((key, volume, path))
-        await self._notes.run(partial(insert_notes, "stray", noted))
+        await self._notes.add_strays(noted)
 
     async def _note_stray_marks(self, marks: Sequence[Place]) -> None:
         self._report.add(*(Case("leftover mark", volume, path) for volume, path in marks))
-        await self._notes.run(partial(insert_notes, "stray", [("", volume, path) for volume, path in marks]))
+        await self._notes.add_strays([("", volume, path) for volume, path in marks])
 
     async def _remove_strays(self) -> None:
         """Put the strays in the garbage: each one's record is looked up again in the transaction."""
-        cursor = await self._notes.run(lambda db: db.execute("SELECT key, volume, path FROM stray"))
-        while strays := await self._notes.run(lambda db: cursor.fetchmany(500)):
+        async for strays in self._notes.strays():
             keys = [key for key, _, _ in strays if key]
             paths = [path for _, _, path in strays]
             remove = partial(remove_strays, strays)
