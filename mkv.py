@@ -1272,9 +1272,10 @@ class Transaction:
         self._ahead_s = 0.0
         self._records = dict[str, Record | None]()
         self._pending = dict[str, dict[Place, Pending]]()  # stem of a key's paths -> all of the key
-        self._rows = dict[str, set[Row]]()  # path -> what is stored
+        self._rows = dict[str, set[Row]]()  # path -> what is stored, or is one of `_claims`
         # and this is to be written:
         self._changed = set[str]()  # keys
+        self._claims: list[Row] = []  # of paths of which nothing is stored
         self._touched = set[str]()  # paths
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])  # volumes of records
         self._garbage = 0
@@ -1390,6 +1391,9 @@ class Transaction:
         """Write what has changed; the last act of every transaction."""
         if self._changed:
             self._write_records()
+        if self._claims:
+            run_on_rows(self._db, "INSERT INTO pending VALUES ", self._claims)
+            self._claims.clear()
         if self._touched:
             self._write_pending()
         if self._totals or self._garbage:
@@ -1440,15 +1444,19 @@ class Transaction:
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that is known of it, dead or alive."""
         current = self.get(key)
-        versions = [row.version for row in self.pending_of(key).values()]
+        pending = self._pending_of_stem(key_stem(key))
+        versions = [version_of(path) for _, path in pending]
         if current is not None:
             versions.append(current.version)
         version = next_version(time.time_ns(), max(versions, default=None), random.getrandbits(16))
         return blob_path(key, version, ext)
 
-    def claim(self, path: str, volumes: Iterable[str], owner: int, state: PendingState) -> None:
+    def claim(self, path: str, volumes: Collection[str], owner: int, state: PendingState) -> None:
         """Note that `owner` is about to write at `path`. What is in doubt stays so."""
         before = self.pending_below(path)
+        if not before and path not in self._rows and state is not PendingState.REMAKING:
+            self._claim_new(path, volumes, owner, state)
+            return
         if any(row.state is PendingState.OVERTAKEN for row in before.values()):
             state = PendingState.OVERTAKEN
         after = dict(before)
@@ -1463,6 +1471,15 @@ class Transaction:
                 new = new._replace(doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
+
+    def _claim_new(self, path: str, volumes: Collection[str], owner: int, state: PendingState) -> None:
+        """Do the same for a path of which nothing is known: that is what each PUT begins with."""
+        pending = self._pending_of_stem(path[:KEY_STEM])
+        for volume in volumes:
+            pending[volume, path] = Pending(path, volume, state, owner)
+        (row,) = rows_of_pending([Pending(path, " ".join(sorted(volumes)), state, owner)])
+        self._rows[path] = {row}
+        self._claims.append(row)
 
     def end_claims(self, path: str, named: Collection[str], doubts: Doubts = NO_DOUBTS) -> None:
         """End all claims at `path`: the record names the volumes in `named`, what the others have is garbage."""
