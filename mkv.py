@@ -858,7 +858,8 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
             sent += doubts[row.volume].sidecars - 1
         if times_s:
             doubt_s = max(times_s)
-            after[place] = row._replace(state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s, sent=sent)
+            kept = row._replace(state=PendingState.KEPT, owner=None, sent=sent)
+            after[place] = kept._replace(due_s=doubt_s, doubt_s=doubt_s)
     return after
 
 
@@ -917,7 +918,8 @@ def decide_put(record: Record, conditions: Conditions, current: Record | None, r
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         return Commit.CHANGED
     path = record.path
-    claims = {row.volume: row.state for row in rows.values() if row.path == path and row.state in CLAIMS}
+    ours = [row for row in rows.values() if row.path == path and row.state in CLAIMS]
+    claims = {row.volume: row.state for row in ours}
     if not claims.keys() >= set(record.volumes):
         return Commit.LOST
     versions = [row.version for row in rows.values() if row.state not in CLAIMS]
@@ -1092,8 +1094,13 @@ def parse_list_query(query: str) -> ListQuery:
 # Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a step of the wall
 # clock neither hastens nor delays a deletion. After a boot of the machine it goes on from the wall clock.
 #
-# The face that all others use, the tools too: Index (reads, and `write` for mutations), Transaction (what a mutation
-# may do), Replacement (a new index in place of the old one). No SQL, connection or error of SQLite leaves this section.
+# Mutations that wait are one batch and one transaction: what they say that they will ask for is
+# read with two queries, they are carried out on what is in memory, and at the end all is written
+# with a few statements. So a batch costs a few steps of SQLite, whatever it holds.
+#
+# The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
+# (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
+# error of SQLite leaves this section: another engine could be behind that face.
 
 SCHEMA_VERSION = 2
 RECORDS = """
@@ -1130,6 +1137,7 @@ NO_ROWS = set[Row]()
 REMEMBERED = 6000  # records, keys and paths, from one transaction to the next
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
 TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
+WRITERS_S = 30.0  # for other processes that write
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
 LIST_FRAME = 8 * 1024  # of these for all but the entries: `next` may have 6 bytes for each of a key
@@ -1184,8 +1192,8 @@ def pending_of_rows(rows: Iterable[Row]) -> list[Pending]:
 
 
 def rows_of_pending(pending: Iterable[Pending]) -> set[Row]:
-    """Return the rows that say this of one path. Claims that differ only in the volume share one: a row costs
-    more than all else of a claim, and most of them are gone soon."""
+    """Return the rows that say this of one path. Claims that differ only in the volume share one:
+    a row costs more than all else of a claim, and most of them are gone soon."""
     rows: set[Row] = set()
     claims: dict[Row, list[str]] = {}  # all but path and volume -> volumes
     for one in pending:
@@ -1214,10 +1222,10 @@ def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
             start += size
 
 
-def run_on_rows(db: sqlite3.Connection, before: str, rows: Collection[Row], after: str = "") -> None:
+def run_on_rows(db: sqlite3.Connection, before: str, rows: list[Row], after: str = "") -> None:
     """Run a statement on many rows in few steps of SQLite: each step gives up the GIL, and a busy
     event loop is slow to return it."""
-    for piece in in_pieces(list(rows)):
+    for piece in in_pieces(rows):
         values = placeholders(len(piece[0]), len(piece))
         db.execute(before + values + after, list(chain.from_iterable(piece)))
 
@@ -1271,13 +1279,14 @@ class Transaction:
         self._seen: int | None = None  # SQLite's data_version when this was read:
         self._ahead_s = 0.0
         self._records = dict[str, Record | None]()
-        self._pending = dict[str, dict[Place, Pending]]()  # stem of a key's paths -> all of the key
+        self._pending = dict[str, dict[Place, Pending]]()  # stem of a key -> all of the key
         self._rows = dict[str, set[Row]]()  # path -> what is stored, or is one of `_claims`
         # and this is to be written:
         self._changed = set[str]()  # keys
         self._claims: list[Row] = []  # of paths of which nothing is stored
         self._touched = set[str]()  # paths
-        self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])  # volumes of records
+        # volumes of records -> how many came, or went, and their bytes:
+        self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
         self.now_s = 0.0
         self.begin()
@@ -1311,8 +1320,9 @@ class Transaction:
         for stem in stems:
             self._pending[stem] = {}
         for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
-            query = f"""WITH span AS (VALUES {placeholders(2, len(piece))}) SELECT {PENDING_COLUMNS}
-                FROM span CROSS JOIN pending WHERE path >= column1 AND path < column2"""
+            query = f"""WITH span AS (VALUES {placeholders(2, len(piece))})
+                SELECT {PENDING_COLUMNS} FROM span CROSS JOIN pending
+                WHERE path >= column1 AND path < column2"""
             self._remember(self._db.execute(query, list(chain.from_iterable(piece))).fetchall())
 
     def _remember(self, rows: Iterable[Row]) -> None:
@@ -1466,13 +1476,16 @@ class Transaction:
                 new = new._replace(sent=2)  # one may be there
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                new = new._replace(doubt_s=self.now_s + BROKEN_OFF.seconds, sent=new.sent + old.sent)
+                doubt_s = self.now_s + BROKEN_OFF.seconds
+                new = new._replace(doubt_s=doubt_s, sent=new.sent + old.sent)
             elif old is not None:
                 new = new._replace(doubt_s=old.doubt_s, sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
 
-    def _claim_new(self, path: str, volumes: Collection[str], owner: int, state: PendingState) -> None:
+    def _claim_new(
+        self, path: str, volumes: Collection[str], owner: int, state: PendingState
+    ) -> None:  # fmt: skip
         """Do the same for a path of which nothing is known: that is what each PUT begins with."""
         pending = self._pending_of_stem(path[:KEY_STEM])
         for volume in volumes:
@@ -1499,7 +1512,8 @@ class Transaction:
         for volume, count in sent.items():
             row = before.get((volume, path))
             if row is not None and row.state in DEAD and row.sent == count:
-                after[volume, path] = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
+                garbage = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
+                after[volume, path] = garbage
         self.change(before, after)
 
     def keep(self, path: str, volumes: Collection[str]) -> None:
@@ -1510,7 +1524,8 @@ class Transaction:
             if row.path == path and row.volume in volumes:
                 del after[place]
                 if row.doubt_s is not None:
-                    after[place] = row._replace(state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+                    kept = row._replace(state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
+                    after[place] = kept
         self.change(before, after)
 
     def settle(self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None) -> None:
@@ -1530,7 +1545,10 @@ class Transaction:
         """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
         for volume, path in places:
             before = self._row_at(volume, path)
-            self.change(before, {place: row._replace(sent=max(0, row.sent - 1)) for place, row in before.items()})
+            after = dict(before)
+            for place, row in before.items():
+                after[place] = row._replace(sent=max(0, row.sent - 1))
+            self.change(before, after)
 
     def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
         """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any more."""
@@ -1567,7 +1585,8 @@ class Transaction:
         rows = self.pending_below(path[:STEM])
         before = {place: row for place, row in rows.items() if row.state is PendingState.MARK and row.due_s is None}
         if all(row.state is PendingState.MARK or not row.sent for row in rows.values()):
-            self.change(before, {place: row._replace(due_s=self.now_s) for place, row in before.items()})
+            after = {place: row._replace(due_s=self.now_s) for place, row in before.items()}
+            self.change(before, after)
 
     def add_marks(self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]) -> None:
         """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in `doubtful` perhaps."""
@@ -1780,8 +1799,10 @@ class SqliteThread:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
-            patience_s = 30  # with other processes that write
-            self._db = sqlite3.connect(self._uri, uri=True, timeout=patience_s, isolation_level=None)
+            self._db = sqlite3.connect(self._uri, uri=True, timeout=WRITERS_S, isolation_level=None)
+            # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
+            # would find that, and a rebuild would bring the key back (I4). It costs no CPU, and
+            # measured on a disk, at 32 PUTs at once, less than a tenth of the rate.
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -32768")
         return work(self._db)
@@ -1791,7 +1812,8 @@ class SqliteThread:
     def _put(self, work: Callable[[sqlite3.Connection], Any], hear: Callable[[Any], None]) -> None:
         if self._thread is None:
             loop = asyncio.get_running_loop()
-            self._thread = threading.Thread(target=self._serve, args=(loop,), name="mkv-index", daemon=True)
+            serve = partial(self._serve, loop)
+            self._thread = threading.Thread(target=serve, name="mkv-index", daemon=True)
             self._thread.start()
         self._jobs.put((work, hear))
 
@@ -1995,15 +2017,16 @@ class Index:
         return Path(self.path).is_file()
 
     def lock_tools(self) -> None:
-        """Keep other tools that move replicas away until `close`; raises Unavailable if there is one."""
+        """Keep other tools that move replicas away until `close`; raises Unavailable if there is
+        one."""
         try:
             self._tools_lock = lock_file(f"{self.path}.tools", exclusive=True)
         except BlockingIOError:
             raise Unavailable("another rebalance or verify --repair is running") from None
 
     async def _find_damage(self) -> str:
-        """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed if it may be no
-        damage."""
+        """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed
+        if it may be no damage."""
         try:
             return await self._writer.run(open_old_index)
         except IndexDamaged as error:
@@ -2014,11 +2037,15 @@ class Index:
         return self._getter.call(key)
 
     def write(
-        self, mutation: Callable[[Transaction], T], keys: Collection[str] = (), paths: Collection[str] = ()
-    ) -> asyncio.Future[T]:
-        """Carry `mutation` out in a transaction that it may share with others; answer once that is on disk. An MkvError
-        or Overtaken that it raises is passed on and undoes nothing; anything else is passed on too, and then nothing of
-        it was done. What it will ask for, all that belongs to `keys` and `paths`, is read together for all."""
+        self,
+        mutation: Callable[[Transaction], T],
+        keys: Collection[str] = (),
+        paths: Collection[str] = (),
+    ) -> asyncio.Future[T]:  # fmt: skip
+        """Carry `mutation` out in a transaction that it may share with others; answer once that is
+        on disk. What it will ask for, all that belongs to `keys` and `paths`, is read together for
+        all of them; it may ask for more. An MkvError or Overtaken that it raises is passed on and
+        undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(Mutation(mutation, keys, paths))
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
@@ -2030,7 +2057,7 @@ class Index:
         return await self._read(partial(get_all, keys))
 
     async def totals(self) -> dict[str, tuple[int, int]]:
-        """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and GARBAGE."""
+        """Return name -> (blobs, bytes) for each volume, ALL_KEYS and GARBAGE."""
         return await self._read(read_totals)
 
     async def garbage_age_s(self) -> float:
@@ -2054,7 +2081,7 @@ class Index:
         return await self._read(partial(select_pending_between, first, last))
 
     async def read_records(self) -> AsyncIterator[list[Record]]:
-        """Yield all records in the order of their keys, in pages: each page is of one moment, not all of them."""
+        """Yield all records in the order of their keys, in pages, each as it is at its moment."""
         after = ""
         while page := await self._read(partial(select_records, after)):
             yield page
@@ -2104,8 +2131,10 @@ class Index:
 
 
 class Replacement:
-    """A new index that is made beside the one at `path`, and takes its place or is given up. Meanwhile no server and no
-    tool has the index open. `old` is None if there is none that can be read, `damage` says what is wrong with it."""
+    """A new index that is made beside the one at `path`, and takes its place or is given up.
+
+    Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
+    read; `damage` says what is wrong with it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -2115,12 +2144,13 @@ class Replacement:
         self._lock = -1
 
     async def open(self) -> None:
-        """Lock the index, look at the old one, begin the new one; raises Unavailable, ConfigError, OSError."""
+        """Lock the index, look at the old one, begin the new one; raises MkvError or OSError."""
         Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(f"{self.path}.lock", exclusive=True)
         except BlockingIOError:
-            raise Unavailable(f"{self.path} is in use by a server or a tool: stop that first") from None
+            reason = f"{self.path} is in use by a server or a tool: stop that first"
+            raise Unavailable(reason) from None
         if Path(self.path).is_file():
             self.old = Index(self.path)
             self.damage = await self.old._find_damage()
@@ -2131,7 +2161,8 @@ class Replacement:
         await self.new.open()
 
     async def lost(self) -> AsyncIterator[list[tuple[Record, bool]]]:
-        """Yield the records of the old index that the new one lacks, and whether it has an older version, in pages."""
+        """Yield the records of the old index that the new one lacks, and whether it has an older
+        version of them, in pages."""
         after = ""
         while self.old is not None:
             page = await self.old._writer.run(partial(select_lost, self.new.path, after))
@@ -2141,9 +2172,9 @@ class Replacement:
             after = page[-1][0].key
 
     async def finish(self, keys: int, size: int) -> str:
-        """Check that the new index is sound and holds so many keys and bytes, and put it in the place of the old one.
-        Return the name under which that is kept, "" if there was none; raises IndexFailed, and then the old one stays.
-        It is killed at any step without harm."""
+        """Check that the new index is sound and holds so many keys and bytes, and put it in the
+        place of the old one. Return the name under which that is kept, "" if there was none.
+        Raises IndexFailed, and then the old one stays. A kill does no harm at any step."""
         await self.new._read(partial(check_new_index, keys, size))
         await self.new.close()
         await self._close_old()
@@ -2176,10 +2207,12 @@ def open_old_index(db: sqlite3.Connection) -> str:
 
 
 def select_lost(new: str, after: str, db: sqlite3.Connection) -> list[tuple[Record, bool]]:
-    """Return a page of the records that the index at `new` lacks or has in an older version, and which of the two."""
-    query = f"""SELECT new.version IS NOT NULL, old.* FROM (SELECT {COLUMNS} FROM main.record) AS old
-        LEFT JOIN fresh.record AS new USING (key)
-        WHERE key > ? AND (new.version IS NULL OR new.version < old.version) ORDER BY key LIMIT ?"""
+    """Return a page of the records that the index at `new` lacks or has in an older version, and
+    which of the two."""
+    query = f"""SELECT new.version IS NOT NULL, old.*
+        FROM (SELECT {COLUMNS} FROM main.record) AS old LEFT JOIN fresh.record AS new USING (key)
+        WHERE key > ? AND (new.version IS NULL OR new.version < old.version)
+        ORDER BY key LIMIT ?"""
     db.execute("ATTACH ? AS fresh", (new,))
     try:
         rows = db.execute(query, (after, RECORD_PAGE)).fetchall()
@@ -2193,11 +2226,13 @@ def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
     soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
     if soundness != "ok" or rows != (keys, size) or read_totals(db).get(ALL_KEYS, (0, 0)) != rows:
-        raise IndexFailed(f"the new one is not what was read ({soundness}, {rows}); the old one stays")
+        found = f"{soundness}, {rows}"
+        raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")
 
 
 def copy_index(target: str, db: sqlite3.Connection) -> int:
-    """Copy the index as it is at this moment to `target`, and check the copy; return its number of keys."""
+    """Copy the index as it is at this moment to `target`, and check the copy; return its number
+    of keys."""
     with contextlib.closing(sqlite3.connect(target)) as copy:
         db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
@@ -2227,7 +2262,8 @@ def put_in_place(file: str, target: str) -> None:
 
 
 def keep_old_index(path: str) -> str:
-    """Give the index, and its log if that could not be brought in, a second, dated name; return that."""
+    """Give the index, and its log if that could not be brought in, a second, dated name; return
+    that."""
     name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
     for suffix in ("", "-wal"):
         if Path(path + suffix).exists():
@@ -2236,7 +2272,7 @@ def keep_old_index(path: str) -> str:
             except OSError:  # a file system without hard links
                 shutil.copy2(path + suffix, name + suffix)
     sync_folder(Path(path).absolute().parent)
-    for suffix in ("-wal", "-shm"):  # the log of the old index must never be applied to the new one
+    for suffix in ("-wal", "-shm"):  # the log of the old one must never be applied to the new one
         Path(path + suffix).unlink(missing_ok=True)
     return name
 
@@ -2260,7 +2296,8 @@ def identify_file(path: str) -> set[tuple[int, int, str]]:
 
 
 def check_target(target: str, part: str, index: str) -> None:
-    """Raise ConfigError if a copy of the index may not be written to `target`, by way of `part`."""
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
+    `part`."""
     folder = Path(target).absolute().parent
     if not folder.is_dir():
         raise ConfigError([f"FILE: there is no folder {folder}"])
@@ -3138,7 +3175,8 @@ class Store:
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
             with contextlib.suppress(IndexFailed):  # then it is looked at until the doubt has passed
-                await self.index.write(lambda tx: tx.end_doubts(volume, paths, answered), paths=paths)
+                end = partial(Transaction.end_doubts, volume=volume, paths=paths, answered=answered)
+                await self.index.write(end, paths=paths)
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
@@ -3215,8 +3253,10 @@ class Store:
         """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
         raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
         view = self.view
-        if decide_conditions(draft.conditions, await self.index.get(draft.key)) is not Verdict.PROCEED:
-            raise PreconditionFailed("the key is not what the condition asks for")
+        if not is_unconditional(draft.conditions):
+            current = await self.index.get(draft.key)
+            if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
+                raise PreconditionFailed("the key is not what the condition asks for")
         self._begin_write(view, draft, trail).plan(())  # says no before the body is asked for
         begin, whole = await hold_small(body, draft.size)
         attempts_left = WRITE_ATTEMPTS if whole else 1
@@ -3267,9 +3307,11 @@ class Store:
             answering = frozenset(name for name in view.clients if not self.health.is_down(name))
         missing = None
         try:
-            rows = await self.index.write(
-                lambda tx: commit_delete(tx, key, conditions, delay_s, answering, copies), keys=[key]
-            )
+            commit = partial(
+                commit_delete, key=key, conditions=conditions, delay_s=delay_s,
+                answering=answering, copies=copies,
+            )  # fmt: skip
+            rows = await self.index.write(commit, keys=[key])
         except NotFound as error:
             missing = error
             # an unfinished DELETE is finished now
@@ -3313,7 +3355,9 @@ class Store:
         await self._note_deletes(key, rows, seen, and_blobs)
         return marked
 
-    async def _note_deletes(self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool) -> None:
+    async def _note_deletes(
+        self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool
+    ) -> None:  # fmt: skip
         proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
         try:
             if and_blobs and seen:

@@ -1020,7 +1020,8 @@ def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
         if row.state is PendingState.MARK:
             after = row
         elif row.state in ALIVE:
-            after = row._replace(state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+            after = row._replace(state=PendingState.KEPT, owner=None)
+            after = after._replace(due_s=doubt_s, doubt_s=doubt_s)
         else:
             after = row._replace(state=PendingState.GARBAGE, owner=None, attempts=0)
             after = after._replace(due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
@@ -1353,7 +1354,7 @@ NOTES = """CREATE TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT,
 
 class Notes:
     """What one run of verify notes: the path of each record, and what is to be removed. It is in a
-    scratch database of its own, a file without a name that goes with it, on a thread of its own."""
+    scratch database of its own, a file without a name that goes with it, on its own thread."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "mkv-notes")
@@ -1398,7 +1399,7 @@ class Notes:
 
     async def strays(self) -> AsyncIterator[list[Stray]]:
         """Yield them in pages."""
-        query = "SELECT rowid, key, volume, path FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500"
+        query = "SELECT rowid, * FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500"
         after = 0
         while rows := await self._select(query, after):
             yield [(key, volume, path) for _, key, volume, path in rows]
@@ -1450,7 +1451,7 @@ class Verify:
             await self._remove_strays()
 
     async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
-        """Return, by stem, the records in a range of folders that are still where they were noted."""
+        """Return, by stem, the records in a range of folders that are still as they were noted."""
         noted = await self._notes.records_in(first, last)
         current = await self._store.index.get_many([key for _, key in noted])
         records = dict[str, Record]()
@@ -1474,7 +1475,8 @@ class Verify:
             strays, young = find_strays(versions.values(), records, dead, self._before_s)
             self.young += young
             await self._note_strays(strays)
-            await self._note_stray_marks(find_stray_marks(versions.values(), marks, self._before_s))
+            stray_marks = find_stray_marks(versions.values(), marks, self._before_s)
+            await self._note_stray_marks(stray_marks)
         except VolumeError as error:
             self._fail(error)
 
