@@ -854,8 +854,8 @@ def test_place_that_could_not_be_deleted_is_put_off(state: str, after: str) -> N
     (row,) = pending_row(5, state, doubt_s=40.0).values()
     put_off = mkv.put_off(row, mkv.BROKEN_OFF, 1.0)
     assert (put_off.state.value, put_off.doubt_s) == (after, 301.0 if after == "deleting" else 40.0)
-    assert replace(put_off, state=row.state, doubt_s=40.0) == replace(row, attempts=1, due_s=3.0)
-    assert mkv.put_off(row, None, 1.0) == replace(row, attempts=1, due_s=3.0)
+    assert put_off._replace(state=row.state, doubt_s=40.0) == row._replace(attempts=1, due_s=3.0)
+    assert mkv.put_off(row, None, 1.0) == row._replace(attempts=1, due_s=3.0)
 
 
 @pytest.mark.parametrize(
@@ -1304,7 +1304,7 @@ async def test_what_a_dead_process_wrote_is_deleted_at_once_and_watched(index: m
     record = make_record("k", 1, ("a", "b"))
     await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
     await index.write(lambda tx: tx.release_claims(3, 4))
-    due = await index.read(lambda db: mkv.select_due("a", db))
+    due = await index.due_on("a")
     assert [row.path for row in due] == [record.path]
     await index.write(lambda tx: settle_at(tx, {("a", record.path): False}))
     row = (await all_pending(index))["a", record.path]
@@ -1330,8 +1330,8 @@ async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
             await put(index, make_record(key, n, tuple(sorted(rng.sample("abc", 2))), rng.randrange(99)))
     gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
     await index.write(lambda tx: settle_at(tx, dict.fromkeys(gone, True)))
-    totals = await index.read(mkv.read_totals)
-    rows = await index.read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
+    totals = await index.totals()
+    rows = await index._read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
     for name in "abc":
         assert totals[name] == (sum(name in v.split() for v, _ in rows), sum(s for v, s in rows if name in v.split()))
     assert totals[mkv.ALL_KEYS] == (len(rows), sum(size for _, size in rows))
@@ -1372,9 +1372,10 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(index: mkv.Index, error:
     calls = [put(index, make_record("a")), index.write(explode), index.write(refuse), put(index, make_record("b"))]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert outcomes[0] is outcomes[3] is True and isinstance(outcomes[2], mkv.PreconditionFailed)
-    assert isinstance(outcomes[1], RuntimeError if error is StopIteration else error)
+    passed_on = {StopIteration: RuntimeError, sqlite3.IntegrityError: mkv.IndexDamaged}.get(error, error)
+    assert isinstance(outcomes[1], passed_on)
     assert await index.get("a") and await index.get("b") and await index.get("bad") is None
-    totals = await index.read(mkv.read_totals)
+    totals = await index.totals()
     assert totals[mkv.ALL_KEYS] == (2, 10) and totals["a"] == (2, 10) and totals.get(mkv.GARBAGE, (0, 0))[0] == 0
 
 
@@ -1384,9 +1385,200 @@ async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.In
 
     good = index.write(lambda tx: claim_and_commit(tx, make_record("a")))
     outcomes = await asyncio.gather(good, index.write(explode), return_exceptions=True)
-    assert all(isinstance(outcome, sqlite3.OperationalError) for outcome in outcomes)
+    assert all(isinstance(outcome, mkv.IndexFailed) for outcome in outcomes)
     assert await index.get("a") is None
     assert await put(index, make_record("a")) is True
+
+
+async def test_refusal_in_a_batch_undoes_nothing_of_the_others_nor_of_its_own(index: mkv.Index) -> None:
+    def refuse(tx: mkv.Transaction) -> None:
+        assert tx.get("a") == make_record("a")  # in the same transaction
+        tx.add_garbage(make_record("c").path, ["a"])
+        raise mkv.PreconditionFailed
+
+    good = [index.write(lambda tx, key=key: claim_and_commit(tx, make_record(key))) for key in "ab"]
+    calls = [good[0], index.write(refuse), good[1]]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert outcomes[::2] == [True, True] and isinstance(outcomes[1], mkv.PreconditionFailed)
+    assert await index.get_many(["a", "b"]) == [make_record("a"), make_record("b")]
+    assert await all_garbage(index) == {("a", make_record("c").path)}
+
+
+@pytest.mark.parametrize("error", [mkv.Overtaken, mkv.Lost])
+async def test_refusals_of_a_batch_share_its_transaction(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Also that of a PUT that was overtaken: each transaction of its own is a sync of its own."""
+    flushes = list[int]()
+    flush = mkv.Transaction.flush
+    monkeypatch.setattr(mkv.Transaction, "flush", lambda tx: flushes.append(1) or flush(tx))
+
+    def refuse(tx: mkv.Transaction) -> None:
+        raise error
+
+    calls = [put(index, make_record("a")), *(index.write(refuse) for _ in range(20))]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert outcomes[0] is True and all(isinstance(one, error) for one in outcomes[1:])
+    assert len(flushes) <= 2
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_what_another_connection_wrote_is_seen(index: mkv.Index, named: bool) -> None:
+    """A worker remembers its claim; meanwhile another one commits a newer version of the key."""
+    early, late = make_record("k", 1), make_record("k", 2)
+    keys = ["k"] if named else []
+    await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED), keys)
+    other = mkv.Index(index.path)
+    await other.open()
+    assert await put(other, late) is True
+    await other.close()
+    with pytest.raises(mkv.Overtaken):
+        await index.write(lambda tx: mkv.commit_put(tx, early, mkv.UNCONDITIONAL, 0.0), keys)
+    assert await index.get("k") == late
+
+
+async def test_nothing_is_remembered_of_a_transaction_that_failed(index: mkv.Index) -> None:
+    record = make_record("k")
+
+    def fail(tx: mkv.Transaction) -> None:
+        claim_and_commit(tx, record)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(mkv.IndexFailed, match="disk is full"):
+        await index.write(fail, ["k"])
+    assert await index.write(lambda tx: (tx.get("k"), tx.pending_of("k"))) == (None, {})
+    with pytest.raises(mkv.Lost):
+        await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0), ["k"])
+
+
+async def test_failed_flush_is_the_answer_of_its_mutation_alone(index: mkv.Index) -> None:
+    """What SQLite refuses is seen at the end only: the others get transactions of their own."""
+    wrong = make_record("wrong", size="x")  # type: ignore[arg-type]
+    calls = [put(index, make_record("a")), index.write(lambda tx: tx.insert(wrong))]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert outcomes[0] is True and isinstance(outcomes[1], Exception)
+    assert await index.get_many(["a", "wrong"]) == [make_record("a"), None]
+
+
+ACTS = st.tuples(
+    st.sampled_from(["claim", "copy", "commit", "discard", "delete", "settle", "forget", "release", "mark"]),
+    st.integers(0, 1), st.integers(1, 5), st.sets(st.sampled_from("abc"), min_size=1), st.booleans(), st.booleans(),
+)  # fmt: skip
+
+
+def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[str]) -> object:
+    """Do one thing to a transaction; return what it answers."""
+    record = make_record(key, version, tuple(sorted(volumes)))
+    path = record.path
+    places = [(volume, path) for volume in sorted(volumes)]
+    rows = [row for row in tx.pending_of(key).values() if row.volume in volumes]
+    try:
+        match act:
+            case "claim" | "copy":
+                return tx.claim(path, volumes, 0, CLAIMED if act == "claim" else mkv.PendingState.COPYING)
+            case "commit":
+                return mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 1.0)
+            case "discard":
+                return mkv.discard_put(tx, key, path, {"a": mkv.HUNG})
+            case "delete":
+                return mkv.commit_delete(tx, key, mkv.UNCONDITIONAL, 1.0)
+            case "settle":
+                return tx.settle(dict.fromkeys(rows, True))
+            case "forget":
+                return tx.forget(places)
+            case "release":
+                return tx.release_claims(0, 1)
+            case _:
+                return tx.add_marks([path], volumes, ())
+    except (mkv.MkvError, mkv.Overtaken) as error:
+        return repr(error)
+
+
+@settings(max_examples=2000 if os.environ.get("CI") else 300, deadline=None)
+@given(st.lists(ACTS, max_size=25))
+def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: list[Any]) -> None:
+    """One that lives on, beside one for each act, which has to read all that it needs."""
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: 1000.0)
+        quick = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
+        plain = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
+        for db in (quick, plain):
+            mkv.prepare_index(db)
+            db.execute("UPDATE clock SET ahead = 0")
+        tx = mkv.Transaction(quick)
+        for act, number, version, volumes, ahead, flush in acts:
+            key = f"k{number}"
+            alone = mkv.Transaction(plain)
+            if ahead:
+                tx.read_ahead([key], [make_record("k1").path])
+            assert act_on(tx, act, key, version, volumes) == act_on(alone, act, key, version, volumes)
+            alone.flush()
+            if flush:
+                tx.flush()
+                tx.begin()
+        tx.flush()
+        for table in ("record", "total", "pending"):
+            quick_rows, plain_rows = (set(db.execute(f"SELECT * FROM {table}")) for db in (quick, plain))
+            if table == "total":  # a total that is 0 may be missing
+                quick_rows, plain_rows = ({row for row in rows if any(row[1:])} for rows in (quick_rows, plain_rows))
+            assert quick_rows == plain_rows
+
+
+def test_claims_of_a_path_share_a_row(tx: mkv.Transaction) -> None:
+    """And those of an index that has one for each volume are ended all the same."""
+    path = make_record("q").path
+    tx.claim(path, "abc", 7, CLAIMED)
+    tx.flush()
+    query = "SELECT volume, state, owner FROM pending"
+    assert tx._db.execute(query).fetchall() == [("a b c", "claimed", 7)]
+    assert mkv.Transaction(tx._db).pending_of("q") == tx.pending_of("q")
+    tx._db.execute("UPDATE pending SET volume = 'a'")
+    tx._db.execute("INSERT INTO pending SELECT path, 'b', state, owner, due, attempts, since, doubt, sent FROM pending")
+    again = mkv.Transaction(tx._db)
+    again.end_claims(path, ["a"])
+    again.flush()
+    assert tx._db.execute(query).fetchall() == [("b", "garbage", None)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 511, 513, 1200])
+async def test_many_are_looked_up_at_once(index: mkv.Index, count: int) -> None:
+    """Whatever a key holds but NUL, which none has, and whether it is there or not."""
+    keys = [f"{i}\x1f\x1e\n'\"\U0001f600" for i in range(count)]
+    records = [replace(make_record(key), volumes=("a",), ext="") for key in keys[::2]]
+    await index.write(lambda tx: [tx.insert(record) for record in records], keys)
+    expected = {record.key: record for record in records}
+    assert await index.get_many(keys) == [expected.get(key) for key in keys]
+    assert await asyncio.gather(*map(index.get, keys)) == [expected.get(key) for key in keys]
+
+
+async def test_pages_add_up_to_all_that_is_in_the_index(index: mkv.Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mkv, "RECORD_PAGE", 7)
+    monkeypatch.setattr(mkv, "PENDING_PAGE", 7)
+    records = [make_record(f"k{i:03d}") for i in range(50)]
+    await index.write(lambda tx: [claim_and_commit(tx, record) for record in records])
+    await index.write(lambda tx: [mkv.commit_delete(tx, f"k{i:03d}", mkv.UNCONDITIONAL, 0.0) for i in range(30)])
+    await index.write(lambda tx: [tx.claim(record.path, "abc", 0, CLAIMED) for record in records[40:]])
+    pages = [page async for page in index.read_records()]
+    assert [record for page in pages for record in page] == records[30:] and len(pages) == 3
+    rows = [row async for page in index.read_pending() for row in page]
+    assert {(row.volume, row.path): row for row in rows} == await all_pending(index) and len(rows) == 90
+    low, high = sorted(record.path for record in records[40:42])
+    between = await index.pending_between(low, high)
+    assert {row.path for row in between} >= {low, high}
+    assert all(low <= row.path <= high for row in between)
+    assert len(await index.due_on("a")) == 30 == len(await index.unclaimed_on("a"))
+
+
+def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
+    """All that they do with the index goes through its face."""
+    source = (HERE / "mkv_tools.py").read_text()
+    tree = ast.parse(source)
+    others = [node for node in tree.body if getattr(node, "name", "") != "Notes"]
+    calls = {node.attr for other in others for node in ast.walk(other) if isinstance(node, ast.Attribute)}
+    assert not calls & {"execute", "executemany", "fetchall", "fetchone", "fetchmany", "_db"}
+    (imported,) = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "mkv"]
+    names = {alias.name for alias in imported.names}
+    assert not names & {"COLUMNS", "PENDING_COLUMNS", "SqliteThread", "prepare_index", "look_up", "read_totals"}
 
 
 async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1397,7 +1589,7 @@ async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeyp
     )
     await put(index, make_record("k"))
     await index.get("k")
-    await index.read(mkv.read_totals)
+    await index.totals()
     assert len(used) == 3 and threading.get_ident() not in used
 
 
@@ -1476,6 +1668,7 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, step_s: float
 ) -> None:
     tx.add_garbage("/p", ["a"], 10.0)
+    tx.flush()
     wall, monotonic = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: wall() + step_s)
     mkv.prepare_index(tx._db)  # as another process does that starts after the step
@@ -1490,6 +1683,7 @@ def test_clock_of_the_index_goes_on_after_a_boot(
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
+    tx.flush()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     if wall == "not set yet":
         monkeypatch.setattr(time, "time", lambda: 100.0)  # in 1970: else garbage would wait for 50 years
@@ -1580,6 +1774,7 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
     tx = mkv.Transaction(db)
     for key in {*keys, *LISTED}:
         tx.insert(make_record(key))
+    tx.flush()
     expected_keys, expected_prefixes = [], []
     for key in sorted({*keys, *LISTED}):
         if key.startswith(prefix):
@@ -4319,7 +4514,7 @@ def crowded(tmp_path: Path) -> str:
             tx = mkv.Transaction(db)
             for i in range(600):
                 tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
-            tx.close()
+            tx.flush()
     return str(tmp_path / "crowded.db")
 
 
@@ -4630,7 +4825,8 @@ class Cluster:
 
     def claims(self) -> list[tuple[str, str]]:
         with contextlib.closing(sqlite3.connect(self.db)) as db:
-            return db.execute("SELECT volume, path FROM pending WHERE owner IS NOT NULL ORDER BY 1, 2").fetchall()
+            rows = db.execute(f"SELECT {mkv.PENDING_COLUMNS} FROM pending WHERE owner IS NOT NULL")
+            return sorted((row.volume, row.path) for row in mkv.pending_of_rows(rows))
 
     def record(self, key: str) -> Record:
         return next(mkv.record_of_row(row) for row in self.rows() if row[0] == key)
@@ -6056,9 +6252,9 @@ def test_rebuild_that_stops_within_the_swap_leaves_a_whole_index(
     def stop(*_: object) -> None:
         raise OSError("the machine is gone")
 
-    monkeypatch.setattr(mkv_tools if step == "sync_folder" else mkv_tools.os, step, stop)
+    monkeypatch.setattr(mkv if step == "sync_folder" else mkv.os, step, stop)
     if step == "link":
-        monkeypatch.setattr(mkv_tools.shutil, "copy2", stop)
+        monkeypatch.setattr(mkv.shutil, "copy2", stop)
     code, _, err = cluster.tool("rebuild")
     assert code == 1 and "the machine is gone" in err and cluster.rows() == before
     monkeypatch.undo()
@@ -7021,7 +7217,7 @@ def test_backup_into_a_folder_that_is_missing_says_which(tmp_path: Path) -> None
 @on_nginx
 def test_lost_volume_is_forgotten_with_its_garbage(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not while it is configured, or a record names it, and no other volume's garbage goes."""
-    monkeypatch.setattr(mkv_tools, "FORGET_ROWS", 7)
+    monkeypatch.setattr(mkv, "FORGET_ROWS", 7)
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     cluster.put({f"k{i}": b"x" for i in range(20)})
     assert cluster.tool("forget", "volume3")[0] == 2
