@@ -139,7 +139,9 @@ class MkvError(Exception):
 
     def __init__(self, detail: str = "", **headers: str) -> None:
         super().__init__(detail or self.title)
-        self.headers = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        if headers:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            self.headers = {**self.headers, **named}
 
 class BadRequest(MkvError): status, title = 400, "Bad Request"
 class Unauthorized(MkvError): status, title, headers = 401, "Unauthorized", {"WWW-Authenticate": 'Bearer realm="mkv"'}
@@ -791,9 +793,9 @@ def explain_refusal(states: States, ring: Ring, needed: int, failed: Mapping[str
     return Full(detail) if refusing and len(alive & ring.zones.keys()) >= needed else Unavailable(detail)
 
 
-def choose_replica(record: Record, states: States, turn: int) -> str | None:
-    """Return the volume to read from: one of the record's that is not down, by turns."""
-    alive = [name for name in record.volumes if states.get(name, State.DOWN) is not State.DOWN]
+def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
+    """Return the volume to read from: one of these that is not down, by turns."""
+    alive = [name for name in names if states.get(name, State.DOWN) is not State.DOWN]
     return alive[turn % len(alive)] if alive else None
 
 
@@ -3551,11 +3553,13 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config, states = self.view.config, {n: s for n, s in self.health.states.items() if n in self.view.clients}
-        name = choose_replica(record, states, random.getrandbits(16))
+        config = self.view.config
+        clients = self.view.clients
+        known = [name for name in record.volumes if name in clients]
+        name = choose_replica(known, self.health.states, random.getrandbits(16))
         if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        url = self.view.clients[name].volume.public_url + record.path
+        url = clients[name].volume.public_url + record.path
         if config.link_secret:  # the volume checks the path that it is asked for, so that of public_url counts
             url += sign_link("/" + url.split("/", 3)[3], config.link_secret, int(time.time() + config.link_ttl))
         return url
@@ -3841,9 +3845,10 @@ class Response:
 
 def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
-    facts = {"title": error.title, "status": error.status, "detail": str(error), "request_id": request_id}
+    facts = f'"status": {error.status}, "detail": {json.dumps(str(error))}, "request_id": "{request_id}"'
+    body = f'{{"title": "{error.title}", {facts}}}'
     headers = {**error.headers, "Content-Type": "application/problem+json", "X-Request-ID": request_id, "Server": "mkv"}
-    return Response(error.status, headers, json.dumps(facts).encode())
+    return Response(error.status, headers, body.encode())
 
 
 def explain_all(error: Exception, request_id: str) -> Response:

@@ -1035,9 +1035,9 @@ def test_refusal_says_why() -> None:
 
 def test_reads_go_to_any_replica_that_is_not_down() -> None:
     states = {"a": UP, "b": READONLY, "c": UP}
-    assert {mkv.choose_replica(RECORD, states, turn) for turn in range(9)} == {"a", "b"}
-    assert mkv.choose_replica(RECORD, states | {"a": DOWN}, 1) == "b"
-    assert mkv.choose_replica(RECORD, {"c": UP}, 0) is None
+    assert {mkv.choose_replica(RECORD.volumes, states, turn) for turn in range(9)} == {"a", "b"}
+    assert mkv.choose_replica(RECORD.volumes, states | {"a": DOWN}, 1) == "b"
+    assert mkv.choose_replica(RECORD.volumes, {"c": UP}, 0) is None
 
 
 def test_retry_backs_off_to_an_hour() -> None:
