@@ -2266,7 +2266,7 @@ class VolumeClient:
         self._late = set[Line]()  # that hung
         self._tasks = set[asyncio.Task[None]]()
         self._is_pumping = False
-        self._is_connecting = False
+        self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._answered_s = float("-inf")  # when it did so last
@@ -2367,9 +2367,8 @@ class VolumeClient:
         while self._queue and self._idle:
             share = -(-len(self._queue) // len(self._idle))
             self._idle.pop().send(self._take_batch(share))
-        if self._queue and len(self._lines) < LINES and not self._is_connecting:
-            self._is_connecting = True
-            self._begin(self._open_line())
+        if self._queue and len(self._lines) < LINES and self._connecting is None:
+            self._connecting = self._begin(self._open_line())
         if self._timer is None and self._is_busy:
             self._set_timer()
 
@@ -2397,7 +2396,7 @@ class VolumeClient:
             self._lines.add(line)
             self.take_back(line)
         finally:
-            self._is_connecting = False
+            self._connecting = None
 
     async def _connect(self, wire: Wire) -> None:
         loop = asyncio.get_running_loop()
@@ -2498,13 +2497,17 @@ class VolumeClient:
         self._idle.clear()
 
     def close(self) -> None:
-        """Close the idle connections; what is under way goes on, and is not kept after it."""
+        """Close the connections on which nobody waits; what is under way goes on, and is not kept after it."""
         self._is_closed = True
         self.note_answer(self._answered_s)  # whether it is slow is nobody's concern any more
         self._drop_idle()
-        for line in self._late:
-            line.close()
+        for line in self._late.union(self._lines):
+            if all(exchange.is_abandoned for exchange in line.waiting_for) or line in self._late:
+                line.close()
+                self._lines.discard(line)
         self._late.clear()
+        if self._connecting and not self._queue:
+            self._connecting.cancel()
 
     # -- what is slow, or comes late --
 
@@ -2571,10 +2574,11 @@ class VolumeClient:
         await tell(answered, True)
         await tell(others, False)
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # -- how it went --
 
