@@ -2929,7 +2929,8 @@ class Write:
         self.done = list[str]()  # where all of it is
         self.failed = dict[str, VolumeError]()
         self._under_way = dict[str, Exchange]()  # by volume
-        self._news: asyncio.Future[None] | None = None
+        self._is_news = False
+        self._waiter: asyncio.Future[None] | None = None
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
@@ -2965,10 +2966,9 @@ class Write:
                     await self._claim_all(names)
                     record = self._make_record(digest)
                     self._send(names, {self.path: blob, sidecar_path(self.path): encode_sidecar(record)})
-                elif self._under_way:
-                    await self._wait_for_news()
-                else:
+                elif not self._under_way:
                     break
+                await self._wait_for_news()
         finally:
             self._abandon()
         if len(self.done) > replicas:  # two at once
@@ -3010,14 +3010,21 @@ class Write:
         if error is None:
             self.done.append(name)
         if error or not self._under_way or len(self.done) >= self._view.config.replicas:
-            wake(self._news)
+            self._tell_news()
 
     def _hear_slow(self, _: Exchange) -> None:
-        wake(self._news)
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._is_news = True
+        wake(self._waiter)
 
     async def _wait_for_news(self) -> None:
-        self._news = asyncio.get_running_loop().create_future()
-        await self._news
+        """Wait until there is something to decide, since this was called last."""
+        if not self._is_news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._is_news = False
 
     def _abandon(self) -> None:
         """Wait for nobody any more. What has been sent may still come; the index will hear of it."""
