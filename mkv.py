@@ -1246,7 +1246,10 @@ class AnswerReader:
             self._head = self.read_head(bodyless)
             if self._head is None:
                 return None
-        status = self._head.status
+        head = self._head
+        if head.size == 0:
+            self._head = None
+            return head.status, b""
         piece = self.read_piece()
         while piece:
             self._body += piece
@@ -1259,7 +1262,7 @@ class AnswerReader:
         body = bytes(self._body[: limit + 1])
         self._head = None
         self._body.clear()
-        return status, body
+        return head.status, body
 
     def read_head(self, bodyless: bool) -> AnswerHead | None:
         """Return the head of the next answer, past those that are interim; None if it is not whole
@@ -1905,6 +1908,7 @@ MAX_LATE = 256  # connections to a volume that hangs on which its answers are st
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}  # s, s, times
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 BROKEN = (OSError, EOFError, ValueError)
+GOOD = (200, 201, 204)
 BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # here, so that nobody could be connected to
 ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; nobody reads it
@@ -2038,6 +2042,8 @@ class Line(Wire):
         if self._ended:
             return
         self.progress_s = time.monotonic()
+        self.answered_s = self.progress_s
+        self._client.note_answer(self.progress_s)
         self._reader.feed(data)
         try:
             while self.waiting_for:
@@ -2058,16 +2064,15 @@ class Line(Wire):
             self._client.take_back(self)
 
     def _take(self, exchange: Exchange, answer: Answer) -> None:
-        self.answered_s = self.progress_s
-        self._client.note_answer(self.answered_s)
         status, body = answer
-        if exchange.method != "GET" and len(body) > ANSWER_BYTES:
-            raise ValueError("its answer does not end")
+        count = len(exchange.answers)
+        if exchange.method != "GET":
+            if len(body) > ANSWER_BYTES:
+                raise ValueError("its answer does not end")
+            if status not in GOOD and exchange.error is None:
+                exchange.error = self._client.judge(exchange.method, exchange.paths[count], status)
         exchange.answers.append(answer)
-        if exchange.error is None and exchange.method != "GET":
-            path = exchange.paths[len(exchange.answers) - 1]
-            exchange.error = self._client.judge(exchange.method, path, status)
-        if len(exchange.answers) < len(exchange.paths):
+        if count + 1 < len(exchange.paths):
             return
         self.waiting_for.popleft()
         if self._is_late:
@@ -2584,7 +2589,7 @@ class VolumeClient:
 
     def judge(self, method: str, path: str, status: int) -> VolumeError | None:
         """Return what is wrong if `status` is the answer."""
-        if status in (200, 201, 204) or (method == "DELETE" and status == 404):
+        if status in GOOD or (method == "DELETE" and status == 404):
             return None
         kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
         if method in ("GET", "HEAD") and status >= 500:

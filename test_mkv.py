@@ -27,6 +27,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -1774,6 +1775,290 @@ async def test_full_disk_is_full_not_down(tmp_path: Path, kind: str) -> None:
             assert heard[-1] is mkv.Event.REFUSED
         assert mkv.Event.UNREACHABLE not in heard
         client.close()
+
+
+class Talk:
+    """What a volume was asked, and how its connections are to go."""
+
+    def __init__(self) -> None:
+        self.asked = list[tuple[int, str]]()  # (number of the connection, path)
+        self.connections = 0
+        self.go_on = asyncio.Event()
+
+    async def take(self, reader: asyncio.StreamReader, number: int) -> str:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        if length:
+            await reader.readexactly(int(length[1]))
+        path = head.split()[1].decode()
+        self.asked.append((number, path))
+        return path
+
+    def count(self, path: str) -> int:
+        return [asked for _, asked in self.asked].count(path)
+
+
+Answers = Callable[[int, str], bytes | None]  # (number of the connection, path); None: hangs up
+
+
+@contextlib.asynccontextmanager
+async def line_volume(answer: Answers, hangs: Callable[[int], bool] = lambda number: False) -> AsyncIterator[Any]:
+    """Run a volume that answers each request as `answer` says, on connections that hang only once it may go on; yield
+    its URL and what it is asked."""
+    talk = Talk()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = talk.connections
+        talk.connections += 1
+        while True:
+            path = await talk.take(reader, number)
+            if hangs(number):
+                await talk.go_on.wait()
+            said = answer(number, path)
+            if said is None:
+                writer.transport.abort()
+                return
+            writer.write(said)
+
+    async with talking(serve) as url:
+        yield url, talk
+        talk.go_on.set()
+
+
+DONE = CREATED + b"Content-Length: 0\r\n\r\n"
+
+
+class Hearing:
+    """A client, and what it tells."""
+
+    def __init__(self, url: str, timeout_s: float = 20.0, slow_after_s: float = 0.0) -> None:
+        self.events = list[mkv.Event]()
+        self.slow = list[bool]()
+        self.late = list[tuple[str, bool]]()
+        self.client = mkv.VolumeClient(
+            Volume(name="a", url=url), "", timeout_s, lambda event, _: self.events.append(event), lambda *_: None,
+            self.hear_late, slow_after_s, self.slow.append,
+        )  # fmt: skip
+
+    async def hear_late(self, paths: list[str], answered: bool) -> None:
+        self.late += [(path, answered) for path in paths]
+
+    async def put_many(self, count: int) -> list[Any]:
+        """PUT blobs with sidecars at once; return how many times each was sent, or its error."""
+        puts = (self.client.put({f"/{i}": b"x" * 500, f"/{i}.key": b"y"}) for i in range(count))
+        return await asyncio.gather(*puts, return_exceptions=True)
+
+
+async def test_small_requests_share_connections_and_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes, write = list[int](), mkv.Wire.write
+    monkeypatch.setattr(mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data)))
+    async with line_volume(lambda number, path: DONE) as (url, talk):
+        one = Hearing(url)
+        for _ in range(5):
+            assert await one.put_many(50) == [1] * 50
+        one.client.close()
+    assert talk.connections <= mkv.LINES and len(writes) <= 5 * mkv.LINES
+    for number in range(talk.connections):  # blob and sidecar stay together
+        paths = [path for which, path in talk.asked if which == number]
+        assert paths[1::2] == [f"{path}.key" for path in paths[::2]]
+    assert one.events == [mkv.Event.STORED] * 250
+
+
+async def test_line_carries_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A volume answers in order, so what is far behind would wait for long."""
+    monkeypatch.setattr(mkv, "LINE_BYTES", 3000)
+    writes, write = list[int](), mkv.Wire.write
+    monkeypatch.setattr(mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data)))
+    async with line_volume(lambda number, path: DONE) as (url, _):
+        one = Hearing(url)
+        assert await one.put_many(50) == [1] * 50
+        one.client.close()
+    assert max(writes) <= 3000 and max(writes) > 1500
+
+
+async def test_line_that_breaks_fails_nobody() -> None:
+    """What was not answered is sent again, once; health does not hear of it."""
+    async with line_volume(lambda number, path: None if (number, path) == (0, "/3.key") else DONE) as (url, talk):
+        one = Hearing(url)
+        assert await one.put_many(20) == [1] * 3 + [2] * 17
+        assert [talk.count(f"/{i}") for i in range(4)] == [1] * 4 and talk.count("/3.key") == 2
+        assert one.events == [mkv.Event.STORED] * 20
+        one.client.close()
+
+
+async def test_request_that_breaks_lines_breaks_no_other_and_health_hears_once() -> None:
+    async with line_volume(lambda number, path: None if path == "/7" else DONE) as (url, talk):
+        one = Hearing(url)
+        results = await one.put_many(20)
+        assert isinstance(results[7], mkv.VolumeDown) and results[7].sent == 2 and talk.count("/7") == 2
+        assert all(isinstance(sent, int) for i, sent in enumerate(results) if i != 7)
+        assert one.events.count(mkv.Event.UNREACHABLE) == 1 and len(one.events) == 20
+        one.client.close()
+
+
+async def test_volume_that_breaks_every_connection_is_down_and_health_hears_once_a_line() -> None:
+    async with line_volume(lambda number, path: None) as (url, _):
+        one = Hearing(url)
+        results = await one.put_many(20)
+        assert all(isinstance(error, mkv.VolumeDown) and error.sent == 2 for error in results)
+        assert one.events == [mkv.Event.UNREACHABLE] * 20  # each was alone the second time
+        one.client.close()
+
+
+async def test_what_was_asked_behind_an_answer_that_closes_is_asked_again_and_counts_as_sent_once() -> None:
+    """As nginx does after an error, or its last request on a connection."""
+    close = CREATED + b"Connection: close\r\nContent-Length: 0\r\n\r\n"
+    async with line_volume(lambda number, path: close if path in ("/2", "/5.key") else DONE) as (url, talk):
+        one = Hearing(url)
+        assert await one.put_many(10) == [1] * 10 and one.events == [mkv.Event.STORED] * 10
+        assert talk.connections >= 3 and talk.count("/2") == 1
+        one.client.close()
+
+
+async def test_error_in_a_batch_is_that_requests_alone() -> None:
+    full = b"HTTP/1.1 507 Insufficient Storage\r\nContent-Length: 0\r\n\r\n"
+    async with line_volume(lambda number, path: full if path == "/4" else DONE) as (url, talk):
+        one = Hearing(url)
+        results = await one.put_many(10)
+        assert isinstance(results.pop(4), mkv.VolumeFull) and results == [1] * 9 and talk.connections == 1
+        assert sorted(event.name for event in one.events) == ["REFUSED"] + ["STORED"] * 9
+        one.client.close()
+
+
+async def test_kept_line_that_the_volume_closes_fails_nobody() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await Talk().take(reader, 0)
+        writer.write(DONE)
+        writer.close()
+
+    async with talking(serve) as url:
+        one = Hearing(url)
+        for _ in range(20):
+            assert await one.client.put({"/p": b"x"}) in (1, 2)
+        assert one.events == [mkv.Event.STORED] * 20
+        one.client.close()
+
+
+async def test_line_that_hangs_fails_all_it_carries_and_health_hears_once() -> None:
+    async with line_volume(lambda number, path: DONE, lambda number: number == 0) as (url, talk):
+        one = Hearing(url, 0.2)
+        results = await one.put_many(10)
+        assert all(isinstance(error, mkv.VolumeTimeout) and error.sent == 1 for error in results)
+        assert one.events == [mkv.Event.UNREACHABLE] and one.late == []
+        assert await one.client.put({"/again": b"x"}) == 1  # over another
+        talk.go_on.set()
+        await until(lambda: len(one.late) == 10)
+        assert sorted(one.late) == sorted((f"/{i}.key", True) for i in range(10))
+        await until(lambda: not one.client._late)
+        one.client.close()
+
+
+async def test_hung_line_that_ends_says_what_will_not_come() -> None:
+    async with line_volume(lambda number, path: DONE if path != "/1" else None, lambda number: True) as (url, talk):
+        one = Hearing(url, 0.2)
+        assert {type(result) for result in await one.put_many(2)} == {mkv.VolumeTimeout}
+        talk.go_on.set()
+        await until(lambda: len(one.late) == 3)
+        assert one.late == [("/0.key", True), ("/1", False), ("/1.key", False)]
+        one.client.close()
+
+
+async def test_what_waits_for_a_volume_that_hangs_is_given_up_unsent() -> None:
+    async with line_volume(lambda number, path: DONE, lambda number: True) as (url, talk):
+        one = Hearing(url, 0.2)
+        gets = [one.client.get([f"/{i}"], 99) for i in range(20)]  # each goes alone
+        errors = await asyncio.gather(*gets, return_exceptions=True)
+        assert all(isinstance(error, mkv.VolumeTimeout) for error in errors)
+        sent = [error.sent for error in errors if isinstance(error, mkv.VolumeTimeout)]
+        assert set(sent) == {0, 1} and len(talk.asked) == sum(sent)
+        one.client.close()
+
+
+async def test_request_that_is_cancelled_leaves_its_line_usable() -> None:
+    async with line_volume(lambda number, path: DONE, lambda number: True) as (url, talk):
+        one = Hearing(url)
+        puts = [asyncio.create_task(one.client.put({f"/{i}": b"x"})) for i in range(5)]
+        await until(lambda: talk.asked)
+        puts[0].cancel()
+        puts[3].cancel()
+        talk.go_on.set()
+        results = await asyncio.gather(*puts, return_exceptions=True)
+        assert [type(result) for result in results] == [asyncio.CancelledError, int, int, asyncio.CancelledError, int]
+        assert await one.client.put({"/more": b"x"}) == 1 and talk.connections == 1
+        assert [path for _, path in talk.asked] == ["/0", "/1", "/2", "/3", "/4", "/more"]
+        one.client.close()
+
+
+async def test_request_that_is_cancelled_before_it_was_sent_is_not_sent() -> None:
+    async with line_volume(lambda number, path: DONE) as (url, talk):
+        one = Hearing(url)
+        puts = [asyncio.create_task(one.client.put({f"/{i}": b"x"})) for i in range(3)]
+        await asyncio.sleep(0)  # they wait for a connection
+        puts[1].cancel()
+        await asyncio.gather(*puts, return_exceptions=True)
+        assert [path for _, path in talk.asked] == ["/0", "/2"]
+        one.client.close()
+
+
+async def test_connection_refused_fails_all_that_wait_unsent(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, connect = list[int](), mkv.VolumeClient._connect
+    monkeypatch.setattr(mkv.VolumeClient, "_connect", lambda *a: (opened.append(1), connect(*a))[1])
+    one = Hearing(f"http://127.0.0.1:{free_port()}")
+    results = await one.put_many(20)
+    assert all(isinstance(error, mkv.VolumeDown) and error.sent == 0 for error in results)
+    assert one.events == [mkv.Event.UNREACHABLE] and opened == [1]
+
+
+async def test_slow_volume_is_said_to_be_slow_until_it_answers() -> None:
+    async with line_volume(lambda number, path: DONE, lambda number: True) as (url, talk):
+        one = Hearing(url, 20.0, 0.1)
+        puts = asyncio.create_task(one.put_many(3))
+        await until(lambda: one.slow)
+        assert one.slow == [True] and one.events == []
+        talk.go_on.set()
+        assert await puts == [1, 1, 1] and one.slow == [True, False]
+        one.client.close()
+
+
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return key, certificate
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"])
+def test_volume_behind_tls(new_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
+            while True:
+                await Talk().take(reader, 0)
+                writer.write(b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\nok")
+        writer.transport.abort()
+
+    async def work() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+            url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+            stranger = Hearing(url)
+            with pytest.raises(mkv.VolumeDown, match="certificate"):
+                await stranger.client.put({"/p": b"x"})
+            monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+            one = Hearing(url)
+            assert await one.put_many(20) == [1] * 20
+            assert await one.client.get(["/p"], 99) == [(201, b"ok")]
+            await upload(one.client, 300_000)
+            assert await read_all(one.client) == b"ok"
+            one.client.close()
+            await asyncio.sleep(0.05)  # so that the server sees the ends
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work())
 
 
 # == Health ===========================================================================================================
