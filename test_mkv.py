@@ -667,14 +667,16 @@ def test_no_bytes_break_the_sidecar_reader(data: bytes) -> None:
 
 # == Decisions ========================================================================================================
 
-PURE_SECTIONS = ("Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions")
+PURE_SECTIONS = (
+    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions", "Wire format"
+)  # fmt: skip
 IMPURE = {"asyncio", "sqlite3", "time", "random", "os", "socket", "web", "ClientSession", "open", "print"}
 
 
 def test_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
     banners = re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)
-    assert tuple(banners[:6]) == PURE_SECTIONS
+    assert tuple(banners[:7]) == PURE_SECTIONS
     start, end = (source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index"))
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and start < node.lineno < end:
@@ -989,6 +991,10 @@ def test_write_goes_to_the_next_volume_that_is_up() -> None:
     assert mkv.plan_write(ring, "k", 2, states | {first: READONLY}, [], [second]) == (third, fourth)
     assert mkv.plan_write(ring, "k", 2, states, [first], [second]) == (third,)
     assert mkv.plan_write(ring, "k", 2, states, [first, third], [second]) == ()
+    assert mkv.plan_write(ring, "k", 2, states, [], [], {first}) == (second, third)
+    assert mkv.plan_write(ring, "k", 2, states, [], [], {first, second, third}) == (fourth, first)
+    assert mkv.plan_write(ring, "k", 2, states, [third], [second], {first, fourth}) == (first,)
+    assert mkv.plan_write(ring, "k", 2, states | {third: DOWN}, [], [], {first, second, fourth}) == (first, second)
 
 
 def test_refusal_says_why() -> None:
@@ -1414,6 +1420,47 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
         start = page["next"]
     db.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# == Wire format ======================================================================================================
+
+HEADERS = st.sampled_from([
+    b"Location: /aa/bb", b"Location: \tx", b"Location: ", b"Location:x", b"location: /y", b"Location: \xc3\xa9",
+    b"Location: a\x00", b"Content-Length: 0", b"Content-Length: 2", b"content-length: 2", b"Server: nginx",
+    b"Connection: keep-alive", b"Connection: close", b"Transfer-Encoding: chunked", b" folded", b"no colon", b"",
+])  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(status=st.sampled_from([b"200 OK", b"201", b"204 x", b"100 y", b"2O0"]), lines=st.lists(HEADERS, max_size=5))
+def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) -> None:
+    """So that answers that differ in it only need be read once."""
+    head = b"HTTP/1.1 " + status + b"\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+    head = head[: head.index(b"\r\n\r\n") + 4]
+    results = list[object]()
+    for one in (head, mkv.drop_location(head)):
+        try:
+            results.append(mkv.parse_answer_head(one, False))
+        except ValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cuts=st.lists(st.integers(0, 400), max_size=30), each=st.booleans())
+def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool) -> None:
+    said = b"HTTP/1.1 100 Continue\r\n\r\n" + CREATED + b"Location: /x\r\nContent-Length: 2\r\n\r\nok"
+    said += CHUNKED + b"2;a=b\r\nab\r\n03\r\ncde\r\n0\r\n\r\n" + b"HTTP/1.1 204 No Content\r\n\r\n"
+    said += CREATED + b"Content-Length: 9\r\n\r\n123456789"
+    reader, answers = mkv.AnswerReader(), list[mkv.Answer]()
+    at = sorted({0, len(said), *(range(len(said)) if each else (cut % len(said) for cut in cuts))})
+    for begin, end in itertools.pairwise(at):
+        reader.feed(said[begin:end])
+        while answer := reader.read(False, 7):
+            answers.append(answer)
+            if not reader.reusable:
+                break
+    assert answers == [(201, b"ok"), (201, b"abcde"), (204, b""), (201, b"12345678")] and not reader.reusable
 
 
 # == Volume client ====================================================================================================
@@ -5047,6 +5094,134 @@ def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> Non
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
         rows = db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
     assert rows == [("watched", 1)] * 3 and marks(cluster)
+
+
+def key_that_begins_at(store: Store, volume: str) -> str:
+    return next(key for key in map("k{}".format, range(1000)) if store.view.ring.place(key, 1) == (volume,))
+
+
+async def until_rows(store: Store, predicate: Callable[[Collection[mkv.Pending]], object]) -> None:
+    """Wait until `predicate` holds for all that is pending."""
+    while not predicate((await all_pending(store.index)).values()):  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+
+
+async def until_no_doubt(store: Store) -> None:
+    await until_rows(store, lambda rows: not any(row.doubt_s for row in rows))
+
+
+@contextlib.contextmanager
+def stopped(*volumes: Nginx) -> Iterator[None]:
+    for volume in volumes:
+        volume.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for volume in volumes:
+            volume.signal(signal.SIGCONT)
+
+
+@on_nginx
+def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
+    """What that still writes is in doubt, until it has come; then it is deleted."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2)
+
+    async def work(store: Store) -> None:
+        key = key_that_begins_at(store, "volume3")
+        with stopped(cluster.volumes["volume3"]):
+            await put_one(store, key, b"x")
+            assert (await store.find(key, mkv.UNCONDITIONAL))[0].volumes == ("volume1", "volume2")
+            (row,) = (await all_pending(store.index)).values()
+            assert (row.volume, row.state, row.sent) == ("volume3", mkv.PendingState.GARBAGE, 1)
+            assert row.doubt_s == row.since_s + mkv.HUNG.seconds
+            assert store.health.states["volume3"] is UP and store.health.slow == {"volume3"}
+            await put_all(store, {f"more{i}": b"x" for i in range(30)})
+            assert len(await all_pending(store.index)) == 1  # nothing more was sent there
+        await until(lambda: not store.health.slow)
+        await until_no_doubt(store)
+        assert len(cluster.files("volume3")) == 2  # the late write: this is what the test is about
+        await store.collect_garbage()
+        assert not await all_pending(store.index) and not cluster.files("volume3")
+        await put_one(store, key, b"y")
+        assert "volume3" in (await store.find(key, mkv.UNCONDITIONAL))[0].volumes
+
+    cluster.use(work)
+
+
+@on_nginx
+def test_key_deleted_before_a_slow_volume_wrote_it_stays_dead_though_the_index_is_lost(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2)
+
+    async def work(store: Store) -> None:
+        cluster.volumes["volume3"].signal(signal.SIGSTOP)
+        key = key_that_begins_at(store, "volume3")
+        await put_one(store, key, b"x")
+        await store.delete(key, mkv.UNCONDITIONAL, "")
+
+    try:
+        cluster.use(work)
+        assert len(marks(cluster)) == 2 and not sidecars(cluster)
+    finally:
+        cluster.volumes["volume3"].signal(signal.SIGCONT)
+    eventually(lambda: sidecars(cluster))  # the late write: this is what the test is about
+    lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == []
+
+
+@on_nginx
+def test_slow_volume_is_waited_for_if_there_is_no_other(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=60.0, slow_after=0.1)
+
+    async def work(store: Store) -> None:
+        with stopped(cluster.volumes["volume3"]):
+            put = asyncio.create_task(put_one(store, "k", b"x"))
+            await until(lambda: store.health.slow)
+        await put
+        assert len((await store.find("k", mkv.UNCONDITIONAL))[0].volumes) == 3
+        assert not await all_pending(store.index)
+
+    cluster.use(work)
+
+
+@on_nginx
+def test_slow_volumes_do_not_help_each_other(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else overload would breed more load."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=1, volume_timeout=60.0, slow_after=0.1)
+    slow, hear = list[str](), mkv.Write._hear_slow
+    monkeypatch.setattr(mkv.Write, "_hear_slow", lambda write, one: (slow.append(one.volume), hear(write, one)))
+
+    async def work(store: Store) -> None:
+        with stopped(*cluster.volumes.values()):
+            first = asyncio.create_task(put_one(store, "k", b"x"))
+            await until(lambda: len(slow) == 3)  # one after the other was asked to help
+            second = asyncio.create_task(put_one(store, "l", b"x"))
+            await until(lambda: len(slow) == 4)
+            assert len(await all_pending(store.index)) == 4
+        await asyncio.gather(first, second)
+
+    cluster.use(work)
+
+
+@on_nginx
+def test_put_that_is_cancelled_is_in_doubt_until_its_volumes_answer(cluster: Cluster) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=60.0)
+
+    async def work(store: Store) -> None:
+        with stopped(*cluster.volumes.values()):
+            put = asyncio.create_task(put_one(store, "k", b"x"))
+            await until(lambda: cluster.claims())
+            await until(lambda: all(len(one._lines) > len(one._idle) for one in store.view.clients.values()))
+            put.cancel()
+            await until_rows(
+                store, lambda rows: {r.doubt_s and r.doubt_s - r.since_s for r in rows} == {mkv.HUNG.seconds}
+            )
+        with pytest.raises(asyncio.CancelledError):
+            await put
+        await until_no_doubt(store)
+
+    cluster.use(work)
+    cluster.collect()
+    assert not all_files(cluster)
 
 
 @on_nginx
