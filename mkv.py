@@ -90,7 +90,7 @@ import termios
 import threading
 import time
 import tomllib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -101,7 +101,8 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
-)  # fmt: skip
+    Sequence,
+)
 from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
@@ -279,6 +280,9 @@ class Config(Checked):
     min_replicas: int = setting(0, "volumes that must have a blob before a PUT succeeds (0: replicas)", 0, 32)
     workers: int = setting(1, "processes that serve", 1, 256)
     volume_timeout: float = setting(5.0, "s without progress after which a volume is given up", 0.1, 3600)
+    slow_after: float = setting(
+        0.5, "s without an answer after which a small PUT goes to one more volume (0: never)", 0, 3600
+    )
     garbage_delay: float = setting(10.0, "s that replaced and deleted blobs stay, for readers under way", 0, 86400)
     max_blob_size: int = setting(0, "bytes a blob may have (0: no limit)")
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
@@ -768,11 +772,18 @@ States = Mapping[str, State]  # of the volumes, by name
 
 
 def plan_write(
-    ring: Ring, key: str, replicas: int, states: States, done: Collection[str], failed: Collection[str]
-) -> tuple[str, ...]:
-    """Return the volumes to write to next: where the ring puts the key among those up, less what is done or failed."""
+    ring: Ring, key: str, replicas: int, states: States, done: Collection[str], failed: Collection[str],
+    slow: Collection[str] = (),
+) -> tuple[str, ...]:  # fmt: skip
+    """Return the volumes to write to next: where the ring puts the key among those up, less what is done or failed.
+    Those that are slow come last, and only if the others are too few."""
     usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
-    return tuple(name for name in ring.place(key, replicas, usable) if name not in done)[: replicas - len(done)]
+    swift = [name for name in usable if name not in slow]
+    names = ring.place(key, replicas, swift)
+    if len(names) < replicas:
+        others = ring.place(key, len(usable), usable)
+        names += tuple(name for name in others if name not in names)
+    return tuple(name for name in names if name not in done)[: replicas - len(done)]
 
 
 def decide_write(done: int, left: int, replicas: int, min_replicas: int) -> Step:
@@ -1134,6 +1145,7 @@ def parse_list_query(query: str) -> ListQuery:
 # == Wire format =================================================================================
 # HTTP/1.1 (RFC 9112) over bytes: pure and bounded. Of what clients send only the simple is read
 # here, a subset that every parser reads the same; the rest is left to aiohttp.
+# What a volume sends beyond a bound is refused.
 
 MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
@@ -1150,6 +1162,18 @@ REQUEST_HEAD = re.compile(
 )
 LENGTH = re.compile(r"[0-9]{1,15}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+
+ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
+INTERIM_ANSWERS = 10  # 1xx before the answer proper
+HEADS_KNOWN = 64  # that need not be read again: in a second, all answers to PUTs have next to the same
+
+TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
+ANSWER_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: " + TEXT + rb")?\r\n"
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
+)  # fmt: skip
+FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.IGNORECASE)
+ANSWER_LENGTH = re.compile(rb"[0-9]{1,15}")
 
 
 class RequestHead(NamedTuple):
@@ -1200,6 +1224,54 @@ def parse_request_head(head: bytes) -> RequestHead | None:
     elif not headers.keys().isdisjoint(("expect", "transfer-encoding")) or headers.get("content-length", "0") != "0":
         return None
     return RequestHead(method, found[2].decode(), headers, length, connection == "close")
+
+
+class AnswerHead(NamedTuple):
+    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
+
+    status: int
+    size: int | None
+    reusable: bool
+
+
+@lru_cache(HEADS_KNOWN)
+def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
+    """Read the head of an answer strictly; raises ValueError. HEAD's is `bodyless`."""
+    found = ANSWER_HEAD.fullmatch(head) if len(head) <= ANSWER_HEAD_BYTES else None
+    if found is None:
+        raise ValueError("what it answers is not HTTP")
+    status = int(found[2])
+    size: int | None = None
+    chunked = False
+    reusable = found[1] == b"1"
+    for name, value in FRAMING.findall(head):
+        value = value.strip(b" \t").lower()
+        match name.lower():
+            case b"connection":
+                reusable = reusable and b"close" not in value
+            case b"transfer-encoding" if value == b"chunked" and not chunked:
+                chunked = True
+            case b"content-length" if ANSWER_LENGTH.fullmatch(value) and size in (None, int(value)):
+                size = int(value)
+            case _:
+                raise ValueError("the length of its answer is malformed or given twice")
+    if chunked and size is not None:
+        raise ValueError("its answer has two lengths")
+    if bodyless or status < 200 or status in (204, 304):
+        size = 0
+    elif size is None and not chunked:
+        raise ValueError("its answer has no length")
+    return AnswerHead(status, size, reusable)
+
+
+def drop_location(head: bytes) -> bytes:
+    """Return the head of an answer without its Location. That says nothing which counts here, but
+    makes the answer to each PUT another one."""
+    before, name, after = head.partition(b"\r\nLocation: ")
+    value, _, behind = after.partition(b"\r\n")
+    if name and value.isascii() and value.decode().isprintable():
+        return before + b"\r\n" + behind
+    return head
 
 
 WRONG_END = "a chunk is longer than its size, or a trailer follows the last"
@@ -1300,6 +1372,100 @@ def encode_response_head(status: int, headers: Mapping[str, str], date: str, is_
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+
+
+class AnswerReader:
+    """Reads the answers that come on one connection, one after the other."""
+
+    def __init__(self) -> None:
+        self.reusable = True  # more answers can follow
+        self._data = b""  # what has come
+        self._at = 0  # how much of it has been read
+        self._interim = 0  # answers before the next one proper
+        self._head: AnswerHead | None = None  # of the answer that `read` is about
+        self._left = 0  # bytes of its body that are to come
+        self._chunks: ChunkDecoder | None = None
+        self._body = bytearray()
+
+    @property
+    def unread(self) -> int:
+        """How many bytes have come and are not read."""
+        return len(self._data) - self._at
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing has come but what was asked for."""
+        return self._head is None and self._at == len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        self._data = self._data[self._at :] + data
+        self._at = 0
+
+    def read(self, bodyless: bool, limit: int) -> Answer | None:
+        """Return the next answer, None if it is not whole yet; raises ValueError.
+
+        A body longer than `limit` is cut off after one byte more, and then no other can follow.
+        """
+        if self._head is None:
+            self._head = self.read_head(bodyless)
+            if self._head is None:
+                return None
+        head = self._head
+        if head.size == 0:
+            self._head = None
+            return head.status, b""
+        piece = self.read_piece()
+        while piece:
+            self._body += piece
+            if len(self._body) > limit:
+                self.reusable = False
+                break
+            piece = self.read_piece()
+        if piece is None:
+            return None
+        body = bytes(self._body[: limit + 1])
+        self._head = None
+        self._body.clear()
+        return head.status, body
+
+    def read_head(self, bodyless: bool) -> AnswerHead | None:
+        """Return the head of the next answer, past those that are interim; None if it is not whole
+        yet. Raises ValueError."""
+        while True:
+            end = self._data.find(b"\r\n\r\n", self._at) + 4
+            if end < 4:
+                if self.unread > ANSWER_HEAD_BYTES:
+                    raise ValueError("the head of its answer does not end")
+                return None
+            size = end - self._at
+            if size > ANSWER_HEAD_BYTES:
+                raise ValueError("the head of its answer is too long")
+            head = parse_answer_head(drop_location(self._data[self._at : end]), bodyless)
+            self._at = end
+            if head.status >= 200:
+                break
+            self._interim += 1
+            if head.status == 101 or self._interim > INTERIM_ANSWERS:
+                raise ValueError("it sends interim answers only")
+        self._interim = 0
+        self.reusable = self.reusable and head.reusable
+        self._left = head.size or 0
+        self._chunks = ChunkDecoder() if head.size is None else None
+        return head
+
+    def read_piece(self) -> bytes | None:
+        """Return what has come of the body; b"" at its end, None if more is to come. Raises
+        ValueError."""
+        if self._chunks is None:
+            piece = self._data[self._at : self._at + self._left]
+            self._at += len(piece)
+            self._left -= len(piece)
+            return piece or (None if self._left else b"")
+        if self._chunks.done:
+            return b""
+        piece, self._data = self._chunks.decode(self._data[self._at :])
+        self._at = 0
+        return piece or (b"" if self._chunks.done else None)
 
 
 # == Index ============================================================================================================
@@ -2529,209 +2695,328 @@ def check_target(target: str, part: str, index: str) -> None:
 
 
 # == Volume client ====================================================================================================
-# What goes to a volume or comes from it is small, or a stream. Small requests are pipelined on kept connections, over
-# plain asyncio streams (a fifth of the CPU of a general client); a large blob has a connection of its own.
+# What goes to a volume or comes from it is small, or a stream. The small requests of all clients share a few kept
+# connections, the lines, and with them system calls: what waits while all are busy goes out together on the next that
+# is free, and is answered in its order. A large blob has a connection of its own.
+#
+# Nobody waits for a volume alone. One timer a volume finds out which lines have not answered for `slow_after`, and
+# tells whoever waits, and on which there has been no progress for `volume_timeout`. What was sent over such a line has
+# failed, and may still come: its answers are listened for, with nobody waiting. What was sent over a line that broke
+# goes again over another, once and alone, so that what breaks lines breaks no other request.
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
+LINES = 4  # to a volume
+LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
+DOWNLOAD_BUFFER = 256 * 1024  # bytes of a blob that is read may wait here
 KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
 MAX_LATE = 256  # connections to a volume that hangs on which its answers are still awaited
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}  # s, s, times
 SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
-BROKEN = (OSError, EOFError, ValueError, asyncio.LimitOverrunError)
+BROKEN = (OSError, EOFError, ValueError)
+GOOD = (200, 201, 204)
 BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # here, so that nobody could be connected to
-
-# Whatever a volume sends has a bound; a volume that breaks one has failed, as if it had hung up.
-HEAD_BYTES = 16 * 1024  # of the head of an answer
-INTERIM_ANSWERS = 10  # 1xx before the answer proper
 ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; nobody reads it
 
-TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
-ANSWER_HEAD = re.compile(
-    rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: " + TEXT + rb")?\r\n"
-    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
-)  # fmt: skip
-FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.I)
-LENGTH_BYTES = re.compile(rb"[0-9]{1,15}")
+
+class Exchange:
+    """Requests that go to one volume together and in this order, such as those that PUT a blob and its sidecar.
+    `hear_end` is called when all are answered, or have failed, `hear_slow` when there is no answer for a while."""
+
+    __slots__ = (
+        "answers", "began_s", "error", "hear_end", "hear_slow", "is_abandoned", "is_slow", "limit", "method",
+        "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
+    )  # fmt: skip
+
+    def __init__(
+        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[bytes], limit: int,
+        hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
+    ) -> None:  # fmt: skip
+        self.volume = volume
+        self.method = method
+        self.paths = paths
+        self.requests = requests
+        self.limit = limit  # bytes of the body of each answer
+        self.hear_end = hear_end
+        self.hear_slow = hear_slow
+        self.size = sum(map(len, requests))
+        self.answers = list[Answer]()
+        self.error: VolumeError | None = None
+        self.sent = 0  # how many times some of it was
+        self.through = 0  # how many requests were answered when it was sent last
+        self.began_s = 0.0
+        self.waits_since_s = 0.0  # to be sent
+        self.is_slow = False
+        self.is_abandoned = False  # nobody waits for it any more
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether it shares no batch: what it is answered may be long, or a line broke when it was sent."""
+        return self.method == "GET" or self.sent > 0
 
 
-class AnswerHead(NamedTuple):
-    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
-
-    status: int
-    size: int | None
-    reusable: bool
+def ignore(_: Exchange) -> None:
+    pass
 
 
-def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
-    """Read the head of an answer (RFC 9112) strictly; raises ValueError. HEAD's is `bodyless`."""
-    found = ANSWER_HEAD.fullmatch(head) if len(head) <= HEAD_BYTES else None
-    if found is None:
-        raise ValueError("what it answers is not HTTP")
-    status = int(found[2])
-    size: int | None = None
-    chunked = False
-    reusable = found[1] == b"1"
-    for name, value in FRAMING.findall(head):
-        value = value.strip(b" \t").lower()
-        match name.lower():
-            case b"connection":
-                reusable = reusable and b"close" not in value
-            case b"transfer-encoding" if value == b"chunked" and not chunked:
-                chunked = True
-            case b"content-length" if LENGTH_BYTES.fullmatch(value) and size in (None, int(value)):
-                size = int(value)
-            case _:
-                raise ValueError("the length of its answer is malformed or given twice")
-    if chunked and size is not None:
-        raise ValueError("its answer has two lengths")
-    if bodyless or status < 200 or status in (204, 304):
-        size = 0
-    elif size is None and not chunked:
-        raise ValueError("its answer has no length")
-    return AnswerHead(status, size, reusable)
+class Wire(asyncio.Protocol):
+    """A connection to a volume."""
 
-
-class VolumeStream(asyncio.StreamReaderProtocol):
-    """asyncio's, but what a volume said before it broke the connection off can still be read."""
-
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        super().__init__(reader)
-        self.reader = reader
-        self.transport: asyncio.BaseTransport | None = None
-        self.reason: Exception | None = None  # why the connection is lost
+    transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.transport = transport
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Take a reset for an end of file. If a write met it, the kernel has what came before."""
-        self.reason = exc
-        if exc and self.transport and not self.transport.get_extra_info("ssl_object"):
-            with contextlib.suppress(OSError, RuntimeError):  # uvloop's, if the reader is full now
-                fd = self.transport.get_extra_info("socket").fileno()
-                unread = os.read(fd, HEAD_BYTES + ANSWER_BYTES)
-                if unread:
-                    self.reader.feed_data(unread)
-        super().connection_lost(None)
-
-
-class Wire:
-    """One connection to a volume: requests written, answers read in the same order (HTTP/1.1 pipelining)."""
-
-    def __init__(self, stream: VolumeStream, writer: asyncio.StreamWriter) -> None:
-        self._stream, self._reader, self._writer = stream, stream.reader, writer
-        self._written, self.reusable = 0, True
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
+        self._kernel = self.transport.get_extra_info("socket")
+        self._kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
+        self._written = 0
 
     def write(self, data: bytes) -> None:
         self._written += len(data)
-        self._writer.write(data)
-
-    async def drain(self) -> None:
-        """Wait until there is room for more, or the connection is closed."""
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
+        self.transport.write(data)
 
     @property
     def waiting(self) -> int:
         """How many bytes wait in this process."""
-        return self._writer.transport.get_write_buffer_size()
+        return self.transport.get_write_buffer_size()
 
     @property
     def taken(self) -> int:
         """How many bytes of all that were written have reached the other machine."""
         unsent = self.waiting
         with contextlib.suppress(OSError, ValueError):  # only Linux says what waits in its kernel
-            fd = self._writer.get_extra_info("socket").fileno()
-            unsent += int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            answer = fcntl.ioctl(self._kernel.fileno(), termios.TIOCOUTQ, bytes(4))
+            unsent += int.from_bytes(answer, sys.byteorder)
         return self._written - unsent
 
-    async def read_head(self, bodyless: bool = False) -> AnswerHead:
-        """Read the head of an answer, past those that are interim. Raises BROKEN."""
-        for _ in range(INTERIM_ANSWERS + 1):
-            head = parse_answer_head(await self._read_until(b"\r\n\r\n"), bodyless)
-            if head.status >= 200:
-                self.reusable = head.reusable
-                return head
-            if head.status == 101:
-                break
-        raise ValueError("it sends interim answers only")
+    @property
+    def is_closed(self) -> bool:
+        return self.transport.is_closing()
 
-    async def _read_until(self, end: bytes) -> bytes:
+    def keep_alive(self) -> None:
+        """Have the kernel find out whether the other machine is still there (tcp(7))."""
+        self._kernel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEP_ALIVE.items():
+            self._kernel.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Read what the volume said before it broke the connection off: if a write met the reset, the kernel still
+        has it."""
+        if exc and not self.transport.get_extra_info("ssl_object"):
+            with contextlib.suppress(OSError, RuntimeError):
+                unread = os.read(self._kernel.fileno(), ANSWER_HEAD_BYTES + ANSWER_BYTES)
+                if unread:
+                    self.data_received(unread)
+        self.end(exc or EOFError("it hung up before it answered"))
+
+    def end(self, reason: Exception) -> None:
+        """Note that nothing more will come, and why."""
+        raise NotImplementedError
+
+
+class Line(Wire):
+    """A kept connection for small requests."""
+
+    def __init__(self, client: VolumeClient) -> None:
+        self._client = client
+        self._reader = AnswerReader()
+        self._loop = asyncio.get_running_loop()
+        self._ended = False
+        self._is_late = False  # it hung, and what comes now is for nobody who waits
+        self._taken = 0
+        self.waiting_for = deque[Exchange]()  # sent and not answered
+        self.answered_s = 0.0  # when there was an answer last, or nothing to answer
+        self.progress_s = 0.0  # the same for any byte that came or was taken
+
+    def send(self, batch: Sequence[Exchange]) -> None:
+        """Send what belongs to the exchanges and has no answer yet. The line must be idle."""
+        data = list[bytes]()
+        for exchange in batch:
+            exchange.sent += 1
+            exchange.through = len(exchange.answers)
+            data += exchange.requests[exchange.through :]
+        self.waiting_for.extend(batch)
+        self.answered_s = time.monotonic()
+        self.progress_s = self.answered_s
+        self.write(b"".join(data))
+
+    def data_received(self, data: bytes) -> None:
+        if self._ended:
+            return
+        self.progress_s = time.monotonic()
+        self.answered_s = self.progress_s
+        self._client.note_answer(self.progress_s)
+        self._reader.feed(data)
         try:
-            return await self._reader.readuntil(end)
-        except asyncio.IncompleteReadError:
-            raise self._stream.reason or EOFError("it hung up before it answered") from None
+            while self.waiting_for:
+                exchange = self.waiting_for[0]
+                answer = self._reader.read(exchange.method == "HEAD", exchange.limit)
+                if answer is None:
+                    return
+                self._take(exchange, answer)
+                if not self._reader.reusable:
+                    self._hand_over()
+                    return
+        except ValueError as error:
+            self.end(error)
+            return
+        if not self._reader.is_clean or self._is_late:
+            self.end(ValueError("it answers what nobody asked"))
+        else:
+            self._client.take_back(self)
 
-    async def read_pieces(self, size: int | None) -> AsyncGenerator[bytes, None]:
-        """Yield the body that read_head announced as it comes; raises BROKEN if it is cut short."""
-        left = await self._read_chunk_size() if size is None else size
-        while left:
-            piece = await self._reader.read(min(left, SMALL_BLOB))
-            if not piece:
-                raise self._stream.reason or EOFError("it hung up in the middle of an answer")
-            yield piece
-            left -= len(piece)
-            if size is None and not left:
-                await self._read_line_end()
-                left = await self._read_chunk_size()
-        if size is None:
-            await self._read_line_end()
+    def _take(self, exchange: Exchange, answer: Answer) -> None:
+        status, body = answer
+        count = len(exchange.answers)
+        if exchange.method != "GET":
+            if len(body) > ANSWER_BYTES:
+                raise ValueError("its answer does not end")
+            if status not in GOOD and exchange.error is None:
+                exchange.error = self._client.judge(exchange.method, exchange.paths[count], status)
+        exchange.answers.append(answer)
+        if count + 1 < len(exchange.paths):
+            return
+        self.waiting_for.popleft()
+        if self._is_late:
+            self._client.hear_late(exchange)
+        else:
+            self._client.finish(exchange)
 
-    async def _read_chunk_size(self) -> int:
-        line = await self._read_until(b"\r\n")
-        found = CHUNK_LINE.fullmatch(line) if len(line) <= CHUNK_LINE_BYTES else None
-        if found is None:
-            raise ValueError("the size of a chunk is malformed")
-        return int(found[1], 16)
+    def look(self, now_s: float, slow_after_s: float, timeout_s: float) -> None:
+        """See whether the volume has become slow, or hangs."""
+        taken = self.taken
+        if taken != self._taken:
+            self._taken = taken
+            self.progress_s = now_s
+        if now_s - self.progress_s >= timeout_s:
+            self._client.give_up(self)
+        elif slow_after_s and now_s - self.answered_s >= slow_after_s:
+            for exchange in tuple(self.waiting_for):
+                self._client.note_slow(exchange, now_s)
 
-    async def _read_line_end(self) -> None:
-        if await self._reader.readexactly(2) != b"\r\n":
-            raise ValueError("a chunk is longer than its size")
+    def listen_late(self) -> None:
+        """Go on for a day, so that it is known when what was sent has come, or cannot come any more."""
+        self._is_late = True
+        self.keep_alive()
+        self._timer = self._loop.call_later(HUNG.seconds, self.end, TimeoutError())
 
-    async def read_status(self, bodyless: bool = False) -> int:
-        """Read an answer whose body nobody needs."""
-        status, body = await self.read_answer(ANSWER_BYTES, bodyless)
+    def _hand_over(self) -> None:
+        """Close in good order: what has no answer was not, and will not be, carried out."""
+        if self._is_late:
+            self.end(EOFError())
+            return
+        self._ended = True
+        self.abort()
+        for exchange in self.waiting_for:
+            exchange.sent -= 1
+        self._client.lose(self, None)
+
+    def eof_received(self) -> None:
+        self.end(EOFError("it hung up before it answered"))
+
+    def end(self, reason: Exception) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self.abort()
+        if self._is_late:
+            self._timer.cancel()
+            self._client.end_late(self)
+        else:
+            self._client.lose(self, reason)
+
+    def close(self) -> None:
+        """Drop the connection, and with it whatever waits."""
+        self._ended = True
+        if self._is_late:
+            self._timer.cancel()
+        self.abort()
+
+
+class Stream(Wire):
+    """A connection for one large blob, there or back."""
+
+    def __init__(self) -> None:
+        self._reader = AnswerReader()
+        self._lost: Exception | None = None  # why there is no connection any more
+        self._is_full = False  # too much waits to be sent
+        self._is_paused = False  # too much waits to be read
+        self._news: asyncio.Future[None] | None = None  # for who reads
+        self._room: asyncio.Future[None] | None = None  # for who writes
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        if self._reader.unread > DOWNLOAD_BUFFER and not self.is_closed:
+            self._is_paused = True
+            self.transport.pause_reading()
+        wake(self._news)
+
+    def end(self, reason: Exception) -> None:
+        self._lost = self._lost or reason
+        wake(self._news)
+        wake(self._room)
+
+    def eof_received(self) -> None:
+        self.end(EOFError("it hung up before it answered"))
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        wake(self._room)
+
+    async def drain(self) -> None:
+        """Wait until there is room for more, or the connection is closed."""
+        while self._is_full and not self._lost:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    async def read_head(self) -> AnswerHead:
+        """Raises BROKEN."""
+        while True:
+            head = self._reader.read_head(bodyless=False)
+            if head is not None:
+                return head
+            await self._wait_for_news()
+
+    async def read_piece(self) -> bytes:
+        """Return what has come of the body, b"" at its end. Raises BROKEN if it is cut short."""
+        while True:
+            piece = self._reader.read_piece()
+            if piece is not None:
+                return piece
+            await self._wait_for_news()
+
+    async def read_status(self) -> int:
+        """Read an answer whose body nobody needs. Raises BROKEN."""
+        while True:
+            answer = self._reader.read(False, ANSWER_BYTES)
+            if answer is not None:
+                break
+            await self._wait_for_news()
+        status, body = answer
         if len(body) > ANSWER_BYTES:
             raise ValueError("its answer does not end")
         return status
 
-    async def read_answer(self, limit: int, bodyless: bool = False) -> Answer:
-        """Read an answer. A body longer than `limit` is cut off after one byte more, and then the
-        connection is of no further use."""
-        head = await self.read_head(bodyless)
-        if head.size is not None and head.size <= limit:
-            return head.status, await self._reader.readexactly(head.size)
-        body = bytearray()
-        async with contextlib.aclosing(self.read_pieces(head.size)) as pieces:
-            async for piece in pieces:
-                body += piece
-                if len(body) > limit:
-                    self.reusable = False
-                    break
-        return head.status, bytes(body[: limit + 1])
+    async def _wait_for_news(self) -> None:
+        if self._lost:
+            raise self._lost
+        if self._is_paused and not self.is_closed:
+            self._is_paused = False
+            self.transport.resume_reading()
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
 
-    @property
-    def is_closed(self) -> bool:
-        return self._writer.is_closing()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether another request can be sent: what is unread would be no answer to it."""
-        unread = self._reader.at_eof() or self._reader._buffer  # type: ignore[attr-defined]
-        return self.reusable and not unread and not self.is_closed
-
-    def keep_alive(self) -> None:
-        """Have the kernel find out whether the other machine is still there (tcp(7))."""
-        kernel = self._writer.get_extra_info("socket")
-        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEP_ALIVE.items():
-            kernel.setsockopt(socket.IPPROTO_TCP, option, value)
-
-    def abort(self) -> None:
-        self._writer.transport.abort()
+def wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 class Patience:
@@ -2745,7 +3030,7 @@ class Patience:
 
     async def __aenter__(self) -> Self:
         await self._deadline.__aenter__()
-        self.renew()
+        self._since = self._loop.time()
         self._timer = self._loop.call_later(self._timeout_s / 4, self._look)
         return self
 
@@ -2753,14 +3038,11 @@ class Patience:
         self._timer.cancel()
         await self._deadline.__aexit__(*raised)
 
-    def renew(self) -> None:
-        self._since = self._loop.time()
-
     def _look(self) -> None:
         taken = self._wire.taken
         if taken != self._taken:
             self._taken = taken
-            self.renew()
+            self._since = self._loop.time()
         left_s = self._since + self._timeout_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(min(left_s, self._timeout_s / 4), self._look)
@@ -2769,185 +3051,407 @@ class Patience:
 
 
 class VolumeClient:
-    """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds, error)` how long."""
+    """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds, error)` how long;
+    `hear_slow(yes)` when it has not answered for a while, and when it does again; `hear_late` of PUTs that nobody
+    waits for any more, (paths, whether they were answered)."""
 
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
         hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
+        slow_after_s: float = 0.0, hear_slow: Callable[[bool], None] = lambda yes: None,
     ) -> None:  # fmt: skip
-        self.volume, self.secret, self.timeout_s = volume, secret, timeout_s
-        self._notice, self._measure, self._hear_late = notice, measure, hear_late
-        self._late = set[asyncio.Task[None]]()
+        self.volume = volume
+        self.facts = (volume, secret, timeout_s, slow_after_s)
+        self.timeout_s = timeout_s
+        self._slow_after_s = slow_after_s
+        self._notice, self._measure, self._tell_late, self._tell_slow = notice, measure, hear_late, hear_slow
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host, self._base = parts.hostname or "", parts.path
         self._port = parts.port or (443 if self._ssl else 80)
         self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
-        self._idle, self._keep = list[Wire](), 64  # connections at most
+        self._queue = deque[Exchange]()  # what waits for a free line
+        self._lines = set[Line]()
+        self._idle = list[Line]()  # of these
+        self._late = set[Line]()  # that hung
+        self._tasks = set[asyncio.Task[None]]()
+        self._is_pumping = False
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._answered_s = float("-inf")  # when it did so last
+        self._is_slow = False
+
+    # -- what is asked --
+
+    def send(self, exchange: Exchange) -> None:
+        """Send it as soon as a line is free; `hear_end` is called when it is over."""
+        exchange.began_s = time.monotonic()
+        exchange.waits_since_s = exchange.began_s
+        self._queue.append(exchange)
+        self._wake()
+
+    def send_files(
+        self, files: Mapping[str, bytes], trail: str,
+        hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
+    ) -> Exchange:  # fmt: skip
+        """Store small files, path -> bytes, in that order."""
+        requests = []
+        for path, body in files.items():
+            head = self._request("PUT", path, trail, f"Content-Length: {len(body)}\r\n")
+            requests.append(head + body)
+        exchange = Exchange(self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow)
+        self.send(exchange)
+        return exchange
+
+    def abandon(self, exchange: Exchange) -> None:
+        """Wait for it no longer. What has not been sent will not be."""
+        exchange.is_abandoned = True
+        if exchange in self._queue:
+            self._queue.remove(exchange)
+            if exchange.sent:
+                self.hear_late(exchange)
+        else:
+            exchange.requests = ()  # which would keep memory
+
+    async def put(self, files: Mapping[str, bytes], trail: str = "") -> int:
+        """Store small files, path -> bytes, in that order; return how many times some of them were sent: if more than
+        once, they may come again. Raises VolumeError unless all are answered for."""
+        over = asyncio.get_running_loop().create_future()
+        exchange = self.send_files(files, trail, partial(resolve, over), ignore)
+        return (await self._wait(exchange, over)).sent
+
+    async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
+        """Delete files in that order; return which of them were there. Raises VolumeError."""
+        answers = await self._exchange("DELETE", tuple(paths), trail)
+        return [status != 404 for status, _ in answers]
+
+    async def probe(self, write: bool) -> None:
+        """See whether the volume answers, or takes writes; raises VolumeError."""
+        if write:
+            await self.put({PROBE_PATH: PROBE_BODY})
+        else:
+            await self._exchange("HEAD", ("/",))
+
+    async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
+        """Read small files or listings; return (status, body) of each, whole, but a body longer
+        than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
+        finds this file bad, and not the whole volume. Raises VolumeError."""
+        return await self._exchange("GET", tuple(paths), limit=limit)
+
+    async def _exchange(
+        self, method: str, paths: Sequence[str], trail: str = "", limit: int = ANSWER_BYTES
+    ) -> list[Answer]:
+        if not paths:
+            return []
+        requests = [self._request(method, path, trail) for path in paths]
+        over = asyncio.get_running_loop().create_future()
+        hear_end = partial(resolve, over)
+        exchange = Exchange(self.volume.name, method, paths, requests, limit, hear_end, ignore)
+        self.send(exchange)
+        return (await self._wait(exchange, over)).answers
+
+    async def _wait(self, exchange: Exchange, over: asyncio.Future[None]) -> Exchange:
+        try:
+            await over
+        except asyncio.CancelledError:
+            self.abandon(exchange)
+            raise
+        if exchange.error:
+            raise exchange.error
+        return exchange
 
     def _request(self, method: str, path: str, trail: str = "", framing: str = "") -> bytes:
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
-    async def _connect(self) -> Wire:
-        loop, stream = asyncio.get_running_loop(), VolumeStream(asyncio.StreamReader())
-        async with asyncio.timeout(self.timeout_s):
-            opening = loop.create_connection(lambda: stream, self._host, self._port, ssl=self._ssl)
-            transport, _ = await opening
-        transport.set_write_buffer_limits(high=UPLOAD_BUFFER)
-        kernel = transport.get_extra_info("socket")
-        kernel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER)
-        return Wire(stream, asyncio.StreamWriter(transport, stream, stream.reader, loop))
+    # -- lines --
 
-    @contextlib.contextmanager
-    def watch(self, method: str) -> Iterator[None]:
-        """Turn what can happen to a request into a VolumeError, and tell health and metrics, unless it is cancelled."""
-        began, failure = time.perf_counter(), cast(VolumeError | None, None)
+    def _wake(self) -> None:
+        if not self._is_pumping:
+            self._is_pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)  # what this turn of the loop brings goes together
+
+    def _pump(self) -> None:
+        """Send what waits, as far as lines are idle; open one more if that is not enough."""
+        self._is_pumping = False
+        while self._queue and self._idle:
+            share = -(-len(self._queue) // len(self._idle))
+            self._idle.pop().send(self._take_batch(share))
+        if self._queue and len(self._lines) < LINES and self._connecting is None:
+            self._connecting = self._begin(self._open_line())
+        if self._timer is None and self._is_busy:
+            self._set_timer()
+
+    def _take_batch(self, most: int) -> list[Exchange]:
+        first = self._queue.popleft()
+        batch = [first]
+        size = first.size
+        while self._queue and len(batch) < most and not first.goes_alone:
+            following = self._queue[0]
+            size += following.size
+            if following.goes_alone or size > LINE_BYTES:
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    async def _open_line(self) -> None:
+        """Connect, for all that wait."""
+        line = Line(self)
         try:
-            yield
-        except VolumeError as error:
-            failure = error
-        except TimeoutError:
-            failure = VolumeTimeout(self.volume.name, f"{method}: no progress in time")
+            await self._connect(line)
         except BROKEN as error:
-            kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
-            failure = kind(self.volume.name, f"{method}: {error or type(error).__name__}")
-        event = Event.STORED if method == "PUT" else Event.ANSWERED
-        if failure:
-            event = Event.UNREACHABLE if isinstance(failure, VolumeDown | VolumeTimeout) else Event.REFUSED
-        if not isinstance(failure, VolumeBlameless):
-            self._notice(event, str(failure or ""))
-        if failure or method != "SEND":  # a piece of a PUT, which is measured at its end
-            self._measure(method, time.perf_counter() - began, type(failure).__name__ if failure else "")
-        if failure:
-            raise failure from None
+            if len(self._lines) == len(self._idle):  # else these will be free
+                self._fail_all(error)
+        else:
+            self._lines.add(line)
+            self.take_back(line)
+        finally:
+            self._connecting = None
 
-    def check(self, method: str, path: str, status: int) -> None:
-        """Raise the VolumeError that `status` means, if any."""
-        if status in (200, 201, 204) or (method == "DELETE" and status == 404):
+    async def _connect(self, wire: Wire) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.timeout_s):
+            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+
+    def take_back(self, line: Line) -> None:
+        """Hear that a line is free."""
+        if line.is_closed:
+            self._lines.discard(line)
+        elif self._is_closed and not self._queue:
+            self._lines.discard(line)
+            line.close()
+        else:
+            self._idle.append(line)
+        if self._queue:
+            self._wake()
+
+    def lose(self, line: Line, reason: Exception | None) -> None:
+        """Hear that a line is closed, in good order if there is no reason. What it has no answer for goes elsewhere,
+        if that is the first time, or some of it was answered."""
+        self._lines.discard(line)
+        if line in self._idle:
+            self._idle.remove(line)
+        if not line.waiting_for:
+            self._wake()
             return
+        if reason:
+            self._drop_idle()  # they may have broken, too
+        again = list[Exchange]()
+        failed = list[Exchange]()
+        for exchange in line.waiting_for:
+            is_second = exchange.sent > 1 and exchange.through == len(exchange.answers)
+            if exchange.is_abandoned:
+                self.hear_late(exchange)
+            elif exchange.error or (reason and is_second):
+                failed.append(exchange)
+            else:
+                exchange.waits_since_s = time.monotonic()
+                again.append(exchange)
+        line.waiting_for.clear()
+        self._queue.extendleft(reversed(again))
+        self._fail(failed, reason or EOFError("it hung up before it answered"))
+        self._wake()
+
+    def give_up(self, line: Line) -> None:
+        """Hear that there is no progress on a line."""
+        self._lines.discard(line)
+        self._drop_idle()  # the network may have forgotten the other kept connections, too
+        self._fail(line.waiting_for, TimeoutError())
+        is_heard = any(map(self._is_heard, line.waiting_for))
+        if is_heard and len(self._late) < MAX_LATE and not self._is_closed:
+            self._late.add(line)
+            line.listen_late()
+        else:
+            line.close()
+        self._wake()
+
+    def end_late(self, line: Line) -> None:
+        """Hear that a line that hung is closed: nothing more of what was sent over it will be carried out."""
+        self._late.discard(line)
+        for exchange in line.waiting_for:
+            self.hear_late(exchange)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Fail all that waits to be sent."""
+        waiting = tuple(self._queue)
+        self._queue.clear()
+        self._fail(waiting, error)
+
+    def _fail(self, exchanges: Iterable[Exchange], reason: Exception) -> None:
+        """Fail these; health hears that once."""
+        told = False
+        for exchange in exchanges:
+            exchange.requests = ()
+            if exchange.error is None:
+                exchange.error = self._explain(exchange.method, reason)
+                self.finish(exchange, silent=told)
+                told = True
+            else:
+                self.finish(exchange)
+
+    def finish(self, exchange: Exchange, silent: bool = False) -> None:
+        """Tell whoever waits that it is over."""
+        error = exchange.error
+        if error:
+            error.sent = exchange.sent
+        seconds = time.monotonic() - exchange.began_s
+        self._report(exchange.method, seconds, error, silent)
+        if exchange.is_abandoned and not isinstance(error, VolumeTimeout):
+            self.hear_late(exchange)
+        exchange.hear_end(exchange)
+
+    def _drop_idle(self) -> None:
+        for line in self._idle:
+            self._lines.discard(line)
+            line.close()
+        self._idle.clear()
+
+    def close(self) -> None:
+        """Close the connections on which nobody waits; what is under way goes on, and is not kept after it."""
+        self._is_closed = True
+        self.note_answer(self._answered_s)  # whether it is slow is nobody's concern any more
+        self._drop_idle()
+        for line in self._late.union(self._lines):
+            if all(exchange.is_abandoned for exchange in line.waiting_for) or line in self._late:
+                line.close()
+                self._lines.discard(line)
+        self._late.clear()
+        if self._connecting and not self._queue:
+            self._connecting.cancel()
+
+    # -- what is slow, or comes late --
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._queue) or len(self._lines) > len(self._idle)
+
+    def _set_timer(self) -> None:
+        pause_s = self.timeout_s / 4
+        if self._slow_after_s:
+            pause_s = min(pause_s, self._slow_after_s / 4)
+        self._timer = asyncio.get_running_loop().call_later(pause_s, self._look)
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        busy = self._lines.difference(self._idle)
+        for line in busy:
+            line.look(now_s, self._slow_after_s, self.timeout_s)
+        if self._queue:
+            progress_s = max((line.progress_s for line in busy), default=0.0)
+            if now_s - max(progress_s, self._queue[0].waits_since_s) >= self.timeout_s:
+                self._fail_all(TimeoutError())
+        if self._slow_after_s:
+            for exchange in tuple(self._queue):
+                if now_s - max(exchange.began_s, self._answered_s) >= self._slow_after_s:
+                    self.note_slow(exchange, now_s)
+        self._timer = None
+        if self._is_busy:
+            self._set_timer()
+
+    def note_slow(self, exchange: Exchange, now_s: float) -> None:
+        """Hear that there is no answer to it yet."""
+        if exchange.is_slow:
+            return
+        exchange.is_slow = True
+        if not self._is_slow and not self._is_closed and now_s - self._answered_s >= self._slow_after_s:
+            self._is_slow = True
+            self._tell_slow(True)
+        exchange.hear_slow(exchange)
+
+    def note_answer(self, now_s: float) -> None:
+        """Hear that the volume answers."""
+        self._answered_s = now_s
+        if self._is_slow:
+            self._is_slow = False
+            self._tell_slow(False)
+
+    def _is_heard(self, exchange: Exchange) -> bool:
+        """Whether it matters when its answers come."""
+        is_put = exchange.method == "PUT" and exchange.paths[0] != PROBE_PATH
+        return is_put and exchange.sent <= 1 and self._tell_late is not None
+
+    def hear_late(self, exchange: Exchange) -> None:
+        """Hear that something nobody waits for is over: what is answered of it has come, and the rest will not."""
+        if self._tell_late is None or self._is_closed or not self._is_heard(exchange):
+            return
+        count = len(exchange.answers) if exchange.sent else len(exchange.paths)
+        sidecars = [path for path in exchange.paths[:count] if path.endswith(".key")]
+        self._begin(self._tell(self._tell_late, sidecars, list(exchange.paths[count:])))
+
+    async def _tell(
+        self, tell: Callable[[list[str], bool], Awaitable[None]], answered: list[str], others: list[str]
+    ) -> None:
+        await tell(answered, True)
+        await tell(others, False)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- how it went --
+
+    def judge(self, method: str, path: str, status: int) -> VolumeError | None:
+        """Return what is wrong if `status` is the answer."""
+        if status in GOOD or (method == "DELETE" and status == 404):
+            return None
         kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
         if method in ("GET", "HEAD") and status >= 500:
             kind = VolumeDown  # whoever cannot read is no use
         is_probe = method == "HEAD" or path == PROBE_PATH  # with which nothing can be wrong
         if status in BAD_REQUESTS and not is_probe:
             kind = VolumeBlameless
-        raise kind(self.volume.name, f"{method} {path} was answered {status}")
+        return kind(self.volume.name, f"{method} {path} was answered {status}")
 
-    async def _exchange(
-        self, method: str, files: Iterable[tuple[str, bytes]], trail: str = "", limit: int = 0
-    ) -> tuple[list[Answer], int]:
-        """Send `method` for each path with its body, pipelined; return all answers, of which only GET's may be bad, and
-        how many times some of it was sent: a kept connection may break. Errors tell that, too."""
-        frame = "Content-Length: {}\r\n".format if method == "PUT" else lambda length: ""
-        requests = [(path, self._request(method, path, trail, frame(len(body))) + body) for path, body in files]
-        answers: list[Answer] = []
-        sent = 0
-        broke = True
+    def check(self, method: str, path: str, status: int) -> None:
+        """Raise the VolumeError that `status` means, if any."""
+        error = self.judge(method, path, status)
+        if error:
+            raise error
+
+    def _explain(self, method: str, error: Exception) -> VolumeError:
+        """Return the VolumeError that an exception means."""
+        if isinstance(error, VolumeError):
+            return error
+        if isinstance(error, TimeoutError):
+            return VolumeTimeout(self.volume.name, f"{method}: no progress in time")
+        kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
+        return kind(self.volume.name, f"{method}: {error or type(error).__name__}")
+
+    def _report(self, method: str, seconds: float, error: VolumeError | None, silent: bool = False) -> None:
+        """Tell metrics, and health unless it has been told."""
+        event = Event.STORED if method == "PUT" else Event.ANSWERED
+        if isinstance(error, VolumeDown | VolumeTimeout):
+            event = Event.UNREACHABLE
+        elif error:
+            event = Event.REFUSED
+        if not isinstance(error, VolumeBlameless) and not silent:
+            self._notice(event, str(error or ""))
+        if error or method != "SEND":  # a piece of a PUT, which is measured at its end
+            self._measure(method, seconds, type(error).__name__ if error else "")
+
+    @contextlib.contextmanager
+    def watch(self, method: str) -> Iterator[None]:
+        """Turn what can happen to a stream into a VolumeError, and tell health and metrics, unless it is cancelled."""
+        began = time.perf_counter()
+        failure: VolumeError | None = None
         try:
-            with self.watch(method):
-                while len(answers) < len(requests):
-                    kept = self._take_idle()
-                    wire = kept or await self._connect()
-                    sent += broke
-                    left = requests[len(answers) :]
-                    broke = not await self._converse(wire, kept is not None, sent == 1, method, left, answers, limit)
-        except VolumeError as error:
-            error.sent = sent
-            raise
-        return answers, sent
+            yield
+        except (VolumeError, *BROKEN) as error:
+            failure = self._explain(method, error)
+        self._report(method, time.perf_counter() - began, failure)
+        if failure:
+            raise failure from None
 
-    async def _converse(
-        self, wire: Wire, kept: bool, first: bool,
-        method: str, requests: list[tuple[str, bytes]], answers: list[Answer], limit: int,
-    ) -> bool:  # fmt: skip
-        """Take from a connection the answers that it gives: it may close after some of them, a kept one before any.
-        Return whether it did so in good order. A repeat is harmless while the version lives: a path names one."""
-        before, whole, late = len(answers), False, False
-        try:
-            async with Patience(wire, self.timeout_s) as patience:
-                wire.write(b"".join([data for _, data in requests]))
-                for path, _ in requests:
-                    if method == "GET":
-                        answers.append(await wire.read_answer(limit))
-                    else:  # nginx hangs up after an error, without a word on what follows
-                        answers.append((await wire.read_status(method == "HEAD"), b""))
-                        self.check(method, path, answers[-1][0])
-                    if not wire.reusable:
-                        return True
-                    patience.renew()
-                whole = wire.is_idle and len(self._idle) < self._keep
-            return True
-        except TimeoutError:
-            self._drop_idle()  # the network may have forgotten the other kept connections, too
-            if method == "PUT" and first and self._hear_late and len(self._late) < MAX_LATE:
-                paths = [path for path, _ in requests[len(answers) - before :]]
-                self._late.add(task := asyncio.create_task(self._await_late(wire, paths, self._hear_late)))
-                task.add_done_callback(self._late.discard)
-                late = True
-            raise
-        except BROKEN:
-            if not kept and len(answers) == before:
-                raise
-            self._drop_idle()  # they may have broken, too, and each would be sent all of it
-            return False
-        finally:
-            if whole:
-                self._idle.append(wire)
-            elif not late:
-                wire.abort()
-
-    async def _await_late(
-        self, wire: Wire, paths: list[str], hear_late: Callable[[list[str], bool], Awaitable[None]]
-    ) -> None:
-        """Wait, with nobody waiting for it, until a volume that hung answers, or hangs up: then it will not carry out
-        any more of what it was sent."""
-        wire.keep_alive()
-        answered = list[str]()
-        try:
-            async with asyncio.timeout(HUNG.seconds):
-                for path in paths:
-                    await wire.read_status()
-                    answered.append(path)
-        except (TimeoutError, *BROKEN):
-            pass
-        finally:
-            wire.abort()
-        sidecars = [path for path in answered if path.endswith(".key")]
-        await hear_late(sidecars, True)
-        await hear_late([path for path in paths if path not in answered], False)
-
-    def _take_idle(self) -> Wire | None:
-        while self._idle:
-            if (wire := self._idle.pop()).is_idle:
-                return wire
-            wire.abort()
-        return None
-
-    async def put(self, files: Mapping[str, bytes], trail: str = "") -> int:
-        """Store small files, path -> bytes, in that order; return how many times some of them were sent: if more than
-        once, they may come again. Raises VolumeError unless all are answered for."""
-        return (await self._exchange("PUT", files.items(), trail))[1]
-
-    async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
-        """Delete files in that order; return which of them were there. Raises VolumeError."""
-        answers, _ = await self._exchange("DELETE", [(path, b"") for path in paths], trail)
-        return [status != 404 for status, _ in answers]
-
-    async def probe(self, write: bool) -> None:
-        """See whether the volume answers, or takes writes; raises VolumeError."""
-        await (self.put({PROBE_PATH: PROBE_BODY}) if write else self._exchange("HEAD", [("/", b"")]))
-
-    async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
-        """Read small files or listings; return (status, body) of each, whole, but a body longer
-        than `limit` bytes cut off after one byte more: the caller, who knows what it should be,
-        finds this file bad, and not the whole volume. Raises VolumeError."""
-        return (await self._exchange("GET", [(path, b"") for path in paths], limit=limit))[0]
+    # -- streams --
 
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
         with self.watch("GET"):
-            wire = await self._connect()
+            wire = Stream()
+            await self._connect(wire)
             try:
                 wire.write(self._request("GET", path))
                 async with asyncio.timeout(self.timeout_s):
@@ -2955,39 +3459,34 @@ class VolumeClient:
                 if head.status == 404:
                     raise NotFound(path)
                 self.check("GET", path, head.status)
-                pieces = wire.read_pieces(head.size)
                 while True:
                     async with asyncio.timeout(self.timeout_s):
-                        if not (piece := await anext(pieces, b"")):
-                            break
+                        piece = await wire.read_piece()
+                    if not piece:
+                        break
                     yield piece
             finally:
                 wire.abort()
 
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
+        wire = Stream()
         with self.watch("CONNECT"):
-            wire = await self._connect()
+            await self._connect(wire)
         framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         wire.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
 
-    def close(self) -> None:
-        """Close the idle connections; what is under way goes on, and is not kept after it."""
-        self._keep = 0
-        self._drop_idle()
-        for task in self._late:
-            task.cancel()
 
-    def _drop_idle(self) -> None:
-        while self._idle:
-            self._idle.pop().abort()
+def resolve(over: asyncio.Future[None], _: Exchange) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 class Upload:
     """One large blob on its way to one volume."""
 
-    def __init__(self, client: VolumeClient, wire: Wire, path: str, chunked: bool) -> None:
+    def __init__(self, client: VolumeClient, wire: Stream, path: str, chunked: bool) -> None:
         self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
         self._answer = asyncio.ensure_future(self._read_answer())
 
@@ -3052,6 +3551,7 @@ class Health:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.states: dict[str, State] = {}
+        self.slow = set[str]()  # has not answered for `slow_after`: up, but for small PUTs others come first
         self._clock, self._next_write = clock, dict[str, float]()
 
     def is_down(self, name: str) -> bool:
@@ -3065,6 +3565,14 @@ class Health:
         if after is not before:
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
+
+    def note_slow(self, name: str, is_slow: bool) -> None:
+        if is_slow:
+            self.slow.add(name)
+            log.info("volume %s is slow, small blobs go to others first", name)
+        elif name in self.slow:
+            self.slow.discard(name)
+            log.info("volume %s answers again", name)
 
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down, whether it writes."""
@@ -3317,32 +3825,33 @@ class Hasher:
 class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
-    def __init__(self, view: View, states: States, draft: Draft, trail: str, index: Index, owner: int) -> None:
-        self._view, self._states, self._draft, self._trail = view, states, draft, trail
+    def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index, owner: int) -> None:
+        self._view, self._health, self._draft, self._trail = view, health, draft, trail
         self._index, self._owner = index, owner
         self._hasher = Hasher(draft.digests)
         self.path = ""
         self.claimed = set[str]()  # where something of it may be
         self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered, or twice
-        self._sent = dict[str, int]()  # how many times, where not once
         self.done = list[str]()  # where all of it is
         self.failed = dict[str, VolumeError]()
+        self._under_way = dict[str, Exchange]()  # by volume
+        self._is_news = False
+        self._waiter: asyncio.Future[None] | None = None
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
-        config, ring = self._view.config, self._view.ring
-        names = plan_write(ring, self._draft.key, config.replicas, self._states, done, self.failed)
+        config, ring, health = self._view.config, self._view.ring, self._health
+        key = self._draft.key
+        names = plan_write(ring, key, config.replicas, health.states, done, self.failed, health.slow)
         step = decide_write(len(done), len(names), config.replicas, config.min_replicas)
         if step is Step.ROLL_BACK:
-            raise explain_refusal(self._states, ring, config.min_replicas, self.failed)
+            raise explain_refusal(health.states, ring, config.min_replicas, self.failed)
         return names if step is Step.WRITE_MORE else ()
 
-    async def _plan_and_claim(self, done: Collection[str]) -> tuple[str, ...]:
-        names = self.plan(done)
-        if names:
-            self.claimed.update(names)
-            await self._index.write(partial(self._claim, names), keys=[self._draft.key])
-        return names
+    async def _claim_all(self, names: Collection[str]) -> None:
+        """Note in the index that something may come there; only then it may be sent."""
+        self.claimed.update(names)
+        await self._index.write(partial(self._claim, names), keys=[self._draft.key])
 
     def _claim(self, names: Collection[str], tx: Transaction) -> None:
         if not self.path:
@@ -3351,26 +3860,94 @@ class Write:
         tx.claim(self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED)
 
     async def store_small(self, blob: bytes) -> Record:
-        """Send blob and sidecar together; whoever fails is replaced by the next volume in ring order. Return the record
-        to commit; raises MkvError."""
+        """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring order; whoever is slow
+        is helped by it, and the first to answer count. Return the record to commit; raises MkvError."""
         self._hasher.update(blob)
         digest = self._finish_body()
-        while names := await self._plan_and_claim(self.done):
-            record = self._make_record(digest)
-            files = {self.path: blob, sidecar_path(self.path): encode_sidecar(record)}
-            self.doubts |= dict.fromkeys(names, BROKEN_OFF)
-            self.done += await self._each(names, partial(self._put_files, files))
+        replicas = self._view.config.replicas
+        try:
+            while len(self.done) < replicas:
+                names = self._plan_small()
+                if names:
+                    await self._claim_all(names)
+                    record = self._make_record(digest)
+                    self._send(names, {self.path: blob, sidecar_path(self.path): encode_sidecar(record)})
+                elif not self._under_way:
+                    break
+                await self._wait_for_news()
+        finally:
+            self._abandon()
+        if len(self.done) > replicas:  # two at once
+            self.done = list(self._view.ring.place(self._draft.key, replicas, self.done))
         return self._make_record(digest)
 
-    async def _put_files(self, files: Mapping[str, bytes], name: str) -> None:
-        self._sent[name] = await self._view.clients[name].put(files, self._trail)
+    def _plan_small(self) -> tuple[str, ...]:
+        """Return the volumes to send to now; raises Unavailable or Full when there is nothing to wait for."""
+        if not self._under_way:
+            return self.plan(self.done)
+        config, health = self._view.config, self._health
+        slow = {name for name, exchange in self._under_way.items() if exchange.is_slow}
+        expected = {*self.done, *self._under_way} - slow
+        names = plan_write(
+            self._view.ring, self._draft.key, config.replicas, health.states,
+            expected, slow.union(self.failed), health.slow,
+        )  # fmt: skip
+        hoped = len(self.done) + len(self._under_way)
+        if hoped + len(names) < config.min_replicas:
+            return ()  # it will fail, and what is under way is waited for
+        missing = max(0, config.replicas - hoped)
+        helpers = [name for name in names[missing:] if name not in health.slow]
+        return (*names[:missing], *helpers)
+
+    def _send(self, names: Collection[str], files: Mapping[str, bytes]) -> None:
+        for name in names:
+            client = self._view.clients[name]
+            exchange = client.send_files(files, self._trail, self._hear_end, self._hear_slow)
+            self._under_way[name] = exchange
+
+    def _hear_end(self, exchange: Exchange) -> None:
+        name, error = exchange.volume, exchange.error
+        if self._under_way.pop(name, None) is None:  # nobody waits for it any more
+            if exchange.sent <= 1 and not isinstance(error, VolumeDown | VolumeTimeout):
+                self.doubts.pop(name, None)
+            return
+        self.doubts[name] = BROKEN_OFF
+        self._note(name, error, exchange.sent)
+        if error is None:
+            self.done.append(name)
+        if error or not self._under_way or len(self.done) >= self._view.config.replicas:
+            self._tell_news()
+
+    def _hear_slow(self, _: Exchange) -> None:
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        self._is_news = True
+        wake(self._waiter)
+
+    async def _wait_for_news(self) -> None:
+        """Wait until there is something to decide, since this was called last."""
+        if not self._is_news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._is_news = False
+
+    def _abandon(self) -> None:
+        """Wait for nobody any more. What has been sent may still come; the index will hear of it."""
+        for name, exchange in self._under_way.items():
+            self._view.clients[name].abandon(exchange)
+            self.doubts.pop(name, None)
+            if exchange.sent:
+                self.doubts[name] = HUNG._replace(sidecars=exchange.sent)
+        self._under_way.clear()
 
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
         Return the record to commit; raises MkvError."""
         clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
         try:
-            while names := await self._plan_and_claim(uploads):
+            while names := self.plan(uploads):
+                await self._claim_all(names)
                 start = self._each(names, lambda name: clients[name].start_upload(self.path, size, self._trail))
                 uploads |= await start
                 self.doubts |= dict.fromkeys(uploads, BLOB_BROKEN_OFF)
@@ -3381,18 +3958,20 @@ class Write:
                     try:
                         await upload.send(chunk)
                     except VolumeError as error:
-                        self._note(name, error)
+                        self._note(name, error, error.sent)
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
             digest = self._finish_body()
             await self._each(uploads, lambda name: uploads[name].finish())
             self._drop_failed(uploads)
             sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
-            self.doubts |= dict.fromkeys(uploads, BROKEN_OFF)
-            self.done += await self._each(uploads, partial(self._put_files, sidecar))
+            self._send(uploads, sidecar)
+            while self._under_way:
+                await self._wait_for_news()
             self._drop_failed(uploads)
             return self._make_record(digest)
         finally:
+            self._abandon()
             for upload in uploads.values():
                 upload.abort()
 
@@ -3402,18 +3981,17 @@ class Write:
         good = {}
         for name, result in zip(names, results, strict=True):
             if isinstance(result, VolumeError):
-                self._note(name, result)
+                self._note(name, result, result.sent)
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._note(name, None)
+                self._note(name, None, 1)
                 good[name] = result
         return good
 
-    def _note(self, name: str, error: VolumeError | None) -> None:
+    def _note(self, name: str, error: VolumeError | None, sent: int) -> None:
         """Note that a volume has answered, or failed, and what may still come to it."""
         doubt = self.doubts.pop(name, None)
-        sent = error.sent if error else self._sent.pop(name, 1)
         answered = 0 if isinstance(error, VolumeDown | VolumeTimeout) else 1
         if error:
             self.failed[name] = error
@@ -3478,10 +4056,14 @@ class Store:
         clients = {}
         for volume in config.volumes:
             name, client = volume.name, before.get(volume.name)
-            facts = (volume, config.volume_secret, config.volume_timeout)
-            if client is None or (client.volume, client.secret, client.timeout_s) != facts:
-                hearing = (partial(self.health.notice, name), partial(self._measure, name))
-                client = VolumeClient(*facts, *hearing, partial(self._hear_late, name))
+            facts = (volume, config.volume_secret, config.volume_timeout, config.slow_after)
+            if client is None or client.facts != facts:
+                client = VolumeClient(
+                    volume, config.volume_secret, config.volume_timeout,
+                    partial(self.health.notice, name), partial(self._measure, name),
+                    partial(self._hear_late, name),
+                    config.slow_after, partial(self.health.note_slow, name),
+                )  # fmt: skip
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
 
@@ -3594,7 +4176,7 @@ class Store:
                     raise
 
     def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
-        return Write(view, self.health.states, draft, trail, self.index, self._number)
+        return Write(view, self.health, draft, trail, self.index, self._number)
 
     async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
