@@ -42,8 +42,8 @@ takes to walk, compare, copy and report. Theory of operation:
     rebalance waits a while for that, then leaves the key to a later run.
 9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
     right, and that one or its copies stay. No place that a record names becomes garbage.
-10. verify notes the path of every record in a temporary table beside the index, then walks the
-    folders and compares. The store is in use: what looks wrong is looked up again before it
+10. verify notes the path of every record in a scratch database of its own, then walks the folders
+    and compares. The store is in use: what looks wrong is looked up again before it
     counts. A record with fewer replicas than `replicas` gets more where a PUT would write now.
     Strays are noted and removed at the end: only if no volume failed, only if older than --grace
     by version and by mtime, and by entering the garbage in a transaction that looks the record up
@@ -82,11 +82,11 @@ import os
 import random
 import re
 import secrets
-import shutil
 import sqlite3
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -98,14 +98,13 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, BROKEN_OFF, CLAIMS, COLUMNS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG,
-    LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PENDING_COLUMNS, SMALL_BLOB, STEM, TOOL, Answer,
-    Config, ConfigError, Hasher, Index, MkvError, NotFound, Pending, PendingState, Record, Ring,
-    SqliteThread, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
+    ALL_KEYS, BROKEN_OFF, CLAIMS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG, LISTING_BYTES,
+    MAX_SIDECAR_BYTES, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher,
+    Index, IndexDamaged, IndexFailed, MkvError, NotFound, Pending, PendingState, Record,
+    Replacement, Ring, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
     VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings,
-    after_prefix, decode_mark, decode_sidecar, encode_sidecar, get_all, load_config, lock_file,
-    media_type_of, parse_path, pending_of_row, prepare_index, print_faults, read_clock,
-    read_totals, record_of_row, run_embedded, sidecar_path, sync_folder, version_ns,
+    after_prefix, decode_mark, decode_sidecar, encode_sidecar, load_config, media_type_of,
+    parse_path, print_faults, run_embedded, sidecar_path, version_ns,
 )
 # isort: on
 # fmt: on
@@ -689,7 +688,7 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mappi
         tx.end_claims(path, named, doubts)
         if not failed:
             once = [volume for volume in move.copy if sent.get(volume, 1) == 1]
-            tx.end_copies(path, {volume: 2 if volume in before.volumes else 1 for volume in once})
+            tx.end_copies(path, {volume: 3 if volume in before.volumes else 2 for volume in once})
         return "changed"
     tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
     if failed:
@@ -782,7 +781,8 @@ class Mover:
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
         """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or ""."""
         index, delay_s = self._store.index, self._store.view.config.garbage_delay
-        claims = await index.write(lambda tx: [claim(tx, move) for move in moves])
+        keys = [move.record.key for move in moves]
+        claims = await index.write(lambda tx: [claim(tx, move) for move in moves], keys)
         outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
         begun = [move for move in moves if not outcome[move.record.key]]
         failed = {move.record.key: INTERRUPTED for move in begun}
@@ -790,7 +790,7 @@ class Mover:
             if begun:
                 failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
         finally:
-            ends = await index.write(partial(self._commit, begun, failed, delay_s))
+            ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
 
     def _commit(self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction) -> list[str]:
@@ -964,13 +964,6 @@ class ToolError(Exception):
     """Why a tool cannot do its work: one line for the operator, exit code 1."""
 
 
-def lock_alone(path: str, reason: str) -> int:
-    try:
-        return lock_file(path, exclusive=True)
-    except BlockingIOError:
-        raise ToolError(reason) from None
-
-
 @contextlib.asynccontextmanager
 async def open_volumes(config: Config) -> AsyncIterator[Config]:
     """Run the embedded volumes if none are configured (a server may do so too: they are only folders)."""
@@ -986,7 +979,7 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
 
 def check_index(path: str) -> None:
     """Raise ConfigError if there is no index."""
-    if not Path(path).is_file():
+    if not Index(path).exists():
         raise ConfigError([f"db: there is no index at {path} (rebuild can make one)"])
 
 
@@ -996,97 +989,25 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
     check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
-        if moving:
-            lock = lock_alone(f"{config.db}.tools", "another rebalance or verify --repair is running")
-            stack.callback(os.close, lock)
         store = Store(config, number=TOOL)
         stack.push_async_callback(store.close)
+        if moving:
+            store.index.lock_tools()
         await store.start()
         yield store
         if moving:
             await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))  # what nobody took over
 
 
-def select_page(after: str, db: sqlite3.Connection) -> list[Record]:
-    rows = db.execute(f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT 1000", (after,))
-    return [record_of_row(row) for row in rows]
-
-
-async def read_pages(index: Index) -> AsyncIterator[list[Record]]:
-    """Yield all records in the order of their keys, in pages."""
-    after = ""
-    while page := await index.read(partial(select_page, after)):
-        yield page
-        after = page[-1].key
-
-
 # == rebuild ==========================================================================================================
 
 
-def open_old_index(db: sqlite3.Connection) -> str:
-    """Bring the old index's log into it; return what is wrong with it, or ""."""
-    if not db.execute("PRAGMA user_version").fetchone()[0]:
-        return "it is empty"
-    prepare_index(db)
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-    return "" if soundness == "ok" else soundness
-
-
-async def find_damage(old: SqliteThread) -> str:
-    """Return why the old index cannot be used, or ""; raises sqlite3.OperationalError if it may not be damage."""
-    try:
-        return await old.run(open_old_index)
-    except sqlite3.OperationalError:
-        raise  # busy, out of space, no permission
-    except sqlite3.DatabaseError as error:
-        return str(error)
-
-
-INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")
-
-
-def remove_index(path: str) -> None:
-    for suffix in INDEX_SUFFIXES:
-        Path(path + suffix).unlink(missing_ok=True)
-
-
-def keep_old_index(path: str) -> str:
-    """Give the index, and its log if that could not be brought in, a second, dated name; return that."""
-    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
-    for suffix in ("", "-wal"):
-        if Path(path + suffix).exists():
-            try:
-                os.link(path + suffix, name + suffix)
-            except OSError:  # a file system without hard links
-                shutil.copy2(path + suffix, name + suffix)
-    sync_folder(Path(path).absolute().parent)
-    for suffix in ("-wal", "-shm"):  # the log of the old index must never be applied to the new one
-        Path(path + suffix).unlink(missing_ok=True)
-    return name
-
-
-def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
-    """Raise ToolError unless the new index is sound and holds what was read."""
-    soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
-    if soundness != "ok" or rows != (keys, size) or read_totals(db).get(ALL_KEYS, (0, 0)) != rows:
-        raise ToolError(f"the new index is not what was read ({soundness}, {rows}); the old one stays")
-
-
 ALIVE = (PendingState.KEPT, PendingState.REMAKING, PendingState.MARK)  # no garbage, nor will be
-GARBAGE_AND_CLAIMS = """SELECT volume, path FROM pending
-    WHERE state NOT IN ('kept', 'remaking', 'mark') AND path >= ? AND path < ?"""
-MARKS = "SELECT volume, path FROM pending WHERE state = 'mark' AND path >= ? AND path < ?"
 
 
-def select_garbage(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
-    """Return the garbage, and what may become garbage, in a range of folders."""
-    return list(db.execute(GARBAGE_AND_CLAIMS, (span[0], after_prefix(span[1]))))
-
-
-def select_marks(span: tuple[str, str], db: sqlite3.Connection) -> list[Place]:
-    return list(db.execute(MARKS, (span[0], after_prefix(span[1]))))
+def places_of_garbage(rows: Iterable[Pending]) -> list[Place]:
+    """Return the places of what is garbage, or may become it."""
+    return [(row.volume, row.path) for row in rows if row.state not in ALIVE]
 
 
 def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
@@ -1099,16 +1020,13 @@ def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
         if row.state is PendingState.MARK:
             after = row
         elif row.state in ALIVE:
-            after = replace(row, state=PendingState.KEPT, owner=None, due_s=doubt_s, doubt_s=doubt_s)
+            after = row._replace(state=PendingState.KEPT, owner=None)
+            after = after._replace(due_s=doubt_s, doubt_s=doubt_s)
         else:
-            after = replace(row, state=PendingState.GARBAGE, owner=None, attempts=0)
-            after = replace(after, due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
+            state = row.state if row.state is PendingState.DELETING else PendingState.GARBAGE
+            after = row._replace(state=state, owner=None, attempts=0)
+            after = after._replace(due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
         tx.change({}, {(row.volume, row.path): after})
-
-
-LOST = f"""SELECT new.version IS NOT NULL, old.* FROM (SELECT {COLUMNS} FROM main.record) AS old
-    LEFT JOIN fresh.record AS new USING (key)
-    WHERE new.version IS NULL OR new.version < old.version ORDER BY key"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -1122,10 +1040,14 @@ class Mark:
 
 
 class Rebuild:
-    """Makes the new index of one store, run by run. `old` is None if there is no old one that can be read."""
+    """Makes the new index of one store, run by run."""
 
-    def __init__(self, clients: Clients, old: SqliteThread | None, new: Index, report: Report) -> None:
-        self._clients, self._old, self._new, self._report = clients, old, new, report
+    def __init__(self, clients: Clients, indexes: Replacement, report: Report) -> None:
+        self._clients = clients
+        self._indexes = indexes
+        self._old = indexes.old
+        self._new = indexes.new
+        self._report = report
         self.walk = Walk(clients, report, self._fail)
         self.keys = self.bytes = self.garbage = self.left_out = 0
 
@@ -1136,23 +1058,21 @@ class Rebuild:
         """Carry the old garbage over, due at once, since nobody reads; decide on the keys of all
         folders; see what has become of the old keys."""
         await self.walk.start()
-        totals = await self._old.run(read_totals) if self._old else {}
+        totals = await self._old.totals() if self._old else {}
         self._check_volumes(totals, allowed)
         if self._old:
             await self._carry_over(self._old)
         await self.walk.run(self._merge)
         await self._new.write(Transaction.release_all_marks)
-        if self._old and not self._report.counts["unusable version"]:  # which end it anyway
-            await self._find_lost(self._old, set(allowed))
+        if not self._report.counts["unusable version"]:  # which end it anyway
+            await self._find_lost(set(allowed))
 
-    async def _carry_over(self, old: SqliteThread) -> None:
-        now_s = await old.run(read_clock)
-        age_s = await self._new.read(read_clock) - now_s
-        cursor = await old.run(lambda db: db.execute(f"SELECT {PENDING_COLUMNS} FROM pending"))
-        while rows := await old.run(lambda db: cursor.fetchmany(10000)):
-            pending = list(map(pending_of_row, rows))
-            self.garbage += sum(row.state not in ALIVE for row in pending)
-            await self._new.write(partial(carry_over, pending, age_s))
+    async def _carry_over(self, old: Index) -> None:
+        age_s = await self._new.now_s() - await old.now_s()
+        async for pending in old.read_pending():
+            self.garbage += len(places_of_garbage(pending))
+            paths = [row.path for row in pending]
+            await self._new.write(partial(carry_over, pending, age_s), paths=paths)
 
     def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
         """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
@@ -1161,20 +1081,16 @@ class Rebuild:
                 state = "is empty" if name in self.walk.top else "is not configured"
                 raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
 
-    async def _find_lost(self, old: SqliteThread, allowed: set[str]) -> None:
+    async def _find_lost(self, allowed: set[str]) -> None:
         """Report the keys of the old index that the new one lacks, or has in an older version."""
-        await old.run(lambda db: db.execute("ATTACH ? AS fresh", (self._new.path,)))
-        cursor = await old.run(lambda db: db.execute(LOST))
-        while rows := await old.run(lambda db: cursor.fetchmany(1000)):
-            for older, *row in rows:
-                record = record_of_row(row)
-                names = " ".join(record.volumes)
+        async for page in self._indexes.lost():
+            for record, is_older in page:
                 if allowed.issuperset(record.volumes):
                     self.left_out += 1
-                else:
-                    detail = "an older version is there" if older else ""
-                    self._report.add(Case("lost key", names, record.path, record.key, detail))
-        await old.run(lambda db: db.execute("DETACH fresh"))
+                    continue
+                detail = "an older version is there" if is_older else ""
+                names = " ".join(record.volumes)
+                self._report.add(Case("lost key", names, record.path, record.key, detail))
 
     def _write(
         self, records: Collection[Record], garbage: Collection[Place], alive: Iterable[Place], tx: Transaction
@@ -1200,7 +1116,8 @@ class Rebuild:
         versions, cases = group_files(await self.walk.list_run(on))
         read = await self._read(versions.values())
         garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
-        for volume, path in await self._old.run(partial(select_garbage, (run[0], run[-1]))) if self._old else ():
+        pending = await self._old.pending_between(run[0], run[-1]) if self._old else []
+        for volume, path in places_of_garbage(pending):
             garbage[path[:STEM]].add(volume)
         marks = await self._read_marks(versions.values())
         adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
@@ -1228,8 +1145,10 @@ class Rebuild:
                     dead += version.places
                 else:
                     cases.append(name_unusable(version, read[stem]))
-        await self._new.write(partial(self._write_marks, marks))
-        await self._new.write(partial(self._write, adopted.values(), dead, alive))
+        await self._new.write(partial(self._write_marks, marks), paths=marks)
+        keys = [record.key for record in adopted.values()]
+        paths = [path for _, path in (*dead, *alive)]
+        await self._new.write(partial(self._write, adopted.values(), dead, alive), keys, paths)
         self._report.add(*cases)
 
     async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
@@ -1278,7 +1197,7 @@ class Rebuild:
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
         """Return a record that is garbage on some volumes without these. If the old index has no such record, without
         all. If it names volumes that have it no more, it is older than the volumes: with all."""
-        (old,) = await self._old.run(partial(get_all, [record.key])) if self._old else [None]
+        (old,) = await self._old.get_many([record.key]) if self._old else [None]
         if old is None or old.version != record.version:
             return replace(record, volumes=())
         if not set(record.volumes).issuperset(old.volumes):
@@ -1289,34 +1208,26 @@ class Rebuild:
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Make a new index from the volumes and swap it in, or change nothing."""
-    folder, fresh = Path(config.db).absolute().parent, f"{config.db}.new"
+    indexes = Replacement(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_alone(f"{config.db}.lock", f"{config.db} is in use by a server or a tool: stop that first")
-        stack.callback(os.close, lock)
-        exists, old, new = Path(config.db).is_file(), SqliteThread(config.db, False), Index(fresh)
-        stack.push_async_callback(old.close)
-        damage = await find_damage(old) if exists else ""
-        readable = old if exists and not damage else None
+        stack.push_async_callback(indexes.close)
+        await indexes.open()
         known = {volume.name for volume in config.volumes}
-        if readable:
-            known.update(await readable.run(read_totals))
+        if indexes.old:
+            known.update(await indexes.old.totals())
         unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
         if unknown:
             raise ConfigError(f"--allow-missing {name}: no such volume" for name in unknown)
-        remove_index(fresh)
-        stack.callback(remove_index, fresh)
-        stack.push_async_callback(new.close)
-        await new.open()
         clients = Store(config).view.clients
         clients = {name: client for name, client in clients.items() if name not in options.allow_missing}
         for client in clients.values():
             stack.callback(client.close)
-        work = Rebuild(clients, readable, new, report)
+        work = Rebuild(clients, indexes, report)
         progress = show_progress(report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
         async with progress:
             await work.run(options.allow_missing)
+        damage = indexes.damage
         report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
         report.facts["left_out"] = work.left_out
         unusable = report.counts["unusable version"]
@@ -1325,12 +1236,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
             report.lines += ["mend their sidecars, or move both away, and run this again"]
             report.code = 1
             return
-        await new.read(partial(check_new_index, work.keys, work.bytes))
-        await new.close()
-        await old.close()
-        kept = keep_old_index(config.db) if exists else ""
-        os.replace(fresh, config.db)
-        sync_folder(folder)
+        kept = await indexes.finish(work.keys, work.bytes)
     report.facts["old_index"], rate = kept, work.keys / report.seconds
     report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
     report.lines += [f"the old index is {kept}"] if kept else []
@@ -1372,13 +1278,13 @@ class Rebalance:
 
     async def _pass(self) -> None:
         self.left.clear()
-        totals = await self._store.index.read(read_totals)
+        totals = await self._store.index.totals()
         self.keys, self.checked = totals.get(ALL_KEYS, (0, 0))[0], 0
         await run_all(self._jobs(), self._concurrency)
 
     async def _jobs(self) -> AsyncIterator[Awaitable[None]]:
         view, states, pending = self._store.view, self._store.health.states, list[Move]()
-        async for page in read_pages(self._store.index):
+        async for page in self._store.index.read_records():
             self.checked += len(page)
             for record in page:
                 move = plan_move(record, view.ring.place(record.key, view.config.replicas), states)
@@ -1442,30 +1348,68 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
 
 
-def prepare_notes(db: sqlite3.Connection) -> None:
-    """Make temporary tables: SQLite keeps them in a file without a name, which goes with the connection."""
-    db.execute("CREATE TEMP TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID")
-    db.execute("CREATE TEMP TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT")
+Stray = tuple[str, str, str]  # (key, volume, path)
+NOTES = """CREATE TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT"""
 
 
-def insert_notes(table: str, rows: Iterable[tuple[str, ...]], db: sqlite3.Connection) -> None:
-    with db:
-        db.execute("BEGIN")
-        for row in rows:
-            db.execute(f"INSERT INTO {table} VALUES ({','.join('?' * len(row))})", row)
+class Notes:
+    """What one run of verify notes: the path of each record, and what is to be removed. It is in a
+    scratch database of its own, a file without a name that goes with it, on its own thread."""
 
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "mkv-notes")
+        self._db: sqlite3.Connection | None = None
 
-def select_folders(firsts: Sequence[str], db: sqlite3.Connection) -> list[str]:
-    """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records were noted."""
-    query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
-    return [row[0] for row in db.execute(query, (firsts[0], after_prefix(firsts[-1])))]
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._work, work)
 
+    def _work(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        if self._db is None:
+            self._db = sqlite3.connect("", isolation_level=None)
+            self._db.executescript(NOTES)
+        return work(self._db)
 
-def select_noted(span: tuple[str, str], db: sqlite3.Connection) -> dict[str, Record]:
-    """Return, by stem, the records in a range of folders that are still where they were noted."""
-    query = f"SELECT path, {COLUMNS} FROM noted CROSS JOIN record USING (key) WHERE path >= ? AND path < ?"
-    rows = [(row[0], record_of_row(row[1:])) for row in db.execute(query, (span[0], after_prefix(span[1])))]
-    return {path[:STEM]: record for path, record in rows if path == record.path}
+    async def _insert(self, query: str, rows: Iterable[tuple[str, ...]]) -> None:
+        def insert(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("BEGIN")
+                db.executemany(query, rows)
+
+        await self._run(insert)
+
+    async def _select(self, query: str, *values: str | int | None) -> list[Any]:
+        return await self._run(lambda db: db.execute(query, values).fetchall())
+
+    async def add_records(self, records: Iterable[Record]) -> None:
+        rows = [(record.path, record.key) for record in records]
+        await self._insert("INSERT INTO noted VALUES (?, ?)", rows)
+
+    async def add_strays(self, strays: Iterable[Stray]) -> None:
+        await self._insert("INSERT INTO stray VALUES (?, ?, ?)", strays)
+
+    async def folders(self, firsts: Sequence[str]) -> list[str]:
+        """Return the folders /aa/bb/ below some /aa/ that stand in a row, where records are."""
+        query = "SELECT DISTINCT substr(path, 1, 7) FROM noted WHERE path >= ? AND path < ?"
+        return [row[0] for row in await self._select(query, firsts[0], after_prefix(firsts[-1]))]
+
+    async def records_in(self, first: str, last: str) -> list[tuple[str, str]]:
+        """Return (path, key) of what was noted in a range of folders."""
+        query = "SELECT path, key FROM noted WHERE path >= ? AND path < ?"
+        return await self._select(query, first, after_prefix(last))
+
+    async def strays(self) -> AsyncIterator[list[Stray]]:
+        """Yield them in pages."""
+        query = "SELECT rowid, * FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500"
+        after = 0
+        while rows := await self._select(query, after):
+            yield [(key, volume, path) for _, key, volume, path in rows]
+            after = rows[-1][0]
+
+    async def close(self) -> None:
+        if self._db is not None:
+            await self._run(sqlite3.Connection.close)
+        self._pool.shutdown()
 
 
 def is_named(record: Record | None, volume: str, path: str) -> bool:
@@ -1473,7 +1417,7 @@ def is_named(record: Record | None, volume: str, path: str) -> bool:
     return record is not None and record.path[:STEM] == path[:STEM] and volume in record.volumes
 
 
-def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
+def remove_strays(rows: Iterable[Stray], tx: Transaction) -> int:
     """Put each (key, volume, path) in the garbage unless the key's record names it; return how many."""
     strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
     for volume, path in strays:
@@ -1485,9 +1429,9 @@ def remove_strays(rows: Iterable[tuple[str, str, str]], tx: Transaction) -> int:
 
 
 class Verify:
-    """Compares the index with the volumes, and with --repair makes them agree. `notes` is a connection to the index."""
+    """Compares the index with the volumes, and with --repair makes them agree."""
 
-    def __init__(self, store: Store, mover: Mover, notes: SqliteThread, report: Report, deep: bool) -> None:
+    def __init__(self, store: Store, mover: Mover, notes: Notes, report: Report, deep: bool) -> None:
         self._store, self._mover, self._notes, self._report, self._deep = store, mover, notes, report, deep
         self.walk = Walk(mover.clients, report, self._fail)
         self.failed: set[str] = set()
@@ -1500,34 +1444,40 @@ class Verify:
 
     async def run(self, repair: bool, grace_s: float) -> None:
         self._repair, self._before_s = repair, time.time() - grace_s
-        await self._notes.run(prepare_notes)
-        async for page in read_pages(self._store.index):
-            await self._notes.run(partial(insert_notes, "noted", [(record.path, record.key) for record in page]))
+        async for page in self._store.index.read_records():
+            await self._notes.add_records(page)
         await self.walk.start()
-        await self.walk.run(self._compare, self._noted_folders)
+        await self.walk.run(self._compare, self._notes.folders)
         if repair and not self.failed:
             await self._remove_strays()
 
-    async def _noted_folders(self, firsts: Sequence[str]) -> list[str]:
-        return await self._notes.run(partial(select_folders, firsts))
+    async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
+        """Return, by stem, the records in a range of folders that are still as they were noted."""
+        noted = await self._notes.records_in(first, last)
+        current = await self._store.index.get_many([key for _, key in noted])
+        records = dict[str, Record]()
+        for (path, _), record in zip(noted, current, strict=True):
+            if record is not None and record.path == path:
+                records[path[:STEM]] = record
+        return records
 
     async def _compare(self, run: list[str], on: On) -> None:
         """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
         span = (run[0], run[-1])
         try:
-            garbage = await self._notes.run(partial(select_garbage, span))
-            marks = await self._notes.run(partial(select_marks, span))
+            pending = await self._store.index.pending_between(*span)
             versions, cases = group_files(await self.walk.list_run(on))
-            records = await self._notes.run(partial(select_noted, span))
-            garbage += await self._notes.run(partial(select_garbage, span))
-            marks += await self._notes.run(partial(select_marks, span))
+            records = await self._read_noted(*span)
+            pending += await self._store.index.pending_between(*span)
             self._report.add(*cases)
             await self._check(records.values(), versions)
-            dead = {(volume, path[:STEM]) for volume, path in garbage}
+            dead = {(volume, path[:STEM]) for volume, path in places_of_garbage(pending)}
+            marks = {(row.volume, row.path) for row in pending if row.state is PendingState.MARK}
             strays, young = find_strays(versions.values(), records, dead, self._before_s)
             self.young += young
             await self._note_strays(strays)
-            await self._note_stray_marks(find_stray_marks(versions.values(), set(marks), self._before_s))
+            stray_marks = find_stray_marks(versions.values(), marks, self._before_s)
+            await self._note_stray_marks(stray_marks)
         except VolumeError as error:
             self._fail(error)
 
@@ -1562,7 +1512,7 @@ class Verify:
         short = {record for record in records if len(record.volumes) < replicas}
         suspects = [record for record in records if record in faults or record in short]
         keys = [record.key for record in suspects]
-        current = await self._store.index.read(partial(get_all, keys))
+        current = await self._store.index.get_many(keys)
         good = dict[Record, Names]()
         for record, now in zip(suspects, current, strict=True):
             if record == now:  # else a client came between
@@ -1638,35 +1588,39 @@ class Verify:
             await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
         except VolumeError:
             return False
-        return not await self._store.index.write(partial(remove_strays, [(record.key, volume, path)]))
+        return not await self._store.index.write(
+            partial(remove_strays, [(record.key, volume, path)]), keys=[record.key]
+        )
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
         sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
         keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
-        current = await self._store.index.read(partial(get_all, keys))
-        noted = list[tuple[str, str, str]]()
+        current = await self._store.index.get_many(keys)
+        noted = list[Stray]()
         for (volume, path), sidecar, key, record in zip(strays, sidecars, keys, current, strict=True):
             if not is_named(record, volume, path):  # else it was written since the records were noted
                 self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
                 noted.append((key, volume, path))
-        await self._notes.run(partial(insert_notes, "stray", noted))
+        await self._notes.add_strays(noted)
 
     async def _note_stray_marks(self, marks: Sequence[Place]) -> None:
         self._report.add(*(Case("leftover mark", volume, path) for volume, path in marks))
-        await self._notes.run(partial(insert_notes, "stray", [("", volume, path) for volume, path in marks]))
+        await self._notes.add_strays([("", volume, path) for volume, path in marks])
 
     async def _remove_strays(self) -> None:
         """Put the strays in the garbage: each one's record is looked up again in the transaction."""
-        cursor = await self._notes.run(lambda db: db.execute("SELECT key, volume, path FROM stray"))
-        while strays := await self._notes.run(lambda db: cursor.fetchmany(500)):
-            self.repaired += await self._store.index.write(partial(remove_strays, strays))
+        async for strays in self._notes.strays():
+            keys = [key for key, _, _ in strays if key]
+            paths = [path for _, _, path in strays]
+            remove = partial(remove_strays, strays)
+            self.repaired += await self._store.index.write(remove, keys, paths)
 
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
     async with open_store(config, options.repair) as store:
         mover = Mover(store, options.limit_rate * 1e6, report)
-        notes = SqliteThread(config.db, readonly=True)
+        notes = Notes()
         work = Verify(store, mover, notes, report, options.deep)
         text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
         progress = show_progress(report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done)
@@ -1738,77 +1692,18 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     return {"Authorization": f"Bearer {words[0]}"} if words else {}
 
 
-def files_of_index(path: str) -> set[str]:
-    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
-    suffixes = [*INDEX_SUFFIXES, ".tools", ".serve", *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
-    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
-
-
-def identify_file(path: str) -> set[tuple[int, int, str]]:
-    """Return what two paths to the same file share, wherever links lead: the file itself, which
-    may have several names; and its name in its folder, for a file that is not there yet."""
-    real = Path(os.path.realpath(path))
-    marks = set[tuple[int, int, str]]()
-    for place, name in ((real, ""), (real.parent, real.name)):
-        with contextlib.suppress(OSError):
-            facts = place.stat()
-            marks.add((facts.st_dev, facts.st_ino, name))
-    return marks
-
-
-def check_target(target: str, part: str, index: str) -> None:
-    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
-    `part`."""
-    folder = Path(target).absolute().parent
-    if not folder.is_dir():
-        raise ConfigError([f"FILE: there is no folder {folder}"])
-    taken = set[tuple[int, int, str]]()
-    for path in files_of_index(index):
-        taken |= identify_file(path)
-    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
-        if not taken.isdisjoint(identify_file(path)):
-            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
-
-
-def copy_index(target: str, db: sqlite3.Connection) -> int:
-    """Copy the index as it is at this moment to `target`, and check the copy; return its number of keys."""
-    with contextlib.closing(sqlite3.connect(target)) as copy:
-        db.backup(copy)  # in one step: one snapshot, while writers go on
-        copy.execute("PRAGMA journal_mode = DELETE")
-        with copy:
-            # by the time that it is restored, what is claimed now may be committed
-            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
-        if (soundness := copy.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
-            raise ToolError(f"the copy is damaged, and so is the index: {soundness}")
-        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
-
-
 async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy the index to a file while the server runs; the file appears whole or not at all."""
-    part, index = f"{options.file}.tmp", Index(config.db)
+    index = Index(config.db)
     check_index(config.db)
-    check_target(options.file, part, config.db)
+    index.check_target(options.file)
     await index.open()
     try:
-        remove_index(part)
-        keys = await index.read(partial(copy_index, part))
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, options.file)
-        sync_folder(Path(options.file).absolute().parent)
+        keys = await index.copy_to(options.file)
     finally:
         await index.close()
-        remove_index(part)
     report.facts = {"file": options.file, "keys": keys, "bytes": Path(options.file).stat().st_size}
     report.lines = [f"{options.file}: {keys} keys, {show_bytes(report.facts['bytes'])}"]
-
-
-FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
-
-
-def select_pending_on(volume: str, db: sqlite3.Connection) -> list[Place]:
-    query = "SELECT volume, path FROM pending WHERE volume = ? AND owner IS NULL LIMIT ?"
-    return list(db.execute(query, (volume, FORGET_ROWS)))
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1823,8 +1718,8 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
     check_index(config.db)
     await index.open()
     try:
-        totals = await index.read(read_totals)
-        waiting = await index.read(partial(select_pending_on, name))
+        totals = await index.totals()
+        waiting = await index.unclaimed_on(name)
         if name in (ALL_KEYS, GARBAGE) or not (name in totals or waiting):
             raise ConfigError([f"NAME: the index knows no volume {name}"])
         blobs, _ = totals.get(name, (0, 0))
@@ -1832,9 +1727,10 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
             raise ToolError(f"{blobs} records still name {name}: rebalance first")
         count = 0
         while waiting:
-            await index.write(partial(Transaction.forget, places=waiting))
+            paths = [path for _, path in waiting]
+            await index.write(partial(Transaction.forget, places=waiting), paths=paths)
             count += len(waiting)
-            waiting = await index.read(partial(select_pending_on, name))
+            waiting = await index.unclaimed_on(name)
     finally:
         await index.close()
     report.facts = {"volume": name, "forgotten": count}
@@ -2037,10 +1933,12 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))  # for temporary tables
     try:
         await COMMANDS[options.command][0](config, options, report)
-    except sqlite3.OperationalError as error:  # a full disk, say
-        raise ToolError(f"{config.db}: {error}") from None
-    except sqlite3.DatabaseError as error:
-        raise ConfigError([f"db: {config.db}: {error}"]) from None
+    except IndexDamaged as error:
+        raise ConfigError([f"db: {config.db}: {error.reason}"]) from None
+    except IndexFailed as error:  # a full disk, say
+        raise ToolError(f"{config.db}: {error.reason}") from None
+    except sqlite3.Error as error:
+        raise ToolError(f"the notes of verify: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
