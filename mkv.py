@@ -54,7 +54,7 @@ connection to it broke or the server was killed.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
-Reading order: as below. Up to "decisions" everything is pure (no clock, no randomness, no I/O), and who has read that
+Reading order: as below. Up to "wire format" everything is pure (no clock, no randomness, no I/O), and who has read that
 far knows all policy; the rest carries it out.
 """
 
@@ -2706,6 +2706,7 @@ def check_target(target: str, part: str, index: str) -> None:
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 LINES = 4  # to a volume
+LATE_LOOK_S = 0.1  # if the timer is later than that, this process is to blame
 LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 DOWNLOAD_BUFFER = 256 * 1024  # bytes of a blob that is read may wait here
@@ -3075,7 +3076,7 @@ class VolumeClient:
         self._lines = set[Line]()
         self._idle = list[Line]()  # of these
         self._late = set[Line]()  # that hung
-        self._tasks = set[asyncio.Task[None]]()
+        self._tasks = set[asyncio.Task[None]]()  # that tell what came late
         self._is_pumping = False
         self._connecting: asyncio.Task[None] | None = None
         self._is_closed = False
@@ -3179,7 +3180,7 @@ class VolumeClient:
             share = -(-len(self._queue) // len(self._idle))
             self._idle.pop().send(self._take_batch(share))
         if self._queue and len(self._lines) < LINES and self._connecting is None:
-            self._connecting = self._begin(self._open_line())
+            self._connecting = asyncio.get_running_loop().create_task(self._open_line())
         if self._timer is None and self._is_busy:
             self._set_timer()
 
@@ -3200,6 +3201,8 @@ class VolumeClient:
         line = Line(self)
         try:
             await self._connect(line)
+            if line.is_closed:
+                raise EOFError("it hung up at once")
         except BROKEN as error:
             if len(self._lines) == len(self._idle):  # else these will be free
                 self._fail_all(error)
@@ -3317,6 +3320,8 @@ class VolumeClient:
                 line.close()
                 self._lines.discard(line)
         self._late.clear()
+        for task in self._tasks:
+            task.cancel()
         if self._connecting and not self._queue:
             self._connecting.cancel()
 
@@ -3330,10 +3335,17 @@ class VolumeClient:
         pause_s = self.timeout_s / 4
         if self._slow_after_s:
             pause_s = min(pause_s, self._slow_after_s / 4)
+        self._look_s = time.monotonic() + pause_s
+        self._is_late = False
         self._timer = asyncio.get_running_loop().call_later(pause_s, self._look)
 
     def _look(self) -> None:
         now_s = time.monotonic()
+        if now_s - self._look_s > LATE_LOOK_S and not self._is_late:
+            # This process stood still. What came meanwhile is read before anybody is blamed.
+            self._is_late = True
+            self._timer = asyncio.get_running_loop().call_later(LATE_LOOK_S, self._look)
+            return
         busy = self._lines.difference(self._idle)
         for line in busy:
             line.look(now_s, self._slow_after_s, self.timeout_s)
@@ -3377,19 +3389,17 @@ class VolumeClient:
             return
         count = len(exchange.answers) if exchange.sent else len(exchange.paths)
         sidecars = [path for path in exchange.paths[:count] if path.endswith(".key")]
-        self._begin(self._tell(self._tell_late, sidecars, list(exchange.paths[count:])))
+        others = list(exchange.paths[count:])
+        telling = self._tell(self._tell_late, sidecars, others)
+        task = asyncio.get_running_loop().create_task(telling)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _tell(
         self, tell: Callable[[list[str], bool], Awaitable[None]], answered: list[str], others: list[str]
     ) -> None:
         await tell(answered, True)
         await tell(others, False)
-
-    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # -- how it went --
 

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import enum
+import errno
 import hashlib
 import http.client
 import io
@@ -2509,6 +2510,62 @@ async def test_slow_volume_is_said_to_be_slow_until_it_answers() -> None:
         talk.go_on.set()
         assert await puts == [1, 1, 1] and one.slow == [True, False]
         one.client.close()
+
+
+async def test_volume_that_hangs_up_at_once_is_down() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with talking(serve) as url:
+        one = Hearing(url)
+        results = await one.put_many(5)
+        assert all(isinstance(error, mkv.VolumeDown) for error in results)
+        one.client.close()
+
+
+async def test_what_waits_for_a_busy_line_needs_no_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when this process has no more files: it is served when the line is free."""
+    failures = list[int]()
+
+    async def refuse(client: mkv.VolumeClient, wire: mkv.Wire) -> None:
+        failures.append(1)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with line_volume(lambda number, path: DONE, lambda number: True) as (url, talk):
+        one = Hearing(url)
+        first = asyncio.create_task(one.client.get(["/1"], 99))
+        await until(lambda: talk.asked)
+        monkeypatch.setattr(mkv.VolumeClient, "_connect", refuse)
+        second = asyncio.create_task(one.client.get(["/2"], 99))
+        await until(lambda: failures)
+        talk.go_on.set()
+        assert await first == await second == [(201, b"")] and one.events == [mkv.Event.ANSWERED] * 2
+        one.client.close()
+
+
+@pytest.mark.parametrize("timeout_s", [20.0, 0.4])
+def test_answer_that_came_while_this_process_stood_still_is_not_late(timeout_s: float) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def serve(connection: socket.socket) -> None:
+        read_request(connection)
+        assert connection.recv(1) == b"x"
+        asked.set()
+        go_on.wait(20)
+        connection.sendall(DONE)
+        connection.recv(1)
+
+    async def work(url: str) -> None:
+        one = Hearing(url, timeout_s, 0.3)
+        put = asyncio.create_task(one.client.put({"/p": b"x"}))
+        await until(asked.is_set)
+        go_on.set()
+        time.sleep(0.8)  # noqa: ASYNC251 (the process stands still)
+        assert await put == 1 and one.slow == []
+        one.client.close()
+
+    with fake_volume(serve) as url, asyncio.Runner(loop_factory=mkv.new_loop) as runner:
+        runner.run(work(url))
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
