@@ -455,6 +455,7 @@ def key_of_path(raw_path: str) -> str:
         raise BadRequest("the key is not valid UTF-8") from None
 
 
+@lru_cache(4096)  # one request asks several times
 def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
@@ -1875,7 +1876,8 @@ class Transaction:
         pending = self._pending_of_stem(path[:KEY_STEM])
         for volume in volumes:
             pending[volume, path] = Pending(path, volume, state, owner)
-        (row,) = rows_of_pending([Pending(path, " ".join(sorted(volumes)), state, owner)])
+        claim = Pending(path, " ".join(sorted(volumes)), state, owner)
+        row = (*claim[:2], PENDING_TEXTS[state], *claim[3:])
         self._rows[path] = {row}
         self._claims.append(row)
 
