@@ -1150,6 +1150,7 @@ def parse_list_query(query: str) -> ListQuery:
 
 MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
+LINE_REQUESTS = 24  # under way on a line: when 32 wait, an embedded volume (aiohttp 3.14) may read no more
 # Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
 # extensions) be more than the body.
 MIN_CHUNK = 64  # bytes on average
@@ -2831,21 +2832,29 @@ class Line(Wire):
         self._ended = False
         self._is_late = False  # it hung, and what comes now is for nobody who waits
         self._taken = 0
+        self._unsent = deque[bytes]()  # requests
+        self._under_way = 0  # requests that have been sent and not answered
         self.waiting_for = deque[Exchange]()  # sent and not answered
         self.answered_s = 0.0  # when there was an answer last, or nothing to answer
         self.progress_s = 0.0  # the same for any byte that came or was taken
 
     def send(self, batch: Sequence[Exchange]) -> None:
         """Send what belongs to the exchanges and has no answer yet. The line must be idle."""
-        data = list[bytes]()
         for exchange in batch:
             exchange.sent += 1
             exchange.through = len(exchange.answers)
-            data += exchange.requests[exchange.through :]
+            self._unsent.extend(exchange.requests[exchange.through :])
         self.waiting_for.extend(batch)
         self.answered_s = time.monotonic()
         self.progress_s = self.answered_s
-        self.write(b"".join(data))
+        self._send_more()
+
+    def _send_more(self) -> None:
+        """Send as much as may be under way."""
+        count = min(LINE_REQUESTS - self._under_way, len(self._unsent))
+        if count > 0:
+            self._under_way += count
+            self.write(b"".join(self._unsent.popleft() for _ in range(count)))
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
@@ -2859,6 +2868,8 @@ class Line(Wire):
                 exchange = self.waiting_for[0]
                 answer = self._reader.read(exchange.method == "HEAD", exchange.limit)
                 if answer is None:
+                    if self._unsent:
+                        self._send_more()
                     return
                 self._take(exchange, answer)
                 if not self._reader.reusable:
@@ -2875,6 +2886,7 @@ class Line(Wire):
     def _take(self, exchange: Exchange, answer: Answer) -> None:
         status, body = answer
         count = len(exchange.answers)
+        self._under_way -= 1
         if exchange.method != "GET":
             if len(body) > ANSWER_BYTES:
                 raise ValueError("its answer does not end")
