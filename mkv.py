@@ -2708,6 +2708,7 @@ def check_target(target: str, part: str, index: str) -> None:
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 LINES = 4  # to a volume
+NO_COPY = 8 * 1024  # bytes; to copy less costs less than to write it apart
 LATE_LOOK_S = 0.1  # if the timer is later than that, this process is to blame
 LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
@@ -2733,17 +2734,17 @@ class Exchange:
     )  # fmt: skip
 
     def __init__(
-        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[bytes], limit: int,
+        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[Sequence[bytes]], limit: int,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
     ) -> None:  # fmt: skip
         self.volume = volume
         self.method = method
         self.paths = paths
-        self.requests = requests
+        self.requests = requests  # each in pieces
         self.limit = limit  # bytes of the body of each answer
         self.hear_end = hear_end
         self.hear_slow = hear_slow
-        self.size = sum(map(len, requests))
+        self.size = sum(sum(map(len, request)) for request in requests)
         self.answers = list[Answer]()
         self.error: VolumeError | None = None
         self.sent = 0  # how many times some of it was
@@ -2778,6 +2779,20 @@ class Wire(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self._written += len(data)
         self.transport.write(data)
+
+    def write_all(self, pieces: Sequence[bytes]) -> None:
+        """Write with one call; large pieces are not copied for that."""
+        self._written += sum(map(len, pieces))
+        joined = list[bytes]()
+        small = list[bytes]()
+        for piece in pieces:
+            if len(piece) < NO_COPY:
+                small.append(piece)
+                continue
+            joined += (b"".join(small), piece)
+            small.clear()
+        joined.append(b"".join(small))
+        self.transport.writelines(joined)
 
     @property
     def waiting(self) -> int:
@@ -2831,21 +2846,27 @@ class Line(Wire):
         self._ended = False
         self._is_late = False  # it hung, and what comes now is for nobody who waits
         self._taken = 0
+        self.is_used = False
         self.waiting_for = deque[Exchange]()  # sent and not answered
         self.answered_s = 0.0  # when there was an answer last, or nothing to answer
         self.progress_s = 0.0  # the same for any byte that came or was taken
 
     def send(self, batch: Sequence[Exchange]) -> None:
         """Send what belongs to the exchanges and has no answer yet. The line must be idle."""
-        data = list[bytes]()
+        pieces = list[bytes]()
         for exchange in batch:
             exchange.sent += 1
             exchange.through = len(exchange.answers)
-            data += exchange.requests[exchange.through :]
+            for request in exchange.requests[exchange.through :]:
+                pieces += request
+        self.is_used = True
         self.waiting_for.extend(batch)
         self.answered_s = time.monotonic()
         self.progress_s = self.answered_s
-        self.write(b"".join(data))
+        if max(exchange.size for exchange in batch) < NO_COPY:
+            self.write(b"".join(pieces))
+        else:
+            self.write_all(pieces)
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
@@ -3103,7 +3124,7 @@ class VolumeClient:
         requests = []
         for path, body in files.items():
             head = self._request("PUT", path, trail, f"Content-Length: {len(body)}\r\n")
-            requests.append(head + body)
+            requests.append((head, body))
         exchange = Exchange(self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow)
         self.send(exchange)
         return exchange
@@ -3148,7 +3169,7 @@ class VolumeClient:
     ) -> list[Answer]:
         if not paths:
             return []
-        requests = [self._request(method, path, trail) for path in paths]
+        requests = [(self._request(method, path, trail),) for path in paths]
         over = asyncio.get_running_loop().create_future()
         hear_end = partial(resolve, over)
         exchange = Exchange(self.volume.name, method, paths, requests, limit, hear_end, ignore)
@@ -3180,7 +3201,12 @@ class VolumeClient:
         self._is_pumping = False
         while self._queue and self._idle:
             share = -(-len(self._queue) // len(self._idle))
-            self._idle.pop().send(self._take_batch(share))
+            line = self._idle.pop()
+            if line.is_used and self._queue[0].sent:  # a second time only over a new one: it is known to work
+                self._lines.discard(line)
+                line.close()
+            else:
+                line.send(self._take_batch(share))
         if self._queue and len(self._lines) < LINES and self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._open_line())
         if self._timer is None and self._is_busy:

@@ -2131,9 +2131,8 @@ async def test_late_answer_is_waited_for_only_if_it_was_sent_once(twice: bool) -
             await client.put({"/kept": b""})
         with pytest.raises(mkv.VolumeTimeout):
             await client.put({"/k": b""})
-        late = list(client._late)
         end.set()
-        await asyncio.gather(*late)
+        await until(lambda: not client._late and not client._tasks)
         client.close()
     assert heard == ([] if twice else [True, False])
 
@@ -2366,6 +2365,26 @@ async def test_line_carries_a_bounded_number_of_bytes(monkeypatch: pytest.Monkey
         assert await one.put_many(50) == [1] * 50
         one.client.close()
     assert max(writes) <= 3000 and max(writes) > 1500
+
+
+async def test_large_and_small_bodies_go_together_in_their_order() -> None:
+    sizes = [0, mkv.NO_COPY, 1, mkv.NO_COPY - 1, 200_000, 3]
+    bodies = [random.Random(size).randbytes(size) for size in sizes]
+    got = list[bytes]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = re.search(rb"Content-Length: (\d+)", head)
+            assert length
+            got.append(await reader.readexactly(int(length[1])))
+            writer.write(DONE)
+
+    async with talking(serve) as url:
+        one = Hearing(url)
+        files = [{f"/{i}{j}": bodies[j] for j in range(6)} for i in range(3)]
+        assert await asyncio.gather(*map(one.client.put, files)) == [1] * 3
+        assert got == bodies * 3
+        one.client.close()
 
 
 async def test_line_that_breaks_fails_nobody() -> None:
@@ -2753,9 +2772,7 @@ async def test_what_may_still_come_of_a_put(
     store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://a"),), replicas=1))
     write = store._begin_write(store.view, mkv.Draft("k", "a/b", "", 1), "")
     write.doubts["a"] = mkv.BROKEN_OFF
-    if failure is None:
-        write._sent["a"] = sent
-    write._note("a", failure and failure("a", "", sent))
+    write._note("a", failure and failure("a", "", sent), sent)
     assert write.doubts.get("a") == doubt and ("a" in write.failed) is (failure is not None)
 
 
@@ -5792,7 +5809,7 @@ def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
     async def work(store: Store) -> float:
         with pytest.raises(mkv.WrongDigest if why == "wrong digest" else mkv.Unavailable):
             await store.put(mkv.Draft("k", "a/b", "", 2 * LARGE, digests=digests), body(), "")
-        return await store.index.read(mkv.read_clock)
+        return await store.index.write(lambda tx: tx.now_s)
 
     monkeypatch.setattr(mkv.Upload, "send", send_or_fail)
     now_s = cluster.use(work)
@@ -5897,10 +5914,10 @@ def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch
         async def work(store: Store) -> None:
             await put_all(store, {f"warm{i}": b"x" for i in range(16)} | {"k": b"old"})
             etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
-            each = mkv.Write._each
+            store_small = mkv.Write.store_small
 
             async def then_delete(*arguments: Any) -> Any:
-                done = await each(*arguments)
+                done = await store_small(*arguments)
                 monkeypatch.undo()
                 await store.delete("k", mkv.UNCONDITIONAL, "")
                 return done
@@ -5908,7 +5925,7 @@ def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch
             async def body() -> AsyncIterator[bytes]:
                 yield b"new"
 
-            monkeypatch.setattr(mkv.Write, "_each", then_delete)
+            monkeypatch.setattr(mkv.Write, "store_small", then_delete)
             for cable in cables:
                 cable.lose_answers()
             with pytest.raises(mkv.PreconditionFailed):
@@ -6014,6 +6031,7 @@ def test_slow_volumes_do_not_help_each_other(cluster: Cluster, monkeypatch: pyte
     monkeypatch.setattr(mkv.Write, "_hear_slow", lambda write, one: (slow.append(one.volume), hear(write, one)))
 
     async def work(store: Store) -> None:
+        store._tasks[0].cancel()  # the probes, which would find out at once
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: len(slow) == 3)  # one after the other was asked to help
