@@ -1167,7 +1167,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f
 
 ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
-HEADS_KNOWN = 64  # that need not be read again: in a second, all answers to PUTs have next to the same
+HEADS_KNOWN = 64  # that need not be read again: for a second, most answers to PUTs have the same
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
 ANSWER_HEAD = re.compile(
@@ -2698,17 +2698,20 @@ def check_target(target: str, part: str, index: str) -> None:
 
 
 # == Volume client ====================================================================================================
-# What goes to a volume or comes from it is small, or a stream. The small requests of all clients share a few kept
-# connections, the lines, and with them system calls: what waits while all are busy goes out together on the next that
-# is free, and is answered in its order. A large blob has a connection of its own.
+# What goes to a volume or comes from it is small, or a stream. The small requests of all clients
+# share a few kept connections, the lines, and with them system calls: what waits while all are
+# busy goes out together on the next that is free, and is answered in its order. A large blob has
+# a connection of its own.
 #
-# Nobody waits for a volume alone. One timer a volume finds out which lines have not answered for `slow_after`, and
-# tells whoever waits, and on which there has been no progress for `volume_timeout`. What was sent over such a line has
-# failed, and may still come: its answers are listened for, with nobody waiting. What was sent over a line that broke
-# goes again over another, once and alone, so that what breaks lines breaks no other request.
+# Nobody waits for a volume alone. One timer a volume finds out which lines have not answered for
+# `slow_after`, and tells whoever waits, and on which there has been no progress for
+# `volume_timeout`. What was sent over such a line has failed, and may still come: its answers
+# are listened for, with nobody waiting. What was sent over a line that broke goes again over
+# another, once and alone, so that what breaks lines breaks no other request.
 
 SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
 LINES = 4  # to a volume
+NO_COPY = 8 * 1024  # bytes; to copy less costs less than to write it apart
 LATE_LOOK_S = 0.1  # if the timer is later than that, this process is to blame
 LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
@@ -2725,8 +2728,9 @@ ANSWER_BYTES = 64 * 1024  # of the body of an answer to PUT, DELETE and HEAD; no
 
 
 class Exchange:
-    """Requests that go to one volume together and in this order, such as those that PUT a blob and its sidecar.
-    `hear_end` is called when all are answered, or have failed, `hear_slow` when there is no answer for a while."""
+    """Requests that go to one volume together and in this order, such as those that PUT a blob
+    and its sidecar. `hear_end` is called when all are answered, or have failed, `hear_slow` when
+    there is no answer for a while."""
 
     __slots__ = (
         "answers", "began_s", "error", "hear_end", "hear_slow", "is_abandoned", "is_slow", "limit", "method",
@@ -2734,17 +2738,17 @@ class Exchange:
     )  # fmt: skip
 
     def __init__(
-        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[bytes], limit: int,
+        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[Sequence[bytes]], limit: int,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
     ) -> None:  # fmt: skip
         self.volume = volume
         self.method = method
         self.paths = paths
-        self.requests = requests
+        self.requests = requests  # each in pieces
         self.limit = limit  # bytes of the body of each answer
         self.hear_end = hear_end
         self.hear_slow = hear_slow
-        self.size = sum(map(len, requests))
+        self.size = sum(sum(map(len, request)) for request in requests)
         self.answers = list[Answer]()
         self.error: VolumeError | None = None
         self.sent = 0  # how many times some of it was
@@ -2756,7 +2760,8 @@ class Exchange:
 
     @property
     def goes_alone(self) -> bool:
-        """Whether it shares no batch: what it is answered may be long, or a line broke when it was sent."""
+        """Whether it shares no batch: what it is answered may be long, or a line broke when it
+        was sent."""
         return self.method == "GET" or self.sent > 0
 
 
@@ -2779,6 +2784,20 @@ class Wire(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         self._written += len(data)
         self.transport.write(data)
+
+    def write_all(self, pieces: Sequence[bytes]) -> None:
+        """Write with one call; large pieces are not copied for that."""
+        self._written += sum(map(len, pieces))
+        joined = list[bytes]()
+        small = list[bytes]()
+        for piece in pieces:
+            if len(piece) < NO_COPY:
+                small.append(piece)
+                continue
+            joined += (b"".join(small), piece)
+            small.clear()
+        joined.append(b"".join(small))
+        self.transport.writelines(joined)
 
     @property
     def waiting(self) -> int:
@@ -2808,8 +2827,8 @@ class Wire(asyncio.Protocol):
         self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Read what the volume said before it broke the connection off: if a write met the reset, the kernel still
-        has it."""
+        """Read what the volume said before it broke the connection off: if a write met the reset,
+        the kernel still has it."""
         if exc and not self.transport.get_extra_info("ssl_object"):
             with contextlib.suppress(OSError, RuntimeError):
                 unread = os.read(self._kernel.fileno(), ANSWER_HEAD_BYTES + ANSWER_BYTES)
@@ -2832,8 +2851,9 @@ class Line(Wire):
         self._ended = False
         self._is_late = False  # it hung, and what comes now is for nobody who waits
         self._taken = 0
-        self._unsent = deque[bytes]()  # requests
+        self._unsent = deque[Sequence[bytes]]()  # requests
         self._under_way = 0  # requests that have been sent and not answered
+        self.is_used = False
         self.waiting_for = deque[Exchange]()  # sent and not answered
         self.answered_s = 0.0  # when there was an answer last, or nothing to answer
         self.progress_s = 0.0  # the same for any byte that came or was taken
@@ -2844,6 +2864,7 @@ class Line(Wire):
             exchange.sent += 1
             exchange.through = len(exchange.answers)
             self._unsent.extend(exchange.requests[exchange.through :])
+        self.is_used = True
         self.waiting_for.extend(batch)
         self.answered_s = time.monotonic()
         self.progress_s = self.answered_s
@@ -2852,9 +2873,16 @@ class Line(Wire):
     def _send_more(self) -> None:
         """Send as much as may be under way."""
         count = min(LINE_REQUESTS - self._under_way, len(self._unsent))
-        if count > 0:
-            self._under_way += count
-            self.write(b"".join(self._unsent.popleft() for _ in range(count)))
+        if count <= 0:
+            return
+        pieces = list[bytes]()
+        for _ in range(count):
+            pieces += self._unsent.popleft()
+        self._under_way += count
+        if max(map(len, pieces)) < NO_COPY:
+            self.write(b"".join(pieces))
+        else:
+            self.write_all(pieces)
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
@@ -2914,7 +2942,8 @@ class Line(Wire):
                 self._client.note_slow(exchange, now_s)
 
     def listen_late(self) -> None:
-        """Go on for a day, so that it is known when what was sent has come, or cannot come any more."""
+        """Go on for a day, so that it is known when what was sent has come, or cannot come any
+        more."""
         self._is_late = True
         self.keep_alive()
         self._timer = self._loop.call_later(HUNG.seconds, self.end, TimeoutError())
@@ -3066,9 +3095,10 @@ class Patience:
 
 
 class VolumeClient:
-    """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds, error)` how long;
-    `hear_slow(yes)` when it has not answered for a while, and when it does again; `hear_late` of PUTs that nobody
-    waits for any more, (paths, whether they were answered)."""
+    """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds,
+    error)` how long; `hear_slow(yes)` when it has not answered for a while, and when it does
+    again; `hear_late` of PUTs that nobody waits for any more, (paths, whether they were
+    answered)."""
 
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
@@ -3115,7 +3145,7 @@ class VolumeClient:
         requests = []
         for path, body in files.items():
             head = self._request("PUT", path, trail, f"Content-Length: {len(body)}\r\n")
-            requests.append(head + body)
+            requests.append((head, body))
         exchange = Exchange(self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow)
         self.send(exchange)
         return exchange
@@ -3131,8 +3161,9 @@ class VolumeClient:
             exchange.requests = ()  # which would keep memory
 
     async def put(self, files: Mapping[str, bytes], trail: str = "") -> int:
-        """Store small files, path -> bytes, in that order; return how many times some of them were sent: if more than
-        once, they may come again. Raises VolumeError unless all are answered for."""
+        """Store small files, path -> bytes, in that order; return how many times some of them
+        were sent: if more than once, they may come again. Raises VolumeError unless all are
+        answered for."""
         over = asyncio.get_running_loop().create_future()
         exchange = self.send_files(files, trail, partial(resolve, over), ignore)
         return (await self._wait(exchange, over)).sent
@@ -3160,7 +3191,7 @@ class VolumeClient:
     ) -> list[Answer]:
         if not paths:
             return []
-        requests = [self._request(method, path, trail) for path in paths]
+        requests = [(self._request(method, path, trail),) for path in paths]
         over = asyncio.get_running_loop().create_future()
         hear_end = partial(resolve, over)
         exchange = Exchange(self.volume.name, method, paths, requests, limit, hear_end, ignore)
@@ -3185,14 +3216,21 @@ class VolumeClient:
     def _wake(self) -> None:
         if not self._is_pumping:
             self._is_pumping = True
-            asyncio.get_running_loop().call_soon(self._pump)  # what this turn of the loop brings goes together
+            # What this turn of the loop brings goes together.
+            asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
         """Send what waits, as far as lines are idle; open one more if that is not enough."""
         self._is_pumping = False
         while self._queue and self._idle:
             share = -(-len(self._queue) // len(self._idle))
-            self._idle.pop().send(self._take_batch(share))
+            line = self._idle.pop()
+            if line.is_used and self._queue[0].sent:
+                # A second time only over a new line, which cannot have broken unseen.
+                self._lines.discard(line)
+                line.close()
+            else:
+                line.send(self._take_batch(share))
         if self._queue and len(self._lines) < LINES and self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._open_line())
         if self._timer is None and self._is_busy:
@@ -3244,8 +3282,8 @@ class VolumeClient:
             self._wake()
 
     def lose(self, line: Line, reason: Exception | None) -> None:
-        """Hear that a line is closed, in good order if there is no reason. What it has no answer for goes elsewhere,
-        if that is the first time, or some of it was answered."""
+        """Hear that a line is closed, in good order if there is no reason. What it has no answer
+        for goes elsewhere, if that is the first time, or some of it was answered."""
         self._lines.discard(line)
         if line in self._idle:
             self._idle.remove(line)
@@ -3284,7 +3322,8 @@ class VolumeClient:
         self._wake()
 
     def end_late(self, line: Line) -> None:
-        """Hear that a line that hung is closed: nothing more of what was sent over it will be carried out."""
+        """Hear that a line that hung is closed: nothing more of what was sent over it will be
+        carried out."""
         self._late.discard(line)
         for exchange in line.waiting_for:
             self.hear_late(exchange)
@@ -3325,7 +3364,8 @@ class VolumeClient:
         self._idle.clear()
 
     def close(self) -> None:
-        """Close the connections on which nobody waits; what is under way goes on, and is not kept after it."""
+        """Close the connections on which nobody waits; what is under way goes on, and is not kept
+        after it."""
         self._is_closed = True
         self.note_answer(self._answered_s)  # whether it is slow is nobody's concern any more
         self._drop_idle()
@@ -3398,7 +3438,8 @@ class VolumeClient:
         return is_put and exchange.sent <= 1 and self._tell_late is not None
 
     def hear_late(self, exchange: Exchange) -> None:
-        """Hear that something nobody waits for is over: what is answered of it has come, and the rest will not."""
+        """Hear that something nobody waits for is over: what is answered of it has come, and the
+        rest will not."""
         if self._tell_late is None or self._is_closed or not self._is_heard(exchange):
             return
         count = len(exchange.answers) if exchange.sent else len(exchange.paths)
@@ -3458,7 +3499,8 @@ class VolumeClient:
 
     @contextlib.contextmanager
     def watch(self, method: str) -> Iterator[None]:
-        """Turn what can happen to a stream into a VolumeError, and tell health and metrics, unless it is cancelled."""
+        """Turn what can happen to a stream into a VolumeError, and tell health and metrics,
+        unless it is cancelled."""
         began = time.perf_counter()
         failure: VolumeError | None = None
         try:
@@ -3493,7 +3535,8 @@ class VolumeClient:
                 wire.abort()
 
     async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
-        """Open a connection for one large blob of `size` bytes (None: not known); raises VolumeError."""
+        """Open a connection for one large blob of `size` bytes (None: not known); raises
+        VolumeError."""
         wire = Stream()
         with self.watch("CONNECT"):
             await self._connect(wire)
@@ -3863,7 +3906,8 @@ class Write:
         self._waiter: asyncio.Future[None] | None = None
 
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
-        """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full with the reason."""
+        """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full
+        with the reason."""
         config, ring, health = self._view.config, self._view.ring, self._health
         key = self._draft.key
         names = plan_write(ring, key, config.replicas, health.states, done, self.failed, health.slow)
@@ -3884,8 +3928,9 @@ class Write:
         tx.claim(self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED)
 
     async def store_small(self, blob: bytes) -> Record:
-        """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring order; whoever is slow
-        is helped by it, and the first to answer count. Return the record to commit; raises MkvError."""
+        """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring
+        order; whoever is slow is helped by it, and the first to answer count. Return the record
+        to commit; raises MkvError."""
         self._hasher.update(blob)
         digest = self._finish_body()
         replicas = self._view.config.replicas
@@ -3894,8 +3939,8 @@ class Write:
                 names = self._plan_small()
                 if names:
                     await self._claim_all(names)
-                    record = self._make_record(digest)
-                    self._send(names, {self.path: blob, sidecar_path(self.path): encode_sidecar(record)})
+                    sidecar = encode_sidecar(self._make_record(digest))
+                    self._send(names, {self.path: blob, sidecar_path(self.path): sidecar})
                 elif not self._under_way:
                     break
                 await self._wait_for_news()
@@ -3906,7 +3951,8 @@ class Write:
         return self._make_record(digest)
 
     def _plan_small(self) -> tuple[str, ...]:
-        """Return the volumes to send to now; raises Unavailable or Full when there is nothing to wait for."""
+        """Return the volumes to send to now; raises Unavailable or Full when there is nothing to
+        wait for."""
         if not self._under_way:
             return self.plan(self.done)
         config, health = self._view.config, self._health
@@ -3957,7 +4003,8 @@ class Write:
         self._is_news = False
 
     def _abandon(self) -> None:
-        """Wait for nobody any more. What has been sent may still come; the index will hear of it."""
+        """Wait for nobody any more. What has been sent may still come; the index will hear of
+        it."""
         for name, exchange in self._under_way.items():
             self._view.clients[name].abandon(exchange)
             self.doubts.pop(name, None)
@@ -5391,6 +5438,15 @@ SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandb
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
+def is_date(value: str) -> bool:
+    """Whether a header is a date that a clock can show; aiohttp fails on others."""
+    try:
+        parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
 class StoredFile(web.FileResponse):
     """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
     the index server's, and has been compared there."""
@@ -5398,9 +5454,10 @@ class StoredFile(web.FileResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         headers = {}
         for name in BY_DATE:
-            if name in request.headers and request.headers[name].isascii():
-                headers[name] = request.headers[name]
-        if "If-Range" in request.headers and request.if_range is None:
+            value = request.headers.get(name)
+            if value is not None and value.isascii() and (name == "Range" or is_date(value)):
+                headers[name] = value
+        if "If-Range" in request.headers and "If-Range" not in headers:
             headers.pop("Range", None)  # the client may have a part of another version
         return await super().prepare(request.clone(headers=headers))
 

@@ -2368,6 +2368,26 @@ async def test_line_carries_a_bounded_number_of_bytes(monkeypatch: pytest.Monkey
     assert max(writes) <= 3000 and max(writes) > 1500
 
 
+async def test_large_and_small_bodies_go_together_in_their_order() -> None:
+    sizes = [0, mkv.NO_COPY, 1, mkv.NO_COPY - 1, 200_000, 3]
+    bodies = [random.Random(size).randbytes(size) for size in sizes]
+    got = list[bytes]()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = re.search(rb"Content-Length: (\d+)", head)
+            assert length
+            got.append(await reader.readexactly(int(length[1])))
+            writer.write(DONE)
+
+    async with talking(serve) as url:
+        one = Hearing(url)
+        files = [{f"/{i}{j}": bodies[j] for j in range(6)} for i in range(3)]
+        assert await asyncio.gather(*map(one.client.put, files)) == [1] * 3
+        assert got == bodies * 3
+        one.client.close()
+
+
 async def test_line_that_breaks_fails_nobody() -> None:
     """What was not answered is sent again, once; health does not hear of it."""
     async with line_volume(lambda number, path: None if (number, path) == (0, "/3.key") else DONE) as (url, talk):
@@ -2493,10 +2513,22 @@ async def test_request_that_is_cancelled_before_it_was_sent_is_not_sent() -> Non
 
 
 async def test_connection_refused_fails_all_that_wait_unsent(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, connect = list[int](), mkv.VolumeClient._connect
-    monkeypatch.setattr(mkv.VolumeClient, "_connect", lambda *a: (opened.append(1), connect(*a))[1])
+    opened, go_on = list[int](), asyncio.Event()
+
+    async def refuse(client: mkv.VolumeClient, wire: mkv.Wire) -> None:
+        opened.append(1)
+        await go_on.wait()
+        await connect(client, wire)
+
+    connect = mkv.VolumeClient._connect
+    monkeypatch.setattr(mkv.VolumeClient, "_connect", refuse)
     one = Hearing(f"http://127.0.0.1:{free_port()}")
-    results = await one.put_many(20)
+    puts = list[asyncio.Task[int]]()
+    for i in range(20):
+        puts.append(asyncio.create_task(one.client.put({f"/{i}": b"x"})))
+        await asyncio.sleep(0)
+    go_on.set()
+    results = await asyncio.gather(*puts, return_exceptions=True)
     assert all(isinstance(error, mkv.VolumeDown) and error.sent == 0 for error in results)
     assert one.events == [mkv.Event.UNREACHABLE] and opened == [1]
 
@@ -2512,14 +2544,23 @@ async def test_slow_volume_is_said_to_be_slow_until_it_answers() -> None:
         one.client.close()
 
 
-async def test_volume_that_hangs_up_at_once_is_down() -> None:
+async def test_volume_that_hangs_up_at_once_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything could be sent: it is not tried again and again."""
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
+    async def connect_and_see(client: mkv.VolumeClient, wire: mkv.Wire) -> None:
+        await connect(client, wire)
+        await until(lambda: wire.is_closed)
+
+    connect = mkv.VolumeClient._connect
+    monkeypatch.setattr(mkv.VolumeClient, "_connect", connect_and_see)
     async with talking(serve) as url:
         one = Hearing(url)
         results = await one.put_many(5)
-        assert all(isinstance(error, mkv.VolumeDown) for error in results)
+        assert all(isinstance(error, mkv.VolumeDown) and error.sent == 0 for error in results)
+        assert one.events == [mkv.Event.UNREACHABLE]
         one.client.close()
 
 
@@ -2557,11 +2598,21 @@ def test_answer_that_came_while_this_process_stood_still_is_not_late(timeout_s: 
 
     async def work(url: str) -> None:
         one = Hearing(url, timeout_s, 0.3)
+        loop = asyncio.get_running_loop()
         put = asyncio.create_task(one.client.put({"/p": b"x"}))
         await until(asked.is_set)
-        go_on.set()
-        time.sleep(0.8)  # noqa: ASYNC251 (the process stands still)
-        assert await put == 1 and one.slow == []
+        mine, other = socket.socketpair()
+
+        def stand_still() -> None:
+            """Among what is read, so that timers come next, and nothing more is read before."""
+            loop.remove_reader(mine)
+            go_on.set()
+            time.sleep(0.8)
+
+        with mine, other:
+            loop.add_reader(mine, stand_still)
+            other.send(b"x")
+            assert await put == 1 and one.slow == []
         one.client.close()
 
     with fake_volume(serve) as url, asyncio.Runner(loop_factory=mkv.new_loop) as runner:
@@ -6012,6 +6063,7 @@ def test_slow_volumes_do_not_help_each_other(cluster: Cluster, monkeypatch: pyte
     monkeypatch.setattr(mkv.Write, "_hear_slow", lambda write, one: (slow.append(one.volume), hear(write, one)))
 
     async def work(store: Store) -> None:
+        store._tasks[0].cancel()  # the probes, which would find out at once
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: len(slow) == 3)  # one after the other was asked to help
