@@ -4799,6 +4799,7 @@ class LaneBody:
             self._lane.wait_for_body(timeout_s)
             await self._waiter
             self._waiter = None
+            self._lane.deadline_s = math.inf  # that volumes are slow is not the client's fault
         if self._failure is not None:
             raise self._failure
         piece = b"".join(self._held)
@@ -4870,8 +4871,9 @@ class Lane(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writable = True
-        self._wait(self._lanes.config.keepalive_timeout)
-        self.serve_next()
+        if self._head is None:
+            self._wait(self._lanes.config.keepalive_timeout)
+            self.serve_next()
 
     # -- requests --
 

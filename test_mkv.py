@@ -45,6 +45,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
+from unittest.mock import Mock
 from urllib.parse import quote, urlsplit
 
 import hypothesis
@@ -2159,6 +2160,17 @@ async def test_volume_that_is_slow_and_steady_is_not_hung() -> None:
     assert mkv.Event.UNREACHABLE not in heard and heard.count(mkv.Event.STORED) == 2
 
 
+async def test_client_is_waited_for_only_while_its_body_is_read() -> None:
+    """Not while volumes are slow to take what has come."""
+    lane = Mock(deadline_s=math.inf)
+    lane.wait_for_body = lambda timeout_s: setattr(lane, "deadline_s", timeout_s)
+    body = mkv.LaneBody(lane, mkv.RequestHead("PUT", "/k", {}, 10, False))
+    reading = asyncio.create_task(body.read(5.0))
+    await until(lambda: lane.deadline_s == 5.0)
+    body.feed(b"abc")
+    assert await reading == b"abc" and lane.deadline_s == math.inf
+
+
 def test_upload_to_a_slow_volume_succeeds(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
     with fake_volume(take_slowly, receive_buffer=4096) as url:
         server = start("--volume", f"slow={url}", "--volume", f"fast={nginx()}", "--volume-timeout", "0.5")
@@ -4070,6 +4082,7 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
         ({"Range": "bytes=2-3", "If_Range": "Thu, 01 Jan 1970 00:00:00 GMT"}, (200, b"0123456789")),
         ({"Range": "bytes=2-3", "If_Range": '"sha"'}, (200, b"0123456789")),
         ({"Range": "bytes=2-3", "If_Range": 'W/"sha"'}, (200, b"0123456789")),
+        ({"If_Modified_Since": "Thu, 99 Jan 99999999999 00:00:00 GMT"}, (200, b"0123456789")),
     ):
         status, headers, body = ask(url + "/aa/bb/x", **sent)
         assert "etag" not in headers and (status, None if status == 412 else body) == expected, sent
