@@ -2189,8 +2189,7 @@ class SqliteThread:
         if self._db is None:
             self._db = sqlite3.connect(self._uri, uri=True, timeout=WRITERS_S, isolation_level=None)
             # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
-            # would find that, and a rebuild would bring the key back (I4). It costs no CPU, and
-            # measured on a disk, at 32 PUTs at once, less than a tenth of the rate.
+            # would find that, and a rebuild would bring the key back (I4).
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -32768")
         return work(self._db)
