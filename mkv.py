@@ -3239,10 +3239,12 @@ class VolumeClient:
         first = self._queue.popleft()
         batch = [first]
         size = first.size
+        count = len(first.paths)
         while self._queue and len(batch) < most and not first.goes_alone:
             following = self._queue[0]
             size += following.size
-            if following.goes_alone or size > LINE_BYTES:
+            count += len(following.paths)
+            if following.goes_alone or size > LINE_BYTES or count > LINE_REQUESTS:
                 break
             batch.append(self._queue.popleft())
         return batch
