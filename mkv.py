@@ -1,7 +1,8 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
-An index server (this module: aiohttp, SQLite) knows where each key lives; volume servers (stock nginx with WebDAV, or
-the embedded volume near the end) hold the bytes as plain files. Whoever reads the bytes never passes through Python.
+An index server (this module: aiohttp, SQLite) knows where each key lives; volume servers (stock
+nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain files. Whoever
+reads the bytes never passes through Python.
 
     PUT /key  -- body --> index server --> volume A   (blob, then .key sidecar)
                               |      '---> volume B
@@ -9,15 +10,17 @@ the embedded volume near the end) hold the bytes as plain files. Whoever reads t
                         SQLite index: key -> version, volumes, size, digest
     GET /key  --> index server -- 302 --> the client reads the blob from volume A or B
 
-On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of wall-clock nanoseconds + 4 random ones:
+On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of wall-clock
+nanoseconds + 4 random ones:
 
     /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
-    /h[0:2]/h[2:4]/h-version.key      its sidecar, JSON: key, version, size, digest, content_type, ext
-    /h[0:2]/h[2:4]/h-version.del      a mark, JSON: this version is dead, though some volume may still show its sidecar
+    /h[0:2]/h[2:4]/h-version.key      its sidecar: what it is, as JSON
+    /h[0:2]/h[2:4]/h-version.del      a mark: this version is dead, whatever sidecar turns up
 
-The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A blob without a
-sidecar is an unfinished write; a sidecar without a blob is nothing. The index can be rebuilt from the sidecars. A mark
-is there only while a volume that should delete a sidecar does not answer, or may not have carried out a late write.
+The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A
+blob without a sidecar is an unfinished write; a sidecar without a blob is nothing. The index can
+be rebuilt from the sidecars. A mark is there only while a volume that should delete a sidecar does
+not answer, or may not have carried out a late write.
 
     PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 507
     GET /key      302 to a volume            304 404 412 503
@@ -28,35 +31,40 @@ is there only while a volume that should delete a sidecar does not answer, or ma
 
 Invariants (the tests cite them):
 
-    I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar, the record is on disk.
-    I2  Anything else to a PUT leaves the key as it was, and what was written is deleted, sidecars before the answer.
+    I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar,
+        the record is on disk.
+    I2  Anything else to a PUT leaves the key as it was, and what was written is deleted, sidecars
+        before the answer.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not after a crash, not by
-        rebuild, with the index or, while a volume with the mark is there, without it.
+    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not
+        after a crash, not by rebuild, with the index or, while a volume with the mark is there,
+        without it.
     I5  A reader gets one whole version, never a mix and never a short blob.
-    I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes nothing.
+    I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes
+        nothing.
     I7  Every tool can be killed at any step and run again.
     I8  No tool deletes the last good replica of a record. A timeout is never read as absence.
     I9  Memory is bounded by the number of connections, never by the size of a blob.
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
-    I11 All answers about a key have an order that explains them, in which no request comes before one that was
-        answered before it was sent. One without an answer (or 504) may have happened or not, 412, 429, 503 and 507
-        have not. Only 201 and 204 of PUTs that overlap may be told each other's way.
+    I11 All answers about a key have an order that explains them, in which no request comes before
+        one that was answered before it was sent. One without an answer (or 504) may have happened
+        or not, 412, 429, 503 and 507 have not. Only 201 and 204 of PUTs that overlap may be told
+        each other's way.
 
-Why that holds without a lock on any key: blobs are immutable, every path names one version, and the index decides.
-A record only moves to a higher version, in one transaction that also puts what it replaces into the garbage. So a late
-clean-up can never hit a newer write, and several processes and tools can share one index. Whoever writes to a volume
-claims the path in the index before, so what a crash leaves there is known, and becomes garbage.
+Why that holds without a lock on any key: blobs are immutable, every path names one version, and
+the index decides. A record only moves to a higher version, in one transaction that also puts what
+it replaces into the garbage. So a late clean-up can never hit a newer write, and several processes
+and tools can share one index. Whoever writes to a volume claims the path in the index before, so
+what a crash leaves there is known, and becomes garbage.
 
-What no index and no mark can cover: a request that was under way when the index was lost may have happened, whatever
-its conditions; what a volume carries out more than a day after it hung, or more than five minutes after the
-connection to it broke or the server was killed.
+What no index and no mark can cover: a request that was under way when the index was lost may have
+happened, whatever its conditions; what a volume carries out more than a day after it hung, or more
+than five minutes after the connection to it broke or the server was killed.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
-Reading order: as below. Up to "wire format" everything is pure (no clock, no randomness, no I/O), and who has read that
-far knows all policy; the rest carries it out.
-"""
+Reading order: as below. Up to "wire format" everything is pure (no clock, no randomness, no I/O),
+and who has read that far knows all policy; the rest carries it out."""
 
 from __future__ import annotations
 
@@ -126,13 +134,15 @@ T = TypeVar("T")
 Answer = tuple[int, bytes]  # of a volume: status, body
 Place = tuple[str, str]  # (volume, path)
 
-# == Errors ===========================================================================================================
-# Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware renders them.
+# == Errors =======================================================================================
+# Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware
+# renders them.
 
 
 # fmt: off
 class MkvError(Exception):
-    """Base of all errors raised on purpose: `status`, `title` and `headers` of the HTTP answer; str() is its detail."""
+    """Base of all errors raised on purpose: `status`, `title` and `headers` of the HTTP answer;
+    str() is its detail."""
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal Server Error"
@@ -145,7 +155,8 @@ class MkvError(Exception):
             self.headers = {**self.headers, **named}
 
 class BadRequest(MkvError): status, title = 400, "Bad Request"
-class Unauthorized(MkvError): status, title, headers = 401, "Unauthorized", {"WWW-Authenticate": 'Bearer realm="mkv"'}
+class Unauthorized(MkvError):
+    status, title, headers = 401, "Unauthorized", {"WWW-Authenticate": 'Bearer realm="mkv"'}
 class Forbidden(MkvError): status, title = 403, "Forbidden"
 class NotFound(MkvError): status, title = 404, "Not Found"
 class MethodNotAllowed(MkvError): status, title = 405, "Method Not Allowed"
@@ -157,7 +168,8 @@ class UnsupportedEncoding(MkvError):
 class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
 class UnknownCoding(MkvError): status, title = 501, "Not Implemented"
-class Unavailable(MkvError): status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
+class Unavailable(MkvError):
+    status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
 class Unfinished(MkvError): status, title = 504, "Gateway Timeout"
 class Full(MkvError): status, title = 507, "Insufficient Storage"
 
@@ -169,42 +181,58 @@ class ConfigError(MkvError):
         super().__init__("\n".join(self.faults))
 
 class VolumeError(Unavailable):
-    """One request to one volume failed; `volume` is its name. It was sent `sent` times: 0 if nobody
-    could be connected to, 2 if a kept connection had broken before."""
+    """One request to one volume failed; `volume` is its name. It was sent `sent` times: 0 if
+    nobody could be connected to, 2 if a kept connection had broken before."""
 
     def __init__(self, volume: str, detail: str, sent: int = 1) -> None:
         super().__init__(f"volume {volume}: {detail}")
         self.volume, self.sent = volume, sent
 
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
-class VolumeTimeout(VolumeError): """No progress within `volume_timeout`. Never to be read as absence."""
-class VolumeFull(VolumeError): """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
+class VolumeTimeout(VolumeError):
+    """No progress within `volume_timeout`. Never to be read as absence."""
+class VolumeFull(VolumeError):
+    """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
 class VolumeUnexpected(VolumeError): """An answer that a volume should not give, such as 403."""
 class VolumeBlameless(VolumeError): """The request failed, which says nothing of the volume."""
 # fmt: on
 
-# == Configuration ====================================================================================================
-# One frozen Config, checked as a whole: whatever is wrong is named at once. A field below is at the same time a TOML
-# key, a flag (dashes for underscores) and a row of the README's table.
+# == Configuration ================================================================================
+# One frozen Config, checked as a whole: whatever is wrong is named at once. A field below is at
+# the same time a TOML key, a flag (dashes for underscores) and a row of the README's table.
 
-URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?")
+URL = re.compile(
+    r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?"
+)
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
-RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")  # what a reload cannot change
+RESTART_ONLY = (
+    "host",
+    "port",
+    "data",
+    "db",
+    "workers",
+    "log_format",
+)  # what a reload cannot change
 
 
-def setting(default: T, help: str, low: float = 0, high: float = float("inf"), secret: bool = False) -> T:
+def setting(
+    default: T, help: str, low: float = 0, high: float = float("inf"), secret: bool = False
+) -> T:
     """Declare a setting: its default, what it means (with its unit) and its bounds."""
-    made: T = field(default=default, repr=not secret, metadata={"help": help, "low": low, "high": high})
+    made: T = field(
+        default=default, repr=not secret, metadata={"help": help, "low": low, "high": high}
+    )
     return made
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Base of what is configured: checks itself when made, and raises ConfigError with all faults at once."""
+    """Base of what is configured: checks itself when made, and raises ConfigError with all faults
+    at once."""
 
     def __post_init__(self) -> None:
         faults, wrong_type = list[str](), False
@@ -213,10 +241,15 @@ class Checked:
             if kind is float and type(given) is int:  # a whole number is taken for a float
                 self._set(spec.name, given := float(given))
             if type(given) is not kind and bounds:
-                faults.append(f"{spec.name}: must be {kind.__name__}{f', not {given!r}' if spec.repr else ''}")
+                faults.append(
+                    f"{spec.name}: must be "
+                    f"{kind.__name__}{f', not {given!r}' if spec.repr else ''}"
+                )
                 wrong_type = True
             elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
-                faults.append(f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}")
+                faults.append(
+                    f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}"
+                )
         if faults := faults if wrong_type else faults + list(self._contradictions()):
             raise ConfigError(faults)
 
@@ -224,7 +257,8 @@ class Checked:
         object.__setattr__(self, name, value)
 
     def _contradictions(self) -> Iterator[str]:
-        """Complete what was left out, and yield what is wrong although each field has the right type."""
+        """Complete what was left out, and yield what is wrong although each field has the right
+        type."""
         raise NotImplementedError
 
 
@@ -232,15 +266,22 @@ class Checked:
 class Volume(Checked):
     """One volume server; raises ConfigError."""
 
-    name: str = setting("", "what records and the ring call it; never reuse a name for another disk")
+    name: str = setting(
+        "", "what records and the ring call it; never reuse a name for another disk"
+    )
     url: str = setting("", "where the index server reaches it")
     public_url: str = setting("", "where clients reach it (default: url)")
     weight: float = setting(1.0, "its share of new blobs; 0 drains it", 0, 100)
-    zone: str = setting("", "replicas go to distinct zones while zones last (default: a zone of its own)")
+    zone: str = setting(
+        "", "replicas go to distinct zones while zones last (default: a zone of its own)"
+    )
 
     def _contradictions(self) -> Iterator[str]:
         if not VOLUME_NAME.fullmatch(self.name):
-            yield f"name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not {self.name!r}"
+            yield (
+                "name: must be 1 to 63 of A-Z a-z 0-9 . _ : - and begin with no sign, not "
+                f"{self.name!r}"
+            )
         for which, url in (("url", self.url), ("public_url", self.public_url or self.url)):
             if not (found := URL.fullmatch(url)) or int(found[1] or 80) > 65535:
                 yield f"{which}: must be http(s)://host[:port][/path], not {url!r}"
@@ -249,7 +290,8 @@ class Volume(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token(Checked):
-    """Who shows the secret with this SHA-256 may do what `allow` lists, on keys that begin with `prefix`."""
+    """Who shows the secret with this SHA-256 may do what `allow` lists, on keys that begin with
+    `prefix`."""
 
     name: str = setting("", "who it is, for the log")
     sha256: str = setting("", "of the secret, in hex", secret=True)
@@ -260,7 +302,10 @@ class Token(Checked):
         if not self.name:
             yield "name: is missing"
         if not re.fullmatch(r"[0-9a-f]{64}", self.sha256) and self.name != "anonymous":
-            yield "sha256: must be the 64 hex digits of the secret's SHA-256 (mkv_tools.py token makes one)"
+            yield (
+                "sha256: must be the 64 hex digits of the secret's SHA-256 (mkv_tools.py "
+                "token makes one)"
+            )
         listed = tuple(self.allow) if isinstance(self.allow, list | tuple) else ()
         if not listed or any(one not in OPERATIONS for one in listed):
             yield f"allow: must list some of {', '.join(OPERATIONS)}, not {self.allow!r}"
@@ -269,7 +314,8 @@ class Token(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(Checked):
-    """Everything that can be set; raises ConfigError with all faults at once. Times are seconds, sizes bytes."""
+    """Everything that can be set; raises ConfigError with all faults at once. Times are seconds,
+    sizes bytes."""
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(3000, "port to listen on; 0 picks a free one", 0, 65535)
@@ -277,31 +323,52 @@ class Config(Checked):
     db: str = setting("", "file of the index (default: index.db in the data folder)")
     volumes: tuple[Volume, ...] = ()
     replicas: int = setting(2, "volumes that hold each blob", 1, 32)
-    min_replicas: int = setting(0, "volumes that must have a blob before a PUT succeeds (0: replicas)", 0, 32)
-    workers: int = setting(1, "processes that serve", 1, 256)
-    volume_timeout: float = setting(5.0, "s without progress after which a volume is given up", 0.1, 3600)
-    slow_after: float = setting(
-        0.5, "s without an answer after which a small PUT goes to one more volume (0: never)", 0, 3600
+    min_replicas: int = setting(
+        0, "volumes that must have a blob before a PUT succeeds (0: replicas)", 0, 32
     )
-    garbage_delay: float = setting(10.0, "s that replaced and deleted blobs stay, for readers under way", 0, 86400)
+    workers: int = setting(1, "processes that serve", 1, 256)
+    volume_timeout: float = setting(
+        5.0, "s without progress after which a volume is given up", 0.1, 3600
+    )
+    slow_after: float = setting(
+        0.5,
+        "s without an answer after which a small PUT goes to one more volume (0: never)",
+        0,
+        3600,
+    )
+    garbage_delay: float = setting(
+        10.0, "s that replaced and deleted blobs stay, for readers under way", 0, 86400
+    )
     max_blob_size: int = setting(0, "bytes a blob may have (0: no limit)")
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
     max_connections: int = setting(4096, "connections of one client address to one process", 1)
-    header_timeout: float = setting(10.0, "s for a new connection to send its first request's headers", 0.1, 3600)
+    header_timeout: float = setting(
+        10.0, "s for a new connection to send its first request's headers", 0.1, 3600
+    )
     # Less than client_body_timeout of nginx.conf: else nginx gives up first, and counts as down.
-    body_timeout: float = setting(30.0, "s without a byte of the body after which it is refused", 0.1, 50)
+    body_timeout: float = setting(
+        30.0, "s without a byte of the body after which it is refused", 0.1, 50
+    )
     min_body_rate: float = setting(1024.0, "bytes/s that a body must average after 30 s")
     send_timeout: float = setting(
         30.0, "s of reading its answer at min_body_rate or less that drop a client", 0.1, 3600
     )
-    keepalive_timeout: float = setting(60.0, "s after which an idle connection is closed", 1, 86400)
-    list_rate: float = setting(200.0, "list requests a second of one client to one process (0: no limit)")
+    keepalive_timeout: float = setting(
+        60.0, "s after which an idle connection is closed", 1, 86400
+    )
+    list_rate: float = setting(
+        200.0, "list requests a second of one client to one process (0: no limit)"
+    )
     list_burst: int = setting(1000, "list requests that a client may make at once", 1)
     drain: float = setting(30.0, "s that requests under way get at shutdown")
     log_format: str = setting("text", "text or json")
     access_log: bool = setting(True, "write one line a request")
-    volume_secret: str = setting("", "what volumes ask for before they write, delete or list", secret=True)
-    link_secret: str = setting("", "signs redirects, so that volumes serve nobody without one", secret=True)
+    volume_secret: str = setting(
+        "", "what volumes ask for before they write, delete or list", secret=True
+    )
+    link_secret: str = setting(
+        "", "signs redirects, so that volumes serve nobody without one", secret=True
+    )
     link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
     insecure: bool = setting(False, "listen beyond loopback without any token")
     tokens: tuple[Token, ...] = ()
@@ -314,9 +381,16 @@ class Config(Checked):
             yield f"min_replicas: {self.min_replicas} is more than replicas ({self.replicas})"
         writable = sum(v.weight > 0 for v in self.volumes) if self.volumes else EMBEDDED_VOLUMES
         if writable < self.min_replicas:
-            yield f"replicas: {self.min_replicas} needed for a PUT, but only {writable} volume(s) take new blobs"
+            yield (
+                f"replicas: {self.min_replicas} needed for a PUT, but only {writable} "
+                "volume(s) take new blobs"
+            )
         names, urls = [v.name for v in self.volumes], [v.url for v in self.volumes]
-        unique = {"volume: name": names, "volume: url": urls, "token: name": [token.name for token in self.tokens]}
+        unique = {
+            "volume: name": names,
+            "volume: url": urls,
+            "token: name": [token.name for token in self.tokens],
+        }
         for what, given in unique.items():
             if twice := sorted({one for one in given if given.count(one) > 1}):
                 yield f"{what} {', '.join(twice)} is given twice"
@@ -324,15 +398,26 @@ class Config(Checked):
             yield f"log_format: must be text or json, not {self.log_format!r}"
         for secret in ("volume_secret", "link_secret"):
             if not SECRET.fullmatch(getattr(self, secret)):
-                yield f"{secret}: only printable ASCII without blanks, quotes, backslash, $, braces or brackets"
+                yield (
+                    f"{secret}: only printable ASCII without blanks, quotes, backslash, $, "
+                    "braces or brackets"
+                )
         if self.link_secret and not self.volume_secret:
-            yield "link_secret: needs a volume_secret, else anybody could list, write and delete on the volumes"
+            yield (
+                "link_secret: needs a volume_secret, else anybody could list, write and "
+                "delete on the volumes"
+            )
         if not (self.tokens or self.insecure or LOOPBACK.fullmatch(self.host)):
-            yield f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
+            yield (
+                f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
+            )
 
 
-def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | None = None) -> Config:
-    """Make a Config from TOML `text` and `flags` (they win); raises ConfigError with the place of each fault."""
+def parse_config(
+    text: str, place: str = "config", flags: Mapping[str, Any] | None = None
+) -> Config:
+    """Make a Config from TOML `text` and `flags` (they win); raises ConfigError with the place of
+    each fault."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -346,9 +431,13 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
             return []
         make = cast(Any, kind)
         known = {spec.name for spec in fields(make)} - fixed.keys()
-        faults.extend(f"{where}{name}: there is no such setting" for name in given if name not in known)
+        faults.extend(
+            f"{where}{name}: there is no such setting" for name in given if name not in known
+        )
         try:
-            return [make(**fixed, **{name: value for name, value in given.items() if name in known})]
+            return [
+                make(**fixed, **{name: value for name, value in given.items() if name in known})
+            ]
         except ConfigError as error:
             faults.extend(f"{where}{fault}" for fault in error.faults)
             return []
@@ -362,7 +451,11 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
 
     volumes, tokens = build_all(Volume, "volume"), build_all(Token, "token")
     rule = table.pop("anonymous", None)
-    rules = [] if rule is None else build(Token, rule, f"{place}: anonymous.", name="anonymous", sha256="")
+    rules = (
+        []
+        if rule is None
+        else build(Token, rule, f"{place}: anonymous.", name="anonymous", sha256="")
+    )
     if chosen := flags.pop("volume", None):
         built = (build(Volume, parse_volume_flag(flag), f"--volume {flag}: ") for flag in chosen)
         volumes = tuple(volume for volumes in built for volume in volumes)
@@ -373,53 +466,75 @@ def parse_config(text: str, place: str = "config", flags: Mapping[str, Any] | No
     nested = {"volumes": volumes, "tokens": tokens, "anonymous": rules[0] if rules else None}
     config = build(Config, table | flags, f"{place}: ", **nested)
     for name in flags:
-        faults = [fault.replace(f"{place}: {name}: ", f"--{name.replace('_', '-')}: ") for fault in faults]
+        faults = [
+            fault.replace(f"{place}: {name}: ", f"--{name.replace('_', '-')}: ")
+            for fault in faults
+        ]
     if faults:
         raise ConfigError(faults)
     return config[0]
 
 
 def reload_config(old: Config, new: Config) -> Config:
-    """Return `new`, but with what only a restart can change, and embedded volumes, as they were."""
-    names: tuple[str, ...] = RESTART_ONLY if new.volumes else (*RESTART_ONLY, "volumes", "volume_secret", "link_secret")
+    """Return `new`, but with what only a restart can change, and embedded volumes, as they
+    were."""
+    names: tuple[str, ...] = (
+        RESTART_ONLY if new.volumes else (*RESTART_ONLY, "volumes", "volume_secret", "link_secret")
+    )
     return replace(new, **{name: getattr(old, name) for name in names})
 
 
 def parse_volume_flag(flag: str) -> dict[str, str]:
-    """Split [NAME=]URL; without a name it is the URL's host:port, so that the order of flags means nothing."""
+    """Split [NAME=]URL; without a name it is the URL's host:port, so that the order of flags means
+    nothing."""
     name, separator, url = flag.partition("=")
     if not separator or "/" in name:
         name, url = flag.rstrip("/").partition("://")[2].replace("/", "-"), flag
     return {"name": name, "url": url}
 
 
-# == Keys and paths ===================================================================================================
-# A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned by golden vectors.
+# == Keys and paths ===============================================================================
+# A key is the user's, a path is on a volume. Pure; blob_path and parse_path are inverses. Pinned
+# by golden vectors.
 
 MAX_KEY_BYTES = 1024
 END_OF_TIME_NS = 2**62  # in 2116; every version is below, so that a higher one fits its digits
-PATH = re.compile(r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?")
+PATH = re.compile(
+    r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?"
+)
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
-# Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with the blob's own type.
+# Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with
+# the blob's own type.
 EXTENSIONS = {
-    "text/html": "html", "text/css": "css", "text/plain": "txt", "text/xml": "xml", "application/json": "json",
-    "application/javascript": "js", "application/wasm": "wasm", "application/pdf": "pdf", "application/zip": "zip",
-    "application/x-7z-compressed": "7z", "application/java-archive": "jar", "application/xhtml+xml": "xhtml",
-    "application/vnd.apple.mpegurl": "m3u8", "application/atom+xml": "atom", "application/rss+xml": "rss",
+    "text/html": "html", "text/css": "css", "text/plain": "txt", "text/xml": "xml",
+    "application/json": "json",
+    "application/javascript": "js", "application/wasm": "wasm", "application/pdf": "pdf",
+    "application/zip": "zip",
+    "application/x-7z-compressed": "7z", "application/java-archive": "jar",
+    "application/xhtml+xml": "xhtml",
+    "application/vnd.apple.mpegurl": "m3u8", "application/atom+xml": "atom",
+    "application/rss+xml": "rss",
     "application/rtf": "rtf", "application/msword": "doc", "application/vnd.ms-excel": "xls",
     "application/vnd.openxmlformats-officedocument.wordprocessingml.document": "docx",
     "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet": "xlsx",
-    "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif", "image/webp": "webp", "image/avif": "avif",
+    "image/png": "png", "image/jpeg": "jpg", "image/gif": "gif", "image/webp": "webp",
+    "image/avif": "avif",
     "image/svg+xml": "svg", "image/tiff": "tif", "image/x-icon": "ico", "image/x-ms-bmp": "bmp",
-    "font/woff": "woff", "font/woff2": "woff2", "audio/mpeg": "mp3", "audio/ogg": "ogg", "audio/x-m4a": "m4a",
-    "video/mp4": "mp4", "video/webm": "webm", "video/mpeg": "mpeg", "video/quicktime": "mov", "video/mp2t": "ts",
-    "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv", "video/x-ms-wmv": "wmv",
+    "font/woff": "woff", "font/woff2": "woff2", "audio/mpeg": "mp3", "audio/ogg": "ogg",
+    "audio/x-m4a": "m4a",
+    "video/mp4": "mp4", "video/webm": "webm", "video/mpeg": "mpeg", "video/quicktime": "mov",
+    "video/mp2t": "ts",
+    "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
+    "video/x-ms-wmv": "wmv",
 }  # fmt: skip
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
 MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
-MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {"jpeg": "image/jpeg", "htm": "text/html"}
+MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {
+    "jpeg": "image/jpeg",
+    "htm": "text/html",
+}
 
 
 def check_key(key: str) -> str:
@@ -431,12 +546,15 @@ def check_key(key: str) -> str:
     if not 1 <= size <= MAX_KEY_BYTES or "\0" in key:
         raise BadRequest(f"a key has 1 to {MAX_KEY_BYTES} bytes and no NUL; this one has {size}")
     if key.startswith("-/"):
-        raise BadRequest("keys that begin with -/ are refused: /-/ has only livez, readyz, status and metrics")
+        raise BadRequest(
+            "keys that begin with -/ are refused: /-/ has only livez, readyz, status and metrics"
+        )
     return key
 
 
 def split_target(target: str, prefix: str = "") -> tuple[str, str]:
-    """Split a raw request target (RFC 9112, 3.2) into its raw path, without `prefix`, and its raw query."""
+    """Split a raw request target (RFC 9112, 3.2) into its raw path, without `prefix`, and its raw
+    query."""
     if not target.startswith("/"):  # the absolute form
         target = "/" + target.partition("://")[2].partition("/")[2]
     path, _, query = target.partition("?")
@@ -446,11 +564,14 @@ def split_target(target: str, prefix: str = "") -> tuple[str, str]:
 
 
 def key_of_path(raw_path: str) -> str:
-    """Decode the raw path of a request into its key: `//`, `..`, `%2F` and `+` are just characters."""
+    """Decode the raw path of a request into its key: `//`, `..`, `%2F` and `+` are just
+    characters."""
     if "%" in raw_path and BAD_ESCAPE.search(raw_path):
         raise BadRequest("a % in the path is not followed by two hex digits")
     try:
-        return check_key(unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()[1:])
+        return check_key(
+            unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()[1:]
+        )
     except UnicodeDecodeError:
         raise BadRequest("the key is not valid UTF-8") from None
 
@@ -486,7 +607,8 @@ def version_of(path: str) -> str:
 
 
 def parse_path(path: str) -> tuple[str, str, str] | None:
-    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a mark's path, else None."""
+    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a mark's path, else
+    None."""
     found = PATH.fullmatch(path)
     return (found[3], found[4], found[5] or "") if found else None
 
@@ -497,19 +619,23 @@ def version_ns(version: str) -> int:
 
 
 def next_version(now_ns: int, newest: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock says.
+    """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock
+    says.
 
     `salt` is 16 random bits. Raises Unavailable from the year 2116 on.
     """
     least_ns = version_ns(newest) + 1 if newest else 0
     chosen_ns = max(now_ns, least_ns)
     if chosen_ns >= END_OF_TIME_NS:
-        raise Unavailable("the clock of the index server, or this key's version, is beyond the year 2116")
+        raise Unavailable(
+            "the clock of the index server, or this key's version, is beyond the year 2116"
+        )
     return f"{chosen_ns:016x}{salt:04x}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
-    """Return (content type, extension) for a blob; without a Content-Type the key's own ending decides."""
+    """Return (content type, extension) for a blob; without a Content-Type the key's own ending
+    decides."""
     if content_type is None:
         content_type = MEDIA_TYPES.get(key.rpartition(".")[2].lower(), DEFAULT_TYPE)
     elif len(content_type) > MAX_MEDIA_TYPE or not MEDIA_TYPE.fullmatch(content_type):
@@ -519,7 +645,8 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
 
 
 def after_prefix(prefix: str) -> str | None:
-    """Return the first string that sorts after all that begin with `prefix`; None if there is none."""
+    """Return the first string that sorts after all that begin with `prefix`; None if there is
+    none."""
     prefix = prefix.rstrip("\U0010ffff")
     if not prefix:
         return None
@@ -527,18 +654,22 @@ def after_prefix(prefix: str) -> str | None:
     return prefix[:-1] + chr(0xE000 if last == 0xD800 else last)  # no surrogates in UTF-8
 
 
-# == Ring =============================================================================================================
-# Consistent hashing with virtual nodes. It depends on names, weights and zones, never on the order of the list.
+# == Ring =========================================================================================
+# Consistent hashing with virtual nodes. It depends on names, weights and zones, never on the order
+# of the list.
 
 VIRTUAL_NODES = 256  # for weight 1.0
 
 
 class Ring:
-    """Where a key belongs. Immutable; volumes of weight 0 are not on it. `zones` is volume name -> zone."""
+    """Where a key belongs. Immutable; volumes of weight 0 are not on it. `zones` is volume name ->
+    zone."""
 
     def __init__(self, volumes: Iterable[Volume]) -> None:
         nodes = {v.name: max(1, round(VIRTUAL_NODES * v.weight)) for v in volumes if v.weight > 0}
-        points = sorted((hash_key(f"{name}#{i}")[:16], name) for name, n in nodes.items() for i in range(n))
+        points = sorted(
+            (hash_key(f"{name}#{i}")[:16], name) for name, n in nodes.items() for i in range(n)
+        )
         self.zones = {v.name: v.zone or f"volume {v.name}" for v in volumes if v.weight > 0}
         self._points, self._names = [point for point, _ in points], [name for _, name in points]
 
@@ -553,8 +684,11 @@ class Ring:
                 if len(seen) == len(self.zones):
                     return
 
-    def place(self, key: str, replicas: int, among: Collection[str] | None = None) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct zones if they last."""
+    def place(
+        self, key: str, replicas: int, among: Collection[str] | None = None
+    ) -> tuple[str, ...]:
+        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct
+        zones if they last."""
         chosen, spare, taken = list[str](), list[str](), set[str]()
         for name in self.order(key):
             if among is None or name in among:
@@ -565,16 +699,25 @@ class Ring:
         return tuple((chosen + spare)[:replicas])
 
 
-# == Records, sidecars, marks =========================================================================================
-# A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is dead.
+# == Records, sidecars, marks =====================================================================
+# A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is
+# dead.
 
 MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
-SIDECAR_FIELDS = {"key": str, "version": str, "size": int, "digest": str, "content_type": str, "ext": str}
+SIDECAR_FIELDS = {
+    "key": str,
+    "version": str,
+    "size": int,
+    "digest": str,
+    "content_type": str,
+    "ext": str,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same row."""
+    """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same
+    row."""
 
     key: str
     version: str
@@ -599,11 +742,14 @@ class Record:
 
 
 def encode_sidecar(record: Record) -> bytes:
-    return json.dumps({name: getattr(record, name) for name in SIDECAR_FIELDS}, ensure_ascii=False).encode()
+    return json.dumps(
+        {name: getattr(record, name) for name in SIDECAR_FIELDS}, ensure_ascii=False
+    ).encode()
 
 
 def encode_mark(path: str, volumes: Collection[str]) -> bytes:
-    """Say on a volume that the version of the blob at `path` is dead, though `volumes` may still show its sidecar."""
+    """Say on a volume that the version of the blob at `path` is dead, though `volumes` may still
+    show its sidecar."""
     return json.dumps({"blob": path, "volumes": sorted(volumes)}).encode()
 
 
@@ -617,20 +763,25 @@ def decode_mark(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
     if type(blob) is not str or parse_path(blob) is None or mark_path(blob) != path:
         raise ValueError("it names another version than its path")
     names = facts.get("volumes")
-    if type(names) is not list or not all(type(name) is str and VOLUME_NAME.fullmatch(name) for name in names):
+    if type(names) is not list or not all(
+        type(name) is str and VOLUME_NAME.fullmatch(name) for name in names
+    ):
         raise ValueError("it names no volumes")
     return blob, tuple(names)
 
 
 def decode_sidecar(data: bytes, path: str) -> Record:
-    """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with it."""
+    """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with
+    it."""
     if len(data) > MAX_SIDECAR_BYTES:
         raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON" if data else "it is empty") from None
-    if not isinstance(facts, dict) or any(type(facts.get(name)) is not kind for name, kind in SIDECAR_FIELDS.items()):
+    if not isinstance(facts, dict) or any(
+        type(facts.get(name)) is not kind for name, kind in SIDECAR_FIELDS.items()
+    ):
         raise ValueError("a field is missing or of the wrong type")
     record = Record(volumes=(), **{name: facts[name] for name in SIDECAR_FIELDS})
     try:
@@ -649,8 +800,9 @@ def decode_sidecar(data: bytes, path: str) -> Record:
     return record
 
 
-# == Decisions ========================================================================================================
-# All policy, as pure functions and tables: they are given what is known and return what is to be done.
+# == Decisions ====================================================================================
+# All policy, as pure functions and tables: they are given what is known and return what is to be
+# done.
 
 Verdict = enum.Enum("Verdict", "PROCEED NOT_MODIFIED FAILED")  # of a request's conditions
 Step = enum.Enum("Step", "COMMIT WRITE_MORE ROLL_BACK")  # what a PUT does next
@@ -677,18 +829,33 @@ def parse_etags(header: str) -> tuple[str, ...]:
     return tuple(re.findall(r'(?:W/)?"[^"]*"', header))
 
 
-def decide_conditions(conditions: Conditions, record: Record | None, reading: bool = False) -> Verdict:
+def decide_conditions(
+    conditions: Conditions, record: Record | None, reading: bool = False
+) -> Verdict:
     """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2."""
-    c, etag, modified_s = conditions, record.etag if record else None, int(record.modified_s) if record else None
+    c, etag, modified_s = (
+        conditions,
+        record.etag if record else None,
+        int(record.modified_s) if record else None,
+    )
     if c.if_match is not None:
         if etag is None or not {"*", etag} & {*c.if_match}:  # strong comparison: W/ never matches
             return Verdict.FAILED
-    elif c.unmodified_since_s is not None and modified_s is not None and modified_s > c.unmodified_since_s:
+    elif (
+        c.unmodified_since_s is not None
+        and modified_s is not None
+        and modified_s > c.unmodified_since_s
+    ):
         return Verdict.FAILED
     if c.if_none_match is not None:
         if etag is not None and {"*", etag, f"W/{etag}"} & {*c.if_none_match}:
             return Verdict.NOT_MODIFIED if reading else Verdict.FAILED
-    elif reading and c.modified_since_s is not None and modified_s is not None and modified_s <= c.modified_since_s:
+    elif (
+        reading
+        and c.modified_since_s is not None
+        and modified_s is not None
+        and modified_s <= c.modified_since_s
+    ):
         return Verdict.NOT_MODIFIED
     return Verdict.PROCEED
 
@@ -707,15 +874,18 @@ def judge_read(record: Record | None, conditions: Conditions) -> tuple[Record, V
 
 
 def parse_conditions(headers: Mapping[str, str]) -> Conditions:
-    """Read the conditional headers (names in lower case); a date that is none is ignored (RFC 9110, 13.1.3). Raises
-    BadRequest."""
+    """Read the conditional headers (names in lower case); a date that is none is ignored (RFC
+    9110, 13.1.3). Raises BadRequest."""
     if headers.keys().isdisjoint(CONDITIONAL):
         return UNCONDITIONAL
     given: dict[str, Any] = {}
     for header, name in (("if-match", "if_match"), ("if-none-match", "if_none_match")):
         if header in headers:
             given[name] = parse_etags(headers[header])
-    for header, name in (("if-modified-since", "modified_since_s"), ("if-unmodified-since", "unmodified_since_s")):
+    for header, name in (
+        ("if-modified-since", "modified_since_s"),
+        ("if-unmodified-since", "unmodified_since_s"),
+    ):
         if header in headers:
             with contextlib.suppress(ValueError, OverflowError):
                 given[name] = parsedate_to_datetime(headers[header]).timestamp()
@@ -723,12 +893,16 @@ def parse_conditions(headers: Mapping[str, str]) -> Conditions:
 
 
 CONDITIONAL = frozenset(("if-match", "if-none-match", "if-modified-since", "if-unmodified-since"))
-DIGESTS = {"repr-digest": "Repr-Digest", "content-digest": "Content-Digest", "content-md5": "Content-MD5"}
+DIGESTS = {
+    "repr-digest": "Repr-Digest",
+    "content-digest": "Content-Digest",
+    "content-md5": "Content-MD5",
+}
 
 
 def parse_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
-    """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and Content-MD5 (RFC 1864);
-    names of headers are in lower case."""
+    """Return hashlib name -> expected digest from Repr-Digest, Content-Digest (RFC 9530) and
+    Content-MD5 (RFC 1864); names of headers are in lower case."""
     expected: dict[str, bytes] = {}
     for name_in_lower, header in DIGESTS.items():
         if (text := headers.get(name_in_lower)) is None:
@@ -751,19 +925,26 @@ def parse_digests(headers: Mapping[str, str]) -> dict[str, bytes]:
 
 
 class State(enum.Enum):
-    """up: reads and writes; readonly: answers reads, refuses writes (full disk, lost permission); down: neither."""
+    """up: reads and writes; readonly: answers reads, refuses writes (full disk, lost permission);
+    down: neither."""
 
     UP = "up"
     READONLY = "readonly"
     DOWN = "down"
 
 
-# What a request tells of its volume. ANSWERED: a HEAD or a DELETE was, which says nothing of writes. STORED: a PUT was.
-# REFUSED: a PUT or DELETE met an error. UNREACHABLE: no connection, no answer in time, or one that no volume gives.
+# What a request tells of its volume. ANSWERED: a HEAD or a DELETE was, which says nothing of
+# writes. STORED: a PUT was. REFUSED: a PUT or DELETE met an error. UNREACHABLE: no connection, no
+# answer in time, or one that no volume gives.
 Event = enum.Enum("Event", "ANSWERED STORED REFUSED UNREACHABLE")
 
-# A PUT says all of a volume's state. ANSWERED brings back one that was down, but not its writes: a write probe follows.
-AFTER_A_PUT = {Event.STORED: State.UP, Event.REFUSED: State.READONLY, Event.UNREACHABLE: State.DOWN}
+# A PUT says all of a volume's state. ANSWERED brings back one that was down, but not its writes: a
+# write probe follows.
+AFTER_A_PUT = {
+    Event.STORED: State.UP,
+    Event.REFUSED: State.READONLY,
+    Event.UNREACHABLE: State.DOWN,
+}
 STATE_AFTER: Mapping[State, Mapping[Event, State]] = {
     State.UP: {Event.ANSWERED: State.UP, **AFTER_A_PUT},
     State.READONLY: {Event.ANSWERED: State.READONLY, **AFTER_A_PUT},
@@ -773,11 +954,12 @@ States = Mapping[str, State]  # of the volumes, by name
 
 
 def plan_write(
-    ring: Ring, key: str, replicas: int, states: States, done: Collection[str], failed: Collection[str],
+    ring: Ring, key: str, replicas: int, states: States, done: Collection[str],
+    failed: Collection[str],
     slow: Collection[str] = (),
 ) -> tuple[str, ...]:  # fmt: skip
-    """Return the volumes to write to next: where the ring puts the key among those up, less what is done or failed.
-    Those that are slow come last, and only if the others are too few."""
+    """Return the volumes to write to next: where the ring puts the key among those up, less what
+    is done or failed. Those that are slow come last, and only if the others are too few."""
     usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
     swift = [name for name in usable if name not in slow]
     names = ring.place(key, replicas, swift)
@@ -794,15 +976,29 @@ def decide_write(done: int, left: int, replicas: int, min_replicas: int) -> Step
     return Step.WRITE_MORE if done < replicas and left else Step.COMMIT
 
 
-def explain_refusal(states: States, ring: Ring, needed: int, failed: Mapping[str, VolumeError]) -> MkvError:
-    """Say why a PUT finds too few volumes: Full if enough are alive but refuse writes, else Unavailable."""
+def explain_refusal(
+    states: States, ring: Ring, needed: int, failed: Mapping[str, VolumeError]
+) -> MkvError:
+    """Say why a PUT finds too few volumes: Full if enough are alive but refuse writes, else
+    Unavailable."""
     refusing = {name for name, state in states.items() if state is State.READONLY}
-    refusing |= {name for name, error in failed.items() if isinstance(error, VolumeFull | VolumeUnexpected)}
-    alive = refusing | {name for name, state in states.items() if state is State.UP and name not in failed}
-    seen = [f"{name} {state.value}{'' if name in ring.zones else ' (drained)'}" for name, state in states.items()]
+    refusing |= {
+        name for name, error in failed.items() if isinstance(error, VolumeFull | VolumeUnexpected)
+    }
+    alive = refusing | {
+        name for name, state in states.items() if state is State.UP and name not in failed
+    }
+    seen = [
+        f"{name} {state.value}{'' if name in ring.zones else ' (drained)'}"
+        for name, state in states.items()
+    ]
     detail = f"{needed} replicas needed, too few volumes take writes: {', '.join(seen)}"
     detail += "".join(f"; {error}" for error in failed.values())
-    return Full(detail) if refusing and len(alive & ring.zones.keys()) >= needed else Unavailable(detail)
+    return (
+        Full(detail)
+        if refusing and len(alive & ring.zones.keys()) >= needed
+        else Unavailable(detail)
+    )
 
 
 def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
@@ -812,18 +1008,21 @@ def choose_replica(names: Iterable[str], states: States, turn: int) -> str | Non
 
 
 def retry_delay_s(attempts: int) -> float:
-    """How long garbage that could not be deleted `attempts` times waits: doubling from 1 s to an hour."""
+    """How long garbage that could not be deleted `attempts` times waits: doubling from 1 s to an
+    hour."""
     return float(min(2 ** min(attempts, 12), 3600))
 
 
 class PendingState(enum.StrEnum):
     """What a row of `pending` says of a path on a volume.
 
-    The first five are claims: their owner is about to write there. No record names the place yet, but for the fifth.
+    The first five are claims: their owner is about to write there. No record names the place yet,
+    but for the fifth.
     """
 
     CLAIMED = "claimed"  # by a PUT without a condition
-    OVERTAKEN = "overtaken"  # the same; since then a write has come that this one may have come just before
+    # the same; since then a write has come that this one may have come just before
+    OVERTAKEN = "overtaken"
     BOUND = "bound"  # by a PUT under a condition
     COPYING = "copying"  # by a tool, which copies a replica of the key's record
     REMAKING = "remaking"  # by a tool, which makes a bad replica anew where the record names it
@@ -850,7 +1049,9 @@ class Pending(NamedTuple):
     due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
     attempts: int = 0  # to delete it
     since_s: float = 0.0  # since when it is garbage
-    doubt_s: float | None = None  # until when what was never answered may still come; None: there is no such thing
+    doubt_s: float | None = (
+        None  # until when what was never answered may still come; None: there is no such thing
+    )
     sent: int = 1  # how many times a sidecar may come there, or has come
 
     @property
@@ -862,8 +1063,8 @@ Rows = Mapping[Place, Pending]
 
 
 class Doubt(NamedTuple):
-    """A volume was sent something and has not answered: for how many seconds it may come, and how many sidecars come
-    or have come there."""
+    """A volume was sent something and has not answered: for how many seconds it may come, and how
+    many sidecars come or have come there."""
 
     seconds: float
     sidecars: int = 1
@@ -877,9 +1078,15 @@ NO_DOUBTS: Doubts = {}
 
 
 def bury(
-    rows: Rows, path: str, volumes: Iterable[str], now_s: float, delay_s: float, doubts: Doubts = NO_DOUBTS
+    rows: Rows,
+    path: str,
+    volumes: Iterable[str],
+    now_s: float,
+    delay_s: float,
+    doubts: Doubts = NO_DOUBTS,
 ) -> dict[Place, Pending]:
-    """Return `rows` with garbage at `path` on `volumes`, due in `delay_s`. What is garbage already stays as it is."""
+    """Return `rows` with garbage at `path` on `volumes`, due in `delay_s`. What is garbage already
+    stays as it is."""
     after = dict(rows)
     for volume in volumes:
         old = rows.get((volume, path))
@@ -887,9 +1094,12 @@ def bury(
             continue
         doubt = doubts.get(volume)
         if doubt is None and old is not None and old.state in TOOL_CLAIMS:
-            doubt = HUNG._replace(sidecars=2)  # the tool may write there now, and again if its connection breaks
+            doubt = HUNG._replace(
+                sidecars=2
+            )  # the tool may write there now, and again if its connection breaks
         new = Pending(
-            path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s, since_s=now_s,
+            path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s,
+            since_s=now_s,
             doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
         )  # fmt: skip
         if old is not None:
@@ -900,9 +1110,11 @@ def bury(
     return after
 
 
-def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doubts: Doubts) -> dict[Place, Pending]:
-    """Return `rows` without claims at `path`: what the record now names is done with, unless in doubt; the rest is
-    garbage."""
+def end_claims(
+    rows: Rows, path: str, named: Collection[str], now_s: float, doubts: Doubts
+) -> dict[Place, Pending]:
+    """Return `rows` without claims at `path`: what the record now names is done with, unless in
+    doubt; the rest is garbage."""
     after = dict(rows)
     for place, row in rows.items():
         if row.path != path or row.state not in CLAIMS:
@@ -924,18 +1136,26 @@ def end_claims(rows: Rows, path: str, named: Collection[str], now_s: float, doub
 
 
 def plan_discard(rows: Rows, path: str, now_s: float, doubts: Doubts) -> dict[Place, Pending]:
-    """Return `rows` after the PUT to `path` has been given up: nobody else writes there, so these are all doubts."""
+    """Return `rows` after the PUT to `path` has been given up: nobody else writes there, so these
+    are all doubts."""
     after = {place: row for place, row in rows.items() if row.path != path}
-    return bury(after, path, [row.volume for row in rows.values() if row.path == path], now_s, 0.0, doubts)
+    return bury(
+        after, path, [row.volume for row in rows.values() if row.path == path], now_s, 0.0, doubts
+    )
 
 
 def is_unconditional(conditions: Conditions) -> bool:
     """Whether a write under these conditions goes through whatever the key is."""
-    return conditions.if_match is None and conditions.if_none_match is None and conditions.unmodified_since_s is None
+    return (
+        conditions.if_match is None
+        and conditions.if_none_match is None
+        and conditions.unmodified_since_s is None
+    )
 
 
 def lets_before(conditions: Conditions) -> bool:
-    """Whether a write under these conditions would also have gone through if any PUT had come just before it."""
+    """Whether a write under these conditions would also have gone through if any PUT had come just
+    before it."""
     if conditions.if_none_match is not None:
         return False
     if conditions.if_match is not None:
@@ -943,11 +1163,14 @@ def lets_before(conditions: Conditions) -> bool:
     return conditions.unmodified_since_s is None
 
 
-def tell_others(rows: Rows, path: str, conditions: Conditions, now_s: float) -> dict[Place, Pending]:
-    """Return `rows` after a write under `conditions` has been committed: what it means to claims but those at `path`.
+def tell_others(
+    rows: Rows, path: str, conditions: Conditions, now_s: float
+) -> dict[Place, Pending]:
+    """Return `rows` after a write under `conditions` has been committed: what it means to claims
+    but those at `path`.
 
-    A PUT under way may have happened just before it, if neither has a condition that forbids that. What a tool copies
-    is a dead version now, and it may still be writing.
+    A PUT under way may have happened just before it, if neither has a condition that forbids that.
+    What a tool copies is a dead version now, and it may still be writing.
     """
     after = dict(rows)
     for place, row in rows.items():
@@ -964,16 +1187,21 @@ class Commit(enum.Enum):
     """What becomes of a PUT whose replicas are written."""
 
     DONE = "it becomes the key's record"
-    OVERTAKEN = "a newer write is there already; it is as if this one had come just before a newer one"
+    OVERTAKEN = (
+        "a newer write is there already; it is as if this one had come just before a newer one"
+    )
     CHANGED = "the key is no longer what its conditions ask for"
     LOST = "newer writes leave no moment at which it could have happened"
 
 
-def decide_put(record: Record, conditions: Conditions, current: Record | None, rows: Rows) -> Commit:
+def decide_put(
+    record: Record, conditions: Conditions, current: Record | None, rows: Rows
+) -> Commit:
     """Say what becomes of the PUT that made `record`; `rows` are what is pending on its key.
 
-    Versions have the order in which writes began. A write that ends after a newer one cannot become the record, since
-    rebuild takes the highest version. Its claims say whether there was a moment at which it may have happened.
+    Versions have the order in which writes began. A write that ends after a newer one cannot
+    become the record, since rebuild takes the highest version. Its claims say whether there was a
+    moment at which it may have happened.
     """
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         return Commit.CHANGED
@@ -1012,10 +1240,11 @@ def plan_delete(
 
 
 def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
-    """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was just deleted there.
+    """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was
+    just deleted there.
 
-    Where a write may still come, that nothing is there proves nothing. That it has come and was deleted does. A blob
-    that may come without a sidecar is nothing.
+    Where a write may still come, that nothing is there proves nothing. That it has come and was
+    deleted does. A blob that may come without a sidecar is nothing.
     """
     if not row.sent:
         return True
@@ -1026,11 +1255,16 @@ def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
 
 
 def plan_marks(rows: Rows, seen: Mapping[Place, bool], copies: int) -> dict[str, list[str]]:
-    """Return path of a blob -> volumes that may still show its sidecar, for each dead version that needs marks.
+    """Return path of a blob -> volumes that may still show its sidecar, for each dead version that
+    needs marks.
 
     `rows` are what is pending on a key, `seen` as in is_gone; a version needs `copies` marks.
     """
-    marks = Counter(row.version for row in rows.values() if row.state is PendingState.MARK and row.doubt_s is None)
+    marks = Counter(
+        row.version
+        for row in rows.values()
+        if row.state is PendingState.MARK and row.doubt_s is None
+    )
     needed = defaultdict[str, list[str]](list)
     for row in rows.values():
         if row.state in DEAD and not is_gone(row, seen) and marks[row.version] < copies:
@@ -1039,14 +1273,16 @@ def plan_marks(rows: Rows, seen: Mapping[Place, bool], copies: int) -> dict[str,
 
 
 def paths_to_delete(row: Pending) -> tuple[str, ...]:
-    """Return the files to delete for a row that is due, in that order: a blob without a sidecar is nothing."""
+    """Return the files to delete for a row that is due, in that order: a blob without a sidecar is
+    nothing."""
     if row.state is PendingState.MARK:
         return (row.path,)
     return (sidecar_path(row.path), row.path) if row.state in DEAD else ()
 
 
 def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
-    """Return what becomes of a row when its place has been deleted (`found`) or was not there; None: it is done with.
+    """Return what becomes of a row when its place has been deleted (`found`) or was not there;
+    None: it is done with.
 
     A place that a write may still come to is looked at again, ever more seldom.
     """
@@ -1060,7 +1296,8 @@ def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
 
 
 def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
-    """Return what becomes of a row when its place could not be deleted; `doubt`: a DELETE may still come.
+    """Return what becomes of a row when its place could not be deleted; `doubt`: a DELETE may
+    still come.
 
     Such a DELETE could hit a replica that a tool brings back there.
     """
@@ -1073,8 +1310,8 @@ def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
 
 
 def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
-    """Return what becomes of a row when a volume has answered a PUT after all (`doubt_s` is None), or cannot any
-    more."""
+    """Return what becomes of a row when a volume has answered a PUT after all (`doubt_s` is None),
+    or cannot any more."""
     if row.doubt_s is None or row.state is PendingState.DELETING:
         return row
     after = row._replace(doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
@@ -1084,10 +1321,15 @@ def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
 
 
 def authorize(
-    tokens: Collection[Token], anonymous: Token | None, authorization: str | None, operation: str, key: str
+    tokens: Collection[Token],
+    anonymous: Token | None,
+    authorization: str | None,
+    operation: str,
+    key: str,
 ) -> str:
-    """Return the name of who may do `operation` on `key` (for a list: its prefix); raises Unauthorized or Forbidden.
-    The secret is compared with every token's, in constant time, so that an answer's delay tells nothing."""
+    """Return the name of who may do `operation` on `key` (for a list: its prefix); raises
+    Unauthorized or Forbidden. The secret is compared with every token's, in constant time, so that
+    an answer's delay tells nothing."""
     rule = anonymous
     if authorization is not None and tokens:
         scheme, _, secret = authorization.partition(" ")
@@ -1102,18 +1344,22 @@ def authorize(
         return ""
     if operation in rule.allow and (operation == "admin" or key.startswith(rule.prefix)):
         return rule.name
-    limits = ", ".join(rule.allow) + (f" keys that begin with {rule.prefix!r}" if rule.prefix else "")
+    limits = ", ".join(rule.allow) + (
+        f" keys that begin with {rule.prefix!r}" if rule.prefix else ""
+    )
     raise (Unauthorized if rule is anonymous else Forbidden)(f"{rule.name} may only {limits}")
 
 
 def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tuple[float, float]:
-    """Take one from a token bucket; return (what is left in it, seconds to wait: 0 if there was one)."""
+    """Take one from a token bucket; return (what is left in it, seconds to wait: 0 if there was
+    one)."""
     tokens = min(float(burst), tokens + elapsed_s * rate)
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) / rate)
 
 
 def sign_link(path: str, secret: str, expires_s: int) -> str:
-    """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound to all three."""
+    """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
+    to all three."""
     digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
 
@@ -1128,7 +1374,11 @@ class ListQuery(NamedTuple):
 def parse_list_query(query: str) -> ListQuery:
     """Read the query of a list request strictly; raises BadRequest."""
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict") if query else []
+        pairs = (
+            parse_qsl(query, keep_blank_values=True, strict_parsing=True, errors="strict")
+            if query
+            else []
+        )
         sizes = [len(value.encode()) for _, value in pairs]
     except ValueError:
         raise BadRequest("the query is malformed or not UTF-8") from None
@@ -1143,14 +1393,16 @@ def parse_list_query(query: str) -> ListQuery:
     return ListQuery(**given, limit=int(limit))
 
 
-# == Wire format =================================================================================
+# == Wire format ==================================================================================
 # HTTP/1.1 (RFC 9112) over bytes: pure and bounded. Of what clients send only the simple is read
 # here, a subset that every parser reads the same; the rest is left to aiohttp.
 # What a volume sends beyond a bound is refused.
 
 MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
-LINE_REQUESTS = 24  # under way on a line: when 32 wait, an embedded volume (aiohttp 3.14) may read no more
+LINE_REQUESTS = (
+    24  # under way on a line: when 32 wait, an embedded volume (aiohttp 3.14) may read no more
+)
 # Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
 # extensions) be more than the body.
 MIN_CHUNK = 64  # bytes on average
@@ -1191,7 +1443,9 @@ class RequestHead(NamedTuple):
 def may_be_simple(data: bytes) -> bool:
     """Whether what begins with `data` can be a simple request; an empty line may precede it."""
     data = data.removeprefix(b"\r\n")
-    return data == b"\r" or any(method.startswith(data[: len(method)]) for method in SIMPLE_METHODS)
+    return data == b"\r" or any(
+        method.startswith(data[: len(method)]) for method in SIMPLE_METHODS
+    )
 
 
 def parse_request_head(head: bytes) -> RequestHead | None:
@@ -1223,7 +1477,10 @@ def parse_request_head(head: bytes) -> RequestHead | None:
             if not LENGTH.fullmatch(headers["content-length"]):
                 return None
             length = int(headers["content-length"])
-    elif not headers.keys().isdisjoint(("expect", "transfer-encoding")) or headers.get("content-length", "0") != "0":
+    elif (
+        not headers.keys().isdisjoint(("expect", "transfer-encoding"))
+        or headers.get("content-length", "0") != "0"
+    ):
         return None
     return RequestHead(method, found[2].decode(), headers, length, connection == "close")
 
@@ -1253,7 +1510,10 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
                 reusable = reusable and b"close" not in value
             case b"transfer-encoding" if value == b"chunked" and not chunked:
                 chunked = True
-            case b"content-length" if ANSWER_LENGTH.fullmatch(value) and size in (None, int(value)):
+            case b"content-length" if ANSWER_LENGTH.fullmatch(value) and size in (
+                None,
+                int(value),
+            ):
                 size = int(value)
             case _:
                 raise ValueError("the length of its answer is malformed or given twice")
@@ -1348,7 +1608,8 @@ class ChunkDecoder:
             raise ValueError("its chunk headers outweigh it")
 
 
-# bytes; when aiohttp 3.14's parser in Python has to pause within a larger one, it may wait for ever
+# bytes; when aiohttp 3.14's parser in Python has to pause within a larger one, it may wait for
+# ever
 CHUNK_BYTES = 16 * 1024
 
 
@@ -1358,7 +1619,9 @@ def encode_chunks(data: bytes) -> bytes:
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
 
 
-def encode_response_head(status: int, headers: Mapping[str, str], date: str, is_last: bool) -> bytes:
+def encode_response_head(
+    status: int, headers: Mapping[str, str], date: str, is_last: bool
+) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
     lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
     for name, value in headers.items():
@@ -1470,16 +1733,19 @@ class AnswerReader:
         return piece or (b"" if self._chunks.done else None)
 
 
-# == Index ============================================================================================================
-# SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it. Calls that wait
-# while a thread works are handed to it together, so that they share one hop, and mutations one transaction.
+# == Index ========================================================================================
+# SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it.
+# Calls that wait while a thread works are handed to it together, so that they share one hop, and
+# mutations one transaction.
 #
-# What is on a volume and in no record is in `pending`. A claim is there before the first byte is written, and goes in
-# the transaction that commits the record. So what a crash leaves on the volumes is known: when the process of that
-# number starts again, its claims become garbage, and no rebuild brings back what was never acknowledged.
+# What is on a volume and in no record is in `pending`. A claim is there before the first byte is
+# written, and goes in the transaction that commits the record. So what a crash leaves on the
+# volumes is known: when the process of that number starts again, its claims become garbage, and no
+# rebuild brings back what was never acknowledged.
 #
-# Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a step of the wall
-# clock neither hastens nor delays a deletion. After a boot of the machine it goes on from the wall clock.
+# Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a
+# step of the wall clock neither hastens nor delays a deletion. After a boot of the machine it goes
+# on from the wall clock.
 #
 # Mutations that wait are one batch and one transaction: what they say that they will ask for is
 # read with two queries, they are carried out on what is in memory, and at the end all is written
@@ -1491,12 +1757,15 @@ class AnswerReader:
 
 SCHEMA_VERSION = 2
 RECORDS = """
-CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
+CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL,
+    size INTEGER NOT NULL,
     digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL,
+    bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
 PENDING = """
-CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT NULL, owner INTEGER, due REAL,
+CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT NULL,
+    owner INTEGER, due REAL,
     attempts INTEGER NOT NULL, since REAL NOT NULL, doubt REAL, sent INTEGER NOT NULL,
     PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE INDEX pending_due ON pending (volume, due) WHERE due IS NOT NULL;
@@ -1505,8 +1774,10 @@ CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
 INSERT INTO clock VALUES ('', 0);
 """
 FROM_1_TO_2 = """
-INSERT INTO pending SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
-INSERT OR IGNORE INTO pending SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
+INSERT INTO pending
+    SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
+INSERT OR IGNORE INTO pending
+    SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
 DROP TABLE garbage;
 DROP TABLE claim;
 """
@@ -1527,7 +1798,9 @@ TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 WRITERS_S = 30.0  # for other processes that write
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
-LIST_FRAME = 8 * 1024  # of these for all but the entries: `next` may have 6 bytes for each of a key
+LIST_FRAME = (
+    8 * 1024
+)  # of these for all but the entries: `next` may have 6 bytes for each of a key
 RECORD_PAGE = 1000  # of all records, for a tool
 PENDING_PAGE = 10_000
 FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
@@ -1839,7 +2112,8 @@ class Transaction:
         self._touched.clear()
 
     def draw_path(self, key: str, ext: str) -> str:
-        """Return the path of a new version of `key`, higher than all that is known of it, dead or alive."""
+        """Return the path of a new version of `key`, higher than all that is known of it, dead or
+        alive."""
         current = self.get(key)
         pending = self._pending_of_stem(key_stem(key))
         versions = [version_of(path) for _, path in pending]
@@ -1883,23 +2157,31 @@ class Transaction:
         self._claims.append(row)
 
     def end_claims(self, path: str, named: Collection[str], doubts: Doubts = NO_DOUBTS) -> None:
-        """End all claims at `path`: the record names the volumes in `named`, what the others have is garbage."""
+        """End all claims at `path`: the record names the volumes in `named`, what the others have
+        is garbage."""
         before = self.pending_below(path)
         self.change(before, end_claims(before, path, named, self.now_s, doubts))
 
-    def add_garbage(self, path: str, volumes: Iterable[str], delay_s: float = 0.0, doubts: Doubts = NO_DOUBTS) -> None:
-        """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way can finish."""
+    def add_garbage(
+        self, path: str, volumes: Iterable[str], delay_s: float = 0.0, doubts: Doubts = NO_DOUBTS
+    ) -> None:
+        """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way
+        can finish."""
         before = self.pending_below(path)
         self.change(before, bury(before, path, volumes, self.now_s, delay_s, doubts))
 
     def end_copies(self, path: str, sent: Mapping[str, int]) -> None:
-        """Note that copies that turned to garbage while they were made were answered for: volume -> how many times a
-        sidecar may come there if nobody else has sent one."""
+        """Note that copies that turned to garbage while they were made were answered for: volume
+        -> how many times a sidecar may come there if nobody else has sent one."""
         before = self.pending_below(path)
         after = dict(before)
         for volume, count in sent.items():
             row = before.get((volume, path))
-            if row is not None and row.state in (PendingState.GARBAGE, PendingState.WATCHED) and row.sent == count:
+            if (
+                row is not None
+                and row.state in (PendingState.GARBAGE, PendingState.WATCHED)
+                and row.sent == count
+            ):
                 garbage = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
                 after[volume, path] = garbage
         self.change(before, after)
@@ -1916,10 +2198,12 @@ class Transaction:
                     after[place] = kept
         self.change(before, after)
 
-    def settle(self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None) -> None:
-        """Note where garbage has been deleted (row -> whether its sidecar was there), and where that
-        failed (row -> what may still come of it): there it is tried again later. A row that has
-        changed since it was read is left as it is."""
+    def settle(
+        self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None
+    ) -> None:
+        """Note where garbage has been deleted (row -> whether its sidecar was there), and where
+        that failed (row -> what may still come of it): there it is tried again later. A row that
+        has changed since it was read is left as it is."""
         ends = {row: settle(row, found, self.now_s) for row, found in seen.items()}
         ends |= {row: put_off(row, doubt, self.now_s) for row, doubt in (failed or {}).items()}
         for row, after in ends.items():
@@ -1939,13 +2223,16 @@ class Transaction:
             self.change(before, after)
 
     def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
-        """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any more."""
+        """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any
+        more."""
         doubt_s = None if answered else self.now_s + BROKEN_OFF.seconds
         for path in paths:
             rows = self.pending_below(path[:STEM])
             is_mark = path.endswith(".del")
             before = {
-                p: row for p, row in rows.items() if row.volume == volume and row.path.endswith(".del") == is_mark
+                p: row
+                for p, row in rows.items()
+                if row.volume == volume and row.path.endswith(".del") == is_mark
             }
             self.change(before, {place: end_doubt(row, doubt_s) for place, row in before.items()})
 
@@ -1958,7 +2245,11 @@ class Transaction:
     def _row_at(self, volume: str, path: str) -> dict[Place, Pending]:
         """Return the row there, unless somebody has claimed the place meanwhile."""
         rows = self.pending_below(path)
-        return {place: row for place, row in rows.items() if place == (volume, path) and row.state not in CLAIMS}
+        return {
+            place: row
+            for place, row in rows.items()
+            if place == (volume, path) and row.state not in CLAIMS
+        }
 
     def release_all_marks(self) -> None:
         self.flush()
@@ -1971,13 +2262,20 @@ class Transaction:
     def _release_marks(self, path: str) -> None:
         """Have the marks of a version deleted if no sidecar of it is pending."""
         rows = self.pending_below(path[:STEM])
-        before = {place: row for place, row in rows.items() if row.state is PendingState.MARK and row.due_s is None}
+        before = {
+            place: row
+            for place, row in rows.items()
+            if row.state is PendingState.MARK and row.due_s is None
+        }
         if all(row.state is PendingState.MARK or not row.sent for row in rows.values()):
             after = {place: row._replace(due_s=self.now_s) for place, row in before.items()}
             self.change(before, after)
 
-    def add_marks(self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]) -> None:
-        """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in `doubtful` perhaps."""
+    def add_marks(
+        self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]
+    ) -> None:
+        """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in
+        `doubtful` perhaps."""
         for path in paths:
             mark = mark_path(path)
             before = self.pending_below(mark)
@@ -1986,13 +2284,15 @@ class Transaction:
                 after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
             for volume in doubtful:
                 doubt_s = self.now_s + HUNG.seconds
-                after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s)
+                after[volume, mark] = Pending(
+                    path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s
+                )
             self.change(before, after)
             self._release_marks(path)
 
     def release_claims(self, owner: int, workers: int) -> None:
-        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is no worker's now. The
-        volumes may still carry out what they were sent."""
+        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is
+        no worker's now. The volumes may still carry out what they were sent."""
         self.flush()
         query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
         paths = [path for (path,) in self._db.execute(query, (owner, workers))]
@@ -2004,17 +2304,24 @@ class Transaction:
 
 
 class Lost(Unavailable):
-    """Newer writes of the key leave no moment at which this PUT could have happened: it has to begin anew."""
+    """Newer writes of the key leave no moment at which this PUT could have happened: it has to
+    begin anew."""
 
 
 class Overtaken(Exception):
-    """It is as if this PUT had come just before a newer write: what it wrote is to be deleted, and it has succeeded."""
+    """It is as if this PUT had come just before a newer write: what it wrote is to be deleted, and
+    it has succeeded."""
 
 
 def commit_put(
-    tx: Transaction, record: Record, conditions: Conditions, delay_s: float, doubts: Doubts = NO_DOUBTS
+    tx: Transaction,
+    record: Record,
+    conditions: Conditions,
+    delay_s: float,
+    doubts: Doubts = NO_DOUBTS,
 ) -> bool:
-    """Carry out decide_put; return whether the key is new. If it raises, even Overtaken, nothing has changed."""
+    """Carry out decide_put; return whether the key is new. If it raises, even Overtaken, nothing
+    has changed."""
     current = tx.get(record.key)
     rows = tx.pending_of(record.key)
     match decide_put(record, conditions, current, rows):
@@ -2038,11 +2345,11 @@ def commit_delete(
     tx: Transaction, key: str, conditions: Conditions, delay_s: float,
     answering: Collection[str] | None = None, copies: int = 1,
 ) -> dict[Place, Pending]:  # fmt: skip
-    """Delete the record; return what is then pending on the key: no sidecar may stay there. If it raises, nothing has
-    changed.
+    """Delete the record; return what is then pending on the key: no sidecar may stay there. If it
+    raises, nothing has changed.
 
-    Where a sidecar cannot be deleted now the version has to get `copies` marks. If there are too few volumes for that,
-    `answering` are those on which sidecars can be deleted at least.
+    Where a sidecar cannot be deleted now the version has to get `copies` marks. If there are too
+    few volumes for that, `answering` are those on which sidecars can be deleted at least.
     """
     current = tx.get(key)
     rows = tx.pending_of(key)
@@ -2054,15 +2361,20 @@ def commit_delete(
     if answering is not None:
         seen = {(volume, path): False for volume, path in after if volume in answering}
         if plan_marks(after, seen, copies):
-            raise Unavailable("too few volumes are up to note that it is deleted, for those that are down")
+            raise Unavailable(
+                "too few volumes are up to note that it is deleted, for those that are down"
+            )
     tx.change(rows, after)
     tx.remove(current)
     return after
 
 
-def discard_put(tx: Transaction, key: str, path: str, doubts: Doubts) -> tuple[dict[Place, Pending], bool]:
-    """Make garbage of what a PUT that is refused has written at `path`; return that, and whether the key's record is
-    newer, so that no rebuild could take it instead. Once the PUT is committed, nothing happens."""
+def discard_put(
+    tx: Transaction, key: str, path: str, doubts: Doubts
+) -> tuple[dict[Place, Pending], bool]:
+    """Make garbage of what a PUT that is refused has written at `path`; return that, and whether
+    the key's record is newer, so that no rebuild could take it instead. Once the PUT is committed,
+    nothing happens."""
     current = tx.get(key)
     if not path or (current is not None and current.path == path):
         return {}, True
@@ -2080,7 +2392,9 @@ def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
     start: str | None = max(query.prefix, query.start)
     following: str | None = None
     end = after_prefix(query.prefix)
-    sql = f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
+    sql = (
+        f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
+    )
     while start is not None and following is None:
         rows = db.execute(sql, (start, end) if end else (start,))
         start = None
@@ -2111,7 +2425,10 @@ def describe(record: Record) -> dict[str, Any]:
 
 def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
     """Return some of what is due on a volume, the oldest first."""
-    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due LIMIT 500"
+    query = (
+        f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due "
+        "LIMIT 500"
+    )
     return pending_of_rows(db.execute(query, (volume, read_clock(db))))
 
 
@@ -2145,12 +2462,17 @@ def read_garbage_age(db: sqlite3.Connection) -> float:
 
 
 def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and GARBAGE."""
-    return {name: (blobs, size) for name, blobs, size in db.execute("SELECT name, blobs, bytes FROM total")}
+    """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and
+    GARBAGE."""
+    return {
+        name: (blobs, size)
+        for name, blobs, size in db.execute("SELECT name, blobs, bytes FROM total")
+    }
 
 
 class SqliteThread:
-    """One thread and the connection that it opens on first use; nobody else touches that connection.
+    """One thread and the connection that it opens on first use; nobody else touches that
+    connection.
 
     `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe`
     hears how many. A call runs to its end even if whoever awaits it is cancelled. A hop goes
@@ -2187,7 +2509,9 @@ class SqliteThread:
 
     def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         if self._db is None:
-            self._db = sqlite3.connect(self._uri, uri=True, timeout=WRITERS_S, isolation_level=None)
+            self._db = sqlite3.connect(
+                self._uri, uri=True, timeout=WRITERS_S, isolation_level=None
+            )
             # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
             # would find that, and a rebuild would bring the key back (I4).
             self._db.execute("PRAGMA synchronous = FULL")
@@ -2322,14 +2646,16 @@ class Writer:
 
 
 def prepare_index(db: sqlite3.Connection) -> None:
-    """Make the tables of a new index, bring an older one to this schema, set the clock after a boot; raises
-    sqlite3.DatabaseError if it is of another schema."""
+    """Make the tables of a new index, bring an older one to this schema, set the clock after a
+    boot; raises sqlite3.DatabaseError if it is of another schema."""
     deadline = time.monotonic() + 30
     while True:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             break
-        except sqlite3.OperationalError as error:  # of two processes that find it new, SQLite lets one not even wait
+        except (
+            sqlite3.OperationalError
+        ) as error:  # of two processes that find it new, SQLite lets one not even wait
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
@@ -2337,7 +2663,9 @@ def prepare_index(db: sqlite3.Connection) -> None:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version not in (*STEPS, SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
+            raise sqlite3.DatabaseError(
+                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}"
+            )
         if version not in (0, SCHEMA_VERSION):
             keep_copy(db, version)
         for statement in STEPS.get(version, "").split(";"):
@@ -2346,25 +2674,36 @@ def prepare_index(db: sqlite3.Connection) -> None:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
         latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
-        ahead = max(time.time(), latest) - time.monotonic()  # a clock that was not set yet takes nothing back
+        ahead = (
+            max(time.time(), latest) - time.monotonic()
+        )  # a clock that was not set yet takes nothing back
         db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
 
 
 def keep_copy(db: sqlite3.Connection, version: int) -> None:
-    """Copy an index of an older schema, which nobody else can change now, to a file of its own beside it."""
+    """Copy an index of an older schema, which nobody else can change now, to a file of its own
+    beside it."""
     path = db.execute("PRAGMA database_list").fetchone()[2]
     if not path:
         return  # in memory
     target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
-    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+    with (
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(target)) as copy,
+    ):
         source.backup(copy)
     log.warning(
-        "the index %s is brought from schema %d to %d; a copy is kept as %s", path, version, SCHEMA_VERSION, target
+        "the index %s is brought from schema %d to %d; a copy is kept as %s",
+        path,
+        version,
+        SCHEMA_VERSION,
+        target,
     )
 
 
 def lock_file(path: str, exclusive: bool) -> int:
-    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises BlockingIOError."""
+    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises
+    BlockingIOError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -2375,10 +2714,13 @@ def lock_file(path: str, exclusive: bool) -> int:
 
 
 class Index:
-    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL, synchronous=FULL). While
-    open, it holds a shared lock on `path`.lock, so that rebuild, which takes it alone, keeps away."""
+    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL,
+    synchronous=FULL). While open, it holds a shared lock on `path`.lock, so that rebuild, which
+    takes it alone, keeps away."""
 
-    def __init__(self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None) -> None:
+    def __init__(
+        self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None
+    ) -> None:
         self.path = path
         self._lock = -1
         self._tools_lock = -1
@@ -2507,7 +2849,8 @@ class Index:
         return thread
 
     async def close(self) -> None:
-        """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called twice."""
+        """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called
+        twice."""
         for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
         for lock in (self._lock, self._tools_lock):
@@ -2696,7 +3039,7 @@ def check_target(target: str, part: str, index: str) -> None:
             raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
 
 
-# == Volume client ====================================================================================================
+# == Volume client ================================================================================
 # What goes to a volume or comes from it is small, or a stream. The small requests of all clients
 # share a few kept connections, the lines, and with them system calls: what waits while all are
 # busy goes out together on the next that is free, and is answered in its order. A large blob has
@@ -2708,17 +3051,27 @@ def check_target(target: str, part: str, index: str) -> None:
 # are listened for, with nobody waiting. What was sent over a line that broke goes again over
 # another, once and alone, so that what breaks lines breaks no other request.
 
-SMALL_BLOB = 256 * 1024  # bytes; up to here a body is held in memory, and another volume can still take it
+SMALL_BLOB = (
+    256 * 1024
+)  # bytes; up to here a body is held in memory, and another volume can still take it
 LINES = 4  # to a volume
 NO_COPY = 8 * 1024  # bytes; to copy less costs less than to write it apart
 LATE_LOOK_S = 0.1  # if the timer is later than that, this process is to blame
 LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 DOWNLOAD_BUFFER = 256 * 1024  # bytes of a blob that is read may wait here
-KERNEL_BUFFER = 256 * 1024  # bytes that wait behind these; half of that makes uploads a fifth slower
+KERNEL_BUFFER = (
+    256 * 1024
+)  # bytes that wait behind these; half of that makes uploads a fifth slower
 MAX_LATE = 256  # connections to a volume that hangs on which its answers are still awaited
-KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}  # s, s, times
-SLOWEST_DISK = 8 * 1024 * 1024  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
+KEEP_ALIVE = {
+    socket.TCP_KEEPIDLE: 60,
+    socket.TCP_KEEPINTVL: 60,
+    socket.TCP_KEEPCNT: 5,
+}  # s, s, times
+SLOWEST_DISK = (
+    8 * 1024 * 1024
+)  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
 BROKEN = (OSError, EOFError, ValueError)
 GOOD = (200, 201, 204)
 BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
@@ -2732,12 +3085,14 @@ class Exchange:
     there is no answer for a while."""
 
     __slots__ = (
-        "answers", "began_s", "error", "hear_end", "hear_slow", "is_abandoned", "is_slow", "limit", "method",
+        "answers", "began_s", "error", "hear_end", "hear_slow", "is_abandoned", "is_slow",
+        "limit", "method",
         "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
     )  # fmt: skip
 
     def __init__(
-        self, volume: str, method: str, paths: Sequence[str], requests: Sequence[Sequence[bytes]], limit: int,
+        self, volume: str, method: str, paths: Sequence[str],
+        requests: Sequence[Sequence[bytes]], limit: int,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
     ) -> None:  # fmt: skip
         self.volume = volume
@@ -3109,12 +3464,19 @@ class VolumeClient:
         self.facts = (volume, secret, timeout_s, slow_after_s)
         self.timeout_s = timeout_s
         self._slow_after_s = slow_after_s
-        self._notice, self._measure, self._tell_late, self._tell_slow = notice, measure, hear_late, hear_slow
+        self._notice, self._measure, self._tell_late, self._tell_slow = (
+            notice,
+            measure,
+            hear_late,
+            hear_slow,
+        )
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host, self._base = parts.hostname or "", parts.path
         self._port = parts.port or (443 if self._ssl else 80)
-        self._head = f"Host: {parts.netloc}\r\n" + (f"Mkv-Volume-Secret: {secret}\r\n" if secret else "")
+        self._head = f"Host: {parts.netloc}\r\n" + (
+            f"Mkv-Volume-Secret: {secret}\r\n" if secret else ""
+        )
         self._queue = deque[Exchange]()  # what waits for a free line
         self._lines = set[Line]()
         self._idle = list[Line]()  # of these
@@ -3145,7 +3507,9 @@ class VolumeClient:
         for path, body in files.items():
             head = self._request("PUT", path, trail, f"Content-Length: {len(body)}\r\n")
             requests.append((head, body))
-        exchange = Exchange(self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow)
+        exchange = Exchange(
+            self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow
+        )
         self.send(exchange)
         return exchange
 
@@ -3421,7 +3785,11 @@ class VolumeClient:
         if exchange.is_slow:
             return
         exchange.is_slow = True
-        if not self._is_slow and not self._is_closed and now_s - self._answered_s >= self._slow_after_s:
+        if (
+            not self._is_slow
+            and not self._is_closed
+            and now_s - self._answered_s >= self._slow_after_s
+        ):
             self._is_slow = True
             self._tell_slow(True)
         exchange.hear_slow(exchange)
@@ -3452,7 +3820,10 @@ class VolumeClient:
         task.add_done_callback(self._tasks.discard)
 
     async def _tell(
-        self, tell: Callable[[list[str], bool], Awaitable[None]], answered: list[str], others: list[str]
+        self,
+        tell: Callable[[list[str], bool], Awaitable[None]],
+        answered: list[str],
+        others: list[str],
     ) -> None:
         await tell(answered, True)
         await tell(others, False)
@@ -3463,7 +3834,9 @@ class VolumeClient:
         """Return what is wrong if `status` is the answer."""
         if status in GOOD or (method == "DELETE" and status == 404):
             return None
-        kind: type[VolumeError] = VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+        kind: type[VolumeError] = (
+            VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
+        )
         if method in ("GET", "HEAD") and status >= 500:
             kind = VolumeDown  # whoever cannot read is no use
         is_probe = method == "HEAD" or path == PROBE_PATH  # with which nothing can be wrong
@@ -3486,7 +3859,9 @@ class VolumeClient:
         kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
         return kind(self.volume.name, f"{method}: {error or type(error).__name__}")
 
-    def _report(self, method: str, seconds: float, error: VolumeError | None, silent: bool = False) -> None:
+    def _report(
+        self, method: str, seconds: float, error: VolumeError | None, silent: bool = False
+    ) -> None:
         """Tell metrics, and health unless it has been told."""
         event = Event.STORED if method == "PUT" else Event.ANSWERED
         if isinstance(error, VolumeDown | VolumeTimeout):
@@ -3541,7 +3916,9 @@ class VolumeClient:
         wire = Stream()
         with self.watch("CONNECT"):
             await self._connect(wire)
-        framing = "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
+        framing = (
+            "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
+        )
         wire.write(self._request("PUT", path, trail, framing))
         return Upload(self, wire, path, chunked=size is None)
 
@@ -3555,7 +3932,13 @@ class Upload:
     """One large blob on its way to one volume."""
 
     def __init__(self, client: VolumeClient, wire: Stream, path: str, chunked: bool) -> None:
-        self._client, self._wire, self._path, self._chunked, self._size = client, wire, path, chunked, 0
+        self._client, self._wire, self._path, self._chunked, self._size = (
+            client,
+            wire,
+            path,
+            chunked,
+            0,
+        )
         self._answer = asyncio.ensure_future(self._read_answer())
 
     async def _read_answer(self) -> int:
@@ -3607,10 +3990,14 @@ class Upload:
         self._wire.abort()
 
 
-# == Health ===========================================================================================================
-# One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only carries it out.
+# == Health =======================================================================================
+# One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only
+# carries it out.
 
-PROBE_PATH, PROBE_BODY = "/.mkv-probe", bytes(64 * 1024)  # in no listing; large enough that a full disk refuses it
+PROBE_PATH, PROBE_BODY = (
+    "/.mkv-probe",
+    bytes(64 * 1024),
+)  # in no listing; large enough that a full disk refuses it
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
 
 
@@ -3619,7 +4006,9 @@ class Health:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.states: dict[str, State] = {}
-        self.slow = set[str]()  # has not answered for `slow_after`: up, but for small PUTs others come first
+        self.slow = set[
+            str
+        ]()  # has not answered for `slow_after`: up, but for small PUTs others come first
         self._clock, self._next_write = clock, dict[str, float]()
 
     def is_down(self, name: str) -> bool:
@@ -3629,7 +4018,9 @@ class Health:
         before = self.states.get(name)
         after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
         if before is State.DOWN:
-            self._next_write.pop(name, None)  # whether it takes writes again is asked at the next probe
+            self._next_write.pop(
+                name, None
+            )  # whether it takes writes again is asked at the next probe
         if after is not before:
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
@@ -3643,7 +4034,8 @@ class Health:
             log.info("volume %s answers again", name)
 
     async def probe(self, client: VolumeClient) -> None:
-        """Probe one volume: whether it answers, and now and then, and whenever it was down, whether it writes."""
+        """Probe one volume: whether it answers, and now and then, and whenever it was down,
+        whether it writes."""
         name, now = client.volume.name, self._clock()
         write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
         if write:
@@ -3666,9 +4058,10 @@ class Health:
                 await asyncio.sleep(1.0)
 
 
-# == Metrics ==========================================================================================================
-# Counters in memory that all worker processes share: a process writes only its own region, a scrape adds up all
-# regions, and what a process that died had counted stays. Names and labels by the Prometheus conventions.
+# == Metrics ======================================================================================
+# Counters in memory that all worker processes share: a process writes only its own region, a
+# scrape adds up all regions, and what a process that died had counted stays. Names and labels by
+# the Prometheus conventions.
 
 CELL = 256  # bytes a sample: its value as a double, then its name with labels
 REGION = 4096 * CELL  # bytes a process
@@ -3677,7 +4070,10 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 FAMILIES = {
     "mkv_build_info": ("gauge", "Version of mkv and of Python; always 1."),
     "mkv_http_requests_total": ("counter", "Requests answered."),
-    "mkv_http_request_duration_seconds": ("histogram", "Time from a request's headers to its answer."),
+    "mkv_http_request_duration_seconds": (
+        "histogram",
+        "Time from a request's headers to its answer.",
+    ),
     "mkv_http_requests_in_flight": ("gauge", "Requests being answered."),
     "mkv_received_bytes_total": ("counter", "Bytes of blobs received from clients."),
     "mkv_volume_requests_total": ("counter", "Requests sent to a volume."),
@@ -3690,7 +4086,10 @@ FAMILIES = {
     "mkv_bytes": ("gauge", "Bytes of all keys, each counted once."),
     "mkv_garbage_pending": ("gauge", "Replicas that wait to be deleted."),
     "mkv_garbage_oldest_age_seconds": ("gauge", "How long the oldest garbage has waited."),
-    "mkv_samples_dropped_total": ("counter", "Sum of what found no place in memory: too many volumes."),
+    "mkv_samples_dropped_total": (
+        "counter",
+        "Sum of what found no place in memory: too many volumes.",
+    ),
     "mkv_index_batch_size": ("histogram", "Calls that shared one hop to the index."),
 }
 
@@ -3702,8 +4101,12 @@ class Metrics:
         self._shared = shared or mmap.mmap(-1, REGION)
         self._doubles = memoryview(self._shared).cast("d")
         self._region, self._histograms = mine * REGION, dict[tuple[str, str], list[int]]()
-        self._requests = dict[tuple[str, int], tuple[str, str]]()  # counter and labels of each kind of answer
-        self._cells = dict(self._samples(self._region))  # a predecessor in this region died: go on where it was
+        self._requests = dict[
+            tuple[str, int], tuple[str, str]
+        ]()  # counter and labels of each kind of answer
+        self._cells = dict(
+            self._samples(self._region)
+        )  # a predecessor in this region died: go on where it was
         self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
@@ -3714,8 +4117,12 @@ class Metrics:
 
     def _cell(self, name: str) -> int:
         if name not in self._cells:
-            used = min(len(self._cells), REGION // CELL - 1)  # labels are bounded: full with some hundred volumes,
-            offset = self._region + used * CELL  # and then the last cell counts for all that came too late
+            used = min(
+                len(self._cells), REGION // CELL - 1
+            )  # labels are bounded: full with some hundred volumes,
+            offset = (
+                self._region + used * CELL
+            )  # and then the last cell counts for all that came too late
             if used == REGION // CELL - 1:
                 name = "mkv_samples_dropped_total"
             self._shared[offset + 8 : offset + 8 + len(name)] = name.encode()
@@ -3725,7 +4132,9 @@ class Metrics:
     def add(self, name: str, amount: float = 1.0) -> None:
         self._doubles[self._cell(name)] += amount
 
-    def observe(self, name: str, labels: str, value: float, bounds: tuple[float, ...] = SECONDS) -> None:
+    def observe(
+        self, name: str, labels: str, value: float, bounds: tuple[float, ...] = SECONDS
+    ) -> None:
         """Add `value` to a histogram; `labels` are as in the text format, without braces."""
         cells = self._histograms.get((name, labels))
         if cells is None:
@@ -3734,8 +4143,11 @@ class Metrics:
         self._doubles[cells[-1]] += value
 
     def _make_histogram(self, name: str, labels: str, bounds: tuple[float, ...]) -> list[int]:
-        """Return the cells of the buckets, each of which counts what no lower one does, and of the sum."""
-        names = [f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")]
+        """Return the cells of the buckets, each of which counts what no lower one does, and of the
+        sum."""
+        names = [
+            f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")
+        ]
         return [self._cell(one) for one in (*names, f"{name}_sum{{{labels}}}")]
 
     def count_request(self, method: str, status: int, seconds: float) -> None:
@@ -3749,7 +4161,8 @@ class Metrics:
         self.observe("mkv_http_request_duration_seconds", labels, seconds)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        """Return the Prometheus text format: the sums over all processes, and `gauges` (name with labels -> value)."""
+        """Return the Prometheus text format: the sums over all processes, and `gauges` (name with
+        labels -> value)."""
         samples = defaultdict[str, float](float, gauges)
         for region in range(0, len(self._shared), REGION):
             for name, cell in self._samples(region):
@@ -3757,9 +4170,14 @@ class Metrics:
         lines = defaultdict[str, list[str]](list)
         for name, value in add_up_buckets(samples).items():
             bare = name.partition("{")[0]
-            lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(f"{name} {value:.15g}\n")
+            lines[bare if bare in FAMILIES else bare.rpartition("_")[0]].append(
+                f"{name} {value:.15g}\n"
+            )
         families = ((name, *FAMILIES[name], "".join(found)) for name, found in lines.items())
-        return "".join(f"# HELP {name} {about}\n# TYPE {name} {kind}\n{found}" for name, kind, about, found in families)
+        return "".join(
+            f"# HELP {name} {about}\n# TYPE {name} {kind}\n{found}"
+            for name, kind, about, found in families
+        )
 
 
 BUCKET = re.compile(r'([a-z_]+)_bucket\{(.*),le="([^"]*)"\}')
@@ -3826,7 +4244,10 @@ def format_second(second: int) -> str:
 
 def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as JSON."""
-    return json.dumps({"time": format_time(at_s), "level": level, "message": message} | dict(facts)) + "\n"
+    return (
+        json.dumps({"time": format_time(at_s), "level": level, "message": message} | dict(facts))
+        + "\n"
+    )
 
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
@@ -3843,8 +4264,9 @@ def log_access(facts: dict[str, Any]) -> None:
     access_log.info("request", extra={"facts": facts})
 
 
-# == Store ============================================================================================================
-# The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of HTTP.
+# == Store ========================================================================================
+# The operations: look up, decide, act. They return values and raise MkvErrors, and know nothing of
+# HTTP.
 
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
 WRITE_ATTEMPTS = 4  # of a small PUT that other writes of its key leave no moment for
@@ -3852,7 +4274,8 @@ MEETING_PATIENCE_S = 2.0  # how long a start or a reload waits for the first pro
 
 
 class View(NamedTuple):
-    """What a configuration comes to. A request takes the view once; a reload swaps it as a whole."""
+    """What a configuration comes to. A request takes the view once; a reload swaps it as a
+    whole."""
 
     config: Config
     ring: Ring
@@ -3860,7 +4283,8 @@ class View(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a PUT asks for; `size` is None for a chunked body, `digests` is hashlib name -> what the client expects."""
+    """What a PUT asks for; `size` is None for a chunked body, `digests` is hashlib name -> what
+    the client expects."""
 
     key: str
     content_type: str
@@ -3875,7 +4299,9 @@ class Hasher:
 
     def __init__(self, expected: Mapping[str, bytes]) -> None:
         self._expected, self.size = expected, 0
-        self._hashes = {name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}}
+        self._hashes = {
+            name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}
+        }
 
     def update(self, chunk: bytes) -> None:
         self.size += len(chunk)
@@ -3886,14 +4312,18 @@ class Hasher:
         """Return the SHA-256 in hex; raises WrongDigest."""
         for name, digest in self._expected.items():
             if (found := self._hashes[name].digest()) != digest:
-                raise WrongDigest(f"the body's {name} is {found.hex()}, the header says {digest.hex()}")
+                raise WrongDigest(
+                    f"the body's {name} is {found.hex()}, the header says {digest.hex()}"
+                )
         return self._hashes["sha256"].hexdigest()
 
 
 class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
-    def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index, owner: int) -> None:
+    def __init__(
+        self, view: View, health: Health, draft: Draft, trail: str, index: Index, owner: int
+    ) -> None:
         self._view, self._health, self._draft, self._trail = view, health, draft, trail
         self._index, self._owner = index, owner
         self._hasher = Hasher(draft.digests)
@@ -3911,7 +4341,9 @@ class Write:
         with the reason."""
         config, ring, health = self._view.config, self._view.ring, self._health
         key = self._draft.key
-        names = plan_write(ring, key, config.replicas, health.states, done, self.failed, health.slow)
+        names = plan_write(
+            ring, key, config.replicas, health.states, done, self.failed, health.slow
+        )
         step = decide_write(len(done), len(names), config.replicas, config.min_replicas)
         if step is Step.ROLL_BACK:
             raise explain_refusal(health.states, ring, config.min_replicas, self.failed)
@@ -3926,7 +4358,9 @@ class Write:
         if not self.path:
             self.path = tx.draw_path(self._draft.key, self._draft.ext)
         bound = not is_unconditional(self._draft.conditions)
-        tx.claim(self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED)
+        tx.claim(
+            self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED
+        )
 
     async def store_small(self, blob: bytes) -> Record:
         """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring
@@ -4014,13 +4448,15 @@ class Write:
         self._under_way.clear()
 
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
-        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume can be replaced.
-        Return the record to commit; raises MkvError."""
+        """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume
+        can be replaced. Return the record to commit; raises MkvError."""
         clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
         try:
             while names := self.plan(uploads):
                 await self._claim_all(names)
-                start = self._each(names, lambda name: clients[name].start_upload(self.path, size, self._trail))
+                start = self._each(
+                    names, lambda name: clients[name].start_upload(self.path, size, self._trail)
+                )
                 uploads |= await start
                 self.doubts |= dict.fromkeys(uploads, BLOB_BROKEN_OFF)
             chunk = chunk or await anext(body, b"")
@@ -4047,7 +4483,9 @@ class Write:
             for upload in uploads.values():
                 upload.abort()
 
-    async def _each(self, names: Collection[str], act: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+    async def _each(
+        self, names: Collection[str], act: Callable[[str], Awaitable[T]]
+    ) -> dict[str, T]:
         """Act on all volumes at once; note the failures, return name -> result of the others."""
         results = await asyncio.gather(*map(act, names), return_exceptions=True)
         good = {}
@@ -4091,13 +4529,15 @@ class Write:
     def _make_record(self, digest: str) -> Record:
         draft = self._draft
         return Record(
-            key=draft.key, version=version_of(self.path), volumes=tuple(sorted(self.done)), size=self._hasher.size,
+            key=draft.key, version=version_of(self.path), volumes=tuple(sorted(self.done)),
+            size=self._hasher.size,
             digest=digest, content_type=draft.content_type, ext=draft.ext,
         )  # fmt: skip
 
 
 async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[bytes, bool]:
-    """Read a body of `size` bytes (None: not known) if it is small; return its beginning, and whether that is all."""
+    """Read a body of `size` bytes (None: not known) if it is small; return its beginning, and
+    whether that is all."""
     held = bytearray()
     if size is not None and size > SMALL_BLOB:
         return b"", False
@@ -4117,7 +4557,10 @@ class Store:
         self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
         self.stopping, self.uploads, self.in_flight = False, 0, 0
         self.note_access: Callable[[dict[str, Any]], None] = log_access
-        self._tasks, self._list_tokens = list[asyncio.Task[None]](), dict[str, tuple[float, float]]()
+        self._tasks, self._list_tokens = (
+            list[asyncio.Task[None]](),
+            dict[str, tuple[float, float]](),
+        )
         self.view = self._make_view(config, {})
 
     def count_in_flight(self, change: int) -> None:
@@ -4147,12 +4590,17 @@ class Store:
 
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
-            with contextlib.suppress(IndexFailed):  # then it is looked at until the doubt has passed
-                end = partial(Transaction.end_doubts, volume=volume, paths=paths, answered=answered)
+            with contextlib.suppress(
+                IndexFailed
+            ):  # then it is looked at until the doubt has passed
+                end = partial(
+                    Transaction.end_doubts, volume=volume, paths=paths, answered=answered
+                )
                 await self.index.write(end, paths=paths)
 
     async def start(self) -> None:
-        """Open the index, probe every volume once, start the background tasks; raises ConfigError."""
+        """Open the index, probe every volume once, start the background tasks; raises
+        ConfigError."""
         number, config = self._number, self.view.config
         if number >= config.workers:
             raise ConfigError([f"workers: {config.workers}, so there is no number {number}"])
@@ -4163,12 +4611,15 @@ class Store:
             try:
                 await self.index.write(lambda tx: tx.release_claims(number, config.workers))
             except IndexFailed as error:  # a full disk: reads go on
-                log.error("%s; what the last run left on the volumes waits for the next start", error)
+                log.error(
+                    "%s; what the last run left on the volumes waits for the next start", error
+                )
         if number == 0:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
 
     async def _meet(self, clients: Iterable[VolumeClient]) -> None:
-        """Probe volumes that are new. One that does not answer soon counts as down until it does."""
+        """Probe volumes that are new. One that does not answer soon counts as down until it
+        does."""
         if probes := [asyncio.create_task(self.health.probe(client)) for client in clients]:
             for late in (await asyncio.wait(probes, timeout=MEETING_PATIENCE_S))[1]:
                 late.cancel()
@@ -4183,7 +4634,8 @@ class Store:
         await self.index.close()
 
     async def reload(self, config: Config) -> None:
-        """Use `config` for new requests from now on; what needs a restart stays, and the log says so."""
+        """Use `config` for new requests from now on; what needs a restart stays, and the log says
+        so."""
         old = self.view
         asked, config = config, reload_config(old.config, config)
         new = self._make_view(config, old.clients)
@@ -4195,14 +4647,19 @@ class Store:
             self.health.states.pop(name, None)
         names = [spec.name for spec in fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(old.config, name)]
-        refused = [name for name in names if getattr(config, name) != getattr(asked, name) and name != "volumes"]
+        refused = [
+            name
+            for name in names
+            if getattr(config, name) != getattr(asked, name) and name != "volumes"
+        ]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
 
     # -- what clients ask for --
 
     async def find(self, key: str, conditions: Conditions) -> tuple[Record, Verdict]:
-        """Return the key's record and whether the client has it already; raises NotFound or PreconditionFailed."""
+        """Return the key's record and whether the client has it already; raises NotFound or
+        PreconditionFailed."""
         return judge_read(await self.index.get(key), conditions)
 
     def locate(self, record: Record) -> str:
@@ -4214,13 +4671,20 @@ class Store:
         if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
         url = clients[name].volume.public_url + record.path
-        if config.link_secret:  # the volume checks the path that it is asked for, so that of public_url counts
-            url += sign_link("/" + url.split("/", 3)[3], config.link_secret, int(time.time() + config.link_ttl))
+        if (
+            config.link_secret
+        ):  # the volume checks the path that it is asked for, so that of public_url counts
+            url += sign_link(
+                "/" + url.split("/", 3)[3], config.link_secret, int(time.time() + config.link_ttl)
+            )
         return url
 
-    async def put(self, draft: Draft, body: AsyncIterator[bytes], trail: str) -> tuple[Record, bool]:
-        """Store `body` under the key; return its record and whether the key is new. Durable when it returns (I1). If it
-        raises, or is cancelled before the commit, the key is as it was and what was written is garbage (I2)."""
+    async def put(
+        self, draft: Draft, body: AsyncIterator[bytes], trail: str
+    ) -> tuple[Record, bool]:
+        """Store `body` under the key; return its record and whether the key is new. Durable when
+        it returns (I1). If it raises, or is cancelled before the commit, the key is as it was and
+        what was written is garbage (I2)."""
         view = self.view
         if not is_unconditional(draft.conditions):
             current = await self.index.get(draft.key)
@@ -4233,9 +4697,12 @@ class Store:
             write = self._begin_write(view, draft, trail)
             attempts_left -= 1
             try:
-                record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+                record = await (
+                    write.store_small(begin) if whole else write.store_large(begin, body)
+                )
                 commit = partial(
-                    commit_put, record=record, conditions=draft.conditions, delay_s=view.config.garbage_delay,
+                    commit_put, record=record, conditions=draft.conditions,
+                    delay_s=view.config.garbage_delay,
                     doubts=dict(write.doubts),
                 )  # fmt: skip
                 return record, await self.index.write(commit, keys=[draft.key])
@@ -4251,23 +4718,29 @@ class Store:
         return Write(view, self.health, draft, trail, self.index, self._number)
 
     async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
-        """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted now is garbage."""
+        """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted
+        now is garbage."""
         try:
             discard = partial(discard_put, key=key, path=write.path, doubts=write.doubts)
             rows, outlived = await self.index.write(discard, keys=[key])
         except IndexFailed as error:
             log.error("%s; deleting what was written for %r all the same", error, key)
             path, current = write.path, await self.index.get(key)
-            if path and (current is None or current.path != path):  # else the commit that seemed to fail did not
-                deletes = (view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed)
+            if path and (
+                current is None or current.path != path
+            ):  # else the commit that seemed to fail did not
+                deletes = (
+                    view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed
+                )
                 await asyncio.gather(*deletes, return_exceptions=True)
         else:
             copies = 0 if outlived else view.config.min_replicas
             await self._bury(view, key, rows, trail, copies, and_blobs=True)
 
     async def delete(self, key: str, conditions: Conditions, trail: str) -> None:
-        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes that answer; for the
-        others there are marks (I4). Raises Unfinished if volumes fail just then."""
+        """Delete the key. When it returns, the record is gone, and the sidecars from all volumes
+        that answer; for the others there are marks (I4). Raises Unfinished if volumes fail just
+        then."""
         view, states = self.view, self.health.states
         delay_s, copies = view.config.garbage_delay, view.config.min_replicas
         up = [name for name in view.clients if states.get(name) is State.UP]
@@ -4286,13 +4759,19 @@ class Store:
             # an unfinished DELETE is finished now
             rows = await self.index.write(lambda tx: tx.pending_of(key), keys=[key])
         if not await self._bury(view, key, rows, trail, copies):
-            raise Unfinished("the key is deleted, but too few volumes could note that for those that did not answer")
+            raise Unfinished(
+                "the key is deleted, but too few volumes could note that for those that did not "
+                "answer"
+            )
         if missing:
             raise missing
 
-    async def _bury(self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False) -> bool:
-        """Delete the sidecars of a key's dead versions from all volumes that answer; where that cannot be done soon, or
-        proves nothing, put `copies` marks of the version on others. Return whether that succeeded."""
+    async def _bury(
+        self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False
+    ) -> bool:
+        """Delete the sidecars of a key's dead versions from all volumes that answer; where that
+        cannot be done soon, or proves nothing, put `copies` marks of the version on others. Return
+        whether that succeeded."""
         places = defaultdict[str, list[Place]](list)
         for (volume, path), row in rows.items():
             if row.state in DEAD and volume in view.clients and not self.health.is_down(volume):
@@ -4310,7 +4789,10 @@ class Store:
         deletes = {volume: asyncio.create_task(delete(volume)) for volume in places}
         marked = True
         try:
-            for patience_s in (DELETE_PATIENCE_S, None):  # the second time as long as the volumes' own timeouts
+            for patience_s in (
+                DELETE_PATIENCE_S,
+                None,
+            ):  # the second time as long as the volumes' own timeouts
                 if deletes:
                     await asyncio.wait(deletes.values(), timeout=patience_s)
                 needed = plan_marks(rows, seen, copies)
@@ -4327,7 +4809,9 @@ class Store:
     async def _note_deletes(
         self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool
     ) -> None:  # fmt: skip
-        proofs = [place for place, found in seen.items() if found and rows[place].doubt_s is not None]
+        proofs = [
+            place for place, found in seen.items() if found and rows[place].doubt_s is not None
+        ]
         try:
             if and_blobs and seen:
                 settled = {rows[place]: found for place, found in seen.items()}
@@ -4338,14 +4822,22 @@ class Store:
             log.error("%s; what was deleted will be deleted again", error)
 
     async def _put_marks(
-        self, view: View, key: str, needed: Mapping[str, Collection[str]], silent: Collection[str], copies: int
+        self,
+        view: View,
+        key: str,
+        needed: Mapping[str, Collection[str]],
+        silent: Collection[str],
+        copies: int,
     ) -> bool:
-        """Put the marks of dead versions (path of the blob -> volumes that may show its sidecar) on `copies` volumes
-        that are up, if possible others than these, and note them in the index. Return whether that succeeded."""
+        """Put the marks of dead versions (path of the blob -> volumes that may show its sidecar)
+        on `copies` volumes that are up, if possible others than these, and note them in the index.
+        Return whether that succeeded."""
         files = {mark_path(path): encode_mark(path, volumes) for path, volumes in needed.items()}
         doubted = set[str]().union(*needed.values())
         states = self.health.states
-        fit = [name for name in view.clients if states.get(name) is State.UP and name not in silent]
+        fit = [
+            name for name in view.clients if states.get(name) is State.UP and name not in silent
+        ]
         waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + key)))
         done = list[str]()
 
@@ -4382,7 +4874,9 @@ class Store:
             tokens, wait_s = take_token(tokens, now - then, config.list_rate, config.list_burst)
             known[client] = tokens, now
             if wait_s:
-                raise TooManyRequests("too many list requests", Retry_After=str(max(1, round(wait_s))))
+                raise TooManyRequests(
+                    "too many list requests", Retry_After=str(max(1, round(wait_s)))
+                )
 
     async def check_ready(self) -> None:
         """Raise Unavailable unless the index answers and some volume is alive."""
@@ -4397,20 +4891,32 @@ class Store:
             state = self.health.states.get(name, State.DOWN).value
             volumes.append(asdict(client.volume) | {"state": state, "blobs": blobs, "bytes": size})
         (keys, size), (garbage, _) = totals.get(ALL_KEYS, (0, 0)), totals.get(GARBAGE, (0, 0))
-        return {"version": __version__, "keys": keys, "bytes": size, "garbage": garbage, "volumes": volumes}
+        return {
+            "version": __version__,
+            "keys": keys,
+            "bytes": size,
+            "garbage": garbage,
+            "volumes": volumes,
+        }
 
     async def render_metrics(self) -> str:
         status = await self.status()
         oldest_s = await self.index.garbage_age_s()
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
-            "mkv_keys": status["keys"], "mkv_bytes": status["bytes"], "mkv_garbage_pending": status["garbage"],
+            "mkv_keys": status["keys"], "mkv_bytes": status["bytes"],
+            "mkv_garbage_pending": status["garbage"],
             "mkv_garbage_oldest_age_seconds": oldest_s,
         }  # fmt: skip
         for volume in status["volumes"]:
             label = f'volume="{volume["name"]}"'
-            gauges |= {f"mkv_volume_{what}{{{label}}}": volume[what] for what in ("blobs", "bytes")}
-            gauges |= {f'mkv_volume_state{{{label},state="{s.value}"}}': s.value == volume["state"] for s in State}
+            gauges |= {
+                f"mkv_volume_{what}{{{label}}}": volume[what] for what in ("blobs", "bytes")
+            }
+            gauges |= {
+                f'mkv_volume_state{{{label},state="{s.value}"}}': s.value == volume["state"]
+                for s in State
+            }
         return self.metrics.render(gauges)
 
     # -- garbage --
@@ -4425,8 +4931,11 @@ class Store:
             await asyncio.sleep(1.0)
 
     async def collect_garbage(self) -> int:
-        """Delete what is due on every volume that is not down; return how many replicas. Can be killed at any step."""
-        alive = [client for name, client in self.view.clients.items() if not self.health.is_down(name)]
+        """Delete what is due on every volume that is not down; return how many replicas. Can be
+        killed at any step."""
+        alive = [
+            client for name, client in self.view.clients.items() if not self.health.is_down(name)
+        ]
         return sum(await asyncio.gather(*map(self._collect_on, alive)))
 
     async def _collect_on(self, client: VolumeClient) -> int:
@@ -4456,23 +4965,26 @@ class Store:
         return len(seen)
 
 
-# == Requests and responses ===========================================================================================
-# Handlers take a request value and return a response value, and know no server: what serves them fills and renders
-# these. Errors become answers in one place.
+# == Requests and responses =======================================================================
+# Handlers take a request value and return a response value, and know no server: what serves them
+# fills and renders these. Errors become answers in one place.
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # by the W3C
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)  # by the W3C
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 
 
 class Body(Protocol):
-    """The body of a request, as it comes. A client that waits to be asked is asked by the first read."""
+    """The body of a request, as it comes. A client that waits to be asked is asked by the first
+    read."""
 
     async def read(self, timeout_s: float) -> bytes:
-        """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or malformed,
-        SlowBody if nothing comes for `timeout_s`."""
+        """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or
+        malformed, SlowBody if nothing comes for `timeout_s`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -4481,7 +4993,9 @@ class Request:
 
     method: str
     target: str  # as it was sent (RFC 9112, 3.2)
-    headers: Mapping[str, str]  # names in lower case; what is given more than once is joined by ", "
+    headers: Mapping[
+        str, str
+    ]  # names in lower case; what is given more than once is joined by ", "
     peer: str  # the client's address
     length: int | None  # bytes of the body; None: chunked
     body: Body
@@ -4490,7 +5004,8 @@ class Request:
 
 @dataclass(slots=True)
 class Response:
-    """What a client is answered. The answer to HEAD has a Content-Length of its own, and no body."""
+    """What a client is answered. The answer to HEAD has a Content-Length of its own, and no
+    body."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -4499,9 +5014,17 @@ class Response:
 
 def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
-    facts = f'"status": {error.status}, "detail": {json.dumps(str(error))}, "request_id": "{request_id}"'
+    facts = (
+        f'"status": {error.status}, "detail": {json.dumps(str(error))}, "request_id": '
+        f'"{request_id}"'
+    )
     body = f'{{"title": "{error.title}", {facts}}}'
-    headers = {**error.headers, "Content-Type": "application/problem+json", "X-Request-ID": request_id, "Server": "mkv"}
+    headers = {
+        **error.headers,
+        "Content-Type": "application/problem+json",
+        "X-Request-ID": request_id,
+        "Server": "mkv",
+    }
     return Response(error.status, headers, body.encode())
 
 
@@ -4512,7 +5035,9 @@ def explain_all(error: Exception, request_id: str) -> Response:
     if isinstance(error, MkvError):
         return explain(error, request_id)
     log.error("unexpected error, request %s", request_id, exc_info=error)
-    return explain(MkvError("this is a bug in mkv; its log has more under this request_id"), request_id)
+    return explain(
+        MkvError("this is a bug in mkv; its log has more under this request_id"), request_id
+    )
 
 
 def draw_request_id() -> str:
@@ -4520,7 +5045,8 @@ def draw_request_id() -> str:
 
 
 class Call:
-    """One request on its way: its handlers, and what the log says of it. From `begin` to `finish` it is under way."""
+    """One request on its way: its handlers, and what the log says of it. From `begin` to `finish`
+    it is under way."""
 
     def __init__(self, store: Store, request: Request) -> None:
         self.store = store
@@ -4541,7 +5067,9 @@ class Call:
     @property
     def trail(self) -> str:
         """Header lines that tell volumes which request is behind theirs."""
-        return f"X-Request-ID: {self.id}\r\n" + (f"traceparent: {self.trace}\r\n" if self.trace else "")
+        return f"X-Request-ID: {self.id}\r\n" + (
+            f"traceparent: {self.trace}\r\n" if self.trace else ""
+        )
 
     async def answer(self) -> Response:
         """Carry the request out; raises nothing but CancelledError."""
@@ -4559,7 +5087,8 @@ class Call:
         return self.finish(response)
 
     def begin(self) -> asyncio.Future[Record | None] | Handler:
-        """Check who asks for what; return the lookup that a read of a key waits for, or who handles the rest."""
+        """Check who asks for what; return the lookup that a read of a key waits for, or who
+        handles the rest."""
         request = self.request
         method = request.method
         self.path, self.query = split_target(request.target, request.prefix)
@@ -4598,7 +5127,9 @@ class Call:
         headers["Content-Length"] = str(record.size)
         headers["Content-Type"] = record.content_type
         headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
-        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
+        headers["Repr-Digest"] = (
+            f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
+        )
         return Response(200, headers)
 
     async def put(self) -> Response:
@@ -4622,11 +5153,15 @@ class Call:
         if headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedEncoding("Content-Encoding is refused: a blob is stored as it is")
         if "content-range" in headers:
-            raise BadRequest("Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)")
+            raise BadRequest(
+                "Content-Range is refused: a blob is written as a whole (RFC 9110, 14.5)"
+            )
         if size and size > (limit or MAX_SIZE):
             raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("content-type"), self.key)
-        return Draft(self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers))
+        return Draft(
+            self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers)
+        )
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
@@ -4675,7 +5210,9 @@ class Call:
         store.count_in_flight(-1)
         response.headers["X-Request-ID"] = self.id
         response.headers["Server"] = "mkv"
-        store.metrics.count_request(method if method in METHODS else "other", response.status, seconds)
+        store.metrics.count_request(
+            method if method in METHODS else "other", response.status, seconds
+        )
         if store.view.config.access_log:
             store.note_access(self.describe(response.status, seconds))
         return response
@@ -4683,7 +5220,8 @@ class Call:
     def describe(self, status: int, seconds: float) -> dict[str, Any]:
         """Return what the access log says."""
         facts: dict[str, Any] = {
-            "id": self.id, "client": self.request.peer, "method": self.request.method, "key": self.key or self.path,
+            "id": self.id, "client": self.request.peer, "method": self.request.method,
+            "key": self.key or self.path,
             "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
         }  # fmt: skip
         if self.volumes:
@@ -4719,10 +5257,10 @@ ON_KEY: Mapping[str, Route] = {
 }  # fmt: skip
 
 
-# == Lane ========================================================================================
-# Serves clients without aiohttp, as long as what they ask for is simple. A connection that asks for
-# something else goes to aiohttp for the rest of its life. The lane holds the limits on clients that
-# are slow, greedy or do not listen; one sweep for all lanes looks after their deadlines.
+# == Lane =========================================================================================
+# Serves clients without aiohttp, as long as what they ask for is simple. A connection that asks
+# for something else goes to aiohttp for the rest of its life. The lane holds the limits on clients
+# that are slow, greedy or do not listen; one sweep for all lanes looks after their deadlines.
 
 LANE_BUFFER = 128 * 1024  # bytes of a body that wait before a client must
 LINGER_S = 2.0  # after an answer that leaves a body unread: a reset may overtake the answer
@@ -4884,7 +5422,12 @@ class Lane(asyncio.Protocol):
             return
         self._is_serving = True
         for _ in range(AT_ONCE):
-            if self._head is not None or not self._buffer or not self._is_writable or self._is_deaf:
+            if (
+                self._head is not None
+                or not self._buffer
+                or not self._is_writable
+                or self._is_deaf
+            ):
                 break
             if not self._take_request():
                 break
@@ -4924,7 +5467,9 @@ class Lane(asyncio.Protocol):
         self.deadline_s = math.inf
         if self._buffer and not self._body.is_whole:
             self._buffer = self._body.feed(self._buffer)
-        request = Request(head.method, head.target, head.headers, self._peer, head.length, self._body)
+        request = Request(
+            head.method, head.target, head.headers, self._peer, head.length, self._body
+        )
         call = Call(self._store, request)
         try:
             act = call.begin()
@@ -4981,8 +5526,9 @@ class Lane(asyncio.Protocol):
         self.serve_next()
 
     def _end(self) -> None:
-        """Close once the answer is on its way. What is unread would lead to a reset, which may overtake it: so say
-        that nothing more comes, and throw away what the client sends until it has heard."""
+        """Close once the answer is on its way. What is unread would lead to a reset, which may
+        overtake it: so say that nothing more comes, and throw away what the client sends until it
+        has heard."""
         self._is_deaf = True
         assert self._body is not None
         if (self._body.is_whole and not self._buffer) or self._has_ended:
@@ -5047,8 +5593,8 @@ class Lane(asyncio.Protocol):
 
 
 class Lanes:
-    """All lanes of a process, and what they share. `make_handler` makes aiohttp's side of a connection; `opened` counts
-    the connections of each client."""
+    """All lanes of a process, and what they share. `make_handler` makes aiohttp's side of a
+    connection; `opened` counts the connections of each client."""
 
     def __init__(
         self, store: Store, make_handler: Callable[[], Connection], opened: defaultdict[str, int]
@@ -5105,8 +5651,15 @@ class Lanes:
         for lane in [lane for lane in self._lanes if lane.deadline_s <= now_s]:
             lane.run_out()
         config = self.config
-        times_s = (config.header_timeout, config.body_timeout, config.keepalive_timeout, config.send_timeout)
-        self._timer = self.loop.call_later(min(SWEEP_S, *(one / 4 for one in times_s)), self._sweep)
+        times_s = (
+            config.header_timeout,
+            config.body_timeout,
+            config.keepalive_timeout,
+            config.send_timeout,
+        )
+        self._timer = self.loop.call_later(
+            min(SWEEP_S, *(one / 4 for one in times_s)), self._sweep
+        )
 
     async def close(self) -> None:
         """Close all connections; what is still under way is cut off."""
@@ -5118,12 +5671,13 @@ class Lanes:
             lane.close()
 
 
-# == aiohttp ==========================================================================================================
+# == aiohttp ======================================================================================
 # Serves what is not simple, and the store inside another application.
 
 STORE = web.AppKey("store", Store)
 CUT_SHORT = (
-    ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError, web.RequestPayloadError
+    ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError,
+    web.RequestPayloadError
 )  # fmt: skip
 CHUNKS_AT_ONCE = 500  # then others get their turn
 READ_BUFFER = 16 * 1024  # bytes of a body, or 1/16 as many chunks, that wait before a client must
@@ -5145,7 +5699,9 @@ class WebBody:
             await self._ask()
         try:
             async with asyncio.timeout(timeout_s):
-                piece = await (self._read_chunks() if self._chunked else self._request.content.readany())
+                piece = await (
+                    self._read_chunks() if self._chunked else self._request.content.readany()
+                )
         except TimeoutError:
             raise SlowBody(f"no byte of the body for {timeout_s:g} s") from None
         except (OSError, *CUT_SHORT) as error:
@@ -5166,7 +5722,8 @@ class WebBody:
             request.protocol.watch_framing(request.content)
 
     async def _read_chunks(self) -> bytes:
-        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its chunks are tiny."""
+        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its
+        chunks are tiny."""
         content = self._request.content
         piece = bytearray()
         enough = self._chunks + CHUNKS_AT_ONCE
@@ -5194,11 +5751,15 @@ def to_request(request: web.Request) -> Request:
     resource = cast(web.Resource, request.match_info.route.resource)
     prefix = resource.canonical.removesuffix("/{key}")
     peer = request.remote or ""
-    return Request(request.method, request.raw_path, headers, peer, length, WebBody(request), prefix)
+    return Request(
+        request.method, request.raw_path, headers, peer, length, WebBody(request), prefix
+    )
 
 
 def to_web(response: Response) -> web.Response:
-    return web.Response(status=response.status, body=response.body or None, headers=response.headers)
+    return web.Response(
+        status=response.status, body=response.body or None, headers=response.headers
+    )
 
 
 async def dispatch(request: web.Request) -> web.StreamResponse:
@@ -5213,11 +5774,14 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
 async def answer_without_path(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of OPTIONS *."""
+    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of
+    OPTIONS *."""
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return to_web(explain(BadRequest(f"this target is no path: {error.reason}"), draw_request_id()))
+        return to_web(
+            explain(BadRequest(f"this target is no path: {error.reason}"), draw_request_id())
+        )
 
 
 def is_followed_by_garbage(protocol: Any) -> bool:
@@ -5232,20 +5796,27 @@ def is_followed_by_garbage(protocol: Any) -> bool:
 
 
 async def expect_nothing(request: web.Request) -> None:
-    """Leave 100 Continue to WebBody, so that a PUT that is refused is refused before its body is sent."""
+    """Leave 100 Continue to WebBody, so that a PUT that is refused is refused before its body is
+    sent."""
 
 
-def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 0) -> web.Application:
-    """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it to another one:
+def create_app(
+    config: Config, *, metrics: Metrics | None = None, number: int = 0
+) -> web.Application:
+    """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
+    to another one:
 
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
-    Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the index cannot be used.
-    Processes that share an index: set config.workers to their count, give each a `number`; 0 alone deletes garbage."""
+    Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the
+    index cannot be used. Processes that share an index: set config.workers to their count, give
+    each a `number`; 0 alone deletes garbage."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            ready = config if config.volumes else await stack.enter_async_context(run_embedded(config))
+            ready = (
+                config if config.volumes else await stack.enter_async_context(run_embedded(config))
+            )
             app[STORE] = Store(ready, metrics, number)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
@@ -5258,7 +5829,8 @@ def create_app(config: Config, *, metrics: Metrics | None = None, number: int = 
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's connection, with limits against slow and greedy clients, and its own errors rendered as ours."""
+    """aiohttp's connection, with limits against slow and greedy clients, and its own errors
+    rendered as ours."""
 
     def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
         self._config, self._opened, self._client = config, opened, ""
@@ -5278,7 +5850,9 @@ class Connection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)  # see pause_writing
-        self._impatience = asyncio.get_running_loop().call_later(self._config.header_timeout, self._give_up)
+        self._impatience = asyncio.get_running_loop().call_later(
+            self._config.header_timeout, self._give_up
+        )
         self._client = (transport.get_extra_info("peername") or ("",))[0]
         self._opened[self._client] += 1
         if self._opened[self._client] > self._config.max_connections:
@@ -5399,7 +5973,11 @@ class Connection(web.RequestHandler):
             self._reader_check = None
 
     def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what aiohttp's parser refuses, before any handler."""
         if request.writer.output_size > 0:
@@ -5417,9 +5995,12 @@ class Connection(web.RequestHandler):
         return response
 
 
-def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any) -> web.BaseRequest:
+def make_request(
+    make: Callable[..., web.BaseRequest], message: Any, *more: Any
+) -> web.BaseRequest:
     """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
-    hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in 1.1."""
+    hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in
+    1.1."""
     if message.version not in (HttpVersion10, HttpVersion11):
         message = message._replace(version=HttpVersion11)
     try:
@@ -5428,14 +6009,17 @@ def make_request(make: Callable[..., web.BaseRequest], message: Any, *more: Any)
         return make(message._replace(url=AnyURL.build(path="*", encoded=True)), *more)
 
 
-# == Embedded volume ==================================================================================================
-# The volume server for machines without nginx: the same dialect, over plain files. It syncs file and folder before 201.
+# == Embedded volume ==============================================================================
+# The volume server for machines without nginx: the same dialect, over plain files. It syncs file
+# and folder before 201.
 
 SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is short
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
-EMBEDDED_CONNECTIONS = 65_536  # to one of a server's own volumes: on loopback it is itself a client
+EMBEDDED_CONNECTIONS = (
+    65_536  # to one of a server's own volumes: on loopback it is itself a client
+)
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
@@ -5472,10 +6056,16 @@ class EmbeddedVolume:
         self, folder: Path, volume_secret: str = "", link_secret: str = "",
         body_timeout_s: float = 60.0,
     ) -> None:  # fmt: skip
-        self._root, self._secret, self._link_secret = folder.resolve(), volume_secret.encode(), link_secret
+        self._root, self._secret, self._link_secret = (
+            folder.resolve(),
+            volume_secret.encode(),
+            link_secret,
+        )
         self._body_timeout_s = body_timeout_s
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
-        for left in (self._root / ".tmp").iterdir():  # by a crash; a tool may serve the same folder, so not the young
+        for left in (
+            self._root / ".tmp"
+        ).iterdir():  # by a crash; a tool may serve the same folder, so not the young
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
@@ -5492,27 +6082,43 @@ class EmbeddedVolume:
         except OSError as error:
             status = status_of(error, request.method)
             if status >= 500:
-                log.error("volume %s: %s %r: %s", self._root, request.method, request.raw_path, error)
+                log.error(
+                    "volume %s: %s %r: %s", self._root, request.method, request.raw_path, error
+                )
             return web.Response(status=status, text=f"{error.strerror}\n")
 
     def _admit(self, request: web.Request, path: str, query: str) -> None:
-        """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf does."""
+        """Ask for the volume's secret, or for reading a blob for a signed link, as nginx.conf
+        does."""
         shown = request.headers.get("Mkv-Volume-Secret", "").encode("utf-8", "surrogateescape")
         if not self._secret or hmac.compare_digest(shown, self._secret):
             return
-        if request.method not in ("GET", "HEAD") or path.endswith(("/", ".key", ".del")) or path == PROBE_PATH:
+        if (
+            request.method not in ("GET", "HEAD")
+            or path.endswith(("/", ".key", ".del"))
+            or path == PROBE_PATH
+        ):
             raise Forbidden("the volume's secret is needed")
         if self._link_secret:
             given = dict(parse_qsl(query))
-            expires = int(given.get("expires", "") if re.fullmatch("[0-9]{1,15}", given.get("expires", "")) else 0)
-            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}".encode("utf-8", "surrogateescape")
-            if not hmac.compare_digest(sign_link(path, self._link_secret, expires).encode(), shown):
+            expires = int(
+                given.get("expires", "")
+                if re.fullmatch("[0-9]{1,15}", given.get("expires", ""))
+                else 0
+            )
+            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}".encode(
+                "utf-8", "surrogateescape"
+            )
+            if not hmac.compare_digest(
+                sign_link(path, self._link_secret, expires).encode(), shown
+            ):
                 raise Forbidden("a signed link is needed")
             if expires < time.time():
                 raise web.HTTPGone(text="the link has expired\n")
 
     def _locate(self, path: str) -> Path:
-        """Return the file that `path` names, which is in the folder, whatever links and dots say; raises MkvError."""
+        """Return the file that `path` names, which is in the folder, whatever links and dots say;
+        raises MkvError."""
         parts = path.split("/")
         if "\0" in path or ".." in parts or not self._holds(path):
             raise BadRequest("the path leaves the volume")
@@ -5542,24 +6148,36 @@ class EmbeddedVolume:
                 await asyncio.to_thread(sync_folder, file.parent)
                 return web.Response(status=204)
             case "GET" | "HEAD" if folder:
-                return web.Response(body=await asyncio.to_thread(list_folder, file), content_type="application/json")
+                return web.Response(
+                    body=await asyncio.to_thread(list_folder, file),
+                    content_type="application/json",
+                )
             case "GET" | "HEAD":
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
                 media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
                 return StoredFile(file, headers={"Content-Type": media_type})
-        raise web.HTTPMethodNotAllowed(request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder))
+        raise web.HTTPMethodNotAllowed(
+            request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
+        )
 
     async def _put(self, request: web.Request, target: Path) -> bool:
-        """Stream the body to a temporary file, sync it, move it to `target`; return whether it replaced a file."""
-        temporary, unsynced, pending = self._root / ".tmp" / f"{random.getrandbits(64):016x}", 0, bytearray()
+        """Stream the body to a temporary file, sync it, move it to `target`; return whether it
+        replaced a file."""
+        temporary, unsynced, pending = (
+            self._root / ".tmp" / f"{random.getrandbits(64):016x}",
+            0,
+            bytearray(),
+        )
         try:
             with await asyncio.to_thread(open, temporary, "wb", 0) as file:
                 while chunk := await self._read(request):
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
-                        await asyncio.to_thread(write_file, file, bytes(pending), unsynced >= SYNC_EVERY)
+                        await asyncio.to_thread(
+                            write_file, file, bytes(pending), unsynced >= SYNC_EVERY
+                        )
                         unsynced, pending = unsynced % SYNC_EVERY, bytearray()
                 await asyncio.to_thread(write_file, file, bytes(pending), True)
             return await asyncio.to_thread(move_file, temporary, target)
@@ -5595,7 +6213,8 @@ def write_file(file: Any, data: bytes, sync: bool) -> None:
 
 
 def move_file(source: Path, target: Path) -> bool:
-    """Rename, then sync every folder that is new or has changed; return whether it replaced a file."""
+    """Rename, then sync every folder that is new or has changed; return whether it replaced a
+    file."""
     new = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = target.exists()
@@ -5680,11 +6299,16 @@ async def serve_volume(folder: Path, listener: socket.socket, config: Config) ->
 
 def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
     ports = [listener.getsockname()[1] for listener in listeners]
-    return tuple(Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}") for i, port in enumerate(ports, 1))
+    return tuple(
+        Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}")
+        for i, port in enumerate(ports, 1)
+    )
 
 
 @contextlib.asynccontextmanager
-async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()) -> AsyncIterator[Config]:
+async def run_embedded(
+    config: Config, listeners: Collection[socket.socket] = ()
+) -> AsyncIterator[Config]:
     """Run the embedded volumes under config.data; yield the configuration with them in it."""
     listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     volumes = embedded_volumes(listeners)
@@ -5698,8 +6322,9 @@ async def run_embedded(config: Config, listeners: Collection[socket.socket] = ()
         await asyncio.gather(*(stop() for stop in stops))
 
 
-# == Command line =====================================================================================================
-# The only part that reads arguments and the environment, prints, handles signals and starts processes.
+# == Command line =================================================================================
+# The only part that reads arguments and the environment, prints, handles signals and starts
+# processes.
 
 new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with contextlib.suppress(ImportError):
@@ -5707,7 +6332,8 @@ with contextlib.suppress(ImportError):
 
 
 class LogFormatter(logging.Formatter):
-    """One line an entry, as text with key=value or as JSON; what clients send is escaped either way."""
+    """One line an entry, as text with key=value or as JSON; what clients send is escaped either
+    way."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
@@ -5718,7 +6344,9 @@ class LogFormatter(logging.Formatter):
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         facts: dict[str, Any] = getattr(record, "facts", {})
-        return self._format(record.created, record.levelname.lower(), message, facts).removesuffix("\n")
+        return self._format(record.created, record.levelname.lower(), message, facts).removesuffix(
+            "\n"
+        )
 
 
 def set_up_logging(config: Config) -> None:
@@ -5733,7 +6361,10 @@ def set_up_logging(config: Config) -> None:
 def notify_systemd(message: str) -> None:
     """Tell systemd, if it runs us, READY=1 and the like (sd_notify(3))."""
     if address := os.environ.get("NOTIFY_SOCKET", ""):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier, contextlib.suppress(OSError):
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifier,
+            contextlib.suppress(OSError),
+        ):
             notifier.connect("\0" + address[1:] if address.startswith("@") else address)
             notifier.send(message.encode())
 
@@ -5744,7 +6375,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError([f"port: cannot listen on {host}:{port}: {error.strerror or error}"]) from None
+        raise ConfigError(
+            [f"port: cannot listen on {host}:{port}: {error.strerror or error}"]
+        ) from None
 
 
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
@@ -5776,16 +6409,19 @@ def announce_others(db: str) -> None:
 
 
 def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
-    url = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{listener.getsockname()[1]}"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
     volumes += f" (embedded, under {config.data})" if embedded else ""
     trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
     return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
 
 
-async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the process; `reload` at
-    SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
+async def wait_for_stop(
+    greeting: str = "", reload: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the
+    process; `reload` at SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
     loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
@@ -5804,9 +6440,15 @@ async def wait_for_stop(greeting: str = "", reload: Callable[[], Awaitable[None]
 
 
 async def serve_store(
-    config: Config, listener: socket.socket, reread: Callable[[], Config], metrics: Metrics, number: int, embedded: bool
+    config: Config,
+    listener: socket.socket,
+    reread: Callable[[], Config],
+    metrics: Metrics,
+    number: int,
+    embedded: bool,
 ) -> None:
-    """Serve the store on `listener` until a signal, then let the requests under way finish. Process 0 greets."""
+    """Serve the store on `listener` until a signal, then let the requests under way finish.
+    Process 0 greets."""
     app, loop = create_app(config, metrics=metrics, number=number), asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -5823,10 +6465,14 @@ async def serve_store(
         try:
             await store.reload(reread())
         except Exception as error:  # whatever it is, the store goes on
-            log.error("configuration not reloaded, everything stays: %s", str(error).replace("\n", "; "))
+            log.error(
+                "configuration not reloaded, everything stays: %s", str(error).replace("\n", "; ")
+            )
         notify_systemd("READY=1")
 
-    await wait_for_stop(greet(store.view.config, listener, embedded) if number == 0 else "", reload)
+    await wait_for_stop(
+        greet(store.view.config, listener, embedded) if number == 0 else "", reload
+    )
     log.info("stopping, requests under way: %d", store.in_flight)
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
@@ -5845,11 +6491,19 @@ async def serve_store(
 
 
 def supervise(config: Config, listener: socket.socket, reread: Callable[[], Config]) -> int:
-    """Fork the workers, and one process (number -1) for embedded volumes; start again who dies; return the exit code.
-    They share the listening socket and the metrics. This process runs no event loop: it only waits for signals."""
-    parent_r, parent_w = os.pipe()  # nobody writes: its end of file tells the others that this process is gone
+    """Fork the workers, and one process (number -1) for embedded volumes; start again who dies;
+    return the exit code. They share the listening socket and the metrics. This process runs no
+    event loop: it only waits for signals."""
+    parent_r, parent_w = (
+        os.pipe()
+    )  # nobody writes: its end of file tells the others that this process is gone
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    shared, children, stopping, code = mmap.mmap(-1, config.workers * REGION), dict[int, int](), False, 0
+    shared, children, stopping, code = (
+        mmap.mmap(-1, config.workers * REGION),
+        dict[int, int](),
+        False,
+        0,
+    )
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
@@ -5884,10 +6538,16 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
         elif heard != signal.SIGCHLD:
             passed_on, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
-        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:  # one SIGCHLD may stand for several
+        while (
+            children and (ended := os.waitpid(-1, os.WNOHANG))[0]
+        ):  # one SIGCHLD may stand for several
             worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
-                stopping, code, passed_on = True, 2, passed_on if passed_on == signal.SIGKILL else signal.SIGTERM
+                stopping, code, passed_on = (
+                    True,
+                    2,
+                    passed_on if passed_on == signal.SIGKILL else signal.SIGTERM,
+                )
             elif not stopping:
                 log.error("worker %d ended with %d, starting it again", worker, status)
                 time.sleep(1)
@@ -5911,7 +6571,8 @@ async def serve_one_volume(config: Config, folder: str) -> None:
 
 
 def run(main: Awaitable[None]) -> NoReturn:
-    """Run to the end and end the process: by os._exit, so that nothing that a shutdown cut off can hold it up."""
+    """Run to the end and end the process: by os._exit, so that nothing that a shutdown cut off can
+    hold it up."""
 
     async def begin() -> None:
         await main
@@ -5934,15 +6595,21 @@ def add_settings(
 ) -> None:  # fmt: skip
     """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
     its help, `defaults` stand for Config's own."""
-    parser.add_argument("--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it")
+    parser.add_argument(
+        "--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it"
+    )
     for spec in fields(Config):
         flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
         if spec.name not in names:
             continue
         if spec.name == "volumes":
-            parser.add_argument("--volume", metavar="[NAME=]URL", action="append", help="a volume; may be repeated")
+            parser.add_argument(
+                "--volume", metavar="[NAME=]URL", action="append", help="a volume; may be repeated"
+            )
         elif isinstance(spec.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=about)
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=about
+            )
         elif spec.metadata:
             about += f" [{defaults.get(spec.name, spec.default)}]"
             parser.add_argument(flag, metavar=type(spec.default).__name__.upper(), help=about)
@@ -5958,15 +6625,25 @@ VOLUME_SETTINGS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="mkv.py", description="A distributed key-value store for blobs.")
+    parser = argparse.ArgumentParser(
+        prog="mkv.py", description="A distributed key-value store for blobs."
+    )
     parser.add_argument("--version", action="version", version=f"mkv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|volume")
-    settings = [spec.name for spec in fields(Config) if spec.repr]  # secrets on a command line are public
+    settings = [
+        spec.name for spec in fields(Config) if spec.repr
+    ]  # secrets on a command line are public
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
-    volume = commands.add_parser("volume", help="run one volume server, for machines without nginx")
+    volume = commands.add_parser(
+        "volume", help="run one volume server, for machines without nginx"
+    )
     volume.add_argument("folder", metavar="DIR", help="where its files are")
     add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
-    flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    flags = {
+        name: value
+        for name, value in vars(parser.parse_args(arguments)).items()
+        if value is not None
+    }
     command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -5976,8 +6653,15 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(file, flags if command == "serve" else VOLUME_DEFAULTS | flags)
         set_up_logging(config)
         if command == "volume":
-            if not (config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)):
-                raise ConfigError([f"host: {config.host} is reachable from outside; set volume_secret or say insecure"])
+            if not (
+                config.volume_secret or flags.get("insecure") or LOOPBACK.fullmatch(config.host)
+            ):
+                raise ConfigError(
+                    [
+                        f"host: {config.host} is reachable from outside; set volume_secret or "
+                        "say insecure"
+                    ]
+                )
             run(serve_one_volume(config, folder))
         listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
         announce_others(config.db)

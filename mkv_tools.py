@@ -1,12 +1,13 @@
 """The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, forget, token.
 
-What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py; here is only what it
-takes to walk, compare, copy and report. Theory of operation:
+What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
+here is only what it takes to walk, compare, copy and report. Theory of operation:
 
-1.  Walking. A folder /aa/bb/ holds all versions of all keys whose hash begins with aabb, on every volume. The tools
-    walk the 65,536 folders in order, on all volumes in step, a few at a time: memory does not grow with the number of
-    keys. Listings (nginx's autoindex JSON) are read strictly: a folder that is not there is empty, anything else that
-    is not a whole listing is a failure. A timeout is never read as absence (I8).
+1.  Walking. A folder /aa/bb/ holds all versions of all keys whose hash begins with aabb, on every
+    volume. The tools walk the 65,536 folders in order, on all volumes in step, a few at a time:
+    memory does not grow with the number of keys. Listings (nginx's autoindex JSON) are read
+    strictly: a folder that is not there is empty, anything else that is not a whole listing is a
+    failure. A timeout is never read as absence (I8).
 2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined
     (VolumeClient.get). Each has a bound, whatever a volume sends: LISTING_BYTES for the folders
     that are read at once, MAX_SIDECAR_BYTES, SMALL_BLOB. Large blobs are streamed.
@@ -31,14 +32,14 @@ takes to walk, compare, copy and report. Theory of operation:
     Commit, one transaction: if nothing came between, the record gets its new volumes, the claims
     end and dropped replicas become garbage; else the copies do, and the key is left to the client.
 7.  A bad replica is made anew in its place. Its record stands there all the time, so a repair that
-    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, this place, or one
-    that is being copied to, is garbage in doubt: that nothing is there does not settle it, since it
-    may yet be written here. The doubt ends when the tool says that it has written.
+    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, this place, or
+    one that is being copied to, is garbage in doubt: that nothing is there does not settle it,
+    since it may yet be written here. The doubt ends when the tool says that it has written.
 8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
     find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
     moves at a time: INDEX.tools), and makes garbage of what it has no use for, but not of what was
-    being made anew, where the record stands. Nothing is ever copied where garbage is due, since the
-    server may be deleting just there, nor where a DELETE was not answered and may come late:
+    being made anew, where the record stands. Nothing is ever copied where garbage is due, since
+    the server may be deleting just there, nor where a DELETE was not answered and may come late:
     rebalance waits a while for that, then leaves the key to a later run.
 9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
     right, and that one or its copies stay. No place that a record names becomes garbage.
@@ -57,8 +58,8 @@ After restoring a backup of the index, run rebuild, not verify --repair: to veri
 the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
 configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
 
-Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool, command line.
-"""
+Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool,
+command line."""
 
 from __future__ import annotations
 
@@ -85,7 +86,15 @@ import secrets
 import sqlite3
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -124,7 +133,7 @@ On = Mapping[str, Sequence[str]]  # volume -> folders that it has
 More = Callable[[Sequence[str]], Awaitable[Iterable[str]]]  # folders /aa/ -> folders below
 Work = Callable[[list[str], On], Awaitable[None]]  # on a run of folders
 
-# == Plans ============================================================================================================
+# == Plans ========================================================================================
 # What is to be done, from what is known. Pure: no clock, no I/O.
 
 BATCH_KEYS, BATCH_BYTES = 48, 4 * 1024 * 1024  # small blobs that are moved together
@@ -156,7 +165,9 @@ class Version:
     def places(self) -> list[Place]:
         """Every blob of it, and every sidecar without a blob, as its garbage entries name it."""
         volumes = sorted(self.sidecars.keys() | self.blobs.keys())
-        return [(volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])]
+        return [
+            (volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])
+        ]
 
     def path_of(self, record: Record) -> str:
         """Return the path of a record of this version without hashing its key once more."""
@@ -189,7 +200,8 @@ ENTRIES = json.JSONDecoder(object_hook=make_pair)
 
 
 def parse_listing(body: bytes) -> Files:
-    """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything else."""
+    """Read a folder in nginx's autoindex JSON; raises ValueError if it is cut short or anything
+    else."""
     text = body.decode("utf-8", "surrogateescape")  # nginx passes any name of a file on as it is
     try:
         pairs = ENTRIES.decode(text)
@@ -207,10 +219,20 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
         for path, file in files.items():
             parsed = parse_path(path) if file[0] >= 0 else None
             if parsed is None:
-                left = re.fullmatch(r"(.*)\.\d{10}", path)  # of a move between file systems that was cut off
-                foreign.append(Case("nginx leftover" if left and parse_path(left[1]) else "foreign file", volume, path))
+                left = re.fullmatch(
+                    r"(.*)\.\d{10}", path
+                )  # of a move between file systems that was cut off
+                foreign.append(
+                    Case(
+                        "nginx leftover" if left and parse_path(left[1]) else "foreign file",
+                        volume,
+                        path,
+                    )
+                )
                 continue
-            version = versions.get(path[:STEM]) or versions.setdefault(path[:STEM], Version(path[:STEM]))
+            version = versions.get(path[:STEM]) or versions.setdefault(
+                path[:STEM], Version(path[:STEM])
+            )
             if parsed[2] == "key":
                 version.sidecars[volume] = file
             elif parsed[2] == "del":
@@ -343,20 +365,27 @@ class Move:
 def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]) -> Move | None:
     """Bring a record to the volumes that the ring names; None if it is there.
 
-    Only volumes that are up are written to, only those that are not down are read. If there is nothing to copy, one
-    of the replicas that stay must be read and found good before others are dropped.
+    Only volumes that are up are written to, only those that are not down are read. If there is
+    nothing to copy, one of the replicas that stay must be read and found good before others are
+    dropped.
     """
     copy = tuple(v for v in target if v not in record.volumes)
     keep = tuple(v for v in record.volumes if v in target)
     drop = tuple(v for v in record.volumes if v not in target)
     if not copy and not drop:
         return None
-    readable = [v for v in (record.volumes if copy else keep) if states.get(v, State.DOWN) is not State.DOWN]
+    readable = [
+        v
+        for v in (record.volumes if copy else keep)
+        if states.get(v, State.DOWN) is not State.DOWN
+    ]
     if unfit := [f"{v} is {states[v].value}" for v in copy if states[v] is not State.UP]:
         return Move(record=record, left=", ".join(unfit))
     if not readable:
         return Move(record=record, left=f"none of {', '.join(record.volumes)} can be read")
-    turn = int(record.version[-4:], 16) % len(readable)  # spreads the reading, the same way each time
+    turn = int(record.version[-4:], 16) % len(
+        readable
+    )  # spreads the reading, the same way each time
     sources = (*readable[turn:], *readable[:turn])
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
@@ -403,18 +432,32 @@ def judge_replica(record: Record, version: Version, volume: str) -> str:
     size = version.size(volume, record.path)
     if size is None:
         return "missing"
-    return "wrong size" if size != record.size else "" if volume in version.sidecars else "missing sidecar"
+    return (
+        "wrong size"
+        if size != record.size
+        else ""
+        if volume in version.sidecars
+        else "missing sidecar"
+    )
 
 
 def find_strays(
-    versions: Iterable[Version], records: Mapping[str, Record], garbage: Collection[Place], before_s: float
+    versions: Iterable[Version],
+    records: Mapping[str, Record],
+    garbage: Collection[Place],
+    before_s: float,
 ) -> tuple[list[Place], int]:
-    """Return what neither a record (by stem) nor the garbage (volume, stem) names; how many are too young to tell."""
+    """Return what neither a record (by stem) nor the garbage (volume, stem) names; how many are
+    too young to tell."""
     strays, young = list[Place](), 0
     for version in versions:
         record = records.get(version.stem)
         for volume, path in version.places:
-            ours = record and volume in record.volumes and (path == record.path or path == version.stem)
+            ours = (
+                record
+                and volume in record.volumes
+                and (path == record.path or path == version.stem)
+            )
             if not ours and (volume, version.stem) not in garbage:
                 files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
                 times = [modified_s(file) for file in files if file]
@@ -428,10 +471,20 @@ def find_strays(
     return strays, young
 
 
-def find_stray_marks(versions: Iterable[Version], known: Collection[Place], before_s: float) -> list[Place]:
+def find_stray_marks(
+    versions: Iterable[Version], known: Collection[Place], before_s: float
+) -> list[Place]:
     """Return the marks that the index does not know and that are not young, say of a crash."""
-    found = [(v, f"{version.stem}.del", file) for version in versions for v, file in version.marks.items()]
-    return [(v, path) for v, path, file in found if (v, path) not in known and modified_s(file) <= before_s]
+    found = [
+        (v, f"{version.stem}.del", file)
+        for version in versions
+        for v, file in version.marks.items()
+    ]
+    return [
+        (v, path)
+        for v, path, file in found
+        if (v, path) not in known and modified_s(file) <= before_s
+    ]
 
 
 def modified_s(file: File) -> float:
@@ -450,7 +503,7 @@ def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
     return "stale version" if path[:STEM][-20:] < record.version else "orphan"
 
 
-# == Reading volumes ==================================================================================================
+# == Reading volumes ==============================================================================
 # Many small GETs, pipelined, from all volumes at once.
 
 STRIDE = 8  # folders /aa/ that are looked into together
@@ -475,7 +528,9 @@ async def list_folders(client: VolumeClient, folders: Sequence[str]) -> Files:
                 raise ValueError(f"more than {LISTING_BYTES} bytes, at once with those before it")
             files |= read_listing(answer, folder)
         except ValueError as error:
-            raise VolumeUnexpected(client.volume.name, f"no listing of {folder}: {error}") from None
+            raise VolumeUnexpected(
+                client.volume.name, f"no listing of {folder}: {error}"
+            ) from None
     return files
 
 
@@ -585,9 +640,12 @@ def cut_out_each(on: On, run: Sequence[str]) -> On:
 
 
 class Walk:
-    """The folders of all volumes, in order and in step. `failed` hears of each listing that is not to be had."""
+    """The folders of all volumes, in order and in step. `failed` hears of each listing that is not
+    to be had."""
 
-    def __init__(self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]) -> None:
+    def __init__(
+        self, clients: Clients, report: Report, failed: Callable[[VolumeError], None]
+    ) -> None:
         self._clients, self._report, self._failed = clients, report, failed
         self._at_once = 1  # folders in a run; what they hold decides on the next
         self.done = 0.0  # the share of the folders that are behind
@@ -621,8 +679,9 @@ class Walk:
         self.top = self._descend(await self._list({volume: ["/"] for volume in self._clients}))
 
     async def run(self, work: Work, more: More | None = None) -> None:
-        """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the names, and which of them
-        each volume has. `more` names further ones below some folders /aa/."""
+        """Do `work` on all folders /aa/bb/, in runs short enough for memory: it is given the
+        names, and which of them each volume has. `more` names further ones below some folders
+        /aa/."""
 
         async def jobs() -> AsyncIterator[Awaitable[None]]:
             for number in range(0, 256, STRIDE):
@@ -645,7 +704,7 @@ class Walk:
         return found
 
 
-# == Moving replicas ==================================================================================================
+# == Moving replicas ==============================================================================
 # Claim, copy, commit: points 6 to 9 of the theory of operation.
 
 INTERRUPTED = "interrupted"
@@ -658,7 +717,10 @@ def claim(tx: Transaction, move: Move) -> str:
     if tx.get(record.key) != record:
         return "changed"
     rows = [row for row in tx.pending_below(record.path).values() if row.volume in move.copy]
-    if any(row.state is PendingState.DELETING or (row.due_s is not None and row.due_s <= tx.now_s) for row in rows):
+    if any(
+        row.state is PendingState.DELETING or (row.due_s is not None and row.due_s <= tx.now_s)
+        for row in rows
+    ):
         return "waiting"  # the server may be deleting there just now, or a DELETE may still come
     remade = set(record.volumes).intersection(move.copy)
     tx.claim(record.path, remade, TOOL, PendingState.REMAKING)
@@ -666,7 +728,9 @@ def claim(tx: Transaction, move: Move) -> str:
     return ""
 
 
-def commit(tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mapping[str, int] | None = None) -> str:
+def commit(
+    tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mapping[str, int] | None = None
+) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage;
     return why, if so. In no case does a place that the record names become garbage. `sent`: how
     many times the sidecar was sent to a volume; once, if nothing is said."""
@@ -701,20 +765,27 @@ def commit(tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mappi
 
 
 async def in_step(acts: Iterable[Awaitable[None]]) -> None:
-    """Await all to their end, then raise what the first that failed did: none goes on by itself."""
+    """Await all to their end, then raise what the first that failed did: none goes on by
+    itself."""
     for error in await asyncio.gather(*acts, return_exceptions=True):
         if error:
             raise error
 
 
 class Mover:
-    """Reads, checks and copies replicas through a Store's clients, at most `rate` bytes a second (0: no limit).
+    """Reads, checks and copies replicas through a Store's clients, at most `rate` bytes a second
+    (0: no limit).
 
     Every replica that turns out not to be good goes into the report.
     """
 
     def __init__(self, store: Store, rate: float, report: Report) -> None:
-        self._store, self._rate, self._report, self.clients = store, rate, report, store.view.clients
+        self._store, self._rate, self._report, self.clients = (
+            store,
+            rate,
+            report,
+            store.view.clients,
+        )
         self.bytes, self._free_at = 0, 0.0
         self._sent = defaultdict[str, dict[str, int]](dict)  # key -> volume -> how many times
 
@@ -729,15 +800,22 @@ class Mover:
         """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
         places = [(volume, record.path) for volume, record in wanted]
         answers = await get_each(self.clients, places, SMALL_BLOB)
-        return [judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)]
+        return [
+            judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)
+        ]
 
     async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
-        """Read a replica of any size from `source`, checking it, into `targets`; return what is wrong with it.
+        """Read a replica of any size from `source`, checking it, into `targets`; return what is
+        wrong with it.
 
-        The last piece is held back until the digest is known to be right, so that no target ever has a wrong blob.
-        Raises VolumeError if a target fails.
+        The last piece is held back until the digest is known to be right, so that no target ever
+        has a wrong blob. Raises VolumeError if a target fails.
         """
-        uploads, hasher, held = list[Upload](), Hasher({"sha256": bytes.fromhex(record.digest)}), b""
+        uploads, hasher, held = (
+            list[Upload](),
+            Hasher({"sha256": bytes.fromhex(record.digest)}),
+            b"",
+        )
 
         try:
             for target in targets:
@@ -768,18 +846,23 @@ class Mover:
                 upload.abort()
 
     async def check(self, wanted: Sequence[tuple[str, Record]]) -> list[str]:
-        """Read replicas, (volume, record), in full: each "" if it is good, else what is wrong with it."""
+        """Read replicas, (volume, record), in full: each "" if it is good, else what is wrong with
+        it."""
         results: list[str] = []
         for batch in plan_batches(wanted, lambda one: one[1].size):
             if batch[0][1].size > SMALL_BLOB:
                 results.append(await self.stream(batch[0][1], batch[0][0]))
             else:
                 await self._pace(sum(record.size for _, record in batch))
-                results += ["" if isinstance(blob, bytes) else blob for blob in await self.read_blobs(batch)]
+                results += [
+                    "" if isinstance(blob, bytes) else blob
+                    for blob in await self.read_blobs(batch)
+                ]
         return results
 
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
-        """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or ""."""
+        """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or
+        ""."""
         index, delay_s = self._store.index, self._store.view.config.garbage_delay
         keys = [move.record.key for move in moves]
         claims = await index.write(lambda tx: [claim(tx, move) for move in moves], keys)
@@ -788,12 +871,16 @@ class Mover:
         failed = {move.record.key: INTERRUPTED for move in begun}
         try:
             if begun:
-                failed |= await (self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small)(begun)
+                failed |= await (
+                    self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small
+                )(begun)
         finally:
             ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
 
-    def _commit(self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction) -> list[str]:
+    def _commit(
+        self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction
+    ) -> list[str]:
         results = []
         for move in moves:
             key = move.record.key
@@ -801,7 +888,8 @@ class Mover:
         return results
 
     async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
-        """Return key -> why its copies were not made, or "". Sources are tried in turn, for all keys at once."""
+        """Return key -> why its copies were not made, or "". Sources are tried in turn, for all
+        keys at once."""
         blobs: dict[str, bytes] = {}
         for turn in range(max(len(move.sources) for move in moves)):
             left = [m for m in moves if m.record.key not in blobs and turn < len(m.sources)]
@@ -811,21 +899,32 @@ class Mover:
                     blobs[move.record.key] = blob
                 else:
                     self._note_bad(move, move.sources[turn], blob)
-        failed = {m.record.key: "" if m.record.key in blobs else "no good replica could be read" for m in moves}
+        failed = {
+            m.record.key: "" if m.record.key in blobs else "no good replica could be read"
+            for m in moves
+        }
         writes: dict[str, list[Record]] = defaultdict(list)
         for move in moves:
             for volume in move.copy if move.record.key in blobs else ():
                 writes[volume].append(move.record)
         await self._pace(sum(record.size for records in writes.values() for record in records))
-        for errors in await asyncio.gather(*(self._put(volume, writes[volume], blobs) for volume in writes)):
+        for errors in await asyncio.gather(
+            *(self._put(volume, writes[volume], blobs) for volume in writes)
+        ):
             failed |= errors
         return failed
 
-    async def _put(self, volume: str, records: Sequence[Record], blobs: Mapping[str, bytes]) -> dict[str, str]:
-        """Write blobs and sidecars to one volume, together if it takes them, else one by one; return key -> error."""
+    async def _put(
+        self, volume: str, records: Sequence[Record], blobs: Mapping[str, bytes]
+    ) -> dict[str, str]:
+        """Write blobs and sidecars to one volume, together if it takes them, else one by one;
+        return key -> error."""
         files: dict[str, bytes] = {}
         for record in records:
-            files |= {record.path: blobs[record.key], sidecar_path(record.path): encode_sidecar(record)}
+            files |= {
+                record.path: blobs[record.key],
+                sidecar_path(record.path): encode_sidecar(record),
+            }
         try:
             self._note_sent(volume, records, await self.clients[volume].put(files))
         except VolumeError as error:
@@ -864,7 +963,9 @@ class Mover:
 
     async def set_aside(self, volume: str, path: str) -> None:
         """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
-        upload = await self.clients[volume].start_upload(f"/corrupt/{path.rpartition('/')[2]}", None)
+        upload = await self.clients[volume].start_upload(
+            f"/corrupt/{path.rpartition('/')[2]}", None
+        )
         try:
             async with contextlib.aclosing(self.clients[volume].stream(path)) as chunks:
                 async for chunk in chunks:
@@ -876,20 +977,30 @@ class Mover:
             upload.abort()
 
 
-# == Running ==========================================================================================================
+# == Running ======================================================================================
 # What the tools have in common: report, progress, volumes, store.
 
 
 class Report:
-    """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines for people."""
+    """What a tool found and did: cases by kind, the first of each or all; facts for --json; lines
+    for people."""
 
     FIRST = 10
     IN_FULL = ("unusable version", "lost key")  # each is the operator's to see to
     FULL = 100_000
 
     def __init__(self, keep_all: bool) -> None:
-        self._keep_all, self._cases, self.counts = keep_all, defaultdict[str, list[Case]](list), Counter[str]()
-        self._began, self.facts, self.lines, self.code = time.monotonic(), dict[str, Any](), list[str](), 0
+        self._keep_all, self._cases, self.counts = (
+            keep_all,
+            defaultdict[str, list[Case]](list),
+            Counter[str](),
+        )
+        self._began, self.facts, self.lines, self.code = (
+            time.monotonic(),
+            dict[str, Any](),
+            list[str](),
+            0,
+        )
         self.interrupted = "the store is consistent, and the same command goes on"  # after Ctrl-C
 
     @property
@@ -939,8 +1050,11 @@ def show_bytes(size: float) -> str:
 
 
 @contextlib.asynccontextmanager
-async def show_progress(report: Report, text: Callable[[], str], done: Callable[[], float]) -> AsyncIterator[None]:
-    """Meanwhile show `text` and the time left, from the share `done`, on stderr: live on a terminal, else in lines."""
+async def show_progress(
+    report: Report, text: Callable[[], str], done: Callable[[], float]
+) -> AsyncIterator[None]:
+    """Meanwhile show `text` and the time left, from the share `done`, on stderr: live on a
+    terminal, else in lines."""
     live = sys.stderr.isatty()
 
     async def show() -> None:
@@ -966,7 +1080,8 @@ class ToolError(Exception):
 
 @contextlib.asynccontextmanager
 async def open_volumes(config: Config) -> AsyncIterator[Config]:
-    """Run the embedded volumes if none are configured (a server may do so too: they are only folders)."""
+    """Run the embedded volumes if none are configured (a server may do so too: they are only
+    folders)."""
     if config.volumes:
         yield config
     elif Path(config.data, "volume1").is_dir():
@@ -985,7 +1100,8 @@ def check_index(path: str) -> None:
 
 @contextlib.asynccontextmanager
 async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
-    """Open volumes and index beside a server that may be running; `moving` replicas is for one tool at a time."""
+    """Open volumes and index beside a server that may be running; `moving` replicas is for one
+    tool at a time."""
     check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
@@ -996,10 +1112,12 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
         await store.start()
         yield store
         if moving:
-            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))  # what nobody took over
+            await store.index.write(
+                lambda tx: tx.release_claims(TOOL, sys.maxsize)
+            )  # what nobody took over
 
 
-# == rebuild ==========================================================================================================
+# == rebuild ======================================================================================
 
 
 ALIVE = (PendingState.KEPT, PendingState.REMAKING, PendingState.MARK)  # no garbage, nor will be
@@ -1074,12 +1192,21 @@ class Rebuild:
             paths = [row.path for row in pending]
             await self._new.write(partial(carry_over, pending, age_s), paths=paths)
 
-    def _check_volumes(self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]) -> None:
+    def _check_volumes(
+        self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]
+    ) -> None:
         """Raise ToolError for an empty or unknown volume that the old index has blobs on."""
         for name, (blobs, _) in totals.items():
-            if blobs > 0 and name not in (ALL_KEYS, GARBAGE, *allowed) and not self.walk.top.get(name):
+            if (
+                blobs > 0
+                and name not in (ALL_KEYS, GARBAGE, *allowed)
+                and not self.walk.top.get(name)
+            ):
                 state = "is empty" if name in self.walk.top else "is not configured"
-                raise ToolError(f"volume {name} {state}, but the old index has {blobs} blobs there (--allow-missing)")
+                raise ToolError(
+                    f"volume {name} {state}, but the old index has {blobs} blobs there "
+                    "(--allow-missing)"
+                )
 
     async def _find_lost(self, allowed: set[str]) -> None:
         """Report the keys of the old index that the new one lacks, or has in an older version."""
@@ -1093,7 +1220,11 @@ class Rebuild:
                 self._report.add(Case("lost key", names, record.path, record.key, detail))
 
     def _write(
-        self, records: Collection[Record], garbage: Collection[Place], alive: Iterable[Place], tx: Transaction
+        self,
+        records: Collection[Record],
+        garbage: Collection[Place],
+        alive: Iterable[Place],
+        tx: Transaction,
     ) -> None:
         for volume, path in garbage:
             tx.add_garbage(path, [volume])
@@ -1112,7 +1243,8 @@ class Rebuild:
             tx.add_marks([mark.path], mark.volumes, ())
 
     async def _merge(self, run: list[str], on: On) -> None:
-        """Decide on all keys of a run: from the highest version down, the first that is sound and not garbage."""
+        """Decide on all keys of a run: from the highest version down, the first that is sound and
+        not garbage."""
         versions, cases = group_files(await self.walk.list_run(on))
         read = await self._read(versions.values())
         garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
@@ -1120,7 +1252,11 @@ class Rebuild:
         for volume, path in places_of_garbage(pending):
             garbage[path[:STEM]].add(volume)
         marks = await self._read_marks(versions.values())
-        adopted, dead, alive = dict[str, Record](), list[Place](), list[Place]()  # by the hash of the key
+        adopted, dead, alive = (
+            dict[str, Record](),
+            list[Place](),
+            list[Place](),
+        )  # by the hash of the key
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
             for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
@@ -1152,8 +1288,9 @@ class Rebuild:
         self._report.add(*cases)
 
     async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
-        """Return stem -> mark of the versions that are dead. That it has a mark is enough; what the mark says only
-        tells where else to look. An index that names such a version is a copy from before that."""
+        """Return stem -> mark of the versions that are dead. That it has a mark is enough; what
+        the mark says only tells where else to look. An index that names such a version is a copy
+        from before that."""
         marks = dict[str, Mark]()
         for version in versions:
             if not version.marks:
@@ -1195,8 +1332,9 @@ class Rebuild:
         return digests
 
     async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
-        """Return a record that is garbage on some volumes without these. If the old index has no such record, without
-        all. If it names volumes that have it no more, it is older than the volumes: with all."""
+        """Return a record that is garbage on some volumes without these. If the old index has no
+        such record, without all. If it names volumes that have it no more, it is older than the
+        volumes: with all."""
         (old,) = await self._old.get_many([record.key]) if self._old else [None]
         if old is None or old.version != record.version:
             return replace(record, volumes=())
@@ -1220,15 +1358,24 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         if unknown:
             raise ConfigError(f"--allow-missing {name}: no such volume" for name in unknown)
         clients = Store(config).view.clients
-        clients = {name: client for name, client in clients.items() if name not in options.allow_missing}
+        clients = {
+            name: client for name, client in clients.items() if name not in options.allow_missing
+        }
         for client in clients.values():
             stack.callback(client.close)
         work = Rebuild(clients, indexes, report)
-        progress = show_progress(report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done)
+        progress = show_progress(
+            report, lambda: f"{work.keys} keys, {show_bytes(work.bytes)}", lambda: work.walk.done
+        )
         async with progress:
             await work.run(options.allow_missing)
         damage = indexes.damage
-        report.facts = {"keys": work.keys, "bytes": work.bytes, "garbage": work.garbage, "damage": damage}
+        report.facts = {
+            "keys": work.keys,
+            "bytes": work.bytes,
+            "garbage": work.garbage,
+            "damage": damage,
+        }
         report.facts["left_out"] = work.left_out
         unusable = report.counts["unusable version"]
         if unusable:
@@ -1238,9 +1385,16 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
             return
         kept = await indexes.finish(work.keys, work.bytes)
     report.facts["old_index"], rate = kept, work.keys / report.seconds
-    report.lines = [f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a second"]
+    report.lines = [
+        f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a "
+        "second"
+    ]
     report.lines += [f"the old index is {kept}"] if kept else []
-    report.lines += [f"its garbage was lost ({damage}): what was deleted of late may be back"] if damage else []
+    report.lines += (
+        [f"its garbage was lost ({damage}): what was deleted of late may be back"]
+        if damage
+        else []
+    )
     if work.left_out:
         report.lines.append(f"{work.left_out} keys are only on the volumes that were left out")
     lost = report.counts["lost key"]
@@ -1249,9 +1403,11 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         report.code = 1
 
 
-# == rebalance ========================================================================================================
+# == rebalance ====================================================================================
 
-GARBAGE_PATIENCE_S = 15.0  # beyond garbage_delay: how long the server may take to delete what is in the way
+GARBAGE_PATIENCE_S = (
+    15.0  # beyond garbage_delay: how long the server may take to delete what is in the way
+)
 
 
 class Rebalance:
@@ -1264,7 +1420,8 @@ class Rebalance:
         self.left: Counter[str] = Counter()
 
     async def run(self, patience_s: float) -> None:
-        """Go over the keys until those left cannot be moved; garbage that is in the way gets some time."""
+        """Go over the keys until those left cannot be moved; garbage that is in the way gets some
+        time."""
         since = time.monotonic()
         while True:
             before = self.moved
@@ -1316,26 +1473,46 @@ class Rebalance:
 
 
 async def rebalance(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Bring every key to the volumes that the ring names, beside a running server; or only say what that takes."""
+    """Bring every key to the volumes that the ring names, beside a running server; or only say
+    what that takes."""
     async with open_store(config, not options.dry_run) as store:
         mover = Mover(store, options.limit_rate * 1e6, report)
         work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
 
         def text() -> str:
             speed = show_bytes(mover.bytes / report.seconds)
-            return f"{work.moved} keys moved, {work.left.total()} left, {show_bytes(mover.bytes)} copied, {speed}/s"
+            copied = f"{show_bytes(mover.bytes)} copied, {speed}/s"
+            return f"{work.moved} keys moved, {work.left.total()} left, {copied}"
 
         async with show_progress(report, text, lambda: work.checked / max(1, work.keys)):
             await work.run(min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
-    pairs = [{"from": a, "to": b, "replicas": n, "bytes": size} for (a, b), (n, size) in sorted(work.pairs.items())]
+    pairs = [
+        {"from": a, "to": b, "replicas": n, "bytes": size}
+        for (a, b), (n, size) in sorted(work.pairs.items())
+    ]
     count, size = (sum(pair[i] for pair in work.pairs.values()) for i in (0, 1))
-    report.facts = {"keys": work.keys, "moved": work.moved, "replicas": count, "bytes": size, "dropped": work.dropped}
-    report.facts |= {"changed": work.changed, "left": work.left.total(), "why_left": work.left, "pairs": pairs}
+    report.facts = {
+        "keys": work.keys,
+        "moved": work.moved,
+        "replicas": count,
+        "bytes": size,
+        "dropped": work.dropped,
+    }
+    report.facts |= {
+        "changed": work.changed,
+        "left": work.left.total(),
+        "why_left": work.left,
+        "pairs": pairs,
+    }
     report.facts["dry_run"] = options.dry_run
-    report.lines = [f"{a} -> {b}: {n} replicas, {show_bytes(size)}" for (a, b), (n, size) in sorted(work.pairs.items())]
+    report.lines = [
+        f"{a} -> {b}: {n} replicas, {show_bytes(size)}"
+        for (a, b), (n, size) in sorted(work.pairs.items())
+    ]
     verb, rate = "to be moved" if options.dry_run else "moved", work.moved / report.seconds
     report.lines.append(
-        f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, {work.dropped} to drop; "
+        f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, "
+        f"{work.dropped} to drop; "
         f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
     )
     for reason, count in work.left.items():
@@ -1343,7 +1520,7 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
     report.code = 1 if work.left else 0
 
 
-# == verify ===========================================================================================================
+# == verify =======================================================================================
 
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
 
@@ -1418,8 +1595,11 @@ def is_named(record: Record | None, volume: str, path: str) -> bool:
 
 
 def remove_strays(rows: Iterable[Stray], tx: Transaction) -> int:
-    """Put each (key, volume, path) in the garbage unless the key's record names it; return how many."""
-    strays = [(volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)]
+    """Put each (key, volume, path) in the garbage unless the key's record names it; return how
+    many."""
+    strays = [
+        (volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)
+    ]
     for volume, path in strays:
         if path.endswith(".del"):
             tx.add_marks([path], [volume], ())
@@ -1431,8 +1611,16 @@ def remove_strays(rows: Iterable[Stray], tx: Transaction) -> int:
 class Verify:
     """Compares the index with the volumes, and with --repair makes them agree."""
 
-    def __init__(self, store: Store, mover: Mover, notes: Notes, report: Report, deep: bool) -> None:
-        self._store, self._mover, self._notes, self._report, self._deep = store, mover, notes, report, deep
+    def __init__(
+        self, store: Store, mover: Mover, notes: Notes, report: Report, deep: bool
+    ) -> None:
+        self._store, self._mover, self._notes, self._report, self._deep = (
+            store,
+            mover,
+            notes,
+            report,
+            deep,
+        )
         self.walk = Walk(mover.clients, report, self._fail)
         self.failed: set[str] = set()
         self.keys = self.replicas = self.young = self.repaired = 0
@@ -1462,7 +1650,8 @@ class Verify:
         return records
 
     async def _compare(self, run: list[str], on: On) -> None:
-        """Check a run of folders. The garbage is read before and after: what was deleted meanwhile is no stray."""
+        """Check a run of folders. The garbage is read before and after: what was deleted meanwhile
+        is no stray."""
         span = (run[0], run[-1])
         try:
             pending = await self._store.index.pending_between(*span)
@@ -1482,30 +1671,45 @@ class Verify:
             self._fail(error)
 
     async def _check(self, records: Collection[Record], versions: Mapping[str, Version]) -> None:
-        """Find what is wrong with the replicas of `records`; settle what still is when it has been found."""
+        """Find what is wrong with the replicas of `records`; settle what still is when it has been
+        found."""
         self.keys += len(records)
         self.replicas += sum(len(record.volumes) for record in records)
-        faults: dict[Record, dict[str, str]] = defaultdict(dict)  # record -> volume -> what is wrong
+        faults: dict[Record, dict[str, str]] = defaultdict(
+            dict
+        )  # record -> volume -> what is wrong
         doubtful: list[Replica] = []
         for record in records:
-            version, size = versions.get(record.path[:STEM]) or Version(""), len(encode_sidecar(record))
+            version, size = (
+                versions.get(record.path[:STEM]) or Version(""),
+                len(encode_sidecar(record)),
+            )
             for volume in record.volumes:
                 if volume not in self._mover.clients:
                     faults[record][volume] = "not configured"
                 elif volume not in self.failed:
                     if wrong := judge_replica(record, version, volume):
                         faults[record][volume] = wrong
-                    elif self._deep or version.sidecars[volume][0] != size:  # of another make, or cut short
+                    elif (
+                        self._deep or version.sidecars[volume][0] != size
+                    ):  # of another make, or cut short
                         doubtful.append((volume, record))
         places = [(volume, sidecar_path(record.path)) for volume, record in doubtful]
-        for (volume, record), sidecar in zip(doubtful, await read_sidecars(self._mover.clients, places), strict=True):
+        for (volume, record), sidecar in zip(
+            doubtful, await read_sidecars(self._mover.clients, places), strict=True
+        ):
             if isinstance(sidecar, str) or replace(sidecar, volumes=record.volumes) != record:
                 faults[record][volume] = "bad sidecar"
         if self._deep:
             doubtful += [
-                (v, record) for record in faults for v in faults[record] if faults[record][v] == "missing sidecar"
+                (v, record)
+                for record in faults
+                for v in faults[record]
+                if faults[record][v] == "missing sidecar"
             ]
-            for (volume, record), wrong in zip(doubtful, await self._mover.check(doubtful), strict=True):
+            for (volume, record), wrong in zip(
+                doubtful, await self._mover.check(doubtful), strict=True
+            ):
                 if wrong:
                     faults[record][volume] = wrong
         replicas = self._store.view.config.replicas
@@ -1528,7 +1732,10 @@ class Verify:
             kind, _, detail = wrong.partition(": ")
             detail = "repaired" if volume in repaired else detail
             self._report.add(Case(kind, volume, record.path, record.key, detail))
-        if all(volume in faults and not faults[volume].endswith("sidecar") for volume in record.volumes):
+        if all(
+            volume in faults and not faults[volume].endswith("sidecar")
+            for volume in record.volumes
+        ):
             self._report.add(Case("no good replica", "", record.path, record.key))
         return tuple(v for v in record.volumes if v not in faults or v in repaired)
 
@@ -1565,24 +1772,35 @@ class Verify:
         states = self._store.health.states
         unmarked = [volume for volume, wrong in faults.items() if wrong.endswith("sidecar")]
         checked = await self._mover.check([(volume, record) for volume in unmarked])
-        repaired = {v for v, wrong in zip(unmarked, checked, strict=True) if not wrong and await self._mark(record, v)}
+        repaired = {
+            v
+            for v, wrong in zip(unmarked, checked, strict=True)
+            if not wrong and await self._mark(record, v)
+        }
         sources = tuple(v for v in record.volumes if v not in faults or v in unmarked)
-        beyond = {v for v, wrong in faults.items() if wrong in ("missing", "wrong size", "corrupt")}
+        beyond = {
+            v for v, wrong in faults.items() if wrong in ("missing", "wrong size", "corrupt")
+        }
         bad = tuple(v for v in record.volumes if v in beyond and states[v] is State.UP)
         if bad and sources:
             try:
                 for volume in bad:
                     await self._mover.set_aside(volume, record.path)
             except VolumeError as error:
-                self._report.add(Case("not set aside", error.volume, record.path, record.key, str(error)))
+                self._report.add(
+                    Case("not set aside", error.volume, record.path, record.key, str(error))
+                )
                 return repaired
             keep = tuple(v for v in record.volumes if v not in bad)
-            outcome = await self._mover.move([Move(record=record, sources=sources, keep=keep, copy=bad)])
+            outcome = await self._mover.move(
+                [Move(record=record, sources=sources, keep=keep, copy=bad)]
+            )
             repaired |= set() if outcome[record.key] else set(bad)
         return repaired
 
     async def _mark(self, record: Record, volume: str) -> bool:
-        """Write the sidecar beside a blob that is good; have it deleted if the key was deleted meanwhile."""
+        """Write the sidecar beside a blob that is good; have it deleted if the key was deleted
+        meanwhile."""
         path = record.path
         try:
             await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
@@ -1593,12 +1811,18 @@ class Verify:
         )
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
-        sidecars = await read_sidecars(self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays])
+        sidecars = await read_sidecars(
+            self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays]
+        )
         keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
         current = await self._store.index.get_many(keys)
         noted = list[Stray]()
-        for (volume, path), sidecar, key, record in zip(strays, sidecars, keys, current, strict=True):
-            if not is_named(record, volume, path):  # else it was written since the records were noted
+        for (volume, path), sidecar, key, record in zip(
+            strays, sidecars, keys, current, strict=True
+        ):
+            if not is_named(
+                record, volume, path
+            ):  # else it was written since the records were noted
                 self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
                 noted.append((key, volume, path))
         await self._notes.add_strays(noted)
@@ -1608,7 +1832,8 @@ class Verify:
         await self._notes.add_strays([("", volume, path) for volume, path in marks])
 
     async def _remove_strays(self) -> None:
-        """Put the strays in the garbage: each one's record is looked up again in the transaction."""
+        """Put the strays in the garbage: each one's record is looked up again in the
+        transaction."""
         async for strays in self._notes.strays():
             keys = [key for key, _, _ in strays if key]
             paths = [path for _, _, path in strays]
@@ -1617,29 +1842,41 @@ class Verify:
 
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Check every replica of every record, and every file on every volume; with --repair, restore and clean up."""
+    """Check every replica of every record, and every file on every volume; with --repair, restore
+    and clean up."""
     async with open_store(config, options.repair) as store:
         mover = Mover(store, options.limit_rate * 1e6, report)
         notes = Notes()
         work = Verify(store, mover, notes, report, options.deep)
         text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
-        progress = show_progress(report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done)
+        progress = show_progress(
+            report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done
+        )
         try:
             async with progress:
                 await work.run(options.repair, options.grace)
         finally:
             await notes.close()
-    left = sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.repaired
-    report.facts = {"keys": work.keys, "replicas": work.replicas, "bytes_read": mover.bytes, "young": work.young}
+    left = (
+        sum(count for kind, count in report.counts.items() if kind not in HARMLESS) - work.repaired
+    )
+    report.facts = {
+        "keys": work.keys,
+        "replicas": work.replicas,
+        "bytes_read": mover.bytes,
+        "young": work.young,
+    }
     report.facts |= {"repaired": work.repaired, "left": left}
     report.lines = [f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read"]
     report.lines[0] += f": {work.repaired} faults repaired, {left} left"
     if work.young:
-        report.lines.append(f"{work.young} files that no record names are younger than --grace: left alone")
+        report.lines.append(
+            f"{work.young} files that no record names are younger than --grace: left alone"
+        )
     report.code = 1 if left else 0
 
 
-# == status, backup, forget, token ====================================================================================
+# == status, backup, forget, token ================================================================
 
 
 def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
@@ -1652,9 +1889,14 @@ def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
 async def fetch_status(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
     url = f"{url.rstrip('/')}/-/status"
     try:
-        async with ClientSession(timeout=ClientTimeout(30)) as session, session.get(url, headers=headers) as response:
+        async with (
+            ClientSession(timeout=ClientTimeout(30)) as session,
+            session.get(url, headers=headers) as response,
+        ):
             if response.status != 200:
-                raise ToolError(f"{url} was answered {response.status}: {(await response.text())[:200]}")
+                raise ToolError(
+                    f"{url} was answered {response.status}: {(await response.text())[:200]}"
+                )
             return dict(await response.json())
     except (ClientError, TimeoutError, ValueError) as error:
         raise ToolError(f"{url}: {error or type(error).__name__}") from None
@@ -1668,9 +1910,13 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
         async with open_store(config) as store:
             facts = await store.status()
     volumes = facts["volumes"]
-    known = [Volume(name=v["name"], url=v["url"], weight=v["weight"], zone=v["zone"]) for v in volumes]
+    known = [
+        Volume(name=v["name"], url=v["url"], weight=v["weight"], zone=v["zone"]) for v in volumes
+    ]
     ideal, blobs = share_ideally(known, config.replicas), max(1, sum(v["blobs"] for v in volumes))
-    report.lines = [f"{'volume':20} {'state':9} {'blobs':>10} {'bytes':>10} {'share':>7} {'ideal':>7}"]
+    report.lines = [
+        f"{'volume':20} {'state':9} {'blobs':>10} {'bytes':>10} {'share':>7} {'ideal':>7}"
+    ]
     for v in volumes:
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
         row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
@@ -1738,16 +1984,30 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
 
 
 async def token(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Make a token: print its secret, which is kept nowhere, and the table for the configuration."""
-    secret, allow = secrets.token_urlsafe(32), [one for part in options.allow for one in part.split(",") if one]
+    """Make a token: print its secret, which is kept nowhere, and the table for the
+    configuration."""
+    secret, allow = (
+        secrets.token_urlsafe(32),
+        [one for part in options.allow for one in part.split(",") if one],
+    )
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    made = asdict(Token(name=options.name, sha256=digest, allow=tuple(allow), prefix=options.prefix))
-    quoted = {name: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") for name, value in made.items()}
+    made = asdict(
+        Token(name=options.name, sha256=digest, allow=tuple(allow), prefix=options.prefix)
+    )
+    quoted = {
+        name: json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        for name, value in made.items()
+    }
     report.facts = {"secret": secret, "token": made}
-    report.lines = [secret, "", "[[token]]", *(f"{name} = {value}" for name, value in quoted.items() if made[name])]
+    report.lines = [
+        secret,
+        "",
+        "[[token]]",
+        *(f"{name} = {value}" for name, value in quoted.items() if made[name]),
+    ]
 
 
-# == bench ============================================================================================================
+# == bench ========================================================================================
 
 
 class Latencies:
@@ -1785,10 +2045,15 @@ class Bench:
 
     async def _request(self, method: str, i: int) -> str:
         """Make one request; return what is wrong with its answer, or ""."""
-        good, data = {"PUT": 201, "DELETE": 204}.get(method, 200), self._body(i) if method == "PUT" else None
+        good, data = (
+            {"PUT": 201, "DELETE": 204}.get(method, 200),
+            self._body(i) if method == "PUT" else None,
+        )
         try:
             follow = method == "GET"
-            async with self._session.request(method, f"{self._base}{i}", data=data, allow_redirects=follow) as response:
+            async with self._session.request(
+                method, f"{self._base}{i}", data=data, allow_redirects=follow
+            ) as response:
                 body = await response.read()
         except (ClientError, TimeoutError, OSError) as error:
             return type(error).__name__
@@ -1796,11 +2061,15 @@ class Bench:
         return wrong if response.status == good else f"status {response.status}"
 
     async def run(self, method: str) -> dict[str, Any]:
-        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all that
-        was written. If it is cancelled, what is under way ends first: no PUT comes after DELETE."""
+        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all
+        that was written. If it is cancelled, what is under way ends first: no PUT comes after
+        DELETE."""
         options, latencies, errors = self._options, Latencies(), Counter[str]()
         self.phase, self.done, began = method, 0, time.perf_counter()
-        timed, count = options.duration and method != "DELETE", options.count if method == "PUT" else self.written
+        timed, count = (
+            options.duration and method != "DELETE",
+            options.count if method == "PUT" else self.written,
+        )
         ended = False
 
         def goes_on() -> bool:
@@ -1812,7 +2081,9 @@ class Bench:
             while goes_on():
                 i = self.done if method == "PUT" else self.done % max(1, self.written)
                 self.done += 1
-                self.written = self.done if method == "PUT" else self.written  # also what fails may be there
+                self.written = (
+                    self.done if method == "PUT" else self.written
+                )  # also what fails may be there
                 sent = time.perf_counter()
                 if wrong := await self._request(method, i):
                     errors[wrong] += 1
@@ -1828,18 +2099,27 @@ class Bench:
         seconds = max(1e-6, time.perf_counter() - began)
         moved = self.done * options.size / 1e6 if method in ("PUT", "GET") else 0.0
         facts: dict[str, Any] = {"requests": self.done, "a_second": round(self.done / seconds, 1)}
-        facts |= {"mb_a_second": round(moved / seconds, 2), "errors": errors.total(), "why": errors}
+        facts |= {
+            "mb_a_second": round(moved / seconds, 2),
+            "errors": errors.total(),
+            "why": errors,
+        }
         return facts | {f"p{q:g}_ms": latencies.quantile_ms(q / 100) for q in (50, 90, 99, 99.9)}
 
 
 async def bench(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was written, come what may."""
+    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was
+    written, come what may."""
     results: dict[str, dict[str, Any]] = {}
     connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
-    async with ClientSession(connector=connector, timeout=timeout, headers=authorization(options)) as session:
+    async with ClientSession(
+        connector=connector, timeout=timeout, headers=authorization(options)
+    ) as session:
         work = Bench(session, options)
         report.interrupted = f"keys that begin with {work.prefix} may be left on the server"
-        async with show_progress(report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4):
+        async with show_progress(
+            report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4
+        ):
             try:
                 for method in ("PUT", "GET", "HEAD"):
                     results[method] = await work.run(method)
@@ -1849,10 +2129,25 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
                     left = results["DELETE"]["why"].keys() - {"status 404"}  # its PUT had failed
                     if not left:
                         report.interrupted = "what was written is removed"
-    names = ("requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "errors")
+    names = (
+        "requests",
+        "a_second",
+        "mb_a_second",
+        "p50_ms",
+        "p90_ms",
+        "p99_ms",
+        "p99.9_ms",
+        "errors",
+    )
     report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
-    report.lines += [f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()]
-    report.lines += [f"{method}: {count} x {why}" for method, r in results.items() for why, count in r["why"].items()]
+    report.lines += [
+        f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()
+    ]
+    report.lines += [
+        f"{method}: {count} x {why}"
+        for method, r in results.items()
+        for why, count in r["why"].items()
+    ]
     if left:
         report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
     report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
@@ -1860,20 +2155,26 @@ async def bench(config: Config, options: argparse.Namespace, report: Report) -> 
     report.code = 1 if any(r["errors"] for r in results.values()) else 0
 
 
-# == Command line =====================================================================================================
+# == Command line =================================================================================
 
 SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
-COMMANDS: Mapping[str, tuple[Callable[[Config, argparse.Namespace, Report], Awaitable[None]], str]] = {
-    "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The old one stays, as "
-                "INDEX.<date>. If it can be read, its garbage is honoured: what was deleted stays deleted; else "
-                "sidecars alone decide. If any volume cannot be read in full, nothing changes."),
-    "rebalance": (rebalance, "Bring every key to the volumes where the ring says, while the server runs."),
-    "verify": (verify, "Compare index and volumes, while the server runs. After a restored backup, rebuild first."),
-    "status": (status, "Show volumes and totals, from a running server or from index and volumes."),
+Command = Callable[[Config, argparse.Namespace, Report], Awaitable[None]]
+COMMANDS: Mapping[str, tuple[Command, str]] = {
+    "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The "
+                "old one stays, as INDEX.<date>. If it can be read, its garbage is honoured: what "
+                "was deleted stays deleted; else sidecars alone decide. If any volume cannot be "
+                "read in full, nothing changes."),
+    "rebalance": (rebalance, "Bring every key to the volumes where the ring says, while the "
+                  "server runs."),
+    "verify": (verify, "Compare index and volumes, while the server runs. After a restored "
+               "backup, rebuild first."),
+    "status": (status, "Show volumes and totals, from a running server or from index and "
+               "volumes."),
     "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
     "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. "
-               "Only for a disk that is lost or wiped: else a rebuild brings back what is dead there."),
+               "Only for a disk that is lost or wiped: else a rebuild brings back what is dead "
+               "there."),
     "token": (token, "Make a token: prints its secret, and the table for the configuration."),
 }  # fmt: skip
 
@@ -1889,7 +2190,9 @@ def at_least(kind: type[int] | type[float], low: float) -> Callable[[str], float
 
 def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
-    parser = argparse.ArgumentParser(prog="mkv_tools.py", description="The operator's tools for mkv.")
+    parser = argparse.ArgumentParser(
+        prog="mkv_tools.py", description="The operator's tools for mkv."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
@@ -1899,27 +2202,75 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print one JSON object")
         add[name] = command.add_argument
     count, seconds = at_least(int, 1), at_least(float, 0)
-    add["rebuild"]("--allow-missing", metavar="NAME", action="append", default=[], help="do without this volume")
-    add["rebalance"]("--dry-run", action="store_true", help="print what would be moved, and move nothing")
-    add["rebalance"]("--concurrency", metavar="N", type=count, default=8, help="batches under way at once [8]")
+    add["rebuild"](
+        "--allow-missing",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="do without this volume",
+    )
+    add["rebalance"](
+        "--dry-run", action="store_true", help="print what would be moved, and move nothing"
+    )
+    add["rebalance"](
+        "--concurrency", metavar="N", type=count, default=8, help="batches under way at once [8]"
+    )
     add["verify"]("--deep", action="store_true", help="read every replica and check its digest")
-    add["verify"]("--repair", action="store_true", help="restore bad replicas; remove what no record names")
-    add["verify"]("--grace", metavar="S", type=seconds, default=3600.0, help="s; younger files are left alone [3600]")
+    add["verify"](
+        "--repair", action="store_true", help="restore bad replicas; remove what no record names"
+    )
+    add["verify"](
+        "--grace",
+        metavar="S",
+        type=seconds,
+        default=3600.0,
+        help="s; younger files are left alone [3600]",
+    )
     for name in ("rebalance", "verify"):
-        add[name]("--limit-rate", metavar="MB/S", type=seconds, default=0.0, help="of reading or copying [no limit]")
-    add["status"]("url", metavar="URL", nargs="?", default="", help="of the server [look at index and volumes]")
+        add[name](
+            "--limit-rate",
+            metavar="MB/S",
+            type=seconds,
+            default=0.0,
+            help="of reading or copying [no limit]",
+        )
+    add["status"](
+        "url",
+        metavar="URL",
+        nargs="?",
+        default="",
+        help="of the server [look at index and volumes]",
+    )
     add["bench"]("url", metavar="URL", help="of the server")
-    add["bench"]("--size", metavar="BYTES", type=at_least(int, 0), default=4096, help="of each blob [4096]")
-    add["bench"]("--concurrency", metavar="N", type=count, default=16, help="requests at once [16]")
-    add["bench"]("--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]")
-    add["bench"]("--duration", metavar="S", type=seconds, default=0.0, help="s for each kind, instead of --count")
+    add["bench"](
+        "--size", metavar="BYTES", type=at_least(int, 0), default=4096, help="of each blob [4096]"
+    )
+    add["bench"](
+        "--concurrency", metavar="N", type=count, default=16, help="requests at once [16]"
+    )
+    add["bench"](
+        "--count", metavar="N", type=count, default=1000, help="requests of each kind [1000]"
+    )
+    add["bench"](
+        "--duration",
+        metavar="S",
+        type=seconds,
+        default=0.0,
+        help="s for each kind, instead of --count",
+    )
     for name in ("status", "bench"):
         about = "holds the secret of a token [take it from $MKV_TOKEN]"
         add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
     add["forget"]("name", metavar="NAME", help="of the volume, which is no longer configured")
     add["token"]("name", metavar="NAME", help="who it is for")
-    add["token"]("--allow", metavar="OPERATION", nargs="+", required=True, help=f"some of {', '.join(OPERATIONS)}")
+    add["token"](
+        "--allow",
+        metavar="OPERATION",
+        nargs="+",
+        required=True,
+        help=f"some of {', '.join(OPERATIONS)}",
+    )
     add["token"]("--prefix", default="", help="the keys it is confined to [all]")
     return parser
 
@@ -1928,9 +2279,13 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     """Run one tool; SIGTERM ends it as SIGINT does."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    flags = {n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None}
+    flags = {
+        n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None
+    }
     config = load_config(getattr(options, "config", ""), flags)
-    os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))  # for temporary tables
+    os.environ.setdefault(
+        "SQLITE_TMPDIR", str(Path(config.db).absolute().parent)
+    )  # for temporary tables
     try:
         await COMMANDS[options.command][0](config, options, report)
     except IndexDamaged as error:

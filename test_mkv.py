@@ -1,8 +1,9 @@
-"""All tests of mkv: helpers, then in the order of mkv.py, then faults, documentation, production, tools.
+"""All tests of mkv: helpers, then in the order of mkv.py, then faults, documentation, production,
+tools.
 
-Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers as processes, kills by
-pid. I1 to I10 are the invariants of mkv.py's docstring. Tests that need nginx are skipped where it is missing, but not
-in CI.
+Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers
+as processes, kills by pid. I1 to I11 are the invariants of mkv.py's docstring. Tests that need
+nginx are skipped where it is missing, but not in CI.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ import time
 import traceback
 import tracemalloc
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from email.utils import parsedate_to_datetime
@@ -69,7 +78,7 @@ SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
 settings.register_profile("mkv", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("mkv")
 
-# == Helpers and fixtures =============================================================================================
+# == Helpers and fixtures =========================================================================
 
 
 def eventually(predicate: Callable[[], object], patience_s: float = 30.0) -> None:
@@ -88,7 +97,8 @@ def require_nginx() -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody has, below those that connections get: so it is free again after a kill."""
+    """Return a port that nobody has, below those that connections get: so it is free again after a
+    kill."""
     while True:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -105,7 +115,9 @@ class Nginx:
         settings_folder = folder.with_name(folder.name + "-conf")
         settings_folder.mkdir()
         folder.mkdir(exist_ok=True)
-        text, count = re.subn(r"listen [^;]+;", f"listen 127.0.0.1:{self.port};", (HERE / "nginx.conf").read_text())
+        text, count = re.subn(
+            r"listen [^;]+;", f"listen 127.0.0.1:{self.port};", (HERE / "nginx.conf").read_text()
+        )
         assert count == 1
         self.conf = settings_folder / "nginx.conf"
         self.conf.write_text(text)
@@ -131,14 +143,18 @@ class Nginx:
 
     def files(self) -> list[str]:
         """Return what is on the volume, without nginx's own dot-files."""
-        found = (str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+        found = (
+            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
+        )
         return sorted(name for name in found if not name.startswith("."))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ProcessLookupError):  # by group: workers outlive a master that was killed alone
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # by group: workers outlive a master that was killed alone
             self.signal(signal.SIGKILL)
 
 
@@ -147,8 +163,12 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Start volumes; returns their URL, and their folder through `folders`."""
     with contextlib.ExitStack() as stack:
 
-        def begin(secrets: tuple[str, str] | None = None, folders: list[Path] | None = None) -> str:
-            one = stack.enter_context(Nginx(tmp_path / f"nginx{random.getrandbits(32):x}", secrets))
+        def begin(
+            secrets: tuple[str, str] | None = None, folders: list[Path] | None = None
+        ) -> str:
+            one = stack.enter_context(
+                Nginx(tmp_path / f"nginx{random.getrandbits(32):x}", secrets)
+            )
             if folders is not None:
                 folders.append(one.folder)
             return one.url
@@ -159,7 +179,9 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., str]]:
 class Program:
     """`python mkv.py ...` in a folder of its own, told to stop at the end, by pid."""
 
-    def __init__(self, folder: Path, *arguments: str, config: str = "", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, config: str = "", env: dict[str, str] | None = None
+    ) -> None:
         self.folder, self.config = folder, folder / "mkv.toml"
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config)
@@ -179,7 +201,9 @@ class Program:
             raise AssertionError((first, self.log()))
         self.url = first.split()[4]
         self.port = int(self.url.rpartition(":")[2])
-        self.said = self.process.stdout.readline().decode() + self.process.stdout.readline().decode()
+        self.said = (
+            self.process.stdout.readline().decode() + self.process.stdout.readline().decode()
+        )
 
     def log(self) -> str:
         return self.log_file.read_text()
@@ -209,7 +233,15 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 @contextlib.contextmanager
 def one_volume(folder: Path, *arguments: str, log: Path | None = None) -> Iterator[str]:
     """Run `python mkv.py volume`, told to stop at the end by pid; yield its URL."""
-    command = [sys.executable, str(HERE / "mkv.py"), "volume", str(folder), "--port", "0", *arguments]
+    command = [
+        sys.executable,
+        str(HERE / "mkv.py"),
+        "volume",
+        str(folder),
+        "--port",
+        "0",
+        *arguments,
+    ]
     with open(log or os.devnull, "wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
     assert process.stdout
@@ -226,7 +258,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
     programs: list[Program] = []
 
     def begin(*arguments: str, config: str = "", env: dict[str, str] | None = None) -> Program:
-        programs.append(Program(tmp_path / f"program{len(programs)}", *arguments, config=config, env=env))
+        programs.append(
+            Program(tmp_path / f"program{len(programs)}", *arguments, config=config, env=env)
+        )
         return programs[-1]
 
     yield begin
@@ -241,14 +275,17 @@ MORE_HEADERS = dict[str, str]()  # of all that `ask` sends
 def ask(
     url: str, method: str = "GET", body: Any = None, token: str = "", **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
-    """One request on a connection of its own; redirects are not followed. Header names have _ for -."""
+    """One request on a connection of its own; redirects are not followed. Header names have _ for
+    -."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
     named = MORE_HEADERS | {name.replace("_", "-"): value for name, value in headers.items()}
     if token:
         named["Authorization"] = f"Bearer {SECRETS.get(token, token)}"
     try:
-        connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, named)
+        connection.request(
+            method, parts.path + (f"?{parts.query}" if parts.query else ""), body, named
+        )
         answer = connection.getresponse()
         return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
     finally:
@@ -289,7 +326,9 @@ def read_metrics(url: str, token: str = "") -> dict[tuple[str, frozenset[tuple[s
     return found
 
 
-def metric(found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str) -> float:
+def metric(
+    found: Mapping[tuple[str, frozenset[tuple[str, str]]], float], name: str, **labels: str
+) -> float:
     return found.get((name, frozenset(labels.items())), 0.0)
 
 
@@ -322,14 +361,19 @@ def try_ask(url: str, *arguments: Any, **headers: str) -> int:
 
 
 def hammer(url: str, stop: threading.Event, failures: list[str], done: list[int]) -> None:
-    """PUT and GET on a kept connection until told to stop; what is not answered well is a failure."""
+    """PUT and GET on a kept connection until told to stop; what is not answered well is a
+    failure."""
     parts, i = urlsplit(url), 0
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
     while not stop.is_set():
         i += 1
         for method, good in (("PUT", (201, 204)), ("GET", (302,))):
             try:
-                connection.request(method, f"/h{threading.get_ident()}-{i % 50}", b"x" if method == "PUT" else None)
+                connection.request(
+                    method,
+                    f"/h{threading.get_ident()}-{i % 50}",
+                    b"x" if method == "PUT" else None,
+                )
                 answer = connection.getresponse()
                 answer.read()
                 if answer.status not in good:
@@ -361,17 +405,23 @@ def under_load(url: str) -> Iterator[tuple[list[str], list[int]]]:
 def make_compose_secrets(folder: Path) -> str:
     """Run README's own words for that; return the owner's token."""
     (script,) = re.findall(
-        r"^python3 - <<'END'\n(.*?)^END$", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL
+        r"^python3 - <<'END'\n(.*?)^END$",
+        (HERE / "README.md").read_text(),
+        re.MULTILINE | re.DOTALL,
     )
     (folder / "mkv").mkdir()
     made = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder / "mkv", check=True, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        cwd=folder / "mkv",
+        check=True,
+        capture_output=True,
+        text=True,
     )
     (token,) = re.findall(r"^export TOKEN=(\S+)$", made.stdout, re.MULTILINE)
     return token
 
 
-# == Errors and configuration =========================================================================================
+# == Errors and configuration =====================================================================
 
 
 def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
@@ -407,8 +457,14 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
     [
         ("replicas = 4", "replicas: 4 needed"),
         ("min_replicas = 3", "min_replicas: 3 is more than replicas (2)"),
-        ("[[volume]]\nname='a'\nurl='http://h:1'", "replicas: 2 needed for a PUT, but only 1 volume"),
-        ("replicas = 1\n" + "[[volume]]\nname='a'\nurl='http://h:1'\n" * 2, "volume: name a is given twice"),
+        (
+            "[[volume]]\nname='a'\nurl='http://h:1'",
+            "replicas: 2 needed for a PUT, but only 1 volume",
+        ),
+        (
+            "replicas = 1\n" + "[[volume]]\nname='a'\nurl='http://h:1'\n" * 2,
+            "volume: name a is given twice",
+        ),
         ("volume = 3", "volume: must be [[volume]]"),
         ("port = 1\nport = 2", "mkv.toml:"),
         ("port = 70000", "port: must be 0 to 65535"),
@@ -449,8 +505,14 @@ def test_configuration_faults_show_no_secret(text: str) -> None:
 
 
 def test_flags_beat_the_file_and_a_volume_is_named_by_its_address() -> None:
-    flags = {"port": "8", "volume": ["http://127.0.0.1:3001", "b=http://[::1]:3002/disk"], "access_log": False}
-    config = mkv.parse_config("port = 7\nreplicas = 1\n[[volume]]\nname='old'\nurl='http://h:1'", "f", flags)
+    flags = {
+        "port": "8",
+        "volume": ["http://127.0.0.1:3001", "b=http://[::1]:3002/disk"],
+        "access_log": False,
+    }
+    config = mkv.parse_config(
+        "port = 7\nreplicas = 1\n[[volume]]\nname='old'\nurl='http://h:1'", "f", flags
+    )
     assert config.port == 8 and config.access_log is False and config.replicas == 1
     assert [(v.name, v.url) for v in config.volumes] == [
         ("127.0.0.1:3001", "http://127.0.0.1:3001"),
@@ -463,25 +525,32 @@ def test_bad_start_is_one_line_a_fault_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database")
     busy = socket.create_server(("127.0.0.1", 0))
     for flags, words in (
-        (["--config", "bad.toml", "--port", "x"], ["bad.toml: replicas", "bad.toml: speed", "--port"]),
+        (
+            ["--config", "bad.toml", "--port", "x"],
+            ["bad.toml: replicas", "bad.toml: speed", "--port"],
+        ),
         (["--config", "missing.toml"], ["--config"]),
         (["--db", "file", "--port", "0"], ["db: file"]),
         (["--port", str(busy.getsockname()[1])], ["cannot listen"]),
     ):
-        ended = subprocess.run([*SERVE, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+        ended = subprocess.run(
+            [*SERVE, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=20
+        )
         assert ended.returncode == 2 and "Traceback" not in ended.stderr
         assert all(word in ended.stderr for word in words), ended.stderr
     busy.close()
     assert (tmp_path / "file").read_text() == "no database"
 
 
-# == Keys and paths ===================================================================================================
+# == Keys and paths ===============================================================================
 
 VERSIONS = st.from_regex(r"[0-9a-f]{20}", fullmatch=True)
-KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=256).filter(
-    lambda key: not key.startswith("-/") and len(key.encode()) <= 1024
+KEYS = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=256
+).filter(lambda key: not key.startswith("-/") and len(key.encode()) <= 1024)
+GOLDEN_PATH = (
+    "/2c/f2/2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824-18ea7d4fc4402057c51f"
 )
-GOLDEN_PATH = "/2c/f2/2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824-18ea7d4fc4402057c51f"
 
 
 @given(KEYS, VERSIONS, st.sampled_from(["", *mkv.EXTENSIONS.values()]))
@@ -499,16 +568,22 @@ def test_layout_is_pinned() -> None:
         key="hello", version="18ea7d4fc4402057c51f", volumes=("a", "b"), size=3, digest="ab" * 32,
         content_type="image/png", ext="png",
     )  # fmt: skip
-    assert record.path == GOLDEN_PATH + ".png" and mkv.sidecar_path(record.path) == GOLDEN_PATH + ".key"
+    assert (
+        record.path == GOLDEN_PATH + ".png"
+        and mkv.sidecar_path(record.path) == GOLDEN_PATH + ".key"
+    )
     assert json.loads(mkv.encode_sidecar(record)) == {
         "key": "hello", "version": "18ea7d4fc4402057c51f", "size": 3, "digest": "ab" * 32,
         "content_type": "image/png", "ext": "png",
     }  # fmt: skip
-    assert mkv.decode_sidecar(mkv.encode_sidecar(record), GOLDEN_PATH + ".key") == replace(record, volumes=())
+    assert mkv.decode_sidecar(mkv.encode_sidecar(record), GOLDEN_PATH + ".key") == replace(
+        record, volumes=()
+    )
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/aa/bb/x", GOLDEN_PATH[1:], GOLDEN_PATH + "/", GOLDEN_PATH.replace("2c", "2d", 1)]
+    "path",
+    ["/", "/aa/bb/x", GOLDEN_PATH[1:], GOLDEN_PATH + "/", GOLDEN_PATH.replace("2c", "2d", 1)],
 )
 def test_foreign_path_is_not_ours(path: str) -> None:
     assert mkv.parse_path(path) is None
@@ -523,20 +598,33 @@ def test_key_comes_back_from_its_target(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/", "/%", "/%4", "/%zz", "/%FF", "/%C3", "/a%00b", "/-/x", "/%2D/x", "/" + "a" * 1025]
+    "target",
+    ["/", "/%", "/%4", "/%zz", "/%FF", "/%C3", "/a%00b", "/-/x", "/%2D/x", "/" + "a" * 1025],
 )
 def test_bad_key_is_refused(target: str) -> None:
     with pytest.raises(mkv.BadRequest):
         mkv.key_of_path(target)
 
 
-@given(st.integers(0, 2**62 - 1), st.none() | VERSIONS.filter(lambda v: v < "3"), st.integers(0, 65535))
-def test_next_version_is_higher_whatever_the_clock_says(now_ns: int, newest: str | None, salt: int) -> None:
+@given(
+    st.integers(0, 2**62 - 1),
+    st.none() | VERSIONS.filter(lambda v: v < "3"),
+    st.integers(0, 65535),
+)
+def test_next_version_is_higher_whatever_the_clock_says(
+    now_ns: int, newest: str | None, salt: int
+) -> None:
     version = mkv.next_version(now_ns, newest, salt)
-    assert len(version) == 20 and (newest is None or version > newest) and int(version[:16], 16) >= now_ns
+    assert (
+        len(version) == 20
+        and (newest is None or version > newest)
+        and int(version[:16], 16) >= now_ns
+    )
 
 
-@pytest.mark.parametrize(("now_ns", "newest"), [(2**62, None), (0, "3fffffffffffffff0000"), (0, "f" * 20)])
+@pytest.mark.parametrize(
+    ("now_ns", "newest"), [(2**62, None), (0, "3fffffffffffffff0000"), (0, "f" * 20)]
+)
 def test_there_is_no_version_beyond_2116(now_ns: int, newest: str | None) -> None:
     with pytest.raises(mkv.Unavailable, match="2116"):
         mkv.next_version(now_ns, newest, 0)
@@ -552,12 +640,14 @@ def test_after_prefix_is_the_first_string_behind(prefix: str, more: str) -> None
 def test_extensions_are_those_of_nginx() -> None:
     """Needs Debian's nginx: a volume must answer with the type that the client gave."""
     require_nginx()
-    types = dict(re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE))
+    types = dict(
+        re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
+    )
     for media_type, ext in mkv.EXTENSIONS.items():
         assert ext in types[media_type].split() and ext != "key"
 
 
-# == Ring =============================================================================================================
+# == Ring =========================================================================================
 
 NAMES = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=8, unique=True)
 
@@ -565,14 +655,19 @@ NAMES = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_s
 def volumes(
     names: Iterable[str], zones: Mapping[str, str] = MappingProxyType({}), **weights: float
 ) -> list[mkv.Volume]:
-    return [mkv.Volume(name=n, url="http://h", zone=zones.get(n, ""), weight=weights.get(n, 1.0)) for n in names]
+    return [
+        mkv.Volume(name=n, url="http://h", zone=zones.get(n, ""), weight=weights.get(n, 1.0))
+        for n in names
+    ]
 
 
 @given(NAMES, KEYS, st.randoms())
 def test_ring_ignores_the_order_of_its_list(names: list[str], key: str, rng: Any) -> None:
     shuffled = names[:]
     rng.shuffle(shuffled)
-    assert list(mkv.Ring(volumes(names)).order(key)) == list(mkv.Ring(volumes(shuffled)).order(key))
+    assert list(mkv.Ring(volumes(names)).order(key)) == list(
+        mkv.Ring(volumes(shuffled)).order(key)
+    )
     assert sorted(mkv.Ring(volumes(names)).order(key)) == sorted(names)
 
 
@@ -619,7 +714,7 @@ def test_ring_is_pinned() -> None:
 
 RING_VECTORS = ["abc", "bca", "cab", "cba", "cba", "acb", "bca", "acb"]
 
-# == Records ==========================================================================================================
+# == Records ======================================================================================
 
 
 @pytest.mark.parametrize(
@@ -656,7 +751,11 @@ def test_damaged_sidecar_is_refused(change: dict[str, Any], why: str) -> None:
 def test_sidecar_far_in_the_future_is_refused() -> None:
     for version, good in (("3" + "f" * 19, True), ("4" + "0" * 19, False), ("f" * 20, False)):
         record = replace(R, version=version)
-        with contextlib.nullcontext() if good else pytest.raises(ValueError, match="far in the future"):
+        with (
+            contextlib.nullcontext()
+            if good
+            else pytest.raises(ValueError, match="far in the future")
+        ):
             mkv.decode_sidecar(mkv.encode_sidecar(record), mkv.sidecar_path(record.path))
 
 
@@ -673,19 +772,33 @@ def test_no_bytes_break_the_sidecar_reader(data: bytes) -> None:
         mkv.decode_sidecar(data, GOLDEN_PATH + ".key")
 
 
-# == Decisions ========================================================================================================
+# == Decisions ====================================================================================
 
 PURE_SECTIONS = (
-    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions", "Wire format",
+    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions",
+    "Wire format",
 )  # fmt: skip
-IMPURE = {"asyncio", "sqlite3", "time", "random", "os", "socket", "web", "ClientSession", "open", "print"}
+IMPURE = {
+    "asyncio",
+    "sqlite3",
+    "time",
+    "random",
+    "os",
+    "socket",
+    "web",
+    "ClientSession",
+    "open",
+    "print",
+}
 
 
 def test_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
     banners = re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)
     assert tuple(banners[: len(PURE_SECTIONS)]) == PURE_SECTIONS
-    start, end = (source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index"))
+    start, end = (
+        source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index")
+    )
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and start < node.lineno < end:
             assert node.id not in IMPURE, f"line {node.lineno}: {node.id}"
@@ -733,7 +846,11 @@ def test_conditions(conditions: dict[str, Any], exists: bool, writing: str, read
 
 
 def test_etags_are_parsed_strictly() -> None:
-    assert mkv.parse_etags(" * ") == ("*",) and mkv.parse_etags(f'{E1}, W/{E2} ,"a,b"') == (E1, "W/" + E2, '"a,b"')
+    assert mkv.parse_etags(" * ") == ("*",) and mkv.parse_etags(f'{E1}, W/{E2} ,"a,b"') == (
+        E1,
+        "W/" + E2,
+        '"a,b"',
+    )
     for bad in ("", "abc", '"a', 'a"', '"a" "b"', "*, *"):
         with pytest.raises(mkv.BadRequest):
             mkv.parse_etags(bad)
@@ -749,9 +866,15 @@ IF_A, IF_ANY, IF_NONE = (
 FREE = mkv.UNCONDITIONAL
 
 
-def pending_row(version: int, state: str, volume: str = "a", **more: Any) -> dict[mkv.Place, mkv.Pending]:
+def pending_row(
+    version: int, state: str, volume: str = "a", **more: Any
+) -> dict[mkv.Place, mkv.Pending]:
     path = mkv.blob_path("k", f"{version:016x}0000", "")
-    return {(volume, path): mkv.Pending(path=path, volume=volume, state=mkv.PendingState(state), **more)}
+    return {
+        (volume, path): mkv.Pending(
+            path=path, volume=volume, state=mkv.PendingState(state), **more
+        )
+    }
 
 
 def numbered(version: int, **facts: Any) -> mkv.Record:
@@ -780,7 +903,11 @@ def numbered(version: int, **facts: Any) -> mkv.Record:
     ],
 )
 def test_what_becomes_of_a_put(
-    conditions: mkv.Conditions, current: int | None, mine: str | None, others: dict[int, str], outcome: str
+    conditions: mkv.Conditions,
+    current: int | None,
+    mine: str | None,
+    others: dict[int, str],
+    outcome: str,
 ) -> None:
     """Version 5 wants to become the record."""
     rows = pending_row(5, mine) if mine else {}
@@ -805,13 +932,17 @@ def test_what_becomes_of_a_put(
         ("kept", FREE, "kept"),
     ],
 )
-def test_what_a_write_means_to_what_others_claim(state: str, conditions: mkv.Conditions, after: str) -> None:
+def test_what_a_write_means_to_what_others_claim(
+    state: str, conditions: mkv.Conditions, after: str
+) -> None:
     (row,) = mkv.tell_others(pending_row(4, state), "", conditions, 0.0).values()
     assert row.state.value == after and (row.doubt_s is not None) == (state == "copying")
 
 
 @pytest.mark.parametrize(("state", "due_s"), [("remaking", 110.0), ("copying", 100.0)])
-def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_readers(state: str, due_s: float) -> None:
+def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_readers(
+    state: str, due_s: float
+) -> None:
     """Where the record names it, a redirect may have led there just now."""
     rows = pending_row(4, state) | pending_row(5, "claimed")
     current = numbered(4) if state == "remaking" else replace(numbered(4), volumes=("b",))
@@ -830,13 +961,19 @@ def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_read
         ({"doubt_s": 9.0, "sent": 2}, True, False),
     ],
 )
-def test_absence_proves_nothing_where_a_write_may_still_come(row: dict[str, Any], found: bool, gone: bool) -> None:
+def test_absence_proves_nothing_where_a_write_may_still_come(
+    row: dict[str, Any], found: bool, gone: bool
+) -> None:
     ((place, pending),) = pending_row(5, "garbage", **row).items()
     assert mkv.is_gone(pending, {place: found}) is gone and not mkv.is_gone(pending, {})
     after = mkv.settle(pending, found, 1.0)
     assert (after is None) is gone
     if after is not None:
-        assert (after.state.value, after.due_s, after.sent) == ("watched", 3.0, pending.sent - found)
+        assert (after.state.value, after.due_s, after.sent) == (
+            "watched",
+            3.0,
+            pending.sent - found,
+        )
     assert mkv.settle(pending, found, 9.0) is None
 
 
@@ -850,13 +987,17 @@ def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_en
 
 
 @pytest.mark.parametrize(
-    ("state", "after"), [("garbage", "deleting"), ("watched", "deleting"), ("mark", "mark"), ("kept", "kept")]
+    ("state", "after"),
+    [("garbage", "deleting"), ("watched", "deleting"), ("mark", "mark"), ("kept", "kept")],
 )
 def test_place_that_could_not_be_deleted_is_put_off(state: str, after: str) -> None:
     """Nothing comes back where a mark is, so that a DELETE that comes late does no harm there."""
     (row,) = pending_row(5, state, doubt_s=40.0).values()
     put_off = mkv.put_off(row, mkv.BROKEN_OFF, 1.0)
-    assert (put_off.state.value, put_off.doubt_s) == (after, 301.0 if after == "deleting" else 40.0)
+    assert (put_off.state.value, put_off.doubt_s) == (
+        after,
+        301.0 if after == "deleting" else 40.0,
+    )
     assert put_off._replace(state=row.state, doubt_s=40.0) == row._replace(attempts=1, due_s=3.0)
     assert mkv.put_off(row, None, 1.0) == row._replace(attempts=1, due_s=3.0)
 
@@ -877,7 +1018,9 @@ def test_what_needs_a_mark(rows: list[tuple[int, str, str]], seen: str, needed: 
     for version, state, volume in rows:
         pending |= pending_row(version, state, volume)
     answers = {place: True for place in pending if place[0] in seen}
-    assert [int(mkv.version_of(path)[:16], 16) for path in mkv.plan_marks(pending, answers, 2)] == needed
+    assert [
+        int(mkv.version_of(path)[:16], 16) for path in mkv.plan_marks(pending, answers, 2)
+    ] == needed
 
 
 def test_blob_that_may_come_without_a_sidecar_needs_no_mark() -> None:
@@ -888,7 +1031,14 @@ def test_blob_that_may_come_without_a_sidecar_needs_no_mark() -> None:
 def test_mark_comes_back_from_its_bytes_and_nothing_else_is_one() -> None:
     path, blob = mkv.mark_path(GOLDEN_PATH), GOLDEN_PATH + ".png"
     assert mkv.decode_mark(mkv.encode_mark(blob, ["b", "a"]), path) == (blob, ("a", "b"))
-    for bad in (b"", b"[]", b"{}", b'{"blob": 1}', mkv.encode_mark("/x", ["a"]), mkv.encode_mark(blob, ["../a"])):
+    for bad in (
+        b"",
+        b"[]",
+        b"{}",
+        b'{"blob": 1}',
+        mkv.encode_mark("/x", ["a"]),
+        mkv.encode_mark(blob, ["../a"]),
+    ):
         with pytest.raises(ValueError, match="it "):
             mkv.decode_mark(bad, path)
     with pytest.raises(ValueError, match="another version"):
@@ -902,13 +1052,19 @@ DIGESTS = [digit * 64 for digit in "abcdef"]
 WRITES: list[tuple[str, mkv.Conditions]] = [
     (method, conditions)
     for method in ("PUT", "DELETE")
-    for conditions in (FREE, IF_ANY, IF_NONE, *(mkv.Conditions(if_match=(f'"{digest}"',)) for digest in DIGESTS[:3]))
+    for conditions in (
+        FREE,
+        IF_ANY,
+        IF_NONE,
+        *(mkv.Conditions(if_match=(f'"{digest}"',)) for digest in DIGESTS[:3]),
+    )
     if (method, conditions) != ("DELETE", IF_NONE)
 ]
 
 
 def apply_write(state: str | None, asked: Asked) -> tuple[str | None, str]:
-    """What a store that does one thing after the other would do: the digest that it then has, and its answer."""
+    """What a store that does one thing after the other would do: the digest that it then has, and
+    its answer."""
     method, conditions, digest = asked
     record = None if state is None else replace(RECORD, digest=state)
     if method == "DELETE" and record is None:
@@ -919,9 +1075,14 @@ def apply_write(state: str | None, asked: Asked) -> tuple[str | None, str]:
 
 
 def has_an_order(
-    spans: list[tuple[int, int]], writes: list[Asked], answers: list[str], state: str | None, final: str | None
+    spans: list[tuple[int, int]],
+    writes: list[Asked],
+    answers: list[str],
+    state: str | None,
+    final: str | None,
 ) -> bool:
-    """Whether some order of the writes, in which none goes before one that had ended when it began, explains all."""
+    """Whether some order of the writes, in which none goes before one that had ended when it
+    began, explains all."""
     left = [i for i, answer in enumerate(answers) if answer != "Lost"]
 
     def explain(state: str | None, left: list[int]) -> bool:
@@ -930,7 +1091,11 @@ def has_an_order(
         first_end = min(spans[i][1] for i in left)
         for i in left:
             after, answer = apply_write(state, writes[i])
-            if spans[i][0] <= first_end and answer == answers[i] and explain(after, [j for j in left if j != i]):
+            if (
+                spans[i][0] <= first_end
+                and answer == answers[i]
+                and explain(after, [j for j in left if j != i])
+            ):
                 return True
         return False
 
@@ -942,14 +1107,16 @@ ANY_WRITE = st.tuples(st.sampled_from(WRITES), st.sampled_from(DIGESTS))
 
 @settings(max_examples=2000 if os.environ.get("CI") else 500, deadline=None)
 @given(
-    st.lists(ANY_WRITE, min_size=2, max_size=6) | st.lists(ANY_WRITE, min_size=2, max_size=6, unique_by=lambda a: a[1]),
+    st.lists(ANY_WRITE, min_size=2, max_size=6)
+    | st.lists(ANY_WRITE, min_size=2, max_size=6, unique_by=lambda a: a[1]),
     st.sampled_from([None, *DIGESTS[:2]]), st.randoms(use_true_random=False),
 )  # fmt: skip
 def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_is_none(
     asked: list[tuple[tuple[str, mkv.Conditions], str]], state: str | None, rng: random.Random
 ) -> None:
-    """Claims and commits in any order, as slow and fast bodies bring them about. A write that is lost has no order, but
-    that a write has a condition, or writes what another writes, is not looked into that closely."""
+    """Claims and commits in any order, as slow and fast bodies bring them about. A write that is
+    lost has no order, but that a write has a condition, or writes what another writes, is not
+    looked into that closely."""
     writes: list[Asked] = [(method, conditions, digest) for (method, conditions), digest in asked]
     values = [state, *(digest for method, _, digest in writes if method == "PUT")]
     moments = [i for i in range(len(writes)) for _ in "be"]
@@ -967,13 +1134,17 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
             if i not in began:
                 began[i], paths[i] = now, tx.draw_path("k", "")
                 if method == "PUT":
-                    tx.claim(paths[i], ["a"], 0, CLAIMED if unconditional else mkv.PendingState.BOUND)
+                    tx.claim(
+                        paths[i], ["a"], 0, CLAIMED if unconditional else mkv.PendingState.BOUND
+                    )
                 continue
             try:
                 if method == "DELETE":
                     mkv.commit_delete(tx, "k", conditions, 0.0)
                 else:
-                    record = replace(RECORD, version=mkv.version_of(paths[i]), volumes=("a",), digest=digest)
+                    record = replace(
+                        RECORD, version=mkv.version_of(paths[i]), volumes=("a",), digest=digest
+                    )
                     mkv.commit_put(tx, record, conditions, 0.0)
                 answers[i] = "done"
             except (mkv.MkvError, mkv.Overtaken) as error:
@@ -997,10 +1168,18 @@ UP, READONLY, DOWN = mkv.State.UP, mkv.State.READONLY, mkv.State.DOWN
 
 @pytest.mark.parametrize(
     ("before", "answered", "stored", "refused", "unreachable"),
-    [(UP, UP, UP, READONLY, DOWN), (READONLY, READONLY, UP, READONLY, DOWN), (DOWN, READONLY, UP, READONLY, DOWN)],
+    [
+        (UP, UP, UP, READONLY, DOWN),
+        (READONLY, READONLY, UP, READONLY, DOWN),
+        (DOWN, READONLY, UP, READONLY, DOWN),
+    ],
 )
 def test_health_by_table(
-    before: mkv.State, answered: mkv.State, stored: mkv.State, refused: mkv.State, unreachable: mkv.State
+    before: mkv.State,
+    answered: mkv.State,
+    stored: mkv.State,
+    refused: mkv.State,
+    unreachable: mkv.State,
 ) -> None:
     after = [mkv.STATE_AFTER[before][event] for event in mkv.Event]
     assert after == [answered, stored, refused, unreachable]
@@ -1009,11 +1188,15 @@ def test_health_by_table(
 @pytest.mark.parametrize(
     ("done", "left", "replicas", "minimum", "step"),
     [
-        (0, 3, 3, 3, "WRITE_MORE"), (0, 2, 3, 3, "ROLL_BACK"), (3, 1, 3, 3, "COMMIT"), (2, 1, 3, 3, "WRITE_MORE"),
-        (2, 0, 3, 3, "ROLL_BACK"), (2, 0, 3, 2, "COMMIT"), (2, 1, 3, 2, "WRITE_MORE"), (1, 0, 3, 2, "ROLL_BACK"),
+        (0, 3, 3, 3, "WRITE_MORE"), (0, 2, 3, 3, "ROLL_BACK"), (3, 1, 3, 3, "COMMIT"),
+        (2, 1, 3, 3, "WRITE_MORE"),
+        (2, 0, 3, 3, "ROLL_BACK"), (2, 0, 3, 2, "COMMIT"), (2, 1, 3, 2, "WRITE_MORE"),
+        (1, 0, 3, 2, "ROLL_BACK"),
     ],
 )  # fmt: skip
-def test_what_a_fan_out_means(done: int, left: int, replicas: int, minimum: int, step: str) -> None:
+def test_what_a_fan_out_means(
+    done: int, left: int, replicas: int, minimum: int, step: str
+) -> None:
     assert mkv.decide_write(done, left, replicas, minimum).name == step
 
 
@@ -1023,13 +1206,18 @@ def test_write_goes_to_the_next_volume_that_is_up() -> None:
     states = dict.fromkeys("abcd", UP)
     assert mkv.plan_write(ring, "k", 2, states, [], []) == (first, second)
     assert mkv.plan_write(ring, "k", 2, states | {first: DOWN}, [], []) == (second, third)
-    assert mkv.plan_write(ring, "k", 2, states | {first: READONLY}, [], [second]) == (third, fourth)
+    assert mkv.plan_write(ring, "k", 2, states | {first: READONLY}, [], [second]) == (
+        third,
+        fourth,
+    )
     assert mkv.plan_write(ring, "k", 2, states, [first], [second]) == (third,)
     assert mkv.plan_write(ring, "k", 2, states, [first, third], [second]) == ()
     assert mkv.plan_write(ring, "k", 2, states, [], [], {first}) == (second, third)
     assert mkv.plan_write(ring, "k", 2, states, [], [], {first, second, third}) == (fourth, first)
     assert mkv.plan_write(ring, "k", 2, states, [third], [second], {first, fourth}) == (first,)
-    assert mkv.plan_write(ring, "k", 2, states | {third: DOWN}, [], [], {first, second, fourth}) == (first, second)
+    assert mkv.plan_write(
+        ring, "k", 2, states | {third: DOWN}, [], [], {first, second, fourth}
+    ) == (first, second)
 
 
 def test_refusal_says_why() -> None:
@@ -1037,7 +1225,11 @@ def test_refusal_says_why() -> None:
     full = mkv.explain_refusal({"a": UP, "b": READONLY, "c": READONLY}, ring, 2, {})
     assert isinstance(full, mkv.Full) and "b readonly" in str(full)
     down = mkv.explain_refusal({"a": UP, "b": DOWN, "c": DOWN}, ring, 2, {})
-    assert isinstance(down, mkv.Unavailable) and "b down" in str(down) and "Retry-After" in down.headers
+    assert (
+        isinstance(down, mkv.Unavailable)
+        and "b down" in str(down)
+        and "Retry-After" in down.headers
+    )
 
 
 def test_reads_go_to_any_replica_that_is_not_down() -> None:
@@ -1069,7 +1261,9 @@ def test_digest_headers() -> None:
 
 
 @given(st.lists(st.floats(0, 10), max_size=50), st.floats(0.5, 100), st.integers(1, 20))
-def test_token_bucket_never_gives_more_than_rate_and_burst(gaps: list[float], rate: float, burst: int) -> None:
+def test_token_bucket_never_gives_more_than_rate_and_burst(
+    gaps: list[float], rate: float, burst: int
+) -> None:
     tokens, given_out = float(burst), 0
     for gap in gaps:
         tokens, wait_s = mkv.take_token(tokens, gap, rate, burst)
@@ -1077,7 +1271,7 @@ def test_token_bucket_never_gives_more_than_rate_and_burst(gaps: list[float], ra
     assert given_out <= burst + sum(gaps) * rate + 1e-6
 
 
-# == Wire format ======================================================================================================
+# == Wire format ==================================================================================
 
 HEADS = (
     b'GET /k%20a?x=1 HTTP/1.1\r\nHost: a:1\r\nX-Y: z\tq\r\nIf-Match: "a"\r\n\r\n',
@@ -1086,7 +1280,24 @@ HEADS = (
     b"DELETE /k HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAccept: */*\r\n\r\n",
     b"HEAD /{}|\\^`'\"<> HTTP/1.1\r\nHost: a\r\nRange: bytes=0-\r\nContent-Length: 0\r\n\r\n",
 )
-BITS = (b"\r\n", b" ", b":", b"\t", b",", b"X: y\r\n", b"\0", b"a", b"/", b"?", b"//h/", b"@", b"[", b"%", b";", b"#")
+BITS = (
+    b"\r\n",
+    b" ",
+    b":",
+    b"\t",
+    b",",
+    b"X: y\r\n",
+    b"\0",
+    b"a",
+    b"/",
+    b"?",
+    b"//h/",
+    b"@",
+    b"[",
+    b"%",
+    b";",
+    b"#",
+)
 
 
 def change_bytes(chance: random.Random, data: bytes) -> bytes:
@@ -1118,13 +1329,21 @@ async def test_simple_head_is_read_as_both_of_aiohttps_parsers_read_it() -> None
         accepted += 1
         steps = (len(head), 1) if accepted % 8 == 0 else (len(head),)
         for parser, step in itertools.product((HttpRequestParser, HttpRequestParserPy), steps):
-            reader = parser(BaseProtocol(loop), loop, 2**16, max_line_size=8190, max_field_size=8190)
+            reader = parser(
+                BaseProtocol(loop), loop, 2**16, max_line_size=8190, max_field_size=8190
+            )
             messages = list[Any]()
             for at in range(0, len(head), step):
                 messages += reader.feed_data(head[at : at + step])[0]
             ((message, _),) = messages
-            headers = {name.decode().lower(): value.decode() for name, value in message.raw_headers}
-            assert (message.method, message.path, headers) == (found.method, found.target, found.headers)
+            headers = {
+                name.decode().lower(): value.decode() for name, value in message.raw_headers
+            }
+            assert (message.method, message.path, headers) == (
+                found.method,
+                found.target,
+                found.headers,
+            )
             assert len(message.raw_headers) == len(headers)
             assert (message.should_close, message.chunked) == (found.is_last, found.length is None)
             if found.length is not None:
@@ -1135,8 +1354,10 @@ async def test_simple_head_is_read_as_both_of_aiohttps_parsers_read_it() -> None
 @pytest.mark.parametrize(
     "line",
     [
-        b"Content-Length: 1\r\nContent-Length: 1", b"Content-Length: +1", b"Content-Length: 1, 1", b"Content-Length:",
-        b"Content-Length: 1\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Expect: more",
+        b"Content-Length: 1\r\nContent-Length: 1", b"Content-Length: +1",
+        b"Content-Length: 1, 1", b"Content-Length:",
+        b"Content-Length: 1\r\nTransfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked",
+        b"Expect: more",
         b"Upgrade: h2c", b"Connection: x-y", b"X: a\r\n b", b"X : a", b"X: \x80", b"Host: twice",
         b"Content-Length: 9999999999999999", b"X: " + b"a" * mkv.MAX_HEAD,
     ],
@@ -1146,9 +1367,18 @@ def test_what_is_not_simple_is_left_to_aiohttp(line: bytes) -> None:
     assert mkv.parse_request_head(b"PUT /k HTTP/1.1\r\nHost: h\r\n" + line + b"\r\n\r\n") is None
 
 
-@given(st.lists(st.binary(min_size=1, max_size=300), max_size=20), st.integers(1, 400), st.sampled_from([b"", b";a=b"]))
-def test_chunked_body_is_read_however_it_comes(chunks: list[bytes], step: int, extension: bytes) -> None:
-    sent = b"".join(b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks) + b"0\r\n\r\nbehind"
+@given(
+    st.lists(st.binary(min_size=1, max_size=300), max_size=20),
+    st.integers(1, 400),
+    st.sampled_from([b"", b";a=b"]),
+)
+def test_chunked_body_is_read_however_it_comes(
+    chunks: list[bytes], step: int, extension: bytes
+) -> None:
+    sent = (
+        b"".join(b"%x%b\r\n%b\r\n" % (len(chunk), extension, chunk) for chunk in chunks)
+        + b"0\r\n\r\nbehind"
+    )
     decoder = mkv.ChunkDecoder()
     body = behind = b""
     for at in range(0, len(sent), step):
@@ -1164,7 +1394,8 @@ def test_chunked_body_is_read_however_it_comes(chunks: list[bytes], step: int, e
 @pytest.mark.parametrize(
     "sent",
     [
-        b"x\r\n", b"\r\n", b"-1\r\n", b"1\r\nab\r\n", b"0\r\nTrailer: x\r\n", b"1\na", b"1 2\r\n", b"1" * 13 + b"\r\n",
+        b"x\r\n", b"\r\n", b"-1\r\n", b"1\r\nab\r\n", b"0\r\nTrailer: x\r\n", b"1\na",
+        b"1 2\r\n", b"1" * 13 + b"\r\n",
         b"1;" + b"a" * 300,
     ],
 )  # fmt: skip
@@ -1179,12 +1410,20 @@ def test_no_header_becomes_two() -> None:
             mkv.encode_response_head(200, {"X": value}, "now", False)
 
 
-# == Index ============================================================================================================
+# == Index ========================================================================================
 
 
-def make_record(key: str, version: int = 1, names: tuple[str, ...] = ("a", "b"), size: int = 5) -> mkv.Record:
+def make_record(
+    key: str, version: int = 1, names: tuple[str, ...] = ("a", "b"), size: int = 5
+) -> mkv.Record:
     return mkv.Record(
-        key=key, version=f"{version:016x}0000", volumes=names, size=size, digest="ab" * 32, content_type="a/b", ext=""
+        key=key,
+        version=f"{version:016x}0000",
+        volumes=names,
+        size=size,
+        digest="ab" * 32,
+        content_type="a/b",
+        ext="",
     )
 
 
@@ -1206,12 +1445,21 @@ def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
         yield transaction
 
 
-async def put(index: mkv.Index, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL) -> bool:
+async def put(
+    index: mkv.Index, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL
+) -> bool:
     return await index.write(lambda tx: claim_and_commit(tx, record, conditions))
 
 
-def claim_and_commit(tx: mkv.Transaction, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL) -> bool:
-    tx.claim(record.path, record.volumes, 0, CLAIMED if conditions == mkv.UNCONDITIONAL else mkv.PendingState.BOUND)
+def claim_and_commit(
+    tx: mkv.Transaction, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL
+) -> bool:
+    tx.claim(
+        record.path,
+        record.volumes,
+        0,
+        CLAIMED if conditions == mkv.UNCONDITIONAL else mkv.PendingState.BOUND,
+    )
     return mkv.commit_put(tx, record, conditions, 0.0)
 
 
@@ -1294,7 +1542,8 @@ async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.In
 
 
 async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -> None:
-    """As when a second server with the same number starts on this index: the garbage may be deleted already."""
+    """As when a second server with the same number starts on this index: the garbage may be
+    deleted already."""
     record = make_record("k", 1, ("a", "b"))
     await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
     for number, workers in ((0, 4), (mkv.TOOL, 4)):
@@ -1315,7 +1564,12 @@ async def test_what_a_dead_process_wrote_is_deleted_at_once_and_watched(index: m
     assert [row.path for row in due] == [record.path]
     await index.write(lambda tx: settle_at(tx, {("a", record.path): False}))
     row = (await all_pending(index))["a", record.path]
-    assert row.state is mkv.PendingState.WATCHED and row.due_s and row.doubt_s and row.doubt_s > row.due_s
+    assert (
+        row.state is mkv.PendingState.WATCHED
+        and row.due_s
+        and row.doubt_s
+        and row.doubt_s > row.due_s
+    )
 
 
 async def test_condition_is_checked_again_in_the_commit(index: mkv.Index) -> None:
@@ -1323,7 +1577,9 @@ async def test_condition_is_checked_again_in_the_commit(index: mkv.Index) -> Non
     with pytest.raises(mkv.PreconditionFailed):
         await put(index, make_record("k", 2), mkv.Conditions(if_none_match=("*",)))
     assert await index.get("k") == make_record("k", 1)
-    assert await all_claims(index) == {(v, make_record("k", 2).path) for v in "ab"}  # for discard_put
+    assert await all_claims(index) == {
+        (v, make_record("k", 2).path) for v in "ab"
+    }  # for discard_put
 
 
 async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
@@ -1332,15 +1588,22 @@ async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
         key = f"k{rng.randrange(20)}"
         if rng.random() < 0.3:
             with contextlib.suppress(mkv.NotFound):
-                await index.write(lambda tx, key=key: mkv.commit_delete(tx, key, mkv.UNCONDITIONAL, 0))
+                await index.write(
+                    lambda tx, key=key: mkv.commit_delete(tx, key, mkv.UNCONDITIONAL, 0)
+                )
         else:
-            await put(index, make_record(key, n, tuple(sorted(rng.sample("abc", 2))), rng.randrange(99)))
+            await put(
+                index, make_record(key, n, tuple(sorted(rng.sample("abc", 2))), rng.randrange(99))
+            )
     gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
     await index.write(lambda tx: settle_at(tx, dict.fromkeys(gone, True)))
     totals = await index.totals()
     rows = await index._read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
     for name in "abc":
-        assert totals[name] == (sum(name in v.split() for v, _ in rows), sum(s for v, s in rows if name in v.split()))
+        assert totals[name] == (
+            sum(name in v.split() for v, _ in rows),
+            sum(s for v, s in rows if name in v.split()),
+        )
     assert totals[mkv.ALL_KEYS] == (len(rows), sum(size for _, size in rows))
     assert totals[mkv.GARBAGE][0] == len(await all_garbage(index))
 
@@ -1367,7 +1630,9 @@ async def test_waiting_calls_share_one_hop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyError, OverflowError, StopIteration, sqlite3.IntegrityError])
-async def test_mutation_that_fails_by_a_bug_fails_alone(index: mkv.Index, error: type[Exception]) -> None:
+async def test_mutation_that_fails_by_a_bug_fails_alone(
+    index: mkv.Index, error: type[Exception]
+) -> None:
     def explode(tx: mkv.Transaction) -> None:
         tx.insert(make_record("bad"))
         tx.add_garbage("/bad", ["a"])
@@ -1376,14 +1641,25 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(index: mkv.Index, error:
     def refuse(tx: mkv.Transaction) -> None:
         raise mkv.PreconditionFailed
 
-    calls = [put(index, make_record("a")), index.write(explode), index.write(refuse), put(index, make_record("b"))]
+    calls = [
+        put(index, make_record("a")),
+        index.write(explode),
+        index.write(refuse),
+        put(index, make_record("b")),
+    ]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert outcomes[0] is outcomes[3] is True and isinstance(outcomes[2], mkv.PreconditionFailed)
-    passed_on = {StopIteration: RuntimeError, sqlite3.IntegrityError: mkv.IndexDamaged}.get(error, error)
+    passed_on = {StopIteration: RuntimeError, sqlite3.IntegrityError: mkv.IndexDamaged}.get(
+        error, error
+    )
     assert isinstance(outcomes[1], passed_on)
     assert await index.get("a") and await index.get("b") and await index.get("bad") is None
     totals = await index.totals()
-    assert totals[mkv.ALL_KEYS] == (2, 10) and totals["a"] == (2, 10) and totals.get(mkv.GARBAGE, (0, 0))[0] == 0
+    assert (
+        totals[mkv.ALL_KEYS] == (2, 10)
+        and totals["a"] == (2, 10)
+        and totals.get(mkv.GARBAGE, (0, 0))[0] == 0
+    )
 
 
 async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.Index) -> None:
@@ -1397,13 +1673,17 @@ async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.In
     assert await put(index, make_record("a")) is True
 
 
-async def test_refusal_in_a_batch_undoes_nothing_of_the_others_nor_of_its_own(index: mkv.Index) -> None:
+async def test_refusal_in_a_batch_undoes_nothing_of_the_others_nor_of_its_own(
+    index: mkv.Index,
+) -> None:
     def refuse(tx: mkv.Transaction) -> None:
         assert tx.get("a") == make_record("a")  # in the same transaction
         tx.add_garbage(make_record("c").path, ["a"])
         raise mkv.PreconditionFailed
 
-    good = [index.write(lambda tx, key=key: claim_and_commit(tx, make_record(key))) for key in "ab"]
+    good = [
+        index.write(lambda tx, key=key: claim_and_commit(tx, make_record(key))) for key in "ab"
+    ]
     calls = [good[0], index.write(refuse), good[1]]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert outcomes[::2] == [True, True] and isinstance(outcomes[1], mkv.PreconditionFailed)
@@ -1468,8 +1748,11 @@ async def test_failed_flush_is_the_answer_of_its_mutation_alone(index: mkv.Index
 
 
 ACTS = st.tuples(
-    st.sampled_from(["claim", "copy", "commit", "discard", "delete", "settle", "forget", "release", "mark"]),
-    st.integers(0, 1), st.integers(1, 5), st.sets(st.sampled_from("abc"), min_size=1), st.booleans(), st.booleans(),
+    st.sampled_from(
+        ["claim", "copy", "commit", "discard", "delete", "settle", "forget", "release", "mark"]
+    ),
+    st.integers(0, 1), st.integers(1, 5), st.sets(st.sampled_from("abc"), min_size=1),
+    st.booleans(), st.booleans(),
 )  # fmt: skip
 
 
@@ -1482,7 +1765,9 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
     try:
         match act:
             case "claim" | "copy":
-                return tx.claim(path, volumes, 0, CLAIMED if act == "claim" else mkv.PendingState.COPYING)
+                return tx.claim(
+                    path, volumes, 0, CLAIMED if act == "claim" else mkv.PendingState.COPYING
+                )
             case "commit":
                 return mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 1.0)
             case "discard":
@@ -1507,8 +1792,12 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
     """One that lives on, beside one for each act, which has to read all that it needs."""
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: 1000.0)
-        quick = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
-        plain = stack.enter_context(contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)))
+        quick = stack.enter_context(
+            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
+        )
+        plain = stack.enter_context(
+            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
+        )
         for db in (quick, plain):
             mkv.prepare_index(db)
             db.execute("UPDATE clock SET ahead = 0")
@@ -1518,16 +1807,22 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
             alone = mkv.Transaction(plain)
             if ahead:
                 tx.read_ahead([key], [make_record("k1").path])
-            assert act_on(tx, act, key, version, volumes) == act_on(alone, act, key, version, volumes)
+            assert act_on(tx, act, key, version, volumes) == act_on(
+                alone, act, key, version, volumes
+            )
             alone.flush()
             if flush:
                 tx.flush()
                 tx.begin()
         tx.flush()
         for table in ("record", "total", "pending"):
-            quick_rows, plain_rows = (set(db.execute(f"SELECT * FROM {table}")) for db in (quick, plain))
+            quick_rows, plain_rows = (
+                set(db.execute(f"SELECT * FROM {table}")) for db in (quick, plain)
+            )
             if table == "total":  # a total that is 0 may be missing
-                quick_rows, plain_rows = ({row for row in rows if any(row[1:])} for rows in (quick_rows, plain_rows))
+                quick_rows, plain_rows = (
+                    {row for row in rows if any(row[1:])} for rows in (quick_rows, plain_rows)
+                )
             assert quick_rows == plain_rows
 
 
@@ -1540,7 +1835,10 @@ def test_claims_of_a_path_share_a_row(tx: mkv.Transaction) -> None:
     assert tx._db.execute(query).fetchall() == [("a b c", "claimed", 7)]
     assert mkv.Transaction(tx._db).pending_of("q") == tx.pending_of("q")
     tx._db.execute("UPDATE pending SET volume = 'a'")
-    tx._db.execute("INSERT INTO pending SELECT path, 'b', state, owner, due, attempts, since, doubt, sent FROM pending")
+    tx._db.execute(
+        "INSERT INTO pending SELECT path, 'b', state, owner, due, attempts, since, doubt, sent "
+        "FROM pending"
+    )
     again = mkv.Transaction(tx._db)
     again.end_claims(path, ["a"])
     again.flush()
@@ -1558,17 +1856,25 @@ async def test_many_are_looked_up_at_once(index: mkv.Index, count: int) -> None:
     assert await asyncio.gather(*map(index.get, keys)) == [expected.get(key) for key in keys]
 
 
-async def test_pages_add_up_to_all_that_is_in_the_index(index: mkv.Index, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pages_add_up_to_all_that_is_in_the_index(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mkv, "RECORD_PAGE", 7)
     monkeypatch.setattr(mkv, "PENDING_PAGE", 7)
     records = [make_record(f"k{i:03d}") for i in range(50)]
     await index.write(lambda tx: [claim_and_commit(tx, record) for record in records])
-    await index.write(lambda tx: [mkv.commit_delete(tx, f"k{i:03d}", mkv.UNCONDITIONAL, 0.0) for i in range(30)])
-    await index.write(lambda tx: [tx.claim(record.path, "abc", 0, CLAIMED) for record in records[40:]])
+    await index.write(
+        lambda tx: [mkv.commit_delete(tx, f"k{i:03d}", mkv.UNCONDITIONAL, 0.0) for i in range(30)]
+    )
+    await index.write(
+        lambda tx: [tx.claim(record.path, "abc", 0, CLAIMED) for record in records[40:]]
+    )
     pages = [page async for page in index.read_records()]
     assert [record for page in pages for record in page] == records[30:] and len(pages) == 3
     rows = [row async for page in index.read_pending() for row in page]
-    assert {(row.volume, row.path): row for row in rows} == await all_pending(index) and len(rows) == 90
+    assert {(row.volume, row.path): row for row in rows} == await all_pending(index) and len(
+        rows
+    ) == 90
     low, high = sorted(record.path for record in records[40:42])
     between = await index.pending_between(low, high)
     assert {row.path for row in between} >= {low, high}
@@ -1581,18 +1887,36 @@ def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
     source = (HERE / "mkv_tools.py").read_text()
     tree = ast.parse(source)
     others = [node for node in tree.body if getattr(node, "name", "") != "Notes"]
-    calls = {node.attr for other in others for node in ast.walk(other) if isinstance(node, ast.Attribute)}
+    calls = {
+        node.attr
+        for other in others
+        for node in ast.walk(other)
+        if isinstance(node, ast.Attribute)
+    }
     assert not calls & {"execute", "executemany", "fetchall", "fetchone", "fetchmany", "_db"}
-    (imported,) = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "mkv"]
+    (imported,) = [
+        node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "mkv"
+    ]
     names = {alias.name for alias in imported.names}
-    assert not names & {"COLUMNS", "PENDING_COLUMNS", "SqliteThread", "prepare_index", "look_up", "read_totals"}
+    assert not names & {
+        "COLUMNS",
+        "PENDING_COLUMNS",
+        "SqliteThread",
+        "prepare_index",
+        "look_up",
+        "read_totals",
+    }
 
 
-async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sqlite_stays_off_the_event_loops_thread(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: set[int] = set()
     carry_out = mkv.SqliteThread._run
     monkeypatch.setattr(
-        mkv.SqliteThread, "_run", lambda self, work: used.add(threading.get_ident()) or carry_out(self, work)
+        mkv.SqliteThread,
+        "_run",
+        lambda self, work: used.add(threading.get_ident()) or carry_out(self, work),
     )
     await put(index, make_record("k"))
     await index.get("k")
@@ -1601,13 +1925,15 @@ async def test_sqlite_stays_off_the_event_loops_thread(index: mkv.Index, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("tail", "content_type"), [("k" * 1000, "a/b"), ("\1" * 1018, "a/b"), ("\U0010ffff" * 250, "a/" + "b" * 8000)]
+    ("tail", "content_type"),
+    [("k" * 1000, "a/b"), ("\1" * 1018, "a/b"), ("\U0010ffff" * 250, "a/" + "b" * 8000)],
 )
 @pytest.mark.parametrize("delimiter", ["", "!"])
 async def test_page_of_a_list_is_bounded_in_bytes(
     index: mkv.Index, tail: str, content_type: str, delimiter: str
 ) -> None:
-    """As it is sent: JSON has six bytes for a control character, and content types were longer once."""
+    """As it is sent: JSON has six bytes for a control character, and content types were longer
+    once."""
     keys = [f"{i:05d}{tail}{delimiter}" for i in range(4000)]
     records = [replace(make_record(key), content_type=content_type) for key in keys]
     await index.write(lambda tx: [tx.insert(record) for record in records])
@@ -1617,7 +1943,10 @@ async def test_page_of_a_list_is_bounded_in_bytes(
         page = json.loads(text)
         assert text == json.dumps(page).encode() and len(text) <= mkv.LIST_BYTES
         assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
-        found, start = [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]], page["next"]
+        found, start = (
+            [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]],
+            page["next"],
+        )
     assert found == keys
 
 
@@ -1631,15 +1960,18 @@ async def test_index_of_another_schema_is_refused(tmp_path: Path) -> None:
 
 
 FIRST_EDITION = """
-CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL, size INTEGER NOT NULL,
+CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL,
+    size INTEGER NOT NULL,
     digest TEXT NOT NULL, content_type TEXT NOT NULL, ext TEXT NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL, attempts INTEGER NOT NULL,
+CREATE TABLE garbage (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL,
+    attempts INTEGER NOT NULL,
     since REAL NOT NULL, PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE INDEX garbage_due ON garbage (volume, due);
 CREATE INDEX garbage_since ON garbage (since);
 CREATE TABLE claim (path TEXT NOT NULL, volume TEXT NOT NULL, owner INTEGER NOT NULL,
     PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
-CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL,
+    bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO record VALUES ('k', '00000000000000020000', 'a b', 5, 'x', 'a/b', '');
 INSERT INTO garbage VALUES ('/old', 'a', 7.0, 3, 6.0), ('/both', 'a', 7.0, 0, 6.0);
 INSERT INTO claim VALUES ('/new', 'b', 0), ('/both', 'a', 0);
@@ -1658,7 +1990,11 @@ async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_pat
     assert {place: row.state.value for place, row in rows.items()} == {
         ("a", "/old"): "garbage", ("a", "/both"): "garbage", ("b", "/new"): "claimed"
     }  # fmt: skip
-    assert (rows["a", "/old"].due_s, rows["a", "/old"].attempts, rows["b", "/new"].owner) == (7.0, 3, 0)
+    assert (rows["a", "/old"].due_s, rows["a", "/old"].attempts, rows["b", "/new"].owner) == (
+        7.0,
+        3,
+        0,
+    )
     await index.close()
     (copy,) = tmp_path.glob("index.db.schema1.*")
     with contextlib.closing(sqlite3.connect(copy)) as db:
@@ -1693,7 +2029,9 @@ def test_clock_of_the_index_goes_on_after_a_boot(
     tx.flush()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     if wall == "not set yet":
-        monkeypatch.setattr(time, "time", lambda: 100.0)  # in 1970: else garbage would wait for 50 years
+        monkeypatch.setattr(
+            time, "time", lambda: 100.0
+        )  # in 1970: else garbage would wait for 50 years
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     mkv.prepare_index(tx._db)
     assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
@@ -1703,17 +2041,22 @@ def test_clock_of_the_index_goes_on_after_a_boot(
 def test_version_is_higher_than_all_that_is_known_of_its_key(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
-    """Whatever is dead but still on a volume must not beat what is acknowledged later, in a rebuild."""
+    """Whatever is dead but still on a volume must not beat what is acknowledged later, in a
+    rebuild."""
     future = f"{time.time_ns() + 10**15:016x}"
     if known == "record":
         tx.insert(make_record("q", int(future, 16)))
     else:
         path = mkv.blob_path("q", future + "0000", "")
-        tx.change({}, {("a", path): mkv.Pending(path=path, volume="a", state=mkv.PendingState(known))})
+        tx.change(
+            {}, {("a", path): mkv.Pending(path=path, volume="a", state=mkv.PendingState(known))}
+        )
     assert mkv.version_of(tx.draw_path("q", "")) > future + "ffff"
 
 
-def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv.Transaction) -> None:
+def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(
+    tx: mkv.Transaction,
+) -> None:
     place, waits_s = ("a", "/p"), list[float]()
     tx.add_garbage("/p", ["a"])
     for _ in range(4):
@@ -1724,7 +2067,9 @@ def test_garbage_that_could_not_be_deleted_waits_twice_as_long_each_time(tx: mkv
 
 @pytest.mark.parametrize("state", ["kept", "mark"])
 @pytest.mark.parametrize("end", ["deleted", "failed"])
-def test_what_changed_after_the_collector_read_it_is_left_as_it_is(tx: mkv.Transaction, state: str, end: str) -> None:
+def test_what_changed_after_the_collector_read_it_is_left_as_it_is(
+    tx: mkv.Transaction, state: str, end: str
+) -> None:
     """I4: what was kept has become garbage, what was to be deleted is a mark anew."""
     path = mkv.mark_path(R.path) if state == "mark" else R.path
     place = ("a", path)
@@ -1746,8 +2091,11 @@ def test_what_changed_after_the_collector_read_it_is_left_as_it_is(tx: mkv.Trans
 
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("late", ["mark", "sidecar"])
-def test_late_answer_ends_only_the_doubt_about_its_own_file(tx: mkv.Transaction, late: str, answered: bool) -> None:
-    """I4: for the mark of a version, not for its sidecar on the same volume, and the other way round."""
+def test_late_answer_ends_only_the_doubt_about_its_own_file(
+    tx: mkv.Transaction, late: str, answered: bool
+) -> None:
+    """I4: for the mark of a version, not for its sidecar on the same volume, and the other way
+    round."""
     mark = mkv.mark_path(R.path)
     tx.add_garbage(R.path, ["a", "b"], 0.0, dict.fromkeys("ab", mkv.HUNG))
     tx.add_marks([R.path], (), ["a", "b"])
@@ -1761,21 +2109,41 @@ def test_late_answer_ends_only_the_doubt_about_its_own_file(tx: mkv.Transaction,
 
 
 @pytest.mark.parametrize("sidecars", [0, 1])
-def test_blob_that_may_come_without_a_sidecar_holds_back_no_mark(tx: mkv.Transaction, sidecars: int) -> None:
+def test_blob_that_may_come_without_a_sidecar_holds_back_no_mark(
+    tx: mkv.Transaction, sidecars: int
+) -> None:
     tx.add_garbage(R.path, ["a"], 0.0, {"a": mkv.Doubt(300.0, sidecars)})
     tx.add_marks([R.path], ["b"], ())
     assert (row_at(tx, ("b", mkv.mark_path(R.path))).due_s is None) is (sidecars > 0)
 
 
-LISTED = ["a", "a/1", "a/2/x", "a/2/y", "ab", "b%", "b_", "b/1", "c\U0010ffff", "c\U0010ffff1", "d\ud7ff", "d\ue000"]
+LISTED = [
+    "a",
+    "a/1",
+    "a/2/x",
+    "a/2/y",
+    "ab",
+    "b%",
+    "b_",
+    "b/1",
+    "c\U0010ffff",
+    "c\U0010ffff1",
+    "d\ud7ff",
+    "d\ue000",
+]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
+)
 @given(
     keys=st.lists(st.text("ab/_%\U0010ffff", min_size=1, max_size=6), unique=True, max_size=30),
-    prefix=st.text("ab/_%\U0010ffff", max_size=3), delimiter=st.sampled_from(["", "/", "ab"]), limit=st.integers(1, 5),
+    prefix=st.text("ab/_%\U0010ffff", max_size=3), delimiter=st.sampled_from(["", "/", "ab"]),
+    limit=st.integers(1, 5),
 )  # fmt: skip
-def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str, delimiter: str, limit: int) -> None:
+def test_pages_of_a_list_add_up_to_what_a_scan_says(
+    keys: list[str], prefix: str, delimiter: str, limit: int
+) -> None:
     db = sqlite3.connect(":memory:", isolation_level=None)
     mkv.prepare_index(db)
     tx = mkv.Transaction(db)
@@ -1802,17 +2170,23 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(keys: list[str], prefix: str
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
 
 
-# == Wire format ======================================================================================================
+# == Wire format ==================================================================================
 
 HEADERS = st.sampled_from([
-    b"Location: /aa/bb", b"Location: \tx", b"Location: ", b"Location:x", b"location: /y", b"Location: \xc3\xa9",
-    b"Location: a\x00", b"Content-Length: 0", b"Content-Length: 2", b"content-length: 2", b"Server: nginx",
-    b"Connection: keep-alive", b"Connection: close", b"Transfer-Encoding: chunked", b" folded", b"no colon", b"",
+    b"Location: /aa/bb", b"Location: \tx", b"Location: ", b"Location:x", b"location: /y",
+    b"Location: \xc3\xa9",
+    b"Location: a\x00", b"Content-Length: 0", b"Content-Length: 2", b"content-length: 2",
+    b"Server: nginx",
+    b"Connection: keep-alive", b"Connection: close", b"Transfer-Encoding: chunked", b" folded",
+    b"no colon", b"",
 ])  # fmt: skip
 
 
 @settings(max_examples=500, deadline=None)
-@given(status=st.sampled_from([b"200 OK", b"201", b"204 x", b"100 y", b"2O0"]), lines=st.lists(HEADERS, max_size=5))
+@given(
+    status=st.sampled_from([b"200 OK", b"201", b"204 x", b"100 y", b"2O0"]),
+    lines=st.lists(HEADERS, max_size=5),
+)
 def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) -> None:
     """So that answers that differ in it only need be read once."""
     head = b"HTTP/1.1 " + status + b"\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
@@ -1829,7 +2203,9 @@ def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) ->
 @settings(max_examples=200, deadline=None)
 @given(cuts=st.lists(st.integers(0, 400), max_size=30), each=st.booleans())
 def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool) -> None:
-    said = b"HTTP/1.1 100 Continue\r\n\r\n" + CREATED + b"Location: /x\r\nContent-Length: 2\r\n\r\nok"
+    said = (
+        b"HTTP/1.1 100 Continue\r\n\r\n" + CREATED + b"Location: /x\r\nContent-Length: 2\r\n\r\nok"
+    )
     said += CHUNKED + b"2;a=b\r\nab\r\n03\r\ncde\r\n0\r\n\r\n" + b"HTTP/1.1 204 No Content\r\n\r\n"
     said += CREATED + b"Content-Length: 9\r\n\r\n123456789"
     reader, answers = mkv.AnswerReader(), list[mkv.Answer]()
@@ -1840,15 +2216,21 @@ def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool
             answers.append(answer)
             if not reader.reusable:
                 break
-    assert answers == [(201, b"ok"), (201, b"abcde"), (204, b""), (201, b"12345678")] and not reader.reusable
+    assert (
+        answers == [(201, b"ok"), (201, b"abcde"), (204, b""), (201, b"12345678")]
+        and not reader.reusable
+    )
 
 
-# == Volume client ====================================================================================================
+# == Volume client ================================================================================
 
 
 @contextlib.contextmanager
-def fake_volume(serve: Callable[[socket.socket], object], receive_buffer: int = 0) -> Iterator[str]:
-    """Run a volume that does with each connection what `serve` does, in a thread; yield its URL."""
+def fake_volume(
+    serve: Callable[[socket.socket], object], receive_buffer: int = 0
+) -> Iterator[str]:
+    """Run a volume that does with each connection what `serve` does, in a thread; yield its
+    URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     if receive_buffer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -1879,7 +2261,8 @@ def fake_volume(serve: Callable[[socket.socket], object], receive_buffer: int = 
 
 
 def read_request(connection: socket.socket) -> tuple[bytes, int]:
-    """Read the head of a request; return its first line and its Content-Length. Raises EOFError."""
+    """Read the head of a request; return its first line and its Content-Length. Raises
+    EOFError."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         if not (byte := connection.recv(1)):
@@ -1912,20 +2295,28 @@ def say(connection: socket.socket, answer: bytes) -> None:
         pass
 
 
-def client_that_hears(url: str, timeout_s: float = 20.0) -> tuple[mkv.VolumeClient, list[mkv.Event]]:
+def client_that_hears(
+    url: str, timeout_s: float = 20.0
+) -> tuple[mkv.VolumeClient, list[mkv.Event]]:
     """Return a client, and what it tells health."""
     heard: list[mkv.Event] = []
     volume = Volume(name="a", url=url)
-    return mkv.VolumeClient(volume, "", timeout_s, lambda event, _: heard.append(event), lambda *_: None), heard
+    return mkv.VolumeClient(
+        volume, "", timeout_s, lambda event, _: heard.append(event), lambda *_: None
+    ), heard
 
 
-async def upload(client: mkv.VolumeClient, size: int, piece: int = 50_000, chunked: bool = False) -> None:
+async def upload(
+    client: mkv.VolumeClient, size: int, piece: int = 50_000, chunked: bool = False
+) -> None:
     """Send a large blob of `size` bytes."""
     one = await client.start_upload("/p", None if chunked else size)
     try:
         for _ in range(size // piece):
             await one.send(bytes(piece))
-            await asyncio.sleep(0)  # a client's body comes piece by piece, and the loop turns meanwhile
+            await asyncio.sleep(
+                0
+            )  # a client's body comes piece by piece, and the loop turns meanwhile
         await one.finish()
     finally:
         one.abort()
@@ -1943,7 +2334,10 @@ ACTS: dict[str, Callable[[mkv.VolumeClient], Any]] = {
     "get": lambda client: client.get(["/p"], 1000),
     "stream": read_all,
 }
-CREATED, CHUNKED = b"HTTP/1.1 201 Created\r\n", b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n"
+CREATED, CHUNKED = (
+    b"HTTP/1.1 201 Created\r\n",
+    b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n",
+)
 NO_ANSWERS = {
     "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
     "another version": b"HTTP/2.0 201 Created\r\nContent-Length: 0\r\n\r\n",
@@ -1954,15 +2348,21 @@ NO_ANSWERS = {
     "folded": CREATED + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
     "line feed": CREATED + b"X: a\nContent-Length: 0\r\n\r\n",
     "control character": CREATED + b"X: \x1b[2J\r\nContent-Length: 0\r\n\r\n",
-    "long head": CREATED + b"X: " + bytes(17_000).replace(b"\0", b"x") + b"\r\nContent-Length: 0\r\n\r\n",
+    "long head": CREATED
+    + b"X: "
+    + bytes(17_000).replace(b"\0", b"x")
+    + b"\r\nContent-Length: 0\r\n\r\n",
     "endless head": CREATED + b"X-More: x\r\n" * 200_000,
     "endless line": CREATED + b"X: " + b"x" * 2_000_000,
     "interim for ever": b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000,
     "11 interim": b"HTTP/1.1 100 Continue\r\n\r\n" * 11 + CREATED + b"Content-Length: 0\r\n\r\n",
-    "another protocol": b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + CREATED + b"Content-Length: 0\r\n\r\n",
+    "another protocol": b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
+    + CREATED
+    + b"Content-Length: 0\r\n\r\n",
     "two lengths": CREATED + b"Content-Length: 0\r\nContent-Length: 1\r\n\r\nx",
     "list of lengths": CREATED + b"Content-Length: 0, 0\r\n\r\n",
-    "length and chunks": CREATED + b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "length and chunks": CREATED
+    + b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "chunked twice": CREATED + b"Transfer-Encoding: chunked\r\n" * 2 + b"\r\n0\r\n\r\n",
     "gzip": CREATED + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "minus": CREATED + b"Content-Length: -1\r\n\r\n",
@@ -1990,7 +2390,9 @@ LONG_BODIES = {  # GET's is cut off
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("what", NO_ANSWERS | NO_BODIES | LONG_BODIES)
 async def test_volume_that_answers_beyond_all_bounds_has_failed(act: str, what: str) -> None:
-    if (act == "probe" and what not in NO_ANSWERS) or (act in ("get", "stream") and what in LONG_BODIES):
+    if (act == "probe" and what not in NO_ANSWERS) or (
+        act in ("get", "stream") and what in LONG_BODIES
+    ):
         return
     answer = (NO_ANSWERS | NO_BODIES | LONG_BODIES)[what]
     with fake_volume(lambda connection: say(connection, answer)) as url:
@@ -2006,8 +2408,11 @@ async def test_volume_that_answers_beyond_all_bounds_has_failed(act: str, what: 
     [
         CREATED + b"Content-Length: 2\r\n\r\nok",
         b"HTTP/1.1 100 Continue\r\n\r\n" * 10 + CREATED + b"Content-Length: 2\r\n\r\nok",
-        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + CREATED + b"CONTENT-LENGTH:2\t \r\n\r\nok",
-        b"HTTP/1.0 201\r\nX:\r\nY: \xc3\xa9\tz\r\ncontent-length: 2\r\nContent-Length: 2\r\n\r\nok",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+        + CREATED
+        + b"CONTENT-LENGTH:2\t \r\n\r\nok",
+        b"HTTP/1.0 201\r\nX:\r\nY: \xc3\xa9\tz\r\ncontent-length: 2\r\nContent-Length: 2\r\n"
+        b"\r\nok",
         CREATED + b"X: " + b"x" * 16_000 + b"\r\nContent-Length: 2\r\n\r\nok",
         CHUNKED + b"2\r\nok\r\n0\r\n\r\n",
         CREATED + b"transfer-encoding: Chunked\r\n\r\n01 ;a=b\r\no\r\n1\r\nk\r\n000;x\r\n\r\n",
@@ -2038,20 +2443,31 @@ def test_volume_that_floods_is_down_and_no_client_sees_it(
     start: Callable[..., Program], nginx: Callable[..., str]
 ) -> None:
     with fake_volume(flood) as url:
-        server = start("--volume", f"bad={url}", "--volume", f"n0={nginx()}", "--volume", f"n1={nginx()}")
+        server = start(
+            "--volume", f"bad={url}", "--volume", f"n0={nginx()}", "--volume", f"n1={nginx()}"
+        )
         for i in range(20):
             assert ask(f"{server.url}/k{i}", "PUT", b"x")[0] == 201
         assert all(ask(f"{server.url}/k{i}")[1]["mkv-volumes"] == "n0,n1" for i in range(20))
         assert "volume bad is down" in server.log() and "Traceback" not in server.log()
-        eventually(lambda: server.log().count("volume bad is up") == 2)  # so that a large one begins there, too
-        assert {try_ask(f"{server.url}/large{i}", "PUT", bytes(300_000)) for i in range(20)} <= {0, 201, 503}
+        eventually(
+            lambda: server.log().count("volume bad is up") == 2
+        )  # so that a large one begins there, too
+        assert {try_ask(f"{server.url}/large{i}", "PUT", bytes(300_000)) for i in range(20)} <= {
+            0,
+            201,
+            503,
+        }
         assert "status=500" not in server.log() and peak_memory(server.process.pid) < 200_000_000
         server.stop()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_body_longer_than_asked_for_is_cut_off_and_the_others_are_read(chunked: bool) -> None:
-    """A lying volume costs no memory, and one file that is too long does not make its volume count as down."""
+async def test_body_longer_than_asked_for_is_cut_off_and_the_others_are_read(
+    chunked: bool,
+) -> None:
+    """A lying volume costs no memory, and one file that is too long does not make its volume count
+    as down."""
     sent: list[int] = []
 
     def serve(connection: socket.socket) -> None:
@@ -2060,7 +2476,11 @@ async def test_body_longer_than_asked_for_is_cut_off_and_the_others_are_read(chu
             if b"/long" not in line:
                 connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
                 continue
-            head = CHUNKED + b"40000000\r\n" if chunked else CREATED + b"Content-Length: 1073741824\r\n\r\n"
+            head = (
+                CHUNKED + b"40000000\r\n"
+                if chunked
+                else CREATED + b"Content-Length: 1073741824\r\n\r\n"
+            )
             connection.sendall(head)
             for _ in range(1024):
                 connection.sendall(b" " * 2**20)
@@ -2127,7 +2547,9 @@ async def test_late_answer_is_waited_for_only_if_it_was_sent_once(twice: bool) -
 
     heard = list[bool]()
     with fake_volume(serve) as url:
-        client = mkv.VolumeClient(Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None, hear_late)
+        client = mkv.VolumeClient(
+            Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None, hear_late
+        )
         if twice:
             await client.put({"/kept": b""})
         with pytest.raises(mkv.VolumeTimeout):
@@ -2171,11 +2593,18 @@ async def test_client_is_waited_for_only_while_its_body_is_read() -> None:
     assert await reading == b"abc" and lane.deadline_s == math.inf
 
 
-def test_upload_to_a_slow_volume_succeeds(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
+def test_upload_to_a_slow_volume_succeeds(
+    start: Callable[..., Program], nginx: Callable[..., str]
+) -> None:
     with fake_volume(take_slowly, receive_buffer=4096) as url:
-        server = start("--volume", f"slow={url}", "--volume", f"fast={nginx()}", "--volume-timeout", "0.5")
+        server = start(
+            "--volume", f"slow={url}", "--volume", f"fast={nginx()}", "--volume-timeout", "0.5"
+        )
         assert ask(server.url + "/k", "PUT", bytes(300_000))[0] == 201
-        assert ask(server.url + "/k")[1]["mkv-volumes"] == "fast,slow" and "is down" not in server.log()
+        assert (
+            ask(server.url + "/k")[1]["mkv-volumes"] == "fast,slow"
+            and "is down" not in server.log()
+        )
         server.stop()
 
 
@@ -2203,7 +2632,8 @@ async def test_volume_may_take_its_time_for_the_last_sync_of_a_large_blob(
 
 
 async def test_volume_that_takes_nothing_is_given_up_with_little_on_its_way() -> None:
-    """Megabytes in the kernel's buffer would look like progress, and be memory for each connection."""
+    """Megabytes in the kernel's buffer would look like progress, and be memory for each
+    connection."""
     with fake_volume(lambda connection: threading.Event().wait(3), receive_buffer=4096) as url:
         client, heard = client_that_hears(url, timeout_s=0.3)
         one, sent = await client.start_upload("/p", 10**9), 0
@@ -2216,16 +2646,21 @@ async def test_volume_that_takes_nothing_is_given_up_with_little_on_its_way() ->
 
 
 def refuse_early(connection: socket.socket, body: int) -> None:
-    """Say that the disk is full when `body` bytes have come, and hang up so that the rest meets a reset."""
+    """Say that the disk is full when `body` bytes have come, and hang up so that the rest meets a
+    reset."""
     _, length = read_request(connection)
     while body > 0 and length:
         body -= len(connection.recv(min(body, 50_000)))
-    connection.sendall(b"HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 4\r\n\r\nfull")
+    connection.sendall(
+        b"HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 4\r\n\r\nfull"
+    )
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @pytest.mark.parametrize("body", [0, 1, 150_000])
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"]
+)
 def test_full_volume_that_hangs_up_is_full_not_down(new_loop: Any, body: int) -> None:
     async def work(url: str) -> None:
         client, heard = client_that_hears(url)
@@ -2244,8 +2679,12 @@ def test_full_volume_that_hangs_up_is_full_not_down(new_loop: Any, body: int) ->
 
 
 @pytest.mark.parametrize("how", ["reset", "end and reset"])
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"])
-def test_volume_that_hangs_up_without_a_word_is_down(new_loop: Any, how: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"]
+)
+def test_volume_that_hangs_up_without_a_word_is_down(
+    new_loop: Any, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     def serve(connection: socket.socket) -> None:
         connection.recv(20_000)
         if how != "reset":
@@ -2255,7 +2694,9 @@ def test_volume_that_hangs_up_without_a_word_is_down(new_loop: Any, how: str, ca
         client, heard = client_that_hears(url)
         for i in range(20):
             with pytest.raises(mkv.VolumeDown):
-                await upload(client, 20_000_000, piece=(1000, 50_000, 250_000)[i % 3], chunked=i % 2 == 0)
+                await upload(
+                    client, 20_000_000, piece=(1000, 50_000, 250_000)[i % 3], chunked=i % 2 == 0
+                )
             assert heard[-1] is mkv.Event.UNREACHABLE
         client.close()
 
@@ -2275,7 +2716,9 @@ async def test_full_disk_is_full_not_down(tmp_path: Path, kind: str) -> None:
         client, heard = client_that_hears(url)
         for i in range(20):
             with pytest.raises(mkv.VolumeFull):
-                await upload(client, 20_000_000, piece=(10_000, 250_000)[i % 2], chunked=i % 3 == 0)
+                await upload(
+                    client, 20_000_000, piece=(10_000, 250_000)[i % 2], chunked=i % 3 == 0
+                )
             assert heard[-1] is mkv.Event.REFUSED
         assert mkv.Event.UNREACHABLE not in heard
         client.close()
@@ -2306,9 +2749,11 @@ Answers = Callable[[int, str], bytes | None]  # (number of the connection, path)
 
 
 @contextlib.asynccontextmanager
-async def line_volume(answer: Answers, hangs: Callable[[int], bool] = lambda number: False) -> AsyncIterator[Any]:
-    """Run a volume that answers each request as `answer` says, on connections that hang only once it may go on; yield
-    its URL and what it is asked."""
+async def line_volume(
+    answer: Answers, hangs: Callable[[int], bool] = lambda number: False
+) -> AsyncIterator[Any]:
+    """Run a volume that answers each request as `answer` says, on connections that hang only once
+    it may go on; yield its URL and what it is asked."""
     talk = Talk()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -2340,7 +2785,8 @@ class Hearing:
         self.slow = list[bool]()
         self.late = list[tuple[str, bool]]()
         self.client = mkv.VolumeClient(
-            Volume(name="a", url=url), "", timeout_s, lambda event, _: self.events.append(event), lambda *_: None,
+            Volume(name="a", url=url), "", timeout_s, lambda event, _: self.events.append(event),
+            lambda *_: None,
             self.hear_late, slow_after_s, self.slow.append,
         )  # fmt: skip
 
@@ -2353,15 +2799,21 @@ class Hearing:
         return await asyncio.gather(*puts, return_exceptions=True)
 
 
-async def test_small_requests_share_connections_and_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_small_requests_share_connections_and_system_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     writes, write = list[int](), mkv.Wire.write
-    monkeypatch.setattr(mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data)))
+    monkeypatch.setattr(
+        mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data))
+    )
     async with line_volume(lambda number, path: DONE) as (url, talk):
         one = Hearing(url)
         for _ in range(5):
             assert await one.put_many(50) == [1] * 50
         one.client.close()
-    assert talk.connections <= mkv.LINES and len(writes) <= 5 * (100 / mkv.LINE_REQUESTS + mkv.LINES)
+    assert talk.connections <= mkv.LINES and len(writes) <= 5 * (
+        100 / mkv.LINE_REQUESTS + mkv.LINES
+    )
     for number in range(talk.connections):  # blob and sidecar stay together
         paths = [path for which, path in talk.asked if which == number]
         assert paths[1::2] == [f"{path}.key" for path in paths[::2]]
@@ -2372,7 +2824,9 @@ async def test_line_carries_a_bounded_number_of_bytes(monkeypatch: pytest.Monkey
     """A volume answers in order, so what is far behind would wait for long."""
     monkeypatch.setattr(mkv, "LINE_BYTES", 3000)
     writes, write = list[int](), mkv.Wire.write
-    monkeypatch.setattr(mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data)))
+    monkeypatch.setattr(
+        mkv.Wire, "write", lambda wire, data: (writes.append(len(data)), write(wire, data))
+    )
     async with line_volume(lambda number, path: DONE) as (url, _):
         one = Hearing(url)
         assert await one.put_many(50) == [1] * 50
@@ -2402,7 +2856,9 @@ async def test_large_and_small_bodies_go_together_in_their_order() -> None:
 
 async def test_line_that_breaks_fails_nobody() -> None:
     """What was not answered is sent again, once; health does not hear of it."""
-    async with line_volume(lambda number, path: None if (number, path) == (0, "/3.key") else DONE) as (url, talk):
+    async with line_volume(
+        lambda number, path: None if (number, path) == (0, "/3.key") else DONE
+    ) as (url, talk):
         one = Hearing(url)
         shared = mkv.LINE_REQUESTS // 2  # that went with it
         assert await one.put_many(20) == [1] * 3 + [2] * (shared - 3) + [1] * (20 - shared)
@@ -2415,7 +2871,11 @@ async def test_request_that_breaks_lines_breaks_no_other_and_health_hears_once()
     async with line_volume(lambda number, path: None if path == "/7" else DONE) as (url, talk):
         one = Hearing(url)
         results = await one.put_many(20)
-        assert isinstance(results[7], mkv.VolumeDown) and results[7].sent == 2 and talk.count("/7") == 2
+        assert (
+            isinstance(results[7], mkv.VolumeDown)
+            and results[7].sent == 2
+            and talk.count("/7") == 2
+        )
         assert all(isinstance(sent, int) for i, sent in enumerate(results) if i != 7)
         assert one.events.count(mkv.Event.UNREACHABLE) == 1 and len(one.events) == 20
         one.client.close()
@@ -2430,10 +2890,13 @@ async def test_volume_that_breaks_every_connection_is_down_and_health_hears_once
         one.client.close()
 
 
-async def test_what_was_asked_behind_an_answer_that_closes_is_asked_again_and_counts_as_sent_once() -> None:
+async def test_what_was_asked_behind_an_answer_that_closes_is_asked_again_as_if_once() -> None:
     """As nginx does after an error, or its last request on a connection."""
     close = CREATED + b"Connection: close\r\nContent-Length: 0\r\n\r\n"
-    async with line_volume(lambda number, path: close if path in ("/2", "/5.key") else DONE) as (url, talk):
+    async with line_volume(lambda number, path: close if path in ("/2", "/5.key") else DONE) as (
+        url,
+        talk,
+    ):
         one = Hearing(url)
         assert await one.put_many(10) == [1] * 10 and one.events == [mkv.Event.STORED] * 10
         assert talk.connections >= 3 and talk.count("/2") == 1
@@ -2445,7 +2908,11 @@ async def test_error_in_a_batch_is_that_requests_alone() -> None:
     async with line_volume(lambda number, path: full if path == "/4" else DONE) as (url, talk):
         one = Hearing(url)
         results = await one.put_many(10)
-        assert isinstance(results.pop(4), mkv.VolumeFull) and results == [1] * 9 and talk.connections == 1
+        assert (
+            isinstance(results.pop(4), mkv.VolumeFull)
+            and results == [1] * 9
+            and talk.connections == 1
+        )
         assert sorted(event.name for event in one.events) == ["REFUSED"] + ["STORED"] * 9
         one.client.close()
 
@@ -2479,7 +2946,9 @@ async def test_line_that_hangs_fails_all_it_carries_and_health_hears_once() -> N
 
 
 async def test_hung_line_that_ends_says_what_will_not_come() -> None:
-    async with line_volume(lambda number, path: DONE if path != "/1" else None, lambda number: True) as (url, talk):
+    async with line_volume(
+        lambda number, path: DONE if path != "/1" else None, lambda number: True
+    ) as (url, talk):
         one = Hearing(url, 0.2)
         assert {type(result) for result in await one.put_many(2)} == {mkv.VolumeTimeout}
         talk.go_on.set()
@@ -2508,7 +2977,13 @@ async def test_request_that_is_cancelled_leaves_its_line_usable() -> None:
         puts[3].cancel()
         talk.go_on.set()
         results = await asyncio.gather(*puts, return_exceptions=True)
-        assert [type(result) for result in results] == [asyncio.CancelledError, int, int, asyncio.CancelledError, int]
+        assert [type(result) for result in results] == [
+            asyncio.CancelledError,
+            int,
+            int,
+            asyncio.CancelledError,
+            int,
+        ]
         assert await one.client.put({"/more": b"x"}) == 1 and talk.connections == 1
         assert [path for _, path in talk.asked] == ["/0", "/1", "/2", "/3", "/4", "/more"]
         one.client.close()
@@ -2525,7 +3000,9 @@ async def test_request_that_is_cancelled_before_it_was_sent_is_not_sent() -> Non
         one.client.close()
 
 
-async def test_connection_refused_fails_all_that_wait_unsent(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_refused_fails_all_that_wait_unsent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     opened, go_on = list[int](), asyncio.Event()
 
     async def refuse(client: mkv.VolumeClient, wire: mkv.Wire) -> None:
@@ -2577,7 +3054,9 @@ async def test_volume_that_hangs_up_at_once_is_down(monkeypatch: pytest.MonkeyPa
         one.client.close()
 
 
-async def test_what_waits_for_a_busy_line_needs_no_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_for_a_busy_line_needs_no_more_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As when this process has no more files: it is served when the line is free."""
     failures = list[int]()
 
@@ -2593,7 +3072,9 @@ async def test_what_waits_for_a_busy_line_needs_no_more_connections(monkeypatch:
         second = asyncio.create_task(one.client.get(["/2"], 99))
         await until(lambda: failures)
         talk.go_on.set()
-        assert await first == await second == [(201, b"")] and one.events == [mkv.Event.ANSWERED] * 2
+        assert (
+            await first == await second == [(201, b"")] and one.events == [mkv.Event.ANSWERED] * 2
+        )
         one.client.close()
 
 
@@ -2635,13 +3116,18 @@ def test_answer_that_came_while_this_process_stood_still_is_not_late(timeout_s: 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext "
+        "subjectAltName=DNS:localhost"
     )
-    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    subprocess.run(
+        [*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True
+    )
     return key, certificate
 
 
-@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, mkv.new_loop], ids=["asyncio", "uvloop"]
+)
 def test_volume_behind_tls(new_loop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = make_certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2673,7 +3159,7 @@ def test_volume_behind_tls(new_loop: Any, tmp_path: Path, monkeypatch: pytest.Mo
         runner.run(work())
 
 
-# == Health ===========================================================================================================
+# == Health =======================================================================================
 
 
 async def test_volume_that_is_back_is_asked_at_once_whether_it_takes_writes() -> None:
@@ -2696,7 +3182,7 @@ async def test_volume_that_is_back_is_asked_at_once_whether_it_takes_writes() ->
     assert health.states["a"] is UP and probes[-1] is True
 
 
-# == Metrics and store ================================================================================================
+# == Metrics and store ============================================================================
 
 
 def test_metrics_hold_long_names_and_too_many_of_them() -> None:
@@ -2705,7 +3191,11 @@ def test_metrics_hold_long_names_and_too_many_of_them() -> None:
     for i in range(mkv.REGION // mkv.CELL + 10):
         metrics.add(f'mkv_volume_requests_total{{volume="v{i}",method="PUT"}}')
     families = {one.name: one for one in text_string_to_metric_families(metrics.render({}))}
-    (count,) = [s.value for s in families["mkv_volume_request_duration_seconds"].samples if s.name.endswith("_count")]
+    (count,) = [
+        s.value
+        for s in families["mkv_volume_request_duration_seconds"].samples
+        if s.name.endswith("_count")
+    ]
     assert count == 1 and families["mkv_samples_dropped"].samples[0].value > 0
 
 
@@ -2722,7 +3212,13 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
 ) -> None:
     end = threading.Event()
     monkeypatch.setattr(mkv, "list_keys", lambda db, query: b"{}" if end.wait(60) else b"")
-    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://127.0.0.1:1"),), replicas=1))
+    store = Store(
+        Config(
+            db=str(tmp_path / "i.db"),
+            volumes=(Volume(name="a", url="http://127.0.0.1:1"),),
+            replicas=1,
+        )
+    )
     await store.start()
     store.health.states["a"] = State.UP
     lists = [asyncio.create_task(store.list(mkv.ListQuery())) for _ in range(8)]
@@ -2758,7 +3254,9 @@ async def test_full_volume_takes_writes_again_once_there_is_room(
     full = threading.Event()
     refuse = answering(lambda line: 507 if full.is_set() and line.startswith(b"PUT") else 201)
     with fake_volume(refuse) as url:
-        config = Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1)
+        config = Config(
+            db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1
+        )
         store = Store(config)
         await store.start()
         await put_one(store, "k", b"x")
@@ -2814,7 +3312,9 @@ async def test_what_may_still_come_of_a_put(
     tmp_path: Path, failure: type[mkv.VolumeError] | None, sent: int, doubt: mkv.Doubt | None
 ) -> None:
     """A volume has answered, or failed, after it was sent a sidecar so many times."""
-    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://a"),), replicas=1))
+    store = Store(
+        Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://a"),), replicas=1)
+    )
     write = store._begin_write(store.view, mkv.Draft("k", "a/b", "", 1), "")
     write.doubts["a"] = mkv.BROKEN_OFF
     write._note("a", failure and failure("a", "", sent), sent)
@@ -2822,7 +3322,8 @@ async def test_what_may_still_come_of_a_put(
 
 
 @pytest.mark.parametrize(
-    ("how", "state", "doubt"), [("403", "garbage", None), ("breaks", "deleting", 300), ("hangs", "deleting", 24 * 3600)]
+    ("how", "state", "doubt"),
+    [("403", "garbage", None), ("breaks", "deleting", 300), ("hangs", "deleting", 24 * 3600)],
 )
 async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
     tmp_path: Path, how: str, state: str, doubt: int | None
@@ -2843,13 +3344,17 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
 
     with fake_volume(answering(refuse)) as url:
         volumes = (Volume(name="a", url=url),)
-        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5)
+        config = Config(
+            db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5
+        )
         store = Store(config, number=1)  # so that nobody else collects
         await store.start()
         await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
         for _ in range(3):
             await store.collect_garbage()
-        ((row, now_s),) = await store.index.write(lambda tx: [(row_at(tx, ("a", R.path)), tx.now_s)])
+        ((row, now_s),) = await store.index.write(
+            lambda tx: [(row_at(tx, ("a", R.path)), tx.now_s)]
+        )
         await store.close()
         end.set()
     deletes = {line.split()[1].decode() for line in asked if line.startswith(b"DELETE")}
@@ -2879,11 +3384,13 @@ def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
     assert [one.name for one in (tmp_path / ".tmp").iterdir()] == ["young"]
 
 
-# == HTTP: the same contract over embedded volumes and over real nginx ================================================
+# == HTTP: the same contract over embedded volumes and over real nginx ============================
 
 
 @pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp"])
-def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+def store(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Program]:
     """A server with its own volumes, or nginx's, or whose clients are served by aiohttp."""
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.ExitStack() as stack:
@@ -2892,7 +3399,9 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
             for i in range(3):
                 flags += ["--volume", f"n{i}={stack.enter_context(Nginx(folder / f'n{i}')).url}"]
         if request.param == "aiohttp":
-            stack.enter_context(pytest.MonkeyPatch.context()).setitem(MORE_HEADERS, "Connection", "keep-alive, x")
+            stack.enter_context(pytest.MonkeyPatch.context()).setitem(
+                MORE_HEADERS, "Connection", "keep-alive, x"
+            )
         program = Program(folder / "program", *flags)
         stack.callback(program.stop, signal.SIGKILL)
         yield program
@@ -2929,12 +3438,18 @@ REQUESTS: tuple[tuple[str, str, dict[str, str], Any], ...] = (
 VARIES = {"date", "x-request-id", "location", "mkv-volumes", "last-modified", "connection"}
 
 
-@pytest.mark.parametrize("query", ["", "?delimiter=/&limit=2", "?limit=0", "?prefix=%ff", "?nonsense"])
-def test_lists_and_reports_are_the_same_from_both_servers(start: Callable[..., Program], query: str) -> None:
+@pytest.mark.parametrize(
+    "query", ["", "?delimiter=/&limit=2", "?limit=0", "?prefix=%ff", "?nonsense"]
+)
+def test_lists_and_reports_are_the_same_from_both_servers(
+    start: Callable[..., Program], query: str
+) -> None:
     server = start()
     for path in (f"/{query}", "/-/livez", "/-/readyz", "/-/nothing"):
         for method in ("GET", "HEAD"):
-            both = [comparable(ask(server.url + path, method, **more)) for more in ({}, NOT_SIMPLE)]
+            both = [
+                comparable(ask(server.url + path, method, **more)) for more in ({}, NOT_SIMPLE)
+            ]
             assert both[0] == both[1], (method, path)
 
 
@@ -2975,21 +3490,34 @@ def test_put_get_head_delete(store: Program, size: int, chunked: bool) -> None:
     assert status == 201 and headers["etag"] == f'"{digest}"'
     assert read_back(store, key) == body
     status, headers, _ = ask(f"{store.url}/{key}", "HEAD")
-    assert status == 200 and headers["content-length"] == str(size) and headers["content-type"] == "image/png"
+    assert (
+        status == 200
+        and headers["content-length"] == str(size)
+        and headers["content-type"] == "image/png"
+    )
     assert headers["etag"] == f'"{digest}"' and len(headers["mkv-volumes"].split(",")) == 2
-    assert base64.b64decode(headers["repr-digest"].removeprefix("sha-256=:").removesuffix(":")).hex() == digest
+    assert (
+        base64.b64decode(headers["repr-digest"].removeprefix("sha-256=:").removesuffix(":")).hex()
+        == digest
+    )
     assert abs(parsedate_to_datetime(headers["last-modified"]).timestamp() - time.time()) < 60
     location = ask(f"{store.url}/{key}")[1]["location"]
     assert ask(location, "HEAD")[1]["content-type"] == "image/png"
     assert size < 10 or ask(location, Range="bytes=2-5")[::2] == (206, body[2:6])
     assert ask(f"{store.url}/{key}", "PUT", b"new")[0] == 204 and read_back(store, key) == b"new"
     assert ask(f"{store.url}/{key}", "DELETE")[0] == 204
-    assert [ask(f"{store.url}/{key}", method)[0] for method in ("GET", "HEAD", "DELETE")] == [404, 404, 404]
+    assert [ask(f"{store.url}/{key}", method)[0] for method in ("GET", "HEAD", "DELETE")] == [
+        404,
+        404,
+        404,
+    ]
 
 
 ODD_KEYS = [
-    "//", "a//b", "..", "../../etc/passwd", "./x", "a/../b", "%2F", "a b+c", "a\nb", "\U0001f600", "é", "?x=1&y", "#",
-    "-", "a/", "/", "index.db", "\x7f\x01", "k" * 1024, "\U0001f600" * 256, "a:b@c;d,e|f\\g", "--/x",
+    "//", "a//b", "..", "../../etc/passwd", "./x", "a/../b", "%2F", "a b+c", "a\nb",
+    "\U0001f600", "é", "?x=1&y", "#",
+    "-", "a/", "/", "index.db", "\x7f\x01", "k" * 1024, "\U0001f600" * 256, "a:b@c;d,e|f\\g",
+    "--/x",
 ]  # fmt: skip
 
 
@@ -3031,8 +3559,20 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
         ("PUT", "/k", {"Content-MD5": "nonsense"}, b"x", 400),
-        ("PUT", "/k", {"Repr-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"}, b"x", 422),
-        ("PUT", "/k", {"Content-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"}, b"x" * 900_000, 422),
+        (
+            "PUT",
+            "/k",
+            {"Repr-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"},
+            b"x",
+            422,
+        ),
+        (
+            "PUT",
+            "/k",
+            {"Content-Digest": f"sha-256=:{base64.b64encode(b'0' * 32).decode()}:"},
+            b"x" * 900_000,
+            422,
+        ),
         ("POST", "/k", {}, b"x", 405),
         ("PATCH", "/k", {}, b"x", 405),
         ("OPTIONS", "*", {}, None, 400),
@@ -3048,7 +3588,12 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
     ],
 )
 def test_bad_input_is_refused_with_a_reason_and_changes_nothing(
-    store: Program, method: str, target: str, headers: dict[str, str], body: bytes | None, status: int
+    store: Program,
+    method: str,
+    target: str,
+    headers: dict[str, str],
+    body: bytes | None,
+    status: int,
 ) -> None:
     before = json.loads(ask(store.url + "/-/status")[2])["keys"]
     connection = http.client.HTTPConnection("127.0.0.1", store.port, timeout=20)
@@ -3065,13 +3610,19 @@ def test_bad_input_is_refused_with_a_reason_and_changes_nothing(
 
 
 def test_query_belongs_to_no_key(store: Program) -> None:
-    """Dropping it from a PUT or DELETE would change another key; readers may send one, as to any file server."""
+    """Dropping it from a PUT or DELETE would change another key; readers may send one, as to any
+    file server."""
     assert ask(store.url + "/what", "PUT", b"kept")[0] == 201
     for method in ("PUT", "DELETE"):
         status, _, body = ask(store.url + "/what?.txt", method)
         assert status == 400 and "write ? as %3F" in json.loads(body)["detail"]
-    assert read_back(store, "what?v=2") == b"kept" and ask(store.url + "/what?v=2", "HEAD")[0] == 200
-    assert ask(store.url + "/what%3F.txt", "PUT", b"other")[0] == 201 and read_back(store, "what") == b"kept"
+    assert (
+        read_back(store, "what?v=2") == b"kept" and ask(store.url + "/what?v=2", "HEAD")[0] == 200
+    )
+    assert (
+        ask(store.url + "/what%3F.txt", "PUT", b"other")[0] == 201
+        and read_back(store, "what") == b"kept"
+    )
     assert [ask(store.url + key, "DELETE")[0] for key in ("/what", "/what%3F.txt")] == [204, 204]
 
 
@@ -3101,7 +3652,9 @@ def test_body_that_is_not_what_it_says_stores_nothing(store: Program, data: byte
     assert ask(store.url + "/cut")[0] == 404
 
 
-def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing(store: Program) -> None:
+def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing(
+    store: Program,
+) -> None:
     with socket.create_connection(("127.0.0.1", store.port), timeout=20) as connection:
         connection.sendall(HEAD + b"Content-Length: 3\r\n\r\n")
         eventually(lambda: metric(read_metrics(store.url), "mkv_http_requests_in_flight") == 2)
@@ -3111,7 +3664,9 @@ def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing
 
 
 @pytest.fixture(scope="module", params=["c", "python"])
-def parser(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+def parser(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Program]:
     """A server with each of the parsers that aiohttp has."""
     env = {} if request.param == "c" else {"AIOHTTP_NO_EXTENSIONS": "1"}
     program = Program(tmp_path_factory.mktemp("parser"), env=env)
@@ -3140,21 +3695,40 @@ def test_size_that_no_blob_can_have_is_413(parser: Program, size: int) -> None:
 
 
 def test_size_that_no_blob_can_have_leaves_the_volumes_alone(store: Program) -> None:
-    check_problem(send_raw(store.port, HEAD + b"Content-Length: 9223372036854775808\r\n\r\nabc"), 413)
+    check_problem(
+        send_raw(store.port, HEAD + b"Content-Length: 9223372036854775808\r\n\r\nabc"), 413
+    )
     assert {v["state"] for v in json.loads(ask(store.url + "/-/status")[2])["volumes"]} == {"up"}
-    assert ask(store.url + "/after", "PUT", b"x")[0] == 201 and ask(store.url + "/after", "DELETE")[0] == 204
+    assert (
+        ask(store.url + "/after", "PUT", b"x")[0] == 201
+        and ask(store.url + "/after", "DELETE")[0] == 204
+    )
 
 
-@pytest.mark.parametrize("coding", [b"gzip, chunked", b"deflate,chunked", b"gzip, Chunked", b"x;a=b, chunked"])
+@pytest.mark.parametrize(
+    "coding", [b"gzip, chunked", b"deflate,chunked", b"gzip, Chunked", b"x;a=b, chunked"]
+)
 @pytest.mark.parametrize("method", [b"PUT", b"GET", b"DELETE"])
-def test_transfer_coding_that_is_not_known_is_501(parser: Program, method: bytes, coding: bytes) -> None:
+def test_transfer_coding_that_is_not_known_is_501(
+    parser: Program, method: bytes, coding: bytes
+) -> None:
     head = HEAD.replace(b"PUT", method) + b"Transfer-Encoding: " + coding
-    check_problem(send_raw(parser.port, head + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), 501, "only chunked")
+    check_problem(
+        send_raw(parser.port, head + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n"), 501, "only chunked"
+    )
     assert ask(parser.url + "/cut")[0] == 404
 
 
 @pytest.mark.parametrize(
-    "target", [b"http://xn--/x", b"http://\xff/x", b"http://[::1/x", b"http://h:port/x", b"http://h:99999/x", b"x"]
+    "target",
+    [
+        b"http://xn--/x",
+        b"http://\xff/x",
+        b"http://[::1/x",
+        b"http://h:port/x",
+        b"http://h:99999/x",
+        b"x",
+    ],
 )
 def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> None:
     check_problem(send_raw(parser.port, b"GET " + target + b" HTTP/1.1\r\nHost: h\r\n\r\n"), 400)
@@ -3172,14 +3746,18 @@ def test_body_longer_than_its_length_is_400(parser: Program, more: bytes, late: 
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
         connection.sendall(HEAD + b"Content-Length: 3\r\n\r\n" + (b"" if late else b"abc" + more))
         if late:
-            eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
+            eventually(
+                lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2
+            )
             connection.sendall(b"abc" + more)
         assert connection.recv(65536).split()[1] == b"400"
     assert ask(parser.url + "/cut", "DELETE")[0] == 404
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET /-/liv", b"\r", b"\r\n", b"\r\nGET"])
-def test_request_that_has_begun_after_a_body_is_no_part_of_it(parser: Program, begun: bytes) -> None:
+def test_request_that_has_begun_after_a_body_is_no_part_of_it(
+    parser: Program, begun: bytes
+) -> None:
     whole = b"GET /-/livez HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
     if begun.startswith(b"\r"):
         whole = b"\r\n" + whole
@@ -3218,7 +3796,10 @@ def test_body_of_more_framing_than_sense_is_400(parser: Program, body: bytes, wo
 
 
 def test_small_chunks_are_taken(parser: Program) -> None:
-    for body in (b"1\r\nx\r\n" * 1000, (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000):
+    for body in (
+        b"1\r\nx\r\n" * 1000,
+        (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000,
+    ):
         assert send_raw(parser.port, CHUNKED_PUT + body + END)[0] == 201
         assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
@@ -3226,7 +3807,9 @@ def test_small_chunks_are_taken(parser: Program) -> None:
 REFUSED = HEAD + b'If-Match: "x"\r\n'
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: %d\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x"])
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: %d\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x"]
+)
 def test_refusal_arrives_though_the_body_was_not_read(parser: Program, framing: bytes) -> None:
     """A connection closed with bytes unread is reset, and the reset takes the answer with it."""
     body = bytes(20_000_000)
@@ -3260,7 +3843,9 @@ def test_what_follows_an_answer_to_half_a_body_is_not_parsed(parser: Program, he
 def test_client_that_resets_its_connection_is_no_bug(parser: Program, data: bytes) -> None:
     for _ in range(30):
         with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+            connection.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # close is a reset
             connection.sendall(HEAD + data)
     eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 1)
     assert "Traceback" not in parser.log() and "status=500" not in parser.log()
@@ -3319,7 +3904,9 @@ def test_request_id_is_the_clients_or_new(store: Program) -> None:
 def test_only_one_of_many_creators_wins(store: Program) -> None:
     with ThreadPoolExecutor(8) as pool:
         bodies = [b"%d" % i for i in range(16)]
-        answers = list(pool.map(lambda b: ask(store.url + "/race", "PUT", b, If_None_Match="*")[0], bodies))
+        answers = list(
+            pool.map(lambda b: ask(store.url + "/race", "PUT", b, If_None_Match="*")[0], bodies)
+        )
     assert sorted(answers) == [201] + [412] * 15
     assert read_back(store, "race") == bodies[answers.index(201)]
     assert ask(store.url + "/race", "DELETE")[0] == 204
@@ -3334,7 +3921,9 @@ def test_replaced_and_deleted_blobs_leave_the_volumes(store: Program) -> None:
     for link in links:  # no sidecar of any version is left when DELETE answers
         assert (
             ask(
-                mkv.sidecar_path(urlsplit(link).path).join((link.partition("/")[0] + "//" + urlsplit(link).netloc, ""))
+                mkv.sidecar_path(urlsplit(link).path).join(
+                    (link.partition("/")[0] + "//" + urlsplit(link).netloc, "")
+                )
             )[0]
             == 404
         )
@@ -3348,7 +3937,9 @@ def test_status_counts_what_is_there(store: Program) -> None:
     assert ask(store.url + "/counted", "PUT", b"12345")[0] == 201
     after = json.loads(ask(store.url + "/-/status")[2])
     assert (after["keys"] - before["keys"], after["bytes"] - before["bytes"]) == (1, 5)
-    assert sum(v["blobs"] for v in after["volumes"]) - sum(v["blobs"] for v in before["volumes"]) == 2
+    assert (
+        sum(v["blobs"] for v in after["volumes"]) - sum(v["blobs"] for v in before["volumes"]) == 2
+    )
     assert {v["state"] for v in after["volumes"]} == {"up"} and after["version"] == mkv.__version__
     assert ask(store.url + "/counted", "DELETE")[0] == 204
 
@@ -3367,8 +3958,13 @@ def test_status_counts_what_is_there(store: Program) -> None:
         ("t/a", "a/b;" + "c" * 251, "a/b;" + "c" * 251, "application/octet-stream"),
     ],
 )
-def test_content_type_comes_back(store: Program, key: str, sent: str | None, kept: str, served: str) -> None:
-    assert ask(f"{store.url}/{key}", "PUT", b"x", **({"Content_Type": sent} if sent else {}))[0] == 201
+def test_content_type_comes_back(
+    store: Program, key: str, sent: str | None, kept: str, served: str
+) -> None:
+    assert (
+        ask(f"{store.url}/{key}", "PUT", b"x", **({"Content_Type": sent} if sent else {}))[0]
+        == 201
+    )
     assert ask(f"{store.url}/{key}", "HEAD")[1]["content-type"] == kept
     assert ask(ask(f"{store.url}/{key}")[1]["location"])[1]["content-type"] == served
     assert ask(f"{store.url}/{key}", "DELETE")[0] == 204
@@ -3394,13 +3990,18 @@ def test_list_over_http(store: Program) -> None:
     assert (row["size"], row["etag"], row["content_type"]) == (10, etag, "image/png")
     assert row.keys() == {"key", "size", "etag", "content_type", "modified"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["modified"])
-    assert [row["key"] for row in get("prefix=list%2F&start=list/b/2")["keys"]] == keys[2:]  # start is inclusive
+    assert [row["key"] for row in get("prefix=list%2F&start=list/b/2")["keys"]] == keys[
+        2:
+    ]  # start is inclusive
     found, start = list[str](), ""
     while start is not None:
         page = get(f"prefix=list/&limit=2&start={quote(start)}")
         found, start = [*found, *(row["key"] for row in page["keys"])], page["next"]
     assert found == keys
-    assert get("prefix=list/d+e")["keys"][0]["key"] == "list/d e" and get("prefix=nothing")["keys"] == []
+    assert (
+        get("prefix=list/d+e")["keys"][0]["key"] == "list/d e"
+        and get("prefix=nothing")["keys"] == []
+    )
     for key in keys:
         assert ask(f"{store.url}/{quote(key)}", "DELETE")[0] == 204
 
@@ -3424,7 +4025,8 @@ def test_client_goes_on_after_a_refusal(store: Program) -> None:
 
 
 def test_readers_get_one_whole_version_while_it_is_replaced(store: Program) -> None:
-    """I5: what the redirect leads to is what its ETag names, or gone, never a mix and never short."""
+    """I5: what the redirect leads to is what its ETag names, or gone, never a mix and never
+    short."""
     assert ask(store.url + "/whole", "PUT", b"0" * 300_000)[0] == 201
     stop, digests = threading.Event(), set[str]()
 
@@ -3452,7 +4054,8 @@ def test_readers_get_one_whole_version_while_it_is_replaced(store: Program) -> N
 
 
 class Model(RuleBasedStateMachine):
-    """The store against a dict: PUT, conditional PUT, DELETE, GET and list agree with it at every step."""
+    """The store against a dict: PUT, conditional PUT, DELETE, GET and list agree with it at every
+    step."""
 
     program: ClassVar[Program]
 
@@ -3473,7 +4076,9 @@ class Model(RuleBasedStateMachine):
 
     @rule(key=keys, body=bodies)
     def create(self, key: str, body: bytes) -> None:
-        assert ask(self.url(key), "PUT", body, If_None_Match="*")[0] == (412 if key in self.model else 201)
+        assert ask(self.url(key), "PUT", body, If_None_Match="*")[0] == (
+            412 if key in self.model else 201
+        )
         self.model.setdefault(key, body)
 
     @rule(key=keys, expected=bodies, body=bodies)
@@ -3486,7 +4091,9 @@ class Model(RuleBasedStateMachine):
 
     @rule(key=keys)
     def delete(self, key: str) -> None:
-        assert ask(self.url(key), "DELETE")[0] == (204 if self.model.pop(key, None) is not None else 404)
+        assert ask(self.url(key), "DELETE")[0] == (
+            204 if self.model.pop(key, None) is not None else 404
+        )
 
     @rule(key=keys)
     def get(self, key: str) -> None:
@@ -3504,10 +4111,12 @@ class Model(RuleBasedStateMachine):
 
 def test_store_behaves_like_a_dict(store: Program) -> None:
     Model.program = store
-    run_state_machine_as_test(Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(
+        Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None)
+    )
 
 
-# == Faults ===========================================================================================================
+# == Faults =======================================================================================
 
 
 @pytest.fixture
@@ -3529,7 +4138,9 @@ def get_body(url: str, token: str = "") -> bytes | None:
         return None
 
 
-def test_killed_volume_loses_nothing_and_stops_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_killed_volume_loses_nothing_and_stops_nothing(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     server = start(*flags_of(volumes3))
     for i in range(30):
         assert ask(f"{server.url}/k{i}", "PUT", b"%d" % i)[0] == 201
@@ -3558,7 +4169,9 @@ def test_traffic_goes_on_when_a_volume_stops(
     assert failures == []
 
 
-def test_no_volume_up_is_503_and_says_so(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_no_volume_up_is_503_and_says_so(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     server = start(*flags_of(volumes3))
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     for one in volumes3:
@@ -3566,16 +4179,27 @@ def test_no_volume_up_is_503_and_says_so(start: Callable[..., Program], volumes3
     eventually(lambda: ask(server.url + "/-/readyz")[0] == 503)
     status, headers, _ = ask(server.url + "/k")
     assert status == 503 and "retry-after" in headers
-    assert ask(server.url + "/-/livez")[0] == ask(server.url + "/k", "HEAD")[0] == ask(server.url + "/")[0] == 200
+    assert (
+        ask(server.url + "/-/livez")[0]
+        == ask(server.url + "/k", "HEAD")[0]
+        == ask(server.url + "/")[0]
+        == 200
+    )
     volumes3[0].begin()
     volumes3[1].begin()
     volumes3[2].begin()
     eventually(lambda: get_body(server.url + "/k") == b"x")
 
 
-def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(start: Callable[..., Program]) -> None:
+def test_put_that_no_volume_can_take_is_refused_before_its_body_is_asked_for(
+    start: Callable[..., Program],
+) -> None:
     server = start("--volume", "a=http://127.0.0.1:1", "--volume", "b=http://127.0.0.1:2")
-    for framing in (b"Content-Length: 300000", b"Content-Length: 3", b"Transfer-Encoding: chunked"):
+    for framing in (
+        b"Content-Length: 300000",
+        b"Content-Length: 3",
+        b"Transfer-Encoding: chunked",
+    ):
         head = HEAD + framing + b"\r\nExpect: 100-continue\r\n\r\n"
         assert raw(server.port, head).startswith(b"HTTP/1.1 503 "), framing
 
@@ -3584,7 +4208,9 @@ def garbage_of(server: Program) -> int:
     return int(json.loads(ask(server.url + "/-/status")[2])["garbage"])
 
 
-def test_what_is_replaced_or_deleted_stays_for_garbage_delay(start: Callable[..., Program]) -> None:
+def test_what_is_replaced_or_deleted_stays_for_garbage_delay(
+    start: Callable[..., Program],
+) -> None:
     """I5: readers under way can finish. What is due at once shows that the collector was there."""
     server = start(config="garbage_delay = 3600.0\n")
 
@@ -3618,17 +4244,23 @@ def orders_of_deletes(volumes: Iterable[Nginx]) -> Counter[tuple[str, ...]]:
     return orders
 
 
-def test_sidecars_are_deleted_before_their_blobs(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_sidecars_are_deleted_before_their_blobs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     """By the collector, and when a PUT is refused: a kill in between leaves no sidecar alone."""
     server = start(*flags_of(volumes3), "--garbage-delay", "0")
     assert [ask(server.url + "/replaced", "PUT", b"x")[0] for _ in range(2)] == [201, 204]
     slow = SlowPut(server.port, "refused", bytes(400_000), {"If-None-Match": "*"})
     assert ask(server.url + "/refused", "PUT", b"x")[0] == 201 and slow.finish() == 412
     eventually(lambda: garbage_of(server) == 0)
-    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 4}  # two versions, two replicas each
+    assert orders_of_deletes(volumes3) == {
+        ("sidecar", "blob"): 4
+    }  # two versions, two replicas each
 
 
-def test_put_that_the_index_cannot_commit_leaves_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_put_that_the_index_cannot_commit_leaves_nothing(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     """I2, though the index cannot even note that there is garbage."""
     server = start(*flags_of(volumes3))
     slow = SlowPut(server.port, "k", bytes(3_000_000), {})
@@ -3642,7 +4274,9 @@ def test_put_that_the_index_cannot_commit_leaves_nothing(start: Callable[..., Pr
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
 
 
-def test_delete_waits_for_no_volume_that_hangs(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_delete_waits_for_no_volume_that_hangs(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     """`volume_timeout` is a minute here, and this client has not that much patience."""
     server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2")
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
@@ -3658,11 +4292,15 @@ def test_delete_waits_for_no_volume_that_hangs(start: Callable[..., Program], vo
 def test_volume_that_was_down_during_a_delete_does_not_bring_it_back(
     start: Callable[..., Program], volumes3: list[Nginx]
 ) -> None:
-    server = start(*flags_of(volumes3), "--replicas", "3", "--min-replicas", "2", "--garbage-delay", "0")
+    server = start(
+        *flags_of(volumes3), "--replicas", "3", "--min-replicas", "2", "--garbage-delay", "0"
+    )
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     volumes3[0].signal(signal.SIGKILL)
     assert ask(server.url + "/k", "DELETE")[0] == 204
-    assert volumes3[0].files() and not any(name.endswith(".key") for one in volumes3[1:] for name in one.files())
+    assert volumes3[0].files() and not any(
+        name.endswith(".key") for one in volumes3[1:] for name in one.files()
+    )
     eventually(lambda: "volume n0 is down" in server.log())
     server.stop(signal.SIGKILL)  # the garbage outlives the server
     volumes3[0].begin()
@@ -3671,8 +4309,19 @@ def test_volume_that_was_down_during_a_delete_does_not_bring_it_back(
     assert ask(begin_again.url + "/k")[0] == 404
 
 
-def test_stopped_volume_is_given_up_in_time(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
-    flags = ["--volume-timeout", "0.5", "--replicas", "3", "--min-replicas", "2", "--garbage-delay", "0"]
+def test_stopped_volume_is_given_up_in_time(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    flags = [
+        "--volume-timeout",
+        "0.5",
+        "--replicas",
+        "3",
+        "--min-replicas",
+        "2",
+        "--garbage-delay",
+        "0",
+    ]
     server = start(*flags_of(volumes3), *flags)
     volumes3[0].signal(signal.SIGSTOP)
     assert ask(server.url + "/small", "PUT", b"x")[0] == 201
@@ -3684,9 +4333,11 @@ def test_stopped_volume_is_given_up_in_time(start: Callable[..., Program], volum
 
 
 class Faulty:
-    """A volume that takes probes and PUTs of up to `good` bytes, and does to the others what `how` says.
+    """A volume that takes probes and PUTs of up to `good` bytes, and does to the others what `how`
+    says.
 
-    "500", "stall" and "close" come in the middle of a blob; "sidecar" takes the blob and refuses its sidecar.
+    "500", "stall" and "close" come in the middle of a blob; "sidecar" takes the blob and refuses
+    its sidecar.
     """
 
     def __init__(self, how: str, good: int = 100_000) -> None:
@@ -3698,7 +4349,9 @@ class Faulty:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._serve, args=(self._socket.accept()[0],), daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(self._socket.accept()[0],), daemon=True
+                ).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError), connection.makefile("rb") as stream:
@@ -3714,7 +4367,9 @@ class Faulty:
                 if bad:
                     stream.read(min(length, self.good))
                     if self.how in ("500", "sidecar"):
-                        connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+                        connection.sendall(
+                            b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+                        )
                     if self.how == "stall":
                         self.stop.wait(30)
                     return
@@ -3727,8 +4382,11 @@ class Faulty:
 
 
 @pytest.mark.parametrize("how", ["500", "stall", "close", "sidecar"])
-def test_failure_in_the_middle_of_a_large_body(start: Callable[..., Program], volumes3: list[Nginx], how: str) -> None:
-    """I2: the PUT fails with 503, the key stays as it was, and nothing is left on the good volumes."""
+def test_failure_in_the_middle_of_a_large_body(
+    start: Callable[..., Program], volumes3: list[Nginx], how: str
+) -> None:
+    """I2: the PUT fails with 503, the key stays as it was, and nothing is left on the good
+    volumes."""
     faulty = Faulty(how)
     flags = [
         "--volume",
@@ -3746,7 +4404,12 @@ def test_failure_in_the_middle_of_a_large_body(start: Callable[..., Program], vo
         assert status == 503 and "retry-after" in headers
     assert ask(server.url + "/k", "HEAD")[1]["content-length"] == "3"
     at_rest = 3 if how == "sidecar" else 2  # a mark, while the faulty one deletes no sidecar
-    eventually(lambda: len(volumes3[0].files()) == at_rest and not list((volumes3[0].folder / ".tmp").iterdir()))
+    eventually(
+        lambda: (
+            len(volumes3[0].files()) == at_rest
+            and not list((volumes3[0].folder / ".tmp").iterdir())
+        )
+    )
     faulty.close()
 
 
@@ -3754,7 +4417,10 @@ def test_failure_in_the_middle_of_a_large_body(start: Callable[..., Program], vo
 def test_large_body_goes_on_with_enough_replicas(
     start: Callable[..., Program], volumes3: list[Nginx], how: str
 ) -> None:
-    faulty, flags = Faulty(how), ["--volume-timeout", "0.5", "--replicas", "3", "--min-replicas", "2"]
+    faulty, flags = (
+        Faulty(how),
+        ["--volume-timeout", "0.5", "--replicas", "3", "--min-replicas", "2"],
+    )
     server = start("--volume", f"bad={faulty.url}", *flags_of(volumes3[:2]), *flags)
     body = os.urandom(5_000_000)
     assert ask(server.url + "/k", "PUT", body)[0] == 201
@@ -3767,17 +4433,23 @@ def test_failing_volume_is_replaced_for_a_small_body(
     start: Callable[..., Program], volumes3: list[Nginx], how: str
 ) -> None:
     faulty = Faulty(how, good=0)
-    server = start("--volume", f"bad={faulty.url}", *flags_of(volumes3[:2]), "--volume-timeout", "0.5")
+    server = start(
+        "--volume", f"bad={faulty.url}", *flags_of(volumes3[:2]), "--volume-timeout", "0.5"
+    )
     for i in range(10):
         assert ask(f"{server.url}/k{i}", "PUT", b"x")[0] == 201
         assert ask(f"{server.url}/k{i}")[1]["mkv-volumes"] == "n0,n1"
     faulty.close()
 
 
-def test_client_that_goes_away_leaves_nothing(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_client_that_goes_away_leaves_nothing(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     server = start(*flags_of(volumes3), "--garbage-delay", "0")
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 4_000_000)
+        client.sendall(
+            b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 9000000\r\n\r\n" + b"x" * 4_000_000
+        )
     eventually(lambda: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 1)
     assert ask(server.url + "/k")[0] == 404
     for one in volumes3:
@@ -3790,12 +4462,20 @@ def peak_memory(pid: int) -> int:
 
 
 @pytest.mark.parametrize("how", ["healthy", "stall"])
-def test_memory_does_not_grow_with_a_blob(start: Callable[..., Program], volumes3: list[Nginx], how: str) -> None:
+def test_memory_does_not_grow_with_a_blob(
+    start: Callable[..., Program], volumes3: list[Nginx], how: str
+) -> None:
     """I9: 200 MB, also against a volume that takes nothing for a while, cost less than 24 MB."""
     faulty = Faulty("stall")
-    flags = ["--volume", f"bad={faulty.url}", *flags_of(volumes3[:1])] if how == "stall" else flags_of(volumes3)
+    flags = (
+        ["--volume", f"bad={faulty.url}", *flags_of(volumes3[:1])]
+        if how == "stall"
+        else flags_of(volumes3)
+    )
     server = start(*flags, "--volume-timeout", "2")
-    assert ask(server.url + "/warm", "PUT", b"x" * 3_000_000 if how == "healthy" else b"x")[0] == 201
+    assert (
+        ask(server.url + "/warm", "PUT", b"x" * 3_000_000 if how == "healthy" else b"x")[0] == 201
+    )
     before = peak_memory(server.process.pid)
     with contextlib.suppress(OSError):
         status = ask(server.url + "/k", "PUT", (bytes(1_000_000) for _ in range(200)))[0]
@@ -3831,7 +4511,9 @@ def test_full_disk_of_the_index_loses_nothing(
 ) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("mounting a tmpfs needs root")
     try:
         server, good = start("--db", str(folder / "index.db"), *flags_of(volumes3)), []
@@ -3849,7 +4531,9 @@ def test_full_disk_of_the_index_loses_nothing(
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_server_killed_in_traffic_keeps_what_it_acknowledged(start: Callable[..., Program]) -> None:
+def test_server_killed_in_traffic_keeps_what_it_acknowledged(
+    start: Callable[..., Program],
+) -> None:
     server, acknowledged = start(), list[int]()
 
     def write() -> None:
@@ -3872,22 +4556,33 @@ def states_of(server: Program) -> set[str]:
     return {volume["state"] for volume in json.loads(ask(server.url + "/-/status")[2])["volumes"]}
 
 
-def test_volume_that_finds_a_blob_too_large_stays_up(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_volume_that_finds_a_blob_too_large_stays_up(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     for one in volumes3:
-        one.conf.write_text(one.conf.read_text().replace("client_max_body_size 0;", "client_max_body_size 100k;"))
+        one.conf.write_text(
+            one.conf.read_text().replace("client_max_body_size 0;", "client_max_body_size 100k;")
+        )
         one.signal(signal.SIGKILL)
         one.begin()
     server = start(*flags_of(volumes3))
     for size in (200_000, 2_000_000):
         status, headers, body = ask(server.url + "/k", "PUT", bytes(size))
         assert status == 503 and "413" in json.loads(body)["detail"] and "retry-after" in headers
-        assert states_of(server) == {"up"} and ask(server.url + f"/small{size}", "PUT", b"x")[0] == 201
+        assert (
+            states_of(server) == {"up"}
+            and ask(server.url + f"/small{size}", "PUT", b"x")[0] == 201
+        )
     assert " is down" not in server.log() and " is readonly" not in server.log()
 
 
-def test_server_out_of_file_descriptors_blames_no_volume(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_server_out_of_file_descriptors_blames_no_volume(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     """Whether the volume is named by its address or by a name, which then cannot be looked up."""
-    flags = [flag.replace("n1=http://127.0.0.1", "n1=http://localhost") for flag in flags_of(volumes3)]
+    flags = [
+        flag.replace("n1=http://127.0.0.1", "n1=http://localhost") for flag in flags_of(volumes3)
+    ]
     server = start(*flags, "--replicas", "3")
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("PUT", "/small", b"x")  # from now on the index has all files that it needs
@@ -3895,13 +4590,20 @@ def test_server_out_of_file_descriptors_blames_no_volume(start: Callable[..., Pr
     with limited(server.process.pid, resource.RLIMIT_NOFILE, 3):
         connection.request("PUT", "/k", bytes(1_000_000))
         answer = connection.getresponse()
-        assert answer.status == 503 and "Too many open files" in json.loads(answer.read())["detail"]
+        assert (
+            answer.status == 503 and "Too many open files" in json.loads(answer.read())["detail"]
+        )
     assert states_of(server) == {"up"} and " is down" not in server.log()
     assert ask(server.url + "/k", "PUT", bytes(1_000_000))[0] == 201
 
 
-def test_second_server_on_the_same_index_is_announced(start: Callable[..., Program], tmp_path: Path) -> None:
-    flags, words = ["--data", str(tmp_path / "shared"), "--workers", "2"], "another server has the index"
+def test_second_server_on_the_same_index_is_announced(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    flags, words = (
+        ["--data", str(tmp_path / "shared"), "--workers", "2"],
+        "another server has the index",
+    )
     first, second = start(*flags), start(*flags)
     assert words not in first.log() and f"{words} {tmp_path}/shared/index.db" in second.log()
     first.stop()
@@ -3909,14 +4611,18 @@ def test_second_server_on_the_same_index_is_announced(start: Callable[..., Progr
     second.stop()
 
 
-def test_server_started_again_announces_nobody(start: Callable[..., Program], tmp_path: Path) -> None:
+def test_server_started_again_announces_nobody(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
     for _ in range(3):
         server = start("--data", str(tmp_path / "shared"))
         server.stop(signal.SIGKILL)
         assert "another server" not in server.log()
 
 
-def test_redirect_goes_to_the_public_url(start: Callable[..., Program], volumes3: list[Nginx]) -> None:
+def test_redirect_goes_to_the_public_url(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
     toml = "".join(
         f'[[volume]]\nname = "n{i}"\nurl = "{one.url}"\npublic_url = "https://files.example:8443/disk{i}/"\n'
         for i, one in enumerate(volumes3)
@@ -3924,7 +4630,9 @@ def test_redirect_goes_to_the_public_url(start: Callable[..., Program], volumes3
     server = start(config=toml)
     assert ask(server.url + "/k.png", "PUT", b"x")[0] == 201
     location = ask(server.url + "/k.png")[1]["location"]
-    assert re.fullmatch(r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png", location)
+    assert re.fullmatch(
+        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png", location
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -3937,7 +4645,9 @@ def test_workers_share_port_and_index(start: Callable[..., Program], number: int
     children = children_of(server.process.pid)
     assert len(children) == 4  # three workers and the embedded volumes
     os.kill(children[-1], signal.SIGKILL)
-    eventually(lambda: "starting it again" in server.log() and len(children_of(server.process.pid)) == 4)
+    eventually(
+        lambda: "starting it again" in server.log() and len(children_of(server.process.pid)) == 4
+    )
     eventually(lambda: try_ask(server.url + "/after", "PUT", b"x") in (201, 204))
     children = children_of(server.process.pid)
     server.stop(number)
@@ -3946,7 +4656,15 @@ def test_workers_share_port_and_index(start: Callable[..., Program], number: int
 
 def test_many_workers_that_cannot_start_end_with_one_exit_code(tmp_path: Path) -> None:
     for _ in range(3):
-        command = [*SERVE, "--port", "0", "--workers", "6", "--db", str(tmp_path)]  # a folder is no index
+        command = [
+            *SERVE,
+            "--port",
+            "0",
+            "--workers",
+            "6",
+            "--db",
+            str(tmp_path),
+        ]  # a folder is no index
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
         assert ended.returncode == 2 and "db:" in ended.stderr and "Traceback" not in ended.stderr
 
@@ -3974,11 +4692,13 @@ def test_second_start_finds_the_data_again(start: Callable[..., Program]) -> Non
     assert read_back(start("--data", str(first.folder / "mkv-data")), "k.txt") == b"x"
 
 
-# == Embedded volume ==================================================================================================
+# == Embedded volume ==============================================================================
 
 
 @pytest.fixture(scope="module", params=["embedded", "nginx"])
-def volume(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def volume(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("volume")
     (folder.parent / "outside.txt").write_text("secret")
     if request.param == "nginx":
@@ -3999,8 +4719,12 @@ def test_volume_speaks_the_dialect(volume: tuple[str, Path]) -> None:
     assert ask(url + "/aa/bb/x.png", "HEAD")[1]["content-length"] == "6"
     assert (folder / "aa/bb/x.png").read_bytes() == b"hello!"
     (listed,) = json.loads(ask(url + "/aa/bb/")[2])
-    assert (listed["name"], listed["type"], listed["size"]) == ("x.png", "file", 6) and listed["mtime"].endswith("GMT")
-    assert [(row["name"], row["type"]) for row in json.loads(ask(url + "/")[2])] == [("aa", "directory")]
+    assert (listed["name"], listed["type"], listed["size"]) == ("x.png", "file", 6) and listed[
+        "mtime"
+    ].endswith("GMT")
+    assert [(row["name"], row["type"]) for row in json.loads(ask(url + "/")[2])] == [
+        ("aa", "directory")
+    ]
     assert ask(url + "/aa/bb/x.png", "DELETE")[0] == 204
     assert ask(url + "/aa/bb/x.png", "DELETE")[0] == 404 and ask(url + "/aa/bb/x.png")[0] == 404
 
@@ -4026,10 +4750,16 @@ def test_volume_speaks_the_dialect(volume: tuple[str, Path]) -> None:
     ],
 )
 def test_volume_never_leaves_its_folder(
-    volume: tuple[str, Path], method: str, path: str, headers: dict[str, str], statuses: tuple[int, ...]
+    volume: tuple[str, Path],
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    statuses: tuple[int, ...],
 ) -> None:
     url, folder = volume
-    if "link" in path and not (folder / ".access.log").exists():  # nginx follows the links that an operator makes
+    if (
+        "link" in path and not (folder / ".access.log").exists()
+    ):  # nginx follows the links that an operator makes
         (folder / "link").unlink(missing_ok=True)
         (folder / "link").symlink_to(folder.parent)
     before = sorted(folder.parent.iterdir())
@@ -4062,11 +4792,15 @@ def test_every_answer_of_a_volume_keeps_browsers_from_running_it(volume: tuple[s
     ]
     assert [status for status, _, _ in asked] == [200, 200, 206, 416, 304, 200, 404, 204, 405, 404]
     for _, headers, _ in asked:
-        assert headers["x-content-type-options"] == "nosniff" and headers["content-security-policy"] == "sandbox"
+        assert (
+            headers["x-content-type-options"] == "nosniff"
+            and headers["content-security-policy"] == "sandbox"
+        )
 
 
 def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
-    """The ETag is the index server's. A range goes with a date only: an ETag may be that of another version."""
+    """The ETag is the index server's. A range goes with a date only: an ETag may be that of
+    another version."""
     url, _ = volume
     assert ask(url + "/aa/bb/x", "PUT", b"0123456789")[0] == 201
     _, headers, _ = ask(url + "/aa/bb/x")
@@ -4075,27 +4809,50 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
     for sent, expected in (
         ({"If_None_Match": '"sha"'}, (200, b"0123456789")),
         ({"If_Modified_Since": modified}, (304, b"")),
-        ({"If_None_Match": '"sha"', "If_Modified_Since": "Thu, 01 Jan 1970 00:00:00 GMT"}, (200, b"0123456789")),
+        (
+            {"If_None_Match": '"sha"', "If_Modified_Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
+            (200, b"0123456789"),
+        ),
         ({"If_Unmodified_Since": modified}, (200, b"0123456789")),
         ({"If_Unmodified_Since": "Thu, 01 Jan 1970 00:00:00 GMT"}, (412, None)),
         ({"Range": "bytes=2-3"}, (206, b"23")),
         ({"Range": "bytes=2-3", "If_Range": modified}, (206, b"23")),
-        ({"Range": "bytes=2-3", "If_Range": "Thu, 01 Jan 1970 00:00:00 GMT"}, (200, b"0123456789")),
+        (
+            {"Range": "bytes=2-3", "If_Range": "Thu, 01 Jan 1970 00:00:00 GMT"},
+            (200, b"0123456789"),
+        ),
         ({"Range": "bytes=2-3", "If_Range": '"sha"'}, (200, b"0123456789")),
         ({"Range": "bytes=2-3", "If_Range": 'W/"sha"'}, (200, b"0123456789")),
         ({"If_Modified_Since": "Thu, 99 Jan 99999999999 00:00:00 GMT"}, (200, b"0123456789")),
     ):
         status, headers, body = ask(url + "/aa/bb/x", **sent)
-        assert "etag" not in headers and (status, None if status == 412 else body) == expected, sent
+        assert "etag" not in headers and (status, None if status == 412 else body) == expected, (
+            sent
+        )
     assert ask(url + "/aa/bb/x", "DELETE")[0] == 204
 
 
 def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path) -> None:
-    """A download again is nothing, unless the key has changed; and what was saved fits If-Match."""
+    """A download again is nothing, unless the key has changed; and what was saved fits
+    If-Match."""
     if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")  # what it needs is tested without it, too: dates and no ETags
+        pytest.skip(
+            "curl is not installed"
+        )  # what it needs is tested without it, too: dates and no ETags
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
-    command = ["curl", "-sSLf", "-w", "%{http_code}", "-o", out, "--etag-save", etag, "--etag-compare", etag, url]
+    command = [
+        "curl",
+        "-sSLf",
+        "-w",
+        "%{http_code}",
+        "-o",
+        out,
+        "--etag-save",
+        etag,
+        "--etag-compare",
+        etag,
+        url,
+    ]
     etag.touch()  # curl warns of one that is not there
 
     def download() -> tuple[str, bytes]:
@@ -4104,7 +4861,9 @@ def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path
         return done.stdout, out.read_bytes() if out.exists() else b""
 
     assert ask(url, "PUT", b"one")[0] == 201
-    assert download() == ("200", b"one") and download() == ("304", b"") and download() == ("304", b"")
+    assert (
+        download() == ("200", b"one") and download() == ("304", b"") and download() == ("304", b"")
+    )
     assert ask(url, "PUT", b"two", If_Match=etag.read_text().strip())[0] == 204
     assert download() == ("200", b"two") and download() == ("304", b"")
     assert ask(url, "PUT", b"three", If_Match=etag.read_text().strip())[0] == 204
@@ -4121,26 +4880,42 @@ MALFORMED = {  # each with a mark that must not be found in the log
     "control character": b"GET / HTTP/1.1\r\nHost: h\r\nX: SECRETMARK\x00\r\n\r\n",
     "bytes in target": b"GET /SECRETMARK\xff\xfe HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
     "escaped bytes": b"GET /SECRETMARK%ff%fe HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
-    "bytes in header": b"GET /x HTTP/1.1\r\nHost: h\r\nRange: \xffSECRETMARK\r\nConnection: close\r\n\r\n",
-    "length": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nContent-Length: 99999999999999999999999\r\n\r\n",
-    "two lengths": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
-    "chunk": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nSECRETMARK\r\n",
+    "bytes in header": b"GET /x HTTP/1.1\r\nHost: h\r\nRange: \xffSECRETMARK\r\nConnection: "
+    b"close\r\n\r\n",
+    "length": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nContent-Length: "
+    b"99999999999999999999999\r\n\r\n",
+    "two lengths": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\n"
+    b"Content-Length: 2\r\n\r\nx",
+    "chunk": b"PUT /SECRETMARK HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"SECRETMARK\r\n",
     "long line": b"GET /SECRETMARK" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: h\r\n\r\n",
     "long header": b"GET / HTTP/1.1\r\nHost: h\r\nX: SECRETMARK" + b"x" * 20_000 + b"\r\n\r\n",
     "many headers": b"GET / HTTP/1.1\r\nHost: h\r\n" + b"X: SECRETMARK\r\n" * 500 + b"\r\n",
     "no target": b"OPTIONS * HTTP/1.1\r\nHost: SECRETMARK\r\nConnection: close\r\n\r\n",
     "authority": b"CONNECT SECRETMARK:1 HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
-    "long name": b"GET /" + b"SECRETMARK" * 30 + b" HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
-    "long name in PUT": b"PUT /" + b"SECRETMARK" * 30 + b" HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
+    "long name": b"GET /"
+    + b"SECRETMARK" * 30
+    + b" HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+    "long name in PUT": b"PUT /"
+    + b"SECRETMARK" * 30
+    + b" HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
     b"Connection: close\r\n\r\n",
-    "long name in DELETE": b"DELETE /" + b"SECRETMARK" * 30 + b" HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
-    "long path": b"PUT /" + b"SECRETMARK/" * 500 + b"x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
+    "long name in DELETE": b"DELETE /"
+    + b"SECRETMARK" * 30
+    + b" HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+    "long path": b"PUT /"
+    + b"SECRETMARK/" * 500
+    + b"x HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
     b"Connection: close\r\n\r\n",
-    "file where a folder is": b"PUT /folder HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
-    "folder where a file is": b"PUT /folder/file/SECRETMARK HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
+    "file where a folder is": b"PUT /folder HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n"
     b"Connection: close\r\n\r\n",
-    "file below a file": b"GET /folder/file/SECRETMARK HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
-    "links in a circle": b"GET /folder/circle/SECRETMARK HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n",
+    "folder where a file is": b"PUT /folder/file/SECRETMARK HTTP/1.1\r\nHost: h\r\n"
+    b"Content-Length: 0\r\n"
+    b"Connection: close\r\n\r\n",
+    "file below a file": b"GET /folder/file/SECRETMARK HTTP/1.1\r\nHost: h\r\nConnection: "
+    b"close\r\n\r\n",
+    "links in a circle": b"GET /folder/circle/SECRETMARK HTTP/1.1\r\nHost: h\r\nConnection: "
+    b"close\r\n\r\n",
 }
 
 
@@ -4156,7 +4931,9 @@ def logged_volume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[in
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-def test_impossible_request_is_refused_by_a_volume_and_not_logged(logged_volume: tuple[int, Path], what: str) -> None:
+def test_impossible_request_is_refused_by_a_volume_and_not_logged(
+    logged_volume: tuple[int, Path], what: str
+) -> None:
     port, log = logged_volume
     before = log.read_text()
     answer = raw(port, MALFORMED[what])
@@ -4173,7 +4950,10 @@ def test_impossible_request_is_refused_by_a_volume_and_not_logged(logged_volume:
         (b"GET /k HT", b""),
         (b"PUT /k HTTP/1.1\r\nHost: h\r\nX-Slow: ", b""),
         (b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nx", b"HTTP/1.1 408 "),
-        (b"PUT /k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n", b"HTTP/1.1 408 "),
+        (
+            b"PUT /k HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n",
+            b"HTTP/1.1 408 ",
+        ),
     ],
 )
 def test_volume_waits_for_no_client_for_ever(tmp_path: Path, sent: bytes, status: bytes) -> None:
@@ -4186,23 +4966,35 @@ def test_volume_waits_for_no_client_for_ever(tmp_path: Path, sent: bytes, status
 def test_volume_bounds_the_connections_of_a_client(tmp_path: Path) -> None:
     with one_volume(tmp_path, "--max-connections", "5") as url, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
-        opened = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(6)]
+        opened = [
+            stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(6)
+        ]
         assert opened[-1].recv(1) == b""
         opened[0].sendall(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
         assert opened[0].recv(9999).startswith(b"HTTP/1.1 200 ")
 
 
-def test_clients_bound_is_not_that_of_the_server_at_its_own_volumes(start: Callable[..., Program]) -> None:
+def test_clients_bound_is_not_that_of_the_server_at_its_own_volumes(
+    start: Callable[..., Program],
+) -> None:
     """There it needs a connection for each upload, and more."""
-    server, head = start("--max-connections", "3"), b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 600000\r\n\r\n"
+    server, head = (
+        start("--max-connections", "3"),
+        b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 600000\r\n\r\n",
+    )
     with contextlib.ExitStack() as stack:
         address = ("127.0.0.1", server.port)
-        uploads = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(3)]
+        uploads = [
+            stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(3)
+        ]
         for one in uploads:
             one.sendall(head + bytes(300_000))
         for i in range(5):
             other = stack.enter_context(socket.create_connection(address, 20, ("127.0.0.2", 0)))
-            other.sendall(b"PUT /%d HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx" % i)
+            other.sendall(
+                b"PUT /%d HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
+                % i
+            )
             assert other.recv(9999).startswith(b"HTTP/1.1 201 ")
         for one in uploads:
             one.sendall(bytes(300_000))
@@ -4212,7 +5004,9 @@ def test_clients_bound_is_not_that_of_the_server_at_its_own_volumes(start: Calla
 
 def test_help_of_volume_names_its_own_port() -> None:
     for command, port in (("serve", 3000), ("volume", 3001)):
-        said = subprocess.run([*SERVE[:2], command, "--help"], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            [*SERVE[:2], command, "--help"], capture_output=True, text=True, check=True
+        )
         assert f"picks a free one [{port}]" in " ".join(said.stdout.split())
 
 
@@ -4256,7 +5050,9 @@ def test_file_that_is_gone_when_it_is_looked_at_is_left_out_of_a_listing(tmp_pat
         assert [row["name"] for row in json.loads(mkv.list_folder(tmp_path))] == ["there"]
 
 
-def test_listing_of_an_embedded_volume_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_of_an_embedded_volume_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(20):
         (tmp_path / f"{i}").touch()
     assert len(json.loads(mkv.list_folder(tmp_path))) == 20
@@ -4265,7 +5061,7 @@ def test_listing_of_an_embedded_volume_is_bounded(tmp_path: Path, monkeypatch: p
         mkv.list_folder(tmp_path)
 
 
-# == Embedding, packaging, documentation ==============================================================================
+# == Embedding, packaging, documentation ==========================================================
 
 
 async def test_store_in_another_application(tmp_path: Path, aiohttp_client: Any) -> None:
@@ -4285,7 +5081,8 @@ async def test_store_in_another_application(tmp_path: Path, aiohttp_client: Any)
 
 
 async def test_kept_connections_that_the_network_forgot_are_dropped_together() -> None:
-    """Each would cost a timeout: with 64 of them a volume that is well again would be down for minutes."""
+    """Each would cost a timeout: with 64 of them a volume that is well again would be down for
+    minutes."""
     opened, closed, forgotten, end = list[int](), asyncio.Queue[int](), set[int](), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -4301,7 +5098,9 @@ async def test_kept_connections_that_the_network_forgot_are_dropped_together() -
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        client = mkv.VolumeClient(Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None)
+        client = mkv.VolumeClient(
+            Volume(name="a", url=url), "", 0.3, lambda *_: None, lambda *_: None
+        )
         while len(opened) < mkv.LINES:
             await asyncio.gather(*(client.get(["/"], 99) for _ in range(10)))
         forgotten.update(opened)
@@ -4315,7 +5114,9 @@ async def test_kept_connections_that_the_network_forgot_are_dropped_together() -
 
 
 @contextlib.asynccontextmanager
-async def talking(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> AsyncIterator[str]:
+async def talking(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any],
+) -> AsyncIterator[str]:
     """Run a volume that says what `serve` writes, once a connection; yield its URL."""
     closed, opened = asyncio.Queue[None](), list[int]()
 
@@ -4344,7 +5145,9 @@ async def test_what_is_left_unread_is_no_answer_to_the_next_request() -> None:
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 204 No Content\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 204 No Content\r\n\r\n"
+        )
 
     async with talking(serve) as url:
         client = client_of(url)
@@ -4382,11 +5185,15 @@ async def test_answer_is_cut_off_where_the_caller_says(head: bytes, piece: bytes
 
 
 async def test_error_that_comes_in_pieces_before_the_blob_is_whole_is_understood() -> None:
-    """A full volume answers early. As long as its answer is not whole the upload goes on, then it is full, not down."""
+    """A full volume answers early. As long as its answer is not whole the upload goes on, then it
+    is full, not down."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 4\r\n\r\nfu")
+        writer.write(
+            b"HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 4\r\n"
+            b"\r\nfu"
+        )
         await reader.readexactly(500_000)
         writer.write(b"ll")
 
@@ -4404,7 +5211,9 @@ async def test_volume_that_dislikes_a_request_is_not_worse_for_it(status: int) -
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.readuntil(b"\r\n\r\n"):
-            await reader.readexactly({b"PUT /p": 1, b"PUT /.": len(mkv.PROBE_BODY)}.get(head[:6], 0))
+            await reader.readexactly(
+                {b"PUT /p": 1, b"PUT /.": len(mkv.PROBE_BODY)}.get(head[:6], 0)
+            )
             writer.write(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status)
 
     async with talking(serve) as url:
@@ -4421,7 +5230,9 @@ async def test_volume_that_dislikes_a_request_is_not_worse_for_it(status: int) -
         client.close()
 
 
-async def test_start_does_not_wait_for_a_volume_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_start_does_not_wait_for_a_volume_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mkv, "MEETING_PATIENCE_S", 0.1)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -4435,12 +5246,20 @@ async def test_start_does_not_wait_for_a_volume_that_hangs(tmp_path: Path, monke
         await store.close()
 
 
-async def test_start_on_a_full_disk_serves_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_start_on_a_full_disk_serves_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(mkv.Transaction, "release_claims", refuse)
-    store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url="http://127.0.0.1:1"),), replicas=1))
+    store = Store(
+        Config(
+            db=str(tmp_path / "i.db"),
+            volumes=(Volume(name="a", url="http://127.0.0.1:1"),),
+            replicas=1,
+        )
+    )
     await store.start()
     assert await store.index.get("k") is None
     await store.close()
@@ -4452,11 +5271,15 @@ async def test_number_of_a_process_is_below_workers(tmp_path: Path) -> None:
         await Store(Config(db=str(tmp_path / "i.db")), number=1).start()
 
 
-async def test_body_that_trickles_is_408(tmp_path: Path, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_body_that_trickles_is_408(
+    tmp_path: Path, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is never silent for body_timeout, and still too slow."""
     monkeypatch.setattr(mkv, "RATE_GRACE_S", 0.05)
     app = web.Application()
-    app.add_subapp("/blobs/", mkv.create_app(Config(data=str(tmp_path / "data"), min_body_rate=1e6)))
+    app.add_subapp(
+        "/blobs/", mkv.create_app(Config(data=str(tmp_path / "data"), min_body_rate=1e6))
+    )
     client = await aiohttp_client(app)
 
     async def trickle() -> AsyncIterator[bytes]:
@@ -4496,16 +5319,25 @@ def test_readme_names_what_the_code_has() -> None:
 
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
-    assert "Compose 2.17" in (HERE / "README.md").read_text()  # the first that knows dockerfile_inline
+    assert (
+        "Compose 2.17" in (HERE / "README.md").read_text()
+    )  # the first that knows dockerfile_inline
     services = compose["services"]
-    nginxes = [one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]]
+    nginxes = [
+        one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]
+    ]
     assert len(nginxes) == 3 and len(services) == 4
     for service in services.values():
-        assert service["read_only"] is True and service["healthcheck"]["test"] and service["restart"]
-        assert re.search(r"^USER (nginx|mkv)$", service["build"]["dockerfile_inline"], re.MULTILINE)
+        assert (
+            service["read_only"] is True and service["healthcheck"]["test"] and service["restart"]
+        )
+        assert re.search(
+            r"^USER (nginx|mkv)$", service["build"]["dockerfile_inline"], re.MULTILINE
+        )
         assert all(str(port).startswith("127.0.0.1:") for port in service["ports"])
     assert (
-        "127.0.0.1:3001" in str(nginxes[0]["command"]) and "listen 127.0.0.1:3001;" in (HERE / "nginx.conf").read_text()
+        "127.0.0.1:3001" in str(nginxes[0]["command"])
+        and "listen 127.0.0.1:3001;" in (HERE / "nginx.conf").read_text()
     )
 
 
@@ -4514,12 +5346,15 @@ def test_readmes_secrets_for_compose_fit_together(tmp_path: Path) -> None:
     folder = tmp_path / "mkv" / "secrets"
     config = mkv.parse_config((folder / "mkv.toml").read_text())
     assert config.tokens[0].sha256 == hashlib.sha256(token.encode()).hexdigest()
-    assert [volume.url for volume in config.volumes] == [f"http://volume{n}:3001" for n in (1, 2, 3)]
+    assert [volume.url for volume in config.volumes] == [
+        f"http://volume{n}:3001" for n in (1, 2, 3)
+    ]
     assert f'"{config.volume_secret}"' in (folder / "mkv-secrets.conf").read_text()
 
 
 def has_docker_compose() -> bool:
-    """Whether there is a Docker engine, and a Compose that knows compose.yaml (Debian 12's docker-compose does not)."""
+    """Whether there is a Docker engine, and a Compose that knows compose.yaml (Debian 12's
+    docker-compose does not)."""
     if shutil.which("docker") is None:
         return False
     asked = (["docker", "compose", "version"], ["docker", "info"])
@@ -4532,16 +5367,29 @@ def test_compose_serves_the_host(tmp_path: Path) -> None:
     if not has_docker_compose():
         pytest.skip("no Docker engine with compose at hand")
     secret = make_compose_secrets(tmp_path)
-    shutil.copytree(HERE, tmp_path / "mkv", ignore=shutil.ignore_patterns(".*", "secrets"), dirs_exist_ok=True)
-    compose = ["docker", "compose", "--project-directory", str(tmp_path / "mkv"), "-p", f"mkv{os.getpid()}"]
+    shutil.copytree(
+        HERE, tmp_path / "mkv", ignore=shutil.ignore_patterns(".*", "secrets"), dirs_exist_ok=True
+    )
+    compose = [
+        "docker",
+        "compose",
+        "--project-directory",
+        str(tmp_path / "mkv"),
+        "-p",
+        f"mkv{os.getpid()}",
+    ]
     try:
         subprocess.run([*compose, "up", "--build", "--wait"], check=True, timeout=600)
         url = "http://127.0.0.1:3000/compose.png"
         assert ask(url, "PUT", b"x" * 300_000, token=secret)[0] == 201
         _, headers, _ = ask(url, token=secret)
         assert ask(headers["location"])[2] == b"x" * 300_000
-        subprocess.run([*compose, "stop", headers["mkv-volumes"].split(",")[0]], check=True, timeout=60)
-        eventually(lambda: get_body(url, secret) == b"x" * 300_000)  # until it counts as down, it is redirected to
+        subprocess.run(
+            [*compose, "stop", headers["mkv-volumes"].split(",")[0]], check=True, timeout=60
+        )
+        eventually(
+            lambda: get_body(url, secret) == b"x" * 300_000
+        )  # until it counts as down, it is redirected to
         assert ask(url, "DELETE", token=secret)[0] == 204
     finally:
         subprocess.run([*compose, "down", "--volumes"], check=False, timeout=120)
@@ -4574,16 +5422,23 @@ async def test_embedded_volume_syncs_the_file_and_each_new_folder_before_it_answ
         await stop()
 
 
-# == Fit for production: access, metrics, logs, reload, limits, shutdown ==============================================
+# == Fit for production: access, metrics, logs, reload, limits, shutdown ==========================
 
-SECRETS = {"reader": "r-secret-1", "writer": "w-secret-2", "boss": "b-secret-3", "tenant": "t-secret-4"}
+SECRETS = {
+    "reader": "r-secret-1",
+    "writer": "w-secret-2",
+    "boss": "b-secret-3",
+    "tenant": "t-secret-4",
+}
 VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
 EVERYTHING = '["read", "write", "delete", "list", "admin"]'
 
 
 def token_toml(name: str, allow: str, prefix: str = "") -> str:
     digest = hashlib.sha256(SECRETS[name].encode()).hexdigest()
-    return f'[[token]]\nname = "{name}"\nsha256 = "{digest}"\nallow = {allow}\nprefix = "{prefix}"\n'
+    return (
+        f'[[token]]\nname = "{name}"\nsha256 = "{digest}"\nallow = {allow}\nprefix = "{prefix}"\n'
+    )
 
 
 TOKENS = (
@@ -4628,9 +5483,13 @@ def guarded(tmp_path: Path, nginx: Callable[..., str]) -> str:
         ("", "GET", "/-/readyz", 200),
     ],
 )
-def test_token_allows_what_it_says(access_server: Program, token: str, method: str, path: str, status: int) -> None:
+def test_token_allows_what_it_says(
+    access_server: Program, token: str, method: str, path: str, status: int
+) -> None:
     ask(access_server.url + "/tenant/x", "DELETE", token="boss")
-    answer, headers, body = ask(access_server.url + path, method, b"x" if method == "PUT" else None, token)
+    answer, headers, body = ask(
+        access_server.url + path, method, b"x" if method == "PUT" else None, token
+    )
     assert answer == status
     if status in (401, 403) and method != "HEAD":
         assert json.loads(body)["status"] == status and json.loads(body)["detail"]
@@ -4668,7 +5527,10 @@ def test_no_secret_in_log_or_answer(start: Callable[..., Program], guarded: str)
     for token in ("boss", "reader", "not-known-secret-7"):
         for method in ("PUT", "GET", "DELETE"):
             said += ask(server.url + "/k", method, b"x", token)[2]
-    said += ask(server.url + "/-/status", token="boss")[2] + ask(server.url + "/-/metrics", token="boss")[2]
+    said += (
+        ask(server.url + "/-/status", token="boss")[2]
+        + ask(server.url + "/-/metrics", token="boss")[2]
+    )
     server.config.write_text("volume_secret = 7")
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: "everything stays" in server.log())
@@ -4679,7 +5541,9 @@ def test_no_secret_in_log_or_answer(start: Callable[..., Program], guarded: str)
 
 def test_config_repr_shows_no_secret() -> None:
     config = mkv.Config(
-        volume_secret="hush1", link_secret="hush2", tokens=(mkv.Token(name="a", sha256="ab" * 32, allow=("read",)),)
+        volume_secret="hush1",
+        link_secret="hush2",
+        tokens=(mkv.Token(name="a", sha256="ab" * 32, allow=("read",)),),
     )
     assert "hush" not in repr(config) and "abab" not in repr(config)
 
@@ -4722,20 +5586,27 @@ def test_volume_trusts_only_the_index_server(private: Program) -> None:
     volume, path = f"http://{urlsplit(link).netloc}", urlsplit(link).path
     for headers in ({}, {"Mkv_Volume_Secret": "wrong"}):
         for method, target in (
-            ("PUT", path), ("PUT", link.removeprefix(volume)), ("DELETE", path), ("DELETE", link.removeprefix(volume)),
-            ("GET", "/"), ("GET", path[:4]), ("GET", path[:7]), ("DELETE", path[:7]), ("PUT", "/.mkv-probe"),
-            ("GET", mkv.sidecar_path(path)), ("GET", mkv.sidecar_path(path).replace(".key", "%2ekey")),
+            ("PUT", path), ("PUT", link.removeprefix(volume)), ("DELETE", path),
+            ("DELETE", link.removeprefix(volume)),
+            ("GET", "/"), ("GET", path[:4]), ("GET", path[:7]), ("DELETE", path[:7]),
+            ("PUT", "/.mkv-probe"),
+            ("GET", mkv.sidecar_path(path)),
+            ("GET", mkv.sidecar_path(path).replace(".key", "%2ekey")),
         ):  # fmt: skip
-            assert ask(volume + target, method, b"evil" if method == "PUT" else None, **headers)[0] in (403, 405), (
-                method,
-                target,
-            )
+            assert ask(volume + target, method, b"evil" if method == "PUT" else None, **headers)[
+                0
+            ] in (403, 405), (method, target)
     assert ask(volume + path, Mkv_Volume_Secret=VOLUME_SECRET)[::2] == (200, b"alpha")
     assert ask(ask(private.url + "/a.txt")[1]["location"])[2] == b"alpha"
 
 
 def test_internal_headers_of_a_client_are_ignored(private: Program) -> None:
-    evil = {"Mkv_Volume_Secret": "evil", "Mkv_Volumes": "evil", "X_Request_ID": "a b\tevil", "traceparent": "evil"}
+    evil = {
+        "Mkv_Volume_Secret": "evil",
+        "Mkv_Volumes": "evil",
+        "X_Request_ID": "a b\tevil",
+        "traceparent": "evil",
+    }
     assert ask(private.url + "/k", "PUT", b"x", **evil)[0] == 201
     status, headers, _ = ask(private.url + "/k", "HEAD", **evil)
     assert status == 200 and "evil" not in " ".join(headers.values())
@@ -4754,11 +5625,18 @@ def test_metrics_equal_what_was_sent(start: Callable[..., Program], workers: str
         assert ask(f"{server.url}/none{i}")[0] == 404
         assert ask(f"{server.url}/k{i}", "DELETE")[0] == 204
     found = read_metrics(server.url)
-    for method, status, count in (("PUT", "201", 12), ("GET", "302", 12), ("GET", "404", 5), ("DELETE", "204", 5)):
+    for method, status, count in (
+        ("PUT", "201", 12),
+        ("GET", "302", 12),
+        ("GET", "404", 5),
+        ("DELETE", "204", 5),
+    ):
         labels = {"method": method, "status": status}
         assert metric(found, "mkv_http_requests_total", **labels) == count
         assert metric(found, "mkv_http_request_duration_seconds_count", **labels) == count
-        assert metric(found, "mkv_http_request_duration_seconds_bucket", le="+Inf", **labels) == count
+        assert (
+            metric(found, "mkv_http_request_duration_seconds_bucket", le="+Inf", **labels) == count
+        )
         assert metric(found, "mkv_http_request_duration_seconds_sum", **labels) > 0
     assert metric(found, "mkv_received_bytes_total") == 1200
     assert metric(found, "mkv_keys") == 7 and metric(found, "mkv_bytes") == 700
@@ -4791,7 +5669,10 @@ def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
         os.kill(pid, signal.SIGKILL)
     eventually(lambda: server.log().count("starting it again") >= 2)
     eventually(lambda: try_ask(server.url + "/k1") == 302)
-    assert metric(read_metrics(server.url), "mkv_http_requests_total", method="PUT", status="201") == 20
+    assert (
+        metric(read_metrics(server.url), "mkv_http_requests_total", method="PUT", status="201")
+        == 20
+    )
     assert metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 1
 
 
@@ -4804,7 +5685,12 @@ def test_json_log_has_one_line_a_request(start: Callable[..., Program]) -> None:
     eventually(lambda: "my-id.1" in server.log())
     lines = [json.loads(line) for line in server.log().splitlines()]
     (mine,) = [line for line in lines if line.get("id") == "my-id.1"]
-    assert mine["key"] == 'a\nb"' and mine["method"] == "PUT" and mine["status"] == 201 and mine["bytes"] == 5
+    assert (
+        mine["key"] == 'a\nb"'
+        and mine["method"] == "PUT"
+        and mine["status"] == 201
+        and mine["bytes"] == 5
+    )
     assert mine["ms"] > 0 and len(mine["volumes"].split(",")) == 2
 
 
@@ -4816,20 +5702,28 @@ def test_text_log_escapes_the_key(start: Callable[..., Program]) -> None:
     assert not any(line.startswith("2026-01-01T") for line in server.log().splitlines())
 
 
-def test_one_id_follows_a_request_through_both_logs(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
+def test_one_id_follows_a_request_through_both_logs(
+    start: Callable[..., Program], nginx: Callable[..., str]
+) -> None:
     folders = []
     urls = [nginx(folders=folders) for _ in range(2)]
     server = start(*(flag for url in urls for flag in ("--volume", url)))
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    status, headers, _ = ask(server.url + "/k", "PUT", b"x", X_Request_ID="one-grep", traceparent=trace)
+    status, headers, _ = ask(
+        server.url + "/k", "PUT", b"x", X_Request_ID="one-grep", traceparent=trace
+    )
     assert status == 201 and headers["x-request-id"] == "one-grep"
     eventually(lambda: "id=one-grep" in server.log() and trace in server.log())
     for folder in folders:
-        eventually(lambda folder=folder: (folder / ".access.log").read_text().count("one-grep") == 2)
+        eventually(
+            lambda folder=folder: (folder / ".access.log").read_text().count("one-grep") == 2
+        )
         assert trace in (folder / ".access.log").read_text()
 
 
-def test_trace_that_is_none_goes_nowhere(start: Callable[..., Program], nginx: Callable[..., str]) -> None:
+def test_trace_that_is_none_goes_nowhere(
+    start: Callable[..., Program], nginx: Callable[..., str]
+) -> None:
     """By the W3C's Trace Context: what is malformed is not passed on. Only this one is none."""
     folders = list[Path]()
     server = start("--volume", nginx(folders=folders), "--replicas", "1")
@@ -4851,7 +5745,9 @@ def test_trace_that_is_none_goes_nowhere(start: Callable[..., Program], nginx: C
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
 
 
-def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(start: Callable[..., Program]) -> None:
+def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(
+    start: Callable[..., Program],
+) -> None:
     server = start("--log-format", "json")
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     with full_disks(server.process.pid):
@@ -4891,11 +5787,15 @@ def test_reload_under_load_fails_no_request(
 
 def test_reload_says_what_needs_a_restart(start: Callable[..., Program]) -> None:
     server = start()
-    server.config.write_text('db = "elsewhere.db"\nworkers = 4\nmax_blob_size = 10\nvolume_secret = "new"\n')
+    server.config.write_text(
+        'db = "elsewhere.db"\nworkers = 4\nmax_blob_size = 10\nvolume_secret = "new"\n'
+    )
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: "configuration reloaded" in server.log())
     (line,) = [line for line in server.log().splitlines() if "configuration reloaded" in line]
-    assert "max_blob_size" in line and "needs a restart: db, workers, volume_secret" in line  # of embedded volumes
+    assert (
+        "max_blob_size" in line and "needs a restart: db, workers, volume_secret" in line
+    )  # of embedded volumes
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     assert ask(server.url + "/k", "PUT", b"x" * 11)[0] == 413
 
@@ -4917,7 +5817,9 @@ def test_blob_size_is_limited(start: Callable[..., Program]) -> None:
     assert ask(server.url + "/k", "PUT", b"x" * 1000)[0] == 201
     assert ask(server.url + "/k", "PUT", b"x" * 1001)[0] == 413
     chunked = (
-        b"PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001 + b"\r\n0\r\n\r\n"
+        b"PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3e9\r\n"
+        + b"x" * 1001
+        + b"\r\n0\r\n\r\n"
     )
     assert raw(server.port, chunked).startswith(b"HTTP/1.1 413")
     assert ask(server.url + "/c")[0] == 404
@@ -4944,7 +5846,9 @@ def test_slow_headers_are_cut_off(start: Callable[..., Program], sent: bytes) ->
 
 def test_slow_body_is_refused(start: Callable[..., Program]) -> None:
     server = start("--body-timeout", "0.3")
-    assert raw(server.port, b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab").startswith(b"HTTP/1.1 408")
+    assert raw(
+        server.port, b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nab"
+    ).startswith(b"HTTP/1.1 408")
     assert ask(server.url + "/k")[0] == 404
 
 
@@ -4988,11 +5892,18 @@ def connections_held(port: int) -> int:
     """Return how many connections the server on `port` has open."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening, closed = "0A", "0"
-    return sum(row[1].endswith(f":{port:04X}") and row[3] != listening and row[9] != closed for row in rows)
+    return sum(
+        row[1].endswith(f":{port:04X}") and row[3] != listening and row[9] != closed
+        for row in rows
+    )
 
 
-@pytest.mark.parametrize("data", [list_keys(10_000), b"GET /k HTTP/1.1\r\nHost: h\r\n\r\n" * 50_000])
-def test_client_that_does_not_read_is_dropped(start: Callable[..., Program], crowded: str, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data", [list_keys(10_000), b"GET /k HTTP/1.1\r\nHost: h\r\n\r\n" * 50_000]
+)
+def test_client_that_does_not_read_is_dropped(
+    start: Callable[..., Program], crowded: str, data: bytes
+) -> None:
     server = start("--db", crowded, "--send-timeout", "0.3", "--no-access-log")
     poll = select.poll()  # hears of a reset, and reads nothing
     with contextlib.suppress(ConnectionError), narrow(server.port, data) as client:
@@ -5000,7 +5911,9 @@ def test_client_that_does_not_read_is_dropped(start: Callable[..., Program], cro
         eventually(lambda: poll.poll(0))
 
 
-def test_unread_answer_of_whatever_size_holds_no_connection(start: Callable[..., Program], crowded: str) -> None:
+def test_unread_answer_of_whatever_size_holds_no_connection(
+    start: Callable[..., Program], crowded: str
+) -> None:
     """Be it that the kernel takes all of it, or all but a little."""
     server = start("--db", crowded, "--send-timeout", "0.3", "--keepalive-timeout", "1")
     with contextlib.ExitStack() as stack:
@@ -5026,7 +5939,9 @@ def test_client_that_reads_slowly_gets_it_all(start: Callable[..., Program], cro
     assert len(page["keys"]) > 400 and page["next"]
 
 
-def test_client_that_reads_too_slowly_is_dropped(start: Callable[..., Program], crowded: str) -> None:
+def test_client_that_reads_too_slowly_is_dropped(
+    start: Callable[..., Program], crowded: str
+) -> None:
     server = start("--db", crowded, "--send-timeout", "0.1", "--min-body-rate", "1e9")
     with narrow(server.port, list_keys(10_000)) as client, pytest.raises(ConnectionError):
         read_slowly(client)
@@ -5051,7 +5966,8 @@ def test_idle_connection_is_closed(start: Callable[..., Program]) -> None:
 
 
 def test_many_slow_connections_leave_a_normal_client_alone(start: Callable[..., Program]) -> None:
-    """2,000 clients that send a header byte at a time; how little a normal client notices is in the README."""
+    """2,000 clients that send a header byte at a time; how little a normal client notices is in
+    the README."""
     server = start("--header-timeout", "30")
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     with contextlib.ExitStack() as stack:
@@ -5124,7 +6040,11 @@ def test_drain_is_bounded_and_a_second_signal_ends_at_once(start: Callable[..., 
         server = start("--drain", drain)
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as upload:
             upload.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 6\r\n\r\nabc")
-            eventually(lambda server=server: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2)
+            eventually(
+                lambda server=server: (
+                    metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2
+                )
+            )
             for _ in range(signals):
                 server.process.send_signal(signal.SIGTERM)
                 eventually(lambda server=server: "stopping" in server.log())
@@ -5150,9 +6070,10 @@ def test_systemd_is_told(start: Callable[..., Program], tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
-# == Tools: fixtures ==================================================================================================
-# mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its volumes under
-# `data`, its configuration in mkv.toml, and runs tools in this process, or as processes of their own to be killed.
+# == Tools: fixtures ==============================================================================
+# mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its
+# volumes under `data`, its configuration in mkv.toml, and runs tools in this process, or as
+# processes of their own to be killed.
 
 
 TOOL_KEYS = (
@@ -5176,7 +6097,8 @@ LARGE = mkv.SMALL_BLOB + 50_000
 
 
 class Cluster:
-    """Volumes, one configuration and the tools. `kind` nginx: real ones; embedded: those of a store without any."""
+    """Volumes, one configuration and the tools. `kind` nginx: real ones; embedded: those of a
+    store without any."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.data, self.kind, self.secret = folder / "data", kind, ""
@@ -5190,7 +6112,9 @@ class Cluster:
                 self.volumes[name].begin()
             else:
                 self.data.mkdir(exist_ok=True)
-                self.volumes[name] = Nginx(self.data / name, (self.secret, "") if self.secret else None)
+                self.volumes[name] = Nginx(
+                    self.data / name, (self.secret, "") if self.secret else None
+                )
                 self.ports[name] = self.volumes[name].port
 
     def stop(self, *names: str) -> None:
@@ -5198,9 +6122,16 @@ class Cluster:
             if self.volumes[name].process.poll() is None:
                 self.volumes[name].signal(signal.SIGKILL)
 
-    def configure(self, *volumes: str, weights: dict[str, float] | None = None, **settings: Any) -> Config:
+    def configure(
+        self, *volumes: str, weights: dict[str, float] | None = None, **settings: Any
+    ) -> Config:
         """Write mkv.toml with the volumes named (embedded: none) and return it as a Config."""
-        facts = {"data": str(self.data), "db": str(self.db), "garbage_delay": 0.0, "volume_timeout": 30.0} | settings
+        facts = {
+            "data": str(self.data),
+            "db": str(self.db),
+            "garbage_delay": 0.0,
+            "volume_timeout": 30.0,
+        } | settings
         lines = [f"{name} = {json.dumps(value)}" for name, value in facts.items()]
         for name in volumes if self.kind == "nginx" else ():
             weight = (weights or {}).get(name, 1.0)
@@ -5211,7 +6142,8 @@ class Cluster:
         return self.config
 
     def use(self, work: Callable[[Store], Any]) -> Any:
-        """Run `work` with a Store of its own, whose garbage is collected only when `work` says so."""
+        """Run `work` with a Store of its own, whose garbage is collected only when `work` says
+        so."""
 
         async def run() -> Any:
             async with contextlib.AsyncExitStack() as stack:
@@ -5233,7 +6165,9 @@ class Cluster:
         """Delete all garbage, as a running server would in time."""
 
         async def work(store: Store) -> None:
-            await store.index.write(lambda tx: tx._db.execute("UPDATE pending SET due = 0 WHERE due > 0").rowcount)
+            await store.index.write(
+                lambda tx: tx._db.execute("UPDATE pending SET due = 0 WHERE due > 0").rowcount
+            )
             while (await store.status())["garbage"]:
                 await store.collect_garbage()
             await store.collect_garbage()  # marks, once what they speak of is gone
@@ -5249,13 +6183,30 @@ class Cluster:
         return code, json.loads(out.getvalue() or "{}"), err.getvalue()
 
     def spawn(self, command: str, *arguments: object) -> subprocess.Popen[bytes]:
-        line = [sys.executable, HERE / "mkv_tools.py", command, "--config", self.file, "--json", *map(str, arguments)]
+        line = [
+            sys.executable,
+            HERE / "mkv_tools.py",
+            command,
+            "--config",
+            self.file,
+            "--json",
+            *map(str, arguments),
+        ]
         return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     @contextlib.contextmanager
     def serve(self) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
         """Run the index server; yield its port and process."""
-        line = [sys.executable, HERE / "mkv.py", "serve", "--config", self.file, "--port", "0", "--no-access-log"]
+        line = [
+            sys.executable,
+            HERE / "mkv.py",
+            "serve",
+            "--config",
+            self.file,
+            "--port",
+            "0",
+            "--no-access-log",
+        ]
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert process.stdout
         try:
@@ -5272,7 +6223,9 @@ class Cluster:
 
     def garbage(self) -> list[tuple[str, str]]:
         with contextlib.closing(sqlite3.connect(self.db)) as db:
-            return db.execute("SELECT volume, path FROM pending WHERE state = 'garbage' ORDER BY 1, 2").fetchall()
+            return db.execute(
+                "SELECT volume, path FROM pending WHERE state = 'garbage' ORDER BY 1, 2"
+            ).fetchall()
 
     def claims(self) -> list[tuple[str, str]]:
         with contextlib.closing(sqlite3.connect(self.db)) as db:
@@ -5289,7 +6242,9 @@ class Cluster:
         return self.data / record.volumes[number] / path[1:]
 
     def files(self, name: str) -> set[str]:
-        return {str(path.relative_to(self.data / name)) for path in (self.data / name).glob("*/*/*-*")}
+        return {
+            str(path.relative_to(self.data / name)) for path in (self.data / name).glob("*/*/*-*")
+        }
 
 
 async def put_one(store: Store, key: str, blob: bytes, content_type: str = "") -> None:
@@ -5298,7 +6253,9 @@ async def put_one(store: Store, key: str, blob: bytes, content_type: str = "") -
 
     given = content_type or random.choice(["image/png", "text/x-odd", "text/plain; charset=utf-8"])
     content_type, ext = mkv.media_type_of(given, key)
-    await store.put(mkv.Draft(key=key, content_type=content_type, ext=ext, size=len(blob)), body(), "")
+    await store.put(
+        mkv.Draft(key=key, content_type=content_type, ext=ext, size=len(blob)), body(), ""
+    )
 
 
 async def put_all(store: Store, blobs: dict[str, bytes]) -> None:
@@ -5339,13 +6296,16 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     made.stop()
 
 
-on_nginx = pytest.mark.parametrize("cluster", ["nginx"], indirect=True)  # where the kind of volume makes no difference
+on_nginx = pytest.mark.parametrize(
+    "cluster", ["nginx"], indirect=True
+)  # where the kind of volume makes no difference
 
 
-# == Tools: plans =====================================================================================================
+# == Tools: plans =================================================================================
 
 R = Record(
-    key="k", version="16f0a0b0c0d0e0f00001", volumes=("a", "b"), size=3, digest=hashlib.sha256(b"abc").hexdigest(),
+    key="k", version="16f0a0b0c0d0e0f00001", volumes=("a", "b"), size=3,
+    digest=hashlib.sha256(b"abc").hexdigest(),
     content_type="image/png", ext="png",
 )  # fmt: skip
 ALL_UP = dict.fromkeys("abcd", State.UP)
@@ -5354,7 +6314,9 @@ ALL_UP = dict.fromkeys("abcd", State.UP)
 ENTRY = {"name": "x", "type": "file", "mtime": "y", "size": 3}
 
 
-@pytest.mark.parametrize("body", [b"", b"[", b'[{"name":"x"', b"{}", b"null", b"[1]", b"<html>", b"[{}]", b"[" * 10**5])
+@pytest.mark.parametrize(
+    "body", [b"", b"[", b'[{"name":"x"', b"{}", b"null", b"[1]", b"<html>", b"[{}]", b"[" * 10**5]
+)
 def test_listing_that_is_not_whole_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError):
         mkv_tools.parse_listing(body)
@@ -5392,7 +6354,8 @@ def test_entry_of_the_wrong_type_is_refused(change: dict[str, Any], gone: str) -
 
 
 def test_listing_names_files_and_folders_even_odd_ones() -> None:
-    body = b'[{"name":"\xff","type":"file","mtime":"x","size":3},{"name":"d","type":"directory","mtime":"y"}]'
+    body = b'[{"name":"\xff","type":"file","mtime":"x","size":3},'
+    body += b'{"name":"d","type":"directory","mtime":"y"}]'
     assert mkv_tools.parse_listing(body) == {"\udcff": (3, "x"), "d": (-1, "y")}
     assert mkv_tools.parse_listing(b"[\r\n\r\n]\r\n") == {}
 
@@ -5413,10 +6376,18 @@ def test_listing_names_files_and_folders_even_odd_ones() -> None:
         ("a", {"a": State.DOWN}, ("", "", "", "none of a, b can be read")),
     ],
 )
-def test_plan_move(target: str, states: dict[str, State], expected: tuple[str, ...] | None) -> None:
+def test_plan_move(
+    target: str, states: dict[str, State], expected: tuple[str, ...] | None
+) -> None:
     move = mkv_tools.plan_move(R, tuple(target), ALL_UP | states)
-    assert (move and tuple("".join(part) for part in (move.copy, move.keep, move.drop, move.left))) == expected
-    assert move is None or move.left or all((ALL_UP | states)[v] is not State.DOWN for v in move.sources)
+    assert (
+        move and tuple("".join(part) for part in (move.copy, move.keep, move.drop, move.left))
+    ) == expected
+    assert (
+        move is None
+        or move.left
+        or all((ALL_UP | states)[v] is not State.DOWN for v in move.sources)
+    )
 
 
 def test_move_without_copies_reads_one_that_stays() -> None:
@@ -5424,7 +6395,9 @@ def test_move_without_copies_reads_one_that_stays() -> None:
     assert move and move.sources == ("b",)
 
 
-def version_of(sidecars: dict[str, int], blobs: dict[str, int], path: str = R.path) -> mkv_tools.Version:
+def version_of(
+    sidecars: dict[str, int], blobs: dict[str, int], path: str = R.path
+) -> mkv_tools.Version:
     version = mkv_tools.Version(path[: mkv.STEM])
     version.sidecars |= {volume: (size, "") for volume, size in sidecars.items()}
     version.blobs |= {volume: {path: (size, "")} for volume, size in blobs.items()}
@@ -5445,19 +6418,65 @@ GOOD = {"a": R.digest, "b": R.digest, "c": R.digest}
         ({"a": R}, {"b": 3}, {}, None, ["sidecar without blob"]),
         ({"a": "it is empty"}, {"a": 3}, {}, None, ["bad sidecar"]),
         ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD, "ab", ["bad sidecar"]),
-        ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD | {"a": "0"}, "b", ["bad sidecar", "corrupt"]),
-        ({"a": "it is empty", "b": R}, {"a": 3, "b": 3}, GOOD | {"b": ""}, "a", ["bad sidecar", "corrupt"]),
+        (
+            {"a": "it is empty", "b": R},
+            {"a": 3, "b": 3},
+            GOOD | {"a": "0"},
+            "b",
+            ["bad sidecar", "corrupt"],
+        ),
+        (
+            {"a": "it is empty", "b": R},
+            {"a": 3, "b": 3},
+            GOOD | {"b": ""},
+            "a",
+            ["bad sidecar", "corrupt"],
+        ),
         ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
-        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"a": "0"}, "b", ["corrupt", "contradicting sidecars"]),
-        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, {"a": "1", "b": "2"}, None, ["corrupt", "corrupt"]),
-        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"b": OTHER.digest}, None, []),  # each agrees with its own
-        ({"a": R, "b": replace(R, size=4)}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
-        ({"a": R, "b": replace(R, ext="pn")}, {"a": 3, "b": 3}, GOOD, "ab", ["contradicting sidecars"]),
+        (
+            {"a": R, "b": OTHER},
+            {"a": 3, "b": 3},
+            GOOD | {"a": "0"},
+            "b",
+            ["corrupt", "contradicting sidecars"],
+        ),
+        (
+            {"a": R, "b": OTHER},
+            {"a": 3, "b": 3},
+            {"a": "1", "b": "2"},
+            None,
+            ["corrupt", "corrupt"],
+        ),
+        (
+            {"a": R, "b": OTHER},
+            {"a": 3, "b": 3},
+            GOOD | {"b": OTHER.digest},
+            None,
+            [],
+        ),  # each agrees with its own
+        (
+            {"a": R, "b": replace(R, size=4)},
+            {"a": 3, "b": 3},
+            GOOD,
+            "ab",
+            ["contradicting sidecars"],
+        ),
+        (
+            {"a": R, "b": replace(R, ext="pn")},
+            {"a": 3, "b": 3},
+            GOOD,
+            "ab",
+            ["contradicting sidecars"],
+        ),
     ],
 )
-def test_judge_version(read: Any, blobs: Any, digests: Any, volumes: str | None, kinds: list[str]) -> None:
+def test_judge_version(
+    read: Any, blobs: Any, digests: Any, volumes: str | None, kinds: list[str]
+) -> None:
     version = version_of(dict.fromkeys(read, 9), blobs)
-    record, cases = mkv_tools.judge_version(version, read, {(volume, R.path): d for volume, d in digests.items()})
+    record, cases = mkv_tools.judge_version(
+        version, read, {(volume, R.path): d for volume, d in digests.items()}
+    )
     assert (record and "".join(record.volumes)) == volumes
     assert record is None or replace(record, volumes=R.volumes) in (R, OTHER)
     assert [case.kind for case in cases] == kinds
@@ -5471,7 +6490,9 @@ def test_judge_version(read: Any, blobs: Any, digests: Any, volumes: str | None,
         ({"a": "x/b", "b": "x/a"}, "x/a"),  # always the same
     ],
 )
-def test_content_type_is_decided_though_no_blob_can_tell(types: dict[str, str], chosen: str) -> None:
+def test_content_type_is_decided_though_no_blob_can_tell(
+    types: dict[str, str], chosen: str
+) -> None:
     read = {volume: replace(R, volumes=(), content_type=one) for volume, one in types.items()}
     version, digests = (
         version_of(dict.fromkeys(read, 9), dict.fromkeys(read, 3)),
@@ -5479,7 +6500,10 @@ def test_content_type_is_decided_though_no_blob_can_tell(types: dict[str, str], 
     )
     record, (case,) = mkv_tools.judge_version(version, read, digests)
     assert record and record.content_type == chosen and record.volumes == tuple(read)
-    assert case.kind == "contradicting sidecars" and f"content_type is {chosen!r}, not " in case.detail
+    assert (
+        case.kind == "contradicting sidecars"
+        and f"content_type is {chosen!r}, not " in case.detail
+    )
 
 
 def test_blobs_are_read_only_where_sidecars_leave_a_doubt() -> None:
@@ -5487,7 +6511,10 @@ def test_blobs_are_read_only_where_sidecars_leave_a_doubt() -> None:
     assert mkv_tools.find_doubts(version, {"a": R, "b": R, "c": R}) == []
     assert mkv_tools.find_doubts(version, {"a": "it is empty", "b": "it is empty"}) == []
     for other in ("it is empty", OTHER, replace(R, ext="", size=2)):
-        assert mkv_tools.find_doubts(version, {"a": R, "b": other, "c": R}) == [("a", R.path), ("b", R.path)]
+        assert mkv_tools.find_doubts(version, {"a": R, "b": other, "c": R}) == [
+            ("a", R.path),
+            ("b", R.path),
+        ]
 
 
 def test_batches_hold_small_blobs_and_large_ones_go_alone() -> None:
@@ -5520,11 +6547,16 @@ def test_stray_is_named(sidecar: Record | str, record: Record | None, expected: 
 def test_strays_are_what_neither_record_nor_garbage_names_and_not_young() -> None:
     old = "Thu, 01 Jan 1970 00:00:09 GMT"
     stem = mkv.blob_path("k", "0" * 20, "")
-    version = mkv_tools.Version(stem, dict.fromkeys("abc", (9, old)), {v: {stem: (3, old)} for v in "abc"})
+    version = mkv_tools.Version(
+        stem, dict.fromkeys("abc", (9, old)), {v: {stem: (3, old)} for v in "abc"}
+    )
     records = {stem: replace(R, version="0" * 20, ext="", volumes=("a",))}
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 10.0) == ([("c", stem)], 0)
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 8.0) == ([], 1)
-    assert mkv_tools.find_strays([version], {}, (), 10.0) == ([("a", stem), ("b", stem), ("c", stem)], 0)
+    assert mkv_tools.find_strays([version], {}, (), 10.0) == (
+        [("a", stem), ("b", stem), ("c", stem)],
+        0,
+    )
     version.stem = mkv.blob_path("k", "f" * 20, "")  # a time that will not come says nothing
     assert mkv_tools.find_strays([version], {}, (), 10.0)[1] == 0
 
@@ -5580,11 +6612,15 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
     mkv_tools.commit(tx, move, outcome, 10.0)
     tx.release_claims(mkv.TOOL, sys.maxsize)
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
-    in_doubt = {volume for (volume, _), row in tx.pending_of("k").items() if row.doubt_s is not None}
+    in_doubt = {
+        volume for (volume, _), row in tx.pending_of("k").items() if row.doubt_s is not None
+    }
     assert in_doubt == (set(move.copy) if outcome else {"b"})
 
 
-@pytest.mark.parametrize("change", [replace(R, version="f" * 20), replace(R, volumes=("a",)), None])
+@pytest.mark.parametrize(
+    "change", [replace(R, version="f" * 20), replace(R, volumes=("a",)), None]
+)
 def test_commit_loses_to_a_change_and_leaves_only_its_copy_as_garbage(
     tx: mkv.Transaction, change: Record | None
 ) -> None:
@@ -5609,7 +6645,9 @@ def test_failed_copy_is_left_to_the_garbage(tx: mkv.Transaction) -> None:
     assert tx.get("k") == R and garbage_in(tx) == {("c", R.path)} and not claimed(tx)
 
 
-def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_dead_claim(tx: mkv.Transaction) -> None:
+def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_dead_claim(
+    tx: mkv.Transaction,
+) -> None:
     tx.add_garbage(R.path, ["c"], 0.0)
     assert mkv_tools.claim(tx, MOVE) == "waiting"
     settle_at(tx, {("c", R.path): True})
@@ -5639,7 +6677,9 @@ def test_copy_that_was_sent_several_times_may_come_as_often(
         assert (row.sent, row.doubt_s) == (sent, tx.now_s + (doubt or 0))
 
 
-def test_copy_that_was_sent_twice_stays_in_doubt_if_the_key_was_deleted_meanwhile(tx: mkv.Transaction) -> None:
+def test_copy_that_was_sent_twice_stays_in_doubt_if_the_key_was_deleted_meanwhile(
+    tx: mkv.Transaction,
+) -> None:
     mkv_tools.claim(tx, MOVE)
     mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
     assert mkv_tools.commit(tx, MOVE, "", 10.0, {"c": 2}) == "changed"
@@ -5651,7 +6691,9 @@ async def test_tool_counts_how_often_it_has_sent_a_sidecar(tmp_path: Path) -> No
     statuses = iter([507])
     records = [R, replace(R, key="q")]
     with fake_volume(answering(lambda line: next(statuses, 201))) as url:
-        store = Store(Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1))
+        store = Store(
+            Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1)
+        )
         mover = mkv_tools.Mover(store, 0.0, mkv_tools.Report(False))
         assert await mover._put("a", records, {"k": b"x", "q": b"y"}) == {}
         store.view.clients["a"].close()
@@ -5659,8 +6701,8 @@ async def test_tool_counts_how_often_it_has_sent_a_sidecar(tmp_path: Path) -> No
 
 
 def test_claim_waits_while_a_delete_that_was_not_answered_may_come(tx: mkv.Transaction) -> None:
-    """I8: it would hit the replica that is made there. Neither a DELETE that is answered proves that
-    it will not, nor a late answer to the PUT of before."""
+    """I8: it would hit the replica that is made there. Neither a DELETE that is answered proves
+    that it will not, nor a late answer to the PUT of before."""
     tx.add_garbage(R.path, ["c"])
     tx.settle({}, {row_at(tx, ("c", R.path)): mkv.BROKEN_OFF})
     began_s = tx.now_s
@@ -5675,7 +6717,9 @@ def test_claim_waits_while_a_delete_that_was_not_answered_may_come(tx: mkv.Trans
     assert mkv_tools.claim(tx, MOVE) == ""
 
 
-def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(tx: mkv.Transaction) -> None:
+def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(
+    tx: mkv.Transaction,
+) -> None:
     """I4: the collector finds what was there before, which proves nothing of the tool's copy."""
     tx.add_garbage(R.path, ["c"], 10.0)
     assert mkv_tools.claim(tx, MOVE) == ""
@@ -5703,8 +6747,11 @@ def test_end_of_a_copy_ends_no_doubt_about_a_delete(tx: mkv.Transaction) -> None
     assert row_at(tx, ("c", R.path)).state is mkv.PendingState.DELETING
 
 
-def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(tx: mkv.Transaction) -> None:
-    """As when the ring was changed after a rebalance was killed: c was copied, d is where it goes now."""
+def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(
+    tx: mkv.Transaction,
+) -> None:
+    """As when the ring was changed after a rebalance was killed: c was copied, d is where it goes
+    now."""
     mkv_tools.claim(tx, MOVE)
     again = replace(MOVE, copy=("d",))
     assert mkv_tools.claim(tx, again) == "" and mkv_tools.commit(tx, again, "", 10.0) == ""
@@ -5718,11 +6765,13 @@ def test_delete_finds_a_tools_copies_but_not_those_of_a_put_under_way(tx: mkv.Tr
     under_way = mkv.blob_path("k", "3" * 20, "")
     tx.claim(under_way, ["a"], 0, CLAIMED)
     rows = mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
-    assert {place for place, row in rows.items() if row.state is GARBAGE} == {(volume, R.path) for volume in "abc"}
+    assert {place for place, row in rows.items() if row.state is GARBAGE} == {
+        (volume, R.path) for volume in "abc"
+    }
     assert rows["c", R.path].doubt_s and rows["a", under_way].state is mkv.PendingState.OVERTAKEN
 
 
-# == Tools: rebuild ===================================================================================================
+# == Tools: rebuild ===============================================================================
 
 
 def lose_the_index(cluster: Cluster) -> None:
@@ -5731,11 +6780,15 @@ def lose_the_index(cluster: Cluster) -> None:
 
 
 def sidecars(cluster: Cluster) -> list[str]:
-    return sorted(path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".key"))
+    return sorted(
+        path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".key")
+    )
 
 
 def marks(cluster: Cluster) -> list[str]:
-    return sorted(path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".del"))
+    return sorted(
+        path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".del")
+    )
 
 
 def all_files(cluster: Cluster) -> list[str]:
@@ -5771,7 +6824,9 @@ def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_l
     with cluster.serve():
         eventually(lambda: len(sidecars(cluster)) == 3 and not marks(cluster))
     kinds = cluster.tool("verify", "--grace", 0)[1]["found"].keys()
-    assert kinds <= {"unfinished write"}  # blobs that were waiting to be deleted when the index was lost
+    assert kinds <= {
+        "unfinished write"
+    }  # blobs that were waiting to be deleted when the index was lost
 
 
 @on_nginx
@@ -5805,7 +6860,8 @@ def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> Non
 def test_put_that_was_overtaken_does_not_come_back_though_the_index_is_lost(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, down: bool
 ) -> None:
-    """I4: it is answered 204, as if it had come before the PUT and the DELETE that came while it was under way."""
+    """I4: it is answered 204, as if it had come before the PUT and the DELETE that came while it
+    was under way."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
     store_small = mkv.Write.store_small
 
@@ -5861,7 +6917,9 @@ def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
     now_s = cluster.use(work)
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
         rows = db.execute("SELECT volume, path, sent, doubt FROM pending").fetchall()
-    assert [row[2:] for row in rows] == [(0, pytest.approx(now_s + 300, abs=30))] * 3 and not marks(cluster)
+    assert [row[2:] for row in rows] == [
+        (0, pytest.approx(now_s + 300, abs=30))
+    ] * 3 and not marks(cluster)
     for volume, path, _, _ in rows:
         late = cluster.data / volume / path[1:]
         late.parent.mkdir(parents=True, exist_ok=True)
@@ -5887,14 +6945,18 @@ def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: C
 
     cluster.use(work)
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        assert db.execute("SELECT volume, state, doubt FROM pending").fetchall() == [("volume3", "garbage", None)]
+        assert db.execute("SELECT volume, state, doubt FROM pending").fetchall() == [
+            ("volume3", "garbage", None)
+        ]
     cluster.start("volume3")
     cluster.collect()
     assert not sent_rows(cluster)
 
 
 @on_nginx
-def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_lost(cluster: Cluster) -> None:
+def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_lost(
+    cluster: Cluster,
+) -> None:
     """A volume hangs, takes the PUT after it was refused, and the index is lost."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=0.5)
     cluster.put({"k": b"old"})
@@ -5908,7 +6970,9 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
     cluster.use(work)
     assert len(sidecars(cluster)) == 3
     cluster.volumes["volume3"].signal(signal.SIGCONT)
-    eventually(lambda: len(sidecars(cluster)) == 4)  # the late write: this is what the test is about
+    eventually(
+        lambda: len(sidecars(cluster)) == 4
+    )  # the late write: this is what the test is about
     lose_the_index(cluster)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
@@ -5936,7 +7000,8 @@ def sent_rows(cluster: Cluster) -> list[tuple[str, int]]:
 
 @on_nginx
 def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
-    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker may have the first."""
+    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker
+    may have the first."""
     with by_cables(cluster) as cables:
 
         async def work(store: Store) -> None:
@@ -5953,8 +7018,11 @@ def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> Non
 
 
 @on_nginx
-def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """I4: that one was found and deleted proves nothing of the other; here the key has gone meanwhile, so it is 412."""
+def test_what_was_sent_twice_and_refused_has_marks(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I4: that one was found and deleted proves nothing of the other; here the key has gone
+    meanwhile, so it is 412."""
     with by_cables(cluster) as cables:
 
         async def work(store: Store) -> None:
@@ -5975,7 +7043,9 @@ def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch
             for cable in cables:
                 cable.lose_answers()
             with pytest.raises(mkv.PreconditionFailed):
-                await store.put(mkv.Draft("k", "a/b", "", 3, mkv.Conditions(if_match=(etag,))), body(), "")
+                await store.put(
+                    mkv.Draft("k", "a/b", "", 3, mkv.Conditions(if_match=(etag,))), body(), ""
+                )
 
         cluster.use(work)
     cluster.collect()
@@ -5983,7 +7053,9 @@ def test_what_was_sent_twice_and_refused_has_marks(cluster: Cluster, monkeypatch
 
 
 def key_that_begins_at(store: Store, volume: str) -> str:
-    return next(key for key in map("k{}".format, range(1000)) if store.view.ring.place(key, 1) == (volume,))
+    return next(
+        key for key in map("k{}".format, range(1000)) if store.view.ring.place(key, 1) == (volume,)
+    )
 
 
 async def until_rows(store: Store, predicate: Callable[[Collection[mkv.Pending]], object]) -> None:
@@ -6010,7 +7082,9 @@ def stopped(*volumes: Nginx) -> Iterator[None]:
 @on_nginx
 def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
     """What that still writes is in doubt, until it has come; then it is deleted."""
-    cluster.configure("volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2)
+    cluster.configure(
+        "volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2
+    )
 
     async def work(store: Store) -> None:
         key = key_that_begins_at(store, "volume3")
@@ -6035,8 +7109,12 @@ def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
 
 
 @on_nginx
-def test_key_deleted_before_a_slow_volume_wrote_it_stays_dead_though_the_index_is_lost(cluster: Cluster) -> None:
-    cluster.configure("volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2)
+def test_key_deleted_before_a_slow_volume_wrote_it_stays_dead_though_the_index_is_lost(
+    cluster: Cluster,
+) -> None:
+    cluster.configure(
+        "volume1", "volume2", "volume3", replicas=2, volume_timeout=60.0, slow_after=0.2
+    )
 
     async def work(store: Store) -> None:
         cluster.volumes["volume3"].signal(signal.SIGSTOP)
@@ -6056,7 +7134,9 @@ def test_key_deleted_before_a_slow_volume_wrote_it_stays_dead_though_the_index_i
 
 @on_nginx
 def test_slow_volume_is_waited_for_if_there_is_no_other(cluster: Cluster) -> None:
-    cluster.configure("volume1", "volume2", "volume3", replicas=3, volume_timeout=60.0, slow_after=0.1)
+    cluster.configure(
+        "volume1", "volume2", "volume3", replicas=3, volume_timeout=60.0, slow_after=0.1
+    )
 
     async def work(store: Store) -> None:
         with stopped(cluster.volumes["volume3"]):
@@ -6070,11 +7150,17 @@ def test_slow_volume_is_waited_for_if_there_is_no_other(cluster: Cluster) -> Non
 
 
 @on_nginx
-def test_slow_volumes_do_not_help_each_other(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_volumes_do_not_help_each_other(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else overload would breed more load."""
-    cluster.configure("volume1", "volume2", "volume3", replicas=1, volume_timeout=60.0, slow_after=0.1)
+    cluster.configure(
+        "volume1", "volume2", "volume3", replicas=1, volume_timeout=60.0, slow_after=0.1
+    )
     slow, hear = list[str](), mkv.Write._hear_slow
-    monkeypatch.setattr(mkv.Write, "_hear_slow", lambda write, one: (slow.append(one.volume), hear(write, one)))
+    monkeypatch.setattr(
+        mkv.Write, "_hear_slow", lambda write, one: (slow.append(one.volume), hear(write, one))
+    )
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, which would find out at once
@@ -6097,9 +7183,15 @@ def test_put_that_is_cancelled_is_in_doubt_until_its_volumes_answer(cluster: Clu
         with stopped(*cluster.volumes.values()):
             put = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: cluster.claims())
-            await until(lambda: all(len(one._lines) > len(one._idle) for one in store.view.clients.values()))
+            await until(
+                lambda: all(
+                    len(one._lines) > len(one._idle) for one in store.view.clients.values()
+                )
+            )
             put.cancel()
-            await until_rows(store, lambda rows: sum(row.doubt_s == row.since_s + 86400.0 for row in rows) == 3)
+            await until_rows(
+                store, lambda rows: sum(row.doubt_s == row.since_s + 86400.0 for row in rows) == 3
+            )
         with pytest.raises(asyncio.CancelledError):
             await put
         await until_no_doubt(store)
@@ -6112,8 +7204,11 @@ def test_put_that_is_cancelled_is_in_doubt_until_its_volumes_answer(cluster: Clu
 @on_nginx
 @pytest.mark.parametrize("index", ["kept", "lost"])
 def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, index: str) -> None:
-    """The other worker answers the collector with 404, and the stopped one writes when it wakes."""
-    cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2, volume_timeout=0.5)
+    """The other worker answers the collector with 404, and the stopped one writes when it
+    wakes."""
+    cluster.configure(
+        "volume1", "volume2", "volume3", replicas=3, min_replicas=2, volume_timeout=0.5
+    )
     workers = children_of(cluster.volumes["volume3"].process.pid)
     assert len(workers) > 1, "nginx must have two workers or more"
 
@@ -6122,7 +7217,14 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
 
     def at_once(url: str, method: str, names: Iterable[str]) -> set[int]:
         with ThreadPoolExecutor(16) as pool:
-            return set(pool.map(lambda name: ask(f"{url}/{name}", method, b"x" if method == "PUT" else None)[0], names))
+            return set(
+                pool.map(
+                    lambda name: ask(f"{url}/{name}", method, b"x" if method == "PUT" else None)[
+                        0
+                    ],
+                    names,
+                )
+            )
 
     gone = [f"k{i}" for i in range(32)]
     with cluster.serve() as (port, process):
@@ -6143,7 +7245,9 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
             os.kill(worker, signal.SIGCONT)
         late = cluster.data / "volume3"
         if index == "lost":
-            eventually(lambda: len(sidecars(cluster)) > known)  # the late writes: what the test is about
+            eventually(
+                lambda: len(sidecars(cluster)) > known
+            )  # the late writes: what the test is about
         else:
             eventually(lambda: not marks(cluster) and len(list(late.glob("*/*/*"))) == 2 * 64)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
@@ -6176,7 +7280,9 @@ def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluste
             await store.find("k", mkv.UNCONDITIONAL)
 
     cluster.use(work)
-    dead = next(name for name in cluster.volumes if cluster.volumes[name].process.poll() is not None)
+    dead = next(
+        name for name in cluster.volumes if cluster.volumes[name].process.poll() is not None
+    )
     cluster.start(dead)
     assert len(marks(cluster)) < 2
 
@@ -6205,7 +7311,8 @@ def test_sidecars_that_a_crash_left_are_deleted_at_the_next_start(cluster: Clust
 
 
 def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluster) -> None:
-    """I2, I4, I6: a PUT that a kill cut off between sidecars and commit is not brought back by a rebuild."""
+    """I2, I4, I6: a PUT that a kill cut off between sidecars and commit is not brought back by a
+    rebuild."""
 
     def work(seed: int, port: int, stop: threading.Event) -> None:
         rng = random.Random(seed)
@@ -6237,10 +7344,16 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
 
 def test_rebuild_gives_the_same_rows_after_random_operations(cluster: Cluster) -> None:
     """I6, with the old index and, once its garbage is gone, without."""
-    cluster.use(lambda store: random_operations(store, 1, 1600 if cluster.kind == "nginx" else 320))
+    cluster.use(
+        lambda store: random_operations(store, 1, 1600 if cluster.kind == "nginx" else 320)
+    )
     before = cluster.rows()
     code, facts, _ = cluster.tool("rebuild")
-    assert (code, facts["found"], facts["keys"]) == (0, {}, len(before)) and cluster.rows() == before
+    assert (code, facts["found"], facts["keys"]) == (
+        0,
+        {},
+        len(before),
+    ) and cluster.rows() == before
     cluster.collect()
     assert not cluster.garbage()
     shutil.move(cluster.db, cluster.db.with_suffix(".gone"))
@@ -6258,7 +7371,9 @@ def test_rebuild_keeps_totals_and_the_old_index(cluster: Cluster) -> None:
 
 
 @on_nginx
-def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cluster: Cluster) -> None:
+def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(
+    cluster: Cluster,
+) -> None:
     """I4: the old index knows, though the sidecars are still there."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     cluster.put({"gone": b"1", "new": b"old", "stays": b"3"})
@@ -6282,7 +7397,9 @@ def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(cl
 
 
 @on_nginx
-def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(cluster: Cluster, tmp_path: Path) -> None:
+def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """I4: the backup is from before the DELETE."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
     cluster.put({"gone": b"1", "stays": b"2"})
@@ -6302,7 +7419,8 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
     cluster.put({"k": b"1"})
     with contextlib.closing(sqlite3.connect(cluster.db)) as db, db:
         db.execute(
-            "INSERT INTO pending SELECT ?, value, 'garbage', NULL, 0, 0, 0, NULL, 1 FROM json_each(?)",
+            "INSERT INTO pending SELECT ?, value, 'garbage', NULL, 0, 0, 0, NULL, 1 FROM "
+            "json_each(?)",
             (cluster.record("k").path, json.dumps(cluster.record("k").volumes)),
         )
     before = cluster.rows()
@@ -6310,7 +7428,9 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
 
 
 @on_nginx
-def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(cluster: Cluster, tmp_path: Path) -> None:
+def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     """The key has moved from volume1 to volume3 before the backup, and back after it."""
 
     def move_off(name: str) -> None:
@@ -6392,7 +7512,9 @@ def damage_leftover(c: Cluster) -> None:
         (damage_leftover, "nginx leftover", False),
     ],
 )
-def test_rebuild_reports_damage_and_goes_on(cluster: Cluster, damage: Any, kind: str, loses: bool) -> None:
+def test_rebuild_reports_damage_and_goes_on(
+    cluster: Cluster, damage: Any, kind: str, loses: bool
+) -> None:
     cluster.put({"k": b"abc", "other": b"def"})
     before, record = cluster.rows(), cluster.record("k")
     damage(cluster)
@@ -6416,7 +7538,9 @@ WRONG = {"size": 6, "digest": "0" * 64, "ext": "pnh", "content_type": "image/pnh
 @on_nginx
 @pytest.mark.parametrize("size", [5, LARGE])
 @pytest.mark.parametrize("field", WRONG)
-def test_blob_decides_where_sidecars_contradict_each_other(cluster: Cluster, field: str, size: int) -> None:
+def test_blob_decides_where_sidecars_contradict_each_other(
+    cluster: Cluster, field: str, size: int
+) -> None:
     """Whichever of them is wrong; no row changes, and then no good blob is deleted."""
     cluster.put({f"{i}": os.urandom(size) for i in range(4)})
     cluster.use(lambda store: put_one(store, "png", os.urandom(size), "image/png"))
@@ -6426,16 +7550,23 @@ def test_blob_decides_where_sidecars_contradict_each_other(cluster: Cluster, fie
         good = file.read_bytes()
         edit_sidecar(file, **{field: WRONG[field]})
         code, facts, _ = cluster.tool("rebuild")
-        assert (code, facts["found"]) == (0, {"contradicting sidecars": 1}) and cluster.rows() == before
+        assert (code, facts["found"]) == (
+            0,
+            {"contradicting sidecars": 1},
+        ) and cluster.rows() == before
         (case,) = facts["cases"]
         assert case["key"] == "png" and f"not {WRONG[field]!r}" in case["detail"]
-        assert cluster.tool("verify", "--deep", "--repair", "--grace", 0)[1]["found"] == {"bad sidecar": 1}
+        assert cluster.tool("verify", "--deep", "--repair", "--grace", 0)[1]["found"] == {
+            "bad sidecar": 1
+        }
         assert file.read_bytes() == good and not cluster.garbage()
     check_placement(cluster)
 
 
 @on_nginx
-def test_corrupt_replica_is_left_out_where_sidecars_contradict_each_other(cluster: Cluster) -> None:
+def test_corrupt_replica_is_left_out_where_sidecars_contradict_each_other(
+    cluster: Cluster,
+) -> None:
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     cluster.put({"k": b"abc"})
     record = cluster.record("k")
@@ -6480,7 +7611,11 @@ def test_rebuild_changes_nothing_if_a_version_has_no_sidecar_of_use(
     before = cluster.db.read_bytes() if index == "there" else None
     assert mkv_tools.main(["rebuild", "--config", str(cluster.file)]) == 1
     said = capsys.readouterr().out
-    assert "12 x unusable version" in said and "nothing was changed" in said and all(stem in said for stem in stems)
+    assert (
+        "12 x unusable version" in said
+        and "nothing was changed" in said
+        and all(stem in said for stem in stems)
+    )
     assert before == (cluster.db.read_bytes() if cluster.db.exists() else None)
     assert not list(cluster.db.parent.glob("index.db.new*"))
 
@@ -6521,7 +7656,11 @@ def test_version_far_in_the_future_stops_a_rebuild(cluster: Cluster) -> None:
     blob.write_bytes(b"abc")
     sidecar.write_bytes(mkv.encode_sidecar(far))
     code, facts, _ = cluster.tool("rebuild")
-    assert code == 1 and facts["found"] == {"bad sidecar": 1, "unusable version": 1} and cluster.rows() == before
+    assert (
+        code == 1
+        and facts["found"] == {"bad sidecar": 1, "unusable version": 1}
+        and cluster.rows() == before
+    )
     assert "far in the future" in facts["cases"][0]["detail"]
     blob.unlink()
     sidecar.unlink()
@@ -6563,8 +7702,12 @@ def test_keys_of_volumes_that_rebuild_does_without_are_not_lost(cluster: Cluster
     cluster.put({f"k{i}": b"x" for i in range(30)})
     missing = {"volume2", "volume3"}
     there = [row[0] for row in cluster.rows() if not missing.issuperset(row[2].split())]
-    code, facts, _ = cluster.tool("rebuild", "--allow-missing", "volume2", "--allow-missing", "volume3")
-    assert (code, facts["found"], facts["left_out"]) == (0, {}, 30 - len(there)) and 0 < len(there) < 30
+    code, facts, _ = cluster.tool(
+        "rebuild", "--allow-missing", "volume2", "--allow-missing", "volume3"
+    )
+    assert (code, facts["found"], facts["left_out"]) == (0, {}, 30 - len(there)) and 0 < len(
+        there
+    ) < 30
     assert [row[0] for row in cluster.rows()] == there
 
 
@@ -6572,8 +7715,15 @@ def test_keys_of_volumes_that_rebuild_does_without_are_not_lost(cluster: Cluster
 def test_rebuild_refuses_to_do_without_a_volume_that_nobody_knows(cluster: Cluster) -> None:
     cluster.put({"k": b"x"})
     before = cluster.db.read_bytes()
-    code, _, err = cluster.tool("rebuild", "--allow-missing", "volume1", "--allow-missing", "vloume1")
-    assert code == 2 and "vloume1" in err and "volume1:" not in err and cluster.db.read_bytes() == before
+    code, _, err = cluster.tool(
+        "rebuild", "--allow-missing", "volume1", "--allow-missing", "vloume1"
+    )
+    assert (
+        code == 2
+        and "vloume1" in err
+        and "volume1:" not in err
+        and cluster.db.read_bytes() == before
+    )
     cluster.configure("volume2", "volume3", replicas=2)  # the old index knows it
     assert cluster.tool("rebuild", "--allow-missing", "volume1")[0] == 0
 
@@ -6595,7 +7745,8 @@ def test_rebuild_bears_many_blobs_of_one_version(cluster: Cluster) -> None:
 
 
 class Meddler(ThreadingHTTPServer):
-    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a status, or cut short."""
+    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a
+    status, or cut short."""
 
     daemon_threads = True
 
@@ -6644,7 +7795,9 @@ def meddling(cluster: Cluster, path: str, way: str, **settings: Any) -> Iterator
     server = Meddler(cluster.ports["volume3"], path, way)
     real = cluster.ports["volume3"]
     cluster.ports["volume3"] = server.server_address[1]
-    cluster.configure("volume1", "volume2", "volume3", **{"replicas": 2, "volume_timeout": 1.0} | settings)
+    cluster.configure(
+        "volume1", "volume2", "volume3", **{"replicas": 2, "volume_timeout": 1.0} | settings
+    )
     try:
         yield
     finally:
@@ -6665,7 +7818,12 @@ def test_rebuild_fails_closed(cluster: Cluster, way: str, level: str) -> None:
     cluster.put({f"k{i}": b"x" for i in range(20)})
     before = cluster.db.read_bytes()
     path = key_on(cluster, "volume3").path
-    target = {"top": "/", "middle": path[:4], "folder": path[:7], "sidecar": mkv.sidecar_path(path)}[level]
+    target = {
+        "top": "/",
+        "middle": path[:4],
+        "folder": path[:7],
+        "sidecar": mkv.sidecar_path(path),
+    }[level]
     if level == "sidecar":  # this one has to be read: it is the only one
         for name in ("volume1", "volume2"):
             (cluster.data / name / target[1:]).unlink(missing_ok=True)
@@ -6673,7 +7831,12 @@ def test_rebuild_fails_closed(cluster: Cluster, way: str, level: str) -> None:
     with meddling(cluster, target, way):
         code, _, err = cluster.tool("rebuild")
     if not way.startswith("404"):
-        assert code == 1 and "volume3" in err and "Traceback" not in err and cluster.db.read_bytes() == before
+        assert (
+            code == 1
+            and "volume3" in err
+            and "Traceback" not in err
+            and cluster.db.read_bytes() == before
+        )
 
 
 @on_nginx
@@ -6686,7 +7849,12 @@ def test_rebuild_reads_no_listing_and_no_sidecar_of_any_length(
     rows, before = cluster.rows(), cluster.db.read_bytes()
     monkeypatch.setattr(mkv_tools, "LISTING_BYTES", 500_000)
     path = key_on(cluster, "volume3").path
-    target = {"top": "/", "middle": path[:4], "folder": path[:7], "sidecar": mkv.sidecar_path(path)}[level]
+    target = {
+        "top": "/",
+        "middle": path[:4],
+        "folder": path[:7],
+        "sidecar": mkv.sidecar_path(path),
+    }[level]
     with meddling(cluster, target, "long"):
         code, facts, err = cluster.tool("rebuild")
     if level == "sidecar":
@@ -6716,7 +7884,8 @@ async def test_folder_that_is_larger_than_its_share_is_read_all_the_same(
 
 @on_nginx
 async def test_client_closed_under_way_keeps_no_connection(cluster: Cluster) -> None:
-    """As when another volume fails meanwhile: uvloop never ends close() for a kept one if warnings are errors."""
+    """As when another volume fails meanwhile: uvloop never ends close() for a kept one if warnings
+    are errors."""
     client = Store(cluster.config).view.clients["volume1"]
     under_way = asyncio.create_task(client.get(["/"], 999))
     await asyncio.sleep(0)
@@ -6732,14 +7901,18 @@ def test_rebuild_needs_every_volume_unless_told_otherwise(cluster: Cluster) -> N
     code, _, err = cluster.tool("rebuild")
     assert code == 1 and "volume3" in err and cluster.rows() == before
     assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
-    assert [row[0] for row in cluster.rows()] == [row[0] for row in before]  # two replicas each: no key is lost
+    assert [row[0] for row in cluster.rows()] == [
+        row[0] for row in before
+    ]  # two replicas each: no key is lost
     assert not any("volume3" in row[2] for row in cluster.rows())
     cluster.start("volume3")
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
 @on_nginx
-def test_rebuild_does_not_take_an_unmounted_or_forgotten_disk_for_an_empty_one(cluster: Cluster) -> None:
+def test_rebuild_does_not_take_an_unmounted_or_forgotten_disk_for_an_empty_one(
+    cluster: Cluster,
+) -> None:
     cluster.put({f"k{i}": b"x" for i in range(20)})
     before = cluster.rows()
     (cluster.data / "volume3").rename(cluster.data / "elsewhere")
@@ -6770,11 +7943,17 @@ def test_rebuild_replaces_an_index_that_cannot_be_read(cluster: Cluster, damage:
         cluster.db.unlink()
     else:
         cluster.db.write_bytes(
-            {"noise": data[:4096] + os.urandom(len(data) - 4096), "header": b"?" * 4096, "empty": b""}[damage]
+            {
+                "noise": data[:4096] + os.urandom(len(data) - 4096),
+                "header": b"?" * 4096,
+                "empty": b"",
+            }[damage]
         )
     Path(f"{cluster.db}-wal").write_bytes(os.urandom(8000))
     code, facts, _ = cluster.tool("rebuild")
-    assert code == 0 and cluster.rows() == before and bool(facts["damage"]) == (damage != "missing")
+    assert (
+        code == 0 and cluster.rows() == before and bool(facts["damage"]) == (damage != "missing")
+    )
     assert not Path(f"{cluster.db}-wal").exists()
 
 
@@ -6787,7 +7966,9 @@ def has_begun(process: subprocess.Popen[bytes], db: Path) -> bool:
     return False
 
 
-def kill_at_moments(cluster: Cluster, command: str, *arguments: object, kills: int, check: Callable[[], None]) -> None:
+def kill_at_moments(
+    cluster: Cluster, command: str, *arguments: object, kills: int, check: Callable[[], None]
+) -> None:
     """Kill a tool after it has worked for longer and longer, then let it finish."""
     hits = 0
     for number in range(kills):
@@ -6839,7 +8020,7 @@ def test_rebuild_that_stops_within_the_swap_leaves_a_whole_index(
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-# == Tools: rebalance =================================================================================================
+# == Tools: rebalance =============================================================================
 
 
 def check_placement(cluster: Cluster) -> None:
@@ -6853,7 +8034,8 @@ def check_placement(cluster: Cluster) -> None:
 
 
 class Clients:
-    """Write, overwrite, delete and read all the time, each thread its own keys, and know what must be there."""
+    """Write, overwrite, delete and read all the time, each thread its own keys, and know what must
+    be there."""
 
     def __init__(self, port: int, threads: int) -> None:
         self.port, self.wrong, self.done, self.ended = port, list[str](), 0, threading.Event()
@@ -6870,7 +8052,9 @@ class Clients:
         path: str,
         body: bytes | None = None,
     ) -> tuple[int, str, bytes]:
-        connection = connections.setdefault(port, http.client.HTTPConnection("127.0.0.1", port, timeout=20))
+        connection = connections.setdefault(
+            port, http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        )
         connection.request(method, path, body)
         answer = connection.getresponse()
         return answer.status, answer.getheader("Location") or "", answer.read()
@@ -6890,7 +8074,11 @@ class Clients:
                     assert self.request(connections, self.port, "DELETE", f"/{key}")[0] == 204
                     del self.expected[key]
                 else:
-                    keys = [k for k in list(self.expected) if k.startswith(("seed/", f"client{number}/"))]
+                    keys = [
+                        k
+                        for k in list(self.expected)
+                        if k.startswith(("seed/", f"client{number}/"))
+                    ]
                     if keys:
                         self.read(connections, chance.choice(keys))
                 self.done += 1
@@ -6961,21 +8149,28 @@ def test_dry_run_says_what_is_then_done_and_changes_nothing(cluster: Cluster) ->
 
 
 def test_moved_share_is_what_theory_says() -> None:
-    """Adding one of n volumes moves 1/n of the replicas, within a tenth, and all to the new one."""
+    """Adding one of n volumes moves 1/n of the replicas, within a tenth, and all to the new
+    one."""
     volumes = [Volume(name=f"volume{i}", url=f"http://h{i}:80") for i in range(1, 6)]
     for n in (4, 5):
         before, after = mkv.Ring(volumes[: n - 1]), mkv.Ring(volumes[:n])
         moves = []
         for i in range(8000):
             record = replace(R, key=f"k{i}", volumes=before.place(f"k{i}", 3))
-            moves.append(mkv_tools.plan_move(record, after.place(f"k{i}", 3), dict.fromkeys(after.zones, State.UP)))
+            moves.append(
+                mkv_tools.plan_move(
+                    record, after.place(f"k{i}", 3), dict.fromkeys(after.zones, State.UP)
+                )
+            )
         copied = [volume for move in moves if move for volume in move.copy]
         assert set(copied) == {f"volume{n}"}
         assert abs(len(copied) / (8000 * 3) * n - 1) < 0.1
 
 
 def test_replicas_can_be_raised_and_lowered(cluster: Cluster) -> None:
-    cluster.put({f"k{i}": os.urandom(50) for i in range(40)} | {"large": os.urandom(LARGE), "empty": b""})
+    cluster.put(
+        {f"k{i}": os.urandom(50) for i in range(40)} | {"large": os.urandom(LARGE), "empty": b""}
+    )
     for replicas in (3, 1, 2):
         cluster.configure("volume1", "volume2", "volume3", replicas=replicas)
         code, facts, _ = cluster.tool("rebalance")
@@ -6997,7 +8192,12 @@ def test_rebalance_never_drops_the_last_good_replica(cluster: Cluster) -> None:
     for volume in stay:
         (cluster.data / volume / before.path[1:]).write_bytes(b"xyz")
     code, facts, _ = cluster.tool("rebalance")
-    assert code == 1 and facts["found"] == {"corrupt": 2} and cluster.record("k") == before and not cluster.garbage()
+    assert (
+        code == 1
+        and facts["found"] == {"corrupt": 2}
+        and cluster.record("k") == before
+        and not cluster.garbage()
+    )
 
 
 @on_nginx
@@ -7030,7 +8230,9 @@ def test_rebalance_leaves_keys_whose_volume_is_down_and_does_the_others(cluster:
     cluster.stop("volume5")
     code, facts, _ = cluster.tool("rebalance")
     assert code == 1 and facts["moved"] > 0 and facts["left"] > 0
-    assert list(facts["why_left"]) == ["volume5 is down"] and {pair["to"] for pair in facts["pairs"]} == {"volume4"}
+    assert list(facts["why_left"]) == ["volume5 is down"] and {
+        pair["to"] for pair in facts["pairs"]
+    } == {"volume4"}
     cluster.start("volume5")
     assert cluster.tool("rebalance")[0] == 0
     cluster.collect()
@@ -7049,12 +8251,16 @@ def test_rebalance_replaces_replicas_of_a_volume_that_is_gone(cluster: Cluster) 
 
 
 @on_nginx
-def test_rebalance_copies_to_no_place_where_garbage_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rebalance_copies_to_no_place_where_garbage_waits(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mkv_tools, "GARBAGE_PATIENCE_S", 0.0)
     cluster.put({f"k{i}": b"x" for i in range(30)})
     cluster.start("volume4")
     for volumes in (4, 3):
-        cluster.configure(*(f"volume{i}" for i in range(1, volumes + 1)), replicas=2, garbage_delay=0.0)
+        cluster.configure(
+            *(f"volume{i}" for i in range(1, volumes + 1)), replicas=2, garbage_delay=0.0
+        )
         code, facts, _ = cluster.tool("rebalance")
     assert code == 1 and facts["why_left"] == {"waiting": facts["left"]} and facts["left"] > 0
     cluster.collect()
@@ -7093,7 +8299,8 @@ def test_rebalance_copies_to_no_place_that_a_late_delete_may_hit(
 def test_rebalance_back_to_where_its_garbage_waits_brings_nothing_back(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I4: a client overwrites the key, and the collector deletes the garbage, just before the tool writes there."""
+    """I4: a client overwrites the key, and the collector deletes the garbage, just before the tool
+    writes there."""
 
     async def overwrite_first(mover: mkv_tools.Mover, moves: Any) -> Any:
         await put_one(mover._store, "k", b"new")
@@ -7115,7 +8322,8 @@ def test_rebalance_back_to_where_its_garbage_waits_brings_nothing_back(
 
 @on_nginx
 def test_rebalance_and_deletes_between_kills_bring_nothing_back(cluster: Cluster) -> None:
-    """I7 and I4: copies of a killed run are garbage, for a DELETE to find and for rebuild to ignore."""
+    """I7 and I4: copies of a killed run are garbage, for a DELETE to find and for rebuild to
+    ignore."""
     cluster.put({f"k{i}": os.urandom(60) for i in range(600)} | {"large": os.urandom(LARGE)})
     cluster.start("volume4", "volume5")
     cluster.configure(*(f"volume{i}" for i in range(1, 6)), replicas=3)
@@ -7131,7 +8339,9 @@ def test_rebalance_and_deletes_between_kills_bring_nothing_back(cluster: Cluster
 
         cluster.use(work)
 
-    kill_at_moments(cluster, "rebalance", "--concurrency", 1, "--limit-rate", "0.1", kills=8, check=check)
+    kill_at_moments(
+        cluster, "rebalance", "--concurrency", 1, "--limit-rate", "0.1", kills=8, check=check
+    )
     cluster.collect()
     check_placement(cluster)
     rows = cluster.rows()
@@ -7164,7 +8374,9 @@ def test_rebalance_that_ends_between_its_steps_leaves_only_garbage(
     cluster.collect()
     shutil.copy(cluster.db, saved := cluster.db.with_suffix(".saved"))
     cluster.db.unlink()
-    assert cluster.tool("rebuild")[0] == 0 and {row[0] for row in cluster.rows()} == {f"k{i}" for i in range(1, 10)}
+    assert cluster.tool("rebuild")[0] == 0 and {row[0] for row in cluster.rows()} == {
+        f"k{i}" for i in range(1, 10)
+    }
     shutil.copy(saved, cluster.db)
     assert cluster.tool("rebalance")[1]["moved"] == 9
     cluster.collect()
@@ -7180,7 +8392,12 @@ def test_interrupted_rebalance_says_how_to_go_on(cluster: Cluster, number: signa
     eventually(lambda: any(len(row[2].split()) == 3 for row in cluster.rows()))
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and b"same command goes on" in err and b"Traceback" not in err and not out
+    assert (
+        process.returncode == 1
+        and b"same command goes on" in err
+        and b"Traceback" not in err
+        and not out
+    )
     cluster.collect()
     assert cluster.tool("rebalance")[0] == 0
     check_placement(cluster)
@@ -7199,13 +8416,21 @@ def test_two_tools_never_move_at_once_and_dry_run_may(cluster: Cluster) -> None:
 
 @on_nginx
 def test_rebalance_gives_no_volume_a_wrong_blob(cluster: Cluster) -> None:
-    """Not even for a moment: a redirect may lead there, once somebody else has put the key there."""
+    """Not even for a moment: a redirect may lead there, once somebody else has put the key
+    there."""
     cluster.configure("volume1", "volume2", replicas=2)
     cluster.put({"k": b"x" * LARGE})
     for number in (0, 1):
         flip_bit(cluster.replica("k", number))
     cluster.start("volume4", "volume5")
-    cluster.configure("volume4", "volume5", "volume1", "volume2", replicas=2, weights={"volume1": 0, "volume2": 0})
+    cluster.configure(
+        "volume4",
+        "volume5",
+        "volume1",
+        "volume2",
+        replicas=2,
+        weights={"volume1": 0, "volume2": 0},
+    )
     code, facts, _ = cluster.tool("rebalance")
     assert code == 1 and facts["found"]["corrupt"] == 2
     logs = [(cluster.data / name / ".access.log").read_text() for name in ("volume4", "volume5")]
@@ -7217,7 +8442,7 @@ def test_rebalance_gives_no_volume_a_wrong_blob(cluster: Cluster) -> None:
     assert all(re.search(rf'"PUT {cluster.record("k").path}" 20', log) for log in logs)
 
 
-# == Tools: verify ====================================================================================================
+# == Tools: verify ================================================================================
 
 
 def flip_bit(file: Path) -> None:
@@ -7280,7 +8505,9 @@ def plant_strays(cluster: Cluster) -> dict[str, str]:
     """Make one stray of each kind by hand; return kind -> path."""
     cluster.put({"k": b"abc"})
     record = cluster.record("k")
-    outside = next(name for name in ("volume1", "volume2", "volume3") if name not in record.volumes)
+    outside = next(
+        name for name in ("volume1", "volume2", "volume3") if name not in record.volumes
+    )
     orphan = replace(record, key="orphan", version="0" * 20)
     stale = replace(record, version="0" * 20)
     unfinished = replace(record, key="unfinished", version="0" * 20)
@@ -7307,20 +8534,35 @@ def test_verify_removes_strays_older_than_grace_and_nothing_younger(cluster: Clu
     planted = plant_strays(cluster)
     before = cluster.rows()
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert code == 0 and facts["found"] == {} and facts["young"] == 4  # their files are new, whatever the version says
+    assert (
+        code == 0 and facts["found"] == {} and facts["young"] == 4
+    )  # their files are new, whatever the version says
     code, facts, _ = cluster.tool("verify", "--grace", 0)
-    assert code == 1 and {case["kind"]: case["path"] for case in facts["cases"]} == planted and not cluster.garbage()
+    assert (
+        code == 1
+        and {case["kind"]: case["path"] for case in facts["cases"]} == planted
+        and not cluster.garbage()
+    )
     code, facts, _ = cluster.tool("verify", "--grace", 0, "--repair")
-    assert code == 0 and facts["repaired"] == 4 and {path for _, path in cluster.garbage()} == set(planted.values())
+    assert (
+        code == 0
+        and facts["repaired"] == 4
+        and {path for _, path in cluster.garbage()} == set(planted.values())
+    )
     cluster.collect()
-    assert cluster.tool("verify", "--grace", 0, "--deep")[1]["found"] == {} and cluster.rows() == before
+    assert (
+        cluster.tool("verify", "--grace", 0, "--deep")[1]["found"] == {}
+        and cluster.rows() == before
+    )
 
 
 def let_nothing_be_young(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if verify's clock were ahead of the volumes' clocks."""
     find_strays, find_stray_marks = mkv_tools.find_strays, mkv_tools.find_stray_marks
     monkeypatch.setattr(mkv_tools, "find_strays", lambda *args: find_strays(*args[:-1], math.inf))
-    monkeypatch.setattr(mkv_tools, "find_stray_marks", lambda *args: find_stray_marks(*args[:-1], math.inf))
+    monkeypatch.setattr(
+        mkv_tools, "find_stray_marks", lambda *args: find_stray_marks(*args[:-1], math.inf)
+    )
 
 
 def delete_one(cluster: Cluster) -> None:
@@ -7391,8 +8633,11 @@ def test_verify_takes_no_blob_that_came_after_it_began_for_a_stray(
 
 
 @on_nginx
-def test_verify_looks_a_last_time_before_it_removes_a_stray(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file beside the record's places is one of them by then, as after a rebalance that was quick."""
+def test_verify_looks_a_last_time_before_it_removes_a_stray(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file beside the record's places is one of them by then, as after a rebalance that was
+    quick."""
     cluster.put({"k": b"abc"})
     (outside,) = set(cluster.volumes).difference(cluster.record("k").volumes)
     record = replace(cluster.record("k"), volumes=tuple(sorted(cluster.volumes)))
@@ -7422,7 +8667,10 @@ def test_verify_removes_nothing_if_a_listing_fails(cluster: Cluster, way: str) -
     with meddling(cluster, "/ff/ff/", way):
         code, facts, _ = cluster.tool("verify", "--grace", 0, "--repair")
     assert (
-        code == 1 and facts["found"].pop("failed volume") == 1 and len(facts["found"]) == 4 and facts["repaired"] == 0
+        code == 1
+        and facts["found"].pop("failed volume") == 1
+        and len(facts["found"]) == 4
+        and facts["repaired"] == 0
     )
     assert not cluster.garbage()
 
@@ -7460,7 +8708,9 @@ def test_verify_killed_at_any_moment_can_be_run_again(cluster: Cluster) -> None:
     def check() -> None:
         assert cluster.rows() == before and not cluster.garbage()
 
-    kill_at_moments(cluster, "verify", "--deep", "--repair", "--limit-rate", "0.5", kills=6, check=check)
+    kill_at_moments(
+        cluster, "verify", "--deep", "--repair", "--limit-rate", "0.5", kills=6, check=check
+    )
     check()
     assert not cluster.claims()
     check_placement(cluster)
@@ -7470,7 +8720,9 @@ def test_verify_killed_at_any_moment_can_be_run_again(cluster: Cluster) -> None:
 
 
 @on_nginx
-def test_repair_that_fails_leaves_the_record_as_it_was(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_that_fails_leaves_the_record_as_it_was(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The volume refuses to write, or hangs and writes all the same."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     cluster.put({f"k{i}": os.urandom(100) for i in range(30)} | {"large": os.urandom(LARGE)})
@@ -7494,7 +8746,11 @@ def test_repair_that_fails_leaves_the_record_as_it_was(cluster: Cluster, monkeyp
         assert cluster.rows() == before and not cluster.garbage() and not cluster.claims()
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert (code, facts["left"]) == (0, 0) and facts["found"]["missing"] > 20 and cluster.rows() == before
+    assert (
+        (code, facts["left"]) == (0, 0)
+        and facts["found"]["missing"] > 20
+        and cluster.rows() == before
+    )
     check_placement(cluster)
 
 
@@ -7506,10 +8762,18 @@ def test_verify_makes_up_for_too_few_replicas(cluster: Cluster, size: int) -> No
     cluster.configure("volume1", "volume2", "volume3", replicas=2)
     before = cluster.rows()
     code, facts, _ = cluster.tool("verify")
-    assert (code, facts["found"], facts["left"]) == (1, {"too few replicas": 8}, 8) and cluster.rows() == before
+    assert (code, facts["found"], facts["left"]) == (
+        1,
+        {"too few replicas": 8},
+        8,
+    ) and cluster.rows() == before
     assert {case["detail"] for case in facts["cases"]} == {"1 of 2"}
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert (code, facts["found"], facts["repaired"]) == (0, {"too few replicas": 8}, 8) and not cluster.garbage()
+    assert (code, facts["found"], facts["repaired"]) == (
+        0,
+        {"too few replicas": 8},
+        8,
+    ) and not cluster.garbage()
     assert cluster.tool("verify", "--deep", "--grace", 0)[1]["found"] == {}
     assert cluster.tool("rebalance", "--dry-run")[1]["moved"] == 0  # they are where the ring says
 
@@ -7526,14 +8790,22 @@ def test_verify_makes_up_only_from_good_replicas_and_only_where_it_can(cluster: 
     cluster.stop("volume3")
     code, facts, _ = cluster.tool("verify", "--repair")
     why = {case["detail"] for case in facts["cases"] if case["kind"] == "too few replicas"}
-    assert code == 1 and why == {"repaired", "2 of 3, no other volume is up", "2 of 3, none of them can be read"}
+    assert code == 1 and why == {
+        "repaired",
+        "2 of 3, no other volume is up",
+        "2 of 3, none of them can be read",
+    }
     cluster.start("volume3")
     code, facts, _ = cluster.tool("verify", "--repair", "--deep")
     left = {case["key"] for case in facts["cases"] if case["detail"] != "repaired"}
     assert code == 1 and left == {"k2"} and facts["found"]["too few replicas"] > 1
     rows = {row[0]: row for row in cluster.rows()}
-    assert rows["k2"] in before and all(len(row[2].split()) == 3 for key, row in rows.items() if key != "k2")
-    assert cluster.tool("verify", "--deep")[1]["left"] == 4  # of k2: two missing, no good one, too few
+    assert rows["k2"] in before and all(
+        len(row[2].split()) == 3 for key, row in rows.items() if key != "k2"
+    )
+    assert (
+        cluster.tool("verify", "--deep")[1]["left"] == 4
+    )  # of k2: two missing, no good one, too few
 
 
 @on_nginx
@@ -7565,7 +8837,8 @@ def test_interrupted_repair_leaves_everything_to_rebuild_and_to_the_next_run(
 def test_delete_while_a_replica_is_made_anew_brings_nothing_back(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """I4: even if the collector has deleted all garbage before the tool writes, and says so after it has ended."""
+    """I4: even if the collector has deleted all garbage before the tool writes, and says so after
+    it has ended."""
     cluster.put({"k": b"abc", "other": b"x"})
     cluster.replica("k").unlink()
     write, seen = mkv_tools.Mover._put, dict[tuple[str, str], bool]()
@@ -7588,7 +8861,7 @@ def test_delete_while_a_replica_is_made_anew_brings_nothing_back(
     assert cluster.tool("rebuild")[0] == 0 and [row[0] for row in cluster.rows()] == ["other"]
 
 
-# == Tools: the others ================================================================================================
+# == Tools: the others ============================================================================
 
 
 @on_nginx
@@ -7622,12 +8895,19 @@ def test_status_shows_the_same_from_server_and_index(cluster: Cluster) -> None:
 
 def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
     with cluster.serve() as (port, _):
-        code, facts, err = cluster.tool("bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000)
+        code, facts, err = cluster.tool(
+            "bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000
+        )
         assert code == 0, (facts, err)
         for method in ("PUT", "GET", "HEAD", "DELETE"):
             assert facts[method]["requests"] == 60 and facts[method]["errors"] == 0
-            assert 0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
-        assert cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0] == 0
+            assert (
+                0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
+            )
+        assert (
+            cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
+            == 0
+        )
         assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
 
 
@@ -7673,7 +8953,9 @@ def test_backup_of_a_running_server_can_be_restored(cluster: Cluster, tmp_path: 
             == db.execute("SELECT blobs FROM total WHERE name = ''").fetchone()
         )
     with contextlib.closing(sqlite3.connect(copy)) as db:
-        deleted = {key for (key,) in db.execute("SELECT key FROM record")} - {row[0] for row in before}
+        deleted = {key for (key,) in db.execute("SELECT key FROM record")} - {
+            row[0] for row in before
+        }
     shutil.copy(copy, cluster.db)
     code, facts, _ = cluster.tool("rebuild")
     assert cluster.rows() == before  # what was written since comes from the volumes
@@ -7683,7 +8965,12 @@ def test_backup_of_a_running_server_can_be_restored(cluster: Cluster, tmp_path: 
 
 
 def test_token_fits_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert mkv_tools.main(["token", 'ana "x" ü', "--allow", "read,list", "write", "--prefix", 'a"\\\x7f/ü']) == 0
+    assert (
+        mkv_tools.main(
+            ["token", 'ana "x" ü', "--allow", "read,list", "write", "--prefix", 'a"\\\x7f/ü']
+        )
+        == 0
+    )
     secret, _, table = capsys.readouterr().out.partition("\n")
     (token,) = mkv.parse_config(table).tokens
     assert mkv.authorize([token], None, f"Bearer {secret}", "write", 'a"\\\x7f/üx') == 'ana "x" ü'
@@ -7694,13 +8981,17 @@ def test_token_fits_the_configuration(capsys: pytest.CaptureFixture[str]) -> Non
 ARGUMENTS = {"backup": ["copy.db"], "forget": ["x"]}
 
 
-@pytest.mark.parametrize("command", ["rebuild", "rebalance", "verify", "status", "backup", "forget"])
+@pytest.mark.parametrize(
+    "command", ["rebuild", "rebalance", "verify", "status", "backup", "forget"]
+)
 def test_tools_say_in_one_line_what_is_wrong(command: str, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, "embedded")
     cluster.configure()
     arguments = ARGUMENTS.get(command, [])
     code, _, err = cluster.tool(command, *arguments)
-    assert code == 2 and err.count("\n") == 1 and err.startswith("mkv: ") and not cluster.db.exists()
+    assert (
+        code == 2 and err.count("\n") == 1 and err.startswith("mkv: ") and not cluster.db.exists()
+    )
     assert str(cluster.data if command == "rebuild" else cluster.db) in err
     cluster.file.write_text("replicas = 0\nnonsense = 1")
     code, _, err = cluster.tool(command, *arguments)
@@ -7711,7 +9002,9 @@ def test_tools_say_in_one_line_what_is_wrong(command: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("command", ["serve", "rebalance", "verify", "status", "backup", "forget"])
 @pytest.mark.parametrize("junk", [b"junk " * 2000, b"SQLite format 3\0" + b"\xff" * 8000])
-def test_index_that_is_junk_ends_everything_alike(command: str, junk: bytes, tmp_path: Path) -> None:
+def test_index_that_is_junk_ends_everything_alike(
+    command: str, junk: bytes, tmp_path: Path
+) -> None:
     cluster = Cluster(tmp_path, "embedded")
     cluster.configure()
     (cluster.data / "volume1").mkdir(parents=True)
@@ -7741,7 +9034,9 @@ def test_index_that_proves_damaged_under_way_is_named(command: str, tmp_path: Pa
 INDEX_FILES = ["", "-wal", "-shm", "-journal", ".lock", ".tools", ".new", ".new-wal", ".new.lock"]
 
 
-@pytest.mark.parametrize("way", ["its name", "link", "hard link", "link of a folder", "linked index", "temporary file"])
+@pytest.mark.parametrize(
+    "way", ["its name", "link", "hard link", "link of a folder", "linked index", "temporary file"]
+)
 @pytest.mark.parametrize("end", INDEX_FILES)
 def test_backup_onto_the_index_is_refused(end: str, way: str, tmp_path: Path) -> None:
     """Whatever way leads there, whether it is there already or not."""
@@ -7793,7 +9088,9 @@ def test_backup_into_a_folder_that_is_missing_says_which(tmp_path: Path) -> None
 
 
 @on_nginx
-def test_lost_volume_is_forgotten_with_its_garbage(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_volume_is_forgotten_with_its_garbage(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But not while it is configured, or a record names it, and no other volume's garbage goes."""
     monkeypatch.setattr(mkv, "FORGET_ROWS", 7)
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
@@ -7827,7 +9124,9 @@ def test_embedded_volumes_are_not_forgotten(tmp_path: Path) -> None:
 NASTY = "\x1b]0;owned\x07\x1b[2J\r\x9b1m\x7f\u202e.txt"
 
 
-def test_nothing_that_a_volume_says_controls_the_terminal(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_a_volume_says_controls_the_terminal(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
     cluster.put({f"k{NASTY}": b"x", "k": b"abc"})
     cluster.replica(f"k{NASTY}").unlink()
     edit_sidecar(cluster.replica("k", sidecar=True), key=NASTY)
@@ -7857,9 +9156,13 @@ def test_errors_that_a_volume_causes_control_no_terminal(cluster: Cluster) -> No
 
 
 def test_interrupt_during_the_imports_is_quiet(tmp_path: Path) -> None:
-    (tmp_path / "aiohttp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(3)")
+    (tmp_path / "aiohttp.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(3)"
+    )
     line = [sys.executable, HERE / "mkv_tools.py", "status"]
-    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False)
+    done = subprocess.run(
+        line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
@@ -7868,7 +9171,16 @@ def test_second_interrupt_of_bench_says_what_is_left(cluster: Cluster) -> None:
     """The first one lets it clean up: here the server hangs meanwhile."""
     with cluster.serve() as (port, server):
         url = f"http://127.0.0.1:{port}"
-        line = [sys.executable, HERE / "mkv_tools.py", "bench", url, "--duration", "60", "--size", "5"]
+        line = [
+            sys.executable,
+            HERE / "mkv_tools.py",
+            "bench",
+            url,
+            "--duration",
+            "60",
+            "--size",
+            "5",
+        ]
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         eventually(lambda: cluster.tool("status", url)[1]["keys"] > 20)
         server.send_signal(signal.SIGSTOP)
@@ -7879,7 +9191,9 @@ def test_second_interrupt_of_bench_says_what_is_left(cluster: Cluster) -> None:
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=20)[1]
         server.send_signal(signal.SIGCONT)
-        (prefix,) = re.findall(r"interrupted; keys that begin with (mkv-bench-[0-9a-f]{8}/) may be left", said)
+        (prefix,) = re.findall(
+            r"interrupted; keys that begin with (mkv-bench-[0-9a-f]{8}/) may be left", said
+        )
         assert process.returncode == 1 and "Traceback" not in said
         assert json.loads(ask(f"{url}/?prefix={prefix}")[2])["keys"]
 
@@ -7892,7 +9206,11 @@ def test_interrupted_bench_removes_what_it_wrote(cluster: Cluster) -> None:
         eventually(lambda: cluster.tool("status", url)[1]["keys"] > 20)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
-        assert process.returncode == 1 and b"interrupted; what was written is removed" in err and not out
+        assert (
+            process.returncode == 1
+            and b"interrupted; what was written is removed" in err
+            and not out
+        )
         assert cluster.tool("status", url)[1]["keys"] == 0
 
 
@@ -7913,14 +9231,16 @@ def test_progress_is_plain_lines_off_a_terminal(
     monkeypatch.setattr(mkv_tools.asyncio, "sleep", lambda seconds: real(0))
 
     async def work() -> None:
-        async with mkv_tools.show_progress(mkv_tools.Report(False), lambda: "12 keys", lambda: 0.5):
+        async with mkv_tools.show_progress(
+            mkv_tools.Report(False), lambda: "12 keys", lambda: 0.5
+        ):
             await real(0.01)
 
     asyncio.run(work())
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
 
 
-# == Linearizability ==================================================================================================
+# == Linearizability ==============================================================================
 # Clients write, read, list and delete a few keys while volumes and the server fail beneath them.
 # The answers must have an order: one that no clock contradicts and in which each answer is true.
 # First the checker, then what it is fed with.
@@ -9048,7 +10368,7 @@ def test_slow_and_conditional_writes_have_an_order(site: Site) -> None:
     check_answers(site, traffic)
 
 
-# == Soak =============================================================================================================
+# == Soak =========================================================================================
 # The same clients and faults, and more of both, for as long as MKV_LONG_S says; at the end
 # everything that is left is looked at: each replica of each key, the lists, what verify finds, and
 # what a rebuild from the volumes alone gives.
@@ -9098,7 +10418,8 @@ class Cable:
                 end.shutdown(socket.SHUT_RDWR)
 
     def lose_answers(self) -> None:
-        """Pass on what comes over the connections that are open now, and cut them at the answer."""
+        """Pass on what comes over the connections that are open now, and cut them at the
+        answer."""
         self._losing |= self._volumes
 
     def cut(self) -> int:
@@ -9285,7 +10606,7 @@ def test_soak(tmp_path: Path) -> None:
         assert not wrong, "\n".join(wrong)
 
 
-# == Fuzz =============================================================================================================
+# == Fuzz =========================================================================================
 # Requests that are nearly right, and right ones with some bytes changed, sent as bytes to the
 # server with each of aiohttp's two parsers and to the embedded volume. Whatever comes: an answer
 # in HTTP or the end of the connection, no fault of ours, no harm to what is stored. MKV_SEED
