@@ -4229,7 +4229,7 @@ class AccessLog:
 
 ACCESS_LOG_S = 0.005
 ACCESS_LOG_BYTES = 1024 * 1024  # that wait for a disk that is full
-PLAIN = re.compile(r"[!#-~]+")  # needs no quotes in a log line
+PLAIN = re.compile(r"[!#-~]+").fullmatch  # what needs no quotes in a log line
 
 
 def format_time(at_s: float) -> str:
@@ -4252,11 +4252,12 @@ def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any])
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as text with key=value; what clients send is escaped."""
-    words = [format_time(at_s), level, message]
+    line = f"{format_time(at_s)} {level} {message}"
     for name, value in facts.items():
-        is_plain = type(value) is not str or PLAIN.fullmatch(value)
-        words.append(f"{name}={value if is_plain else json.dumps(value)}")
-    return " ".join(words) + "\n"
+        if type(value) is str and not PLAIN(value):
+            value = json.dumps(value)
+        line += f" {name}={value}"
+    return line + "\n"
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -4987,8 +4988,7 @@ class Body(Protocol):
         malformed, SlowBody if nothing comes for `timeout_s`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a client asks for."""
 
     method: str
@@ -5346,6 +5346,22 @@ class LaneBody:
         return piece
 
 
+class EmptyBody(LaneBody):
+    """The body of a request that has none."""
+
+    def __init__(self) -> None:
+        self.is_whole = True
+
+    def fail(self, error: MkvError) -> None:
+        pass
+
+    async def read(self, timeout_s: float) -> bytes:
+        return b""
+
+
+EMPTY_BODY = EmptyBody()
+
+
 class Lane(asyncio.Protocol):
     """A client's connection. Its requests are answered one after the other."""
 
@@ -5463,7 +5479,7 @@ class Lane(asyncio.Protocol):
 
     def _begin(self, head: RequestHead) -> None:
         self._head = head
-        self._body = LaneBody(self, head)
+        self._body = EMPTY_BODY if head.length == 0 else LaneBody(self, head)
         self.deadline_s = math.inf
         if self._buffer and not self._body.is_whole:
             self._buffer = self._body.feed(self._buffer)
