@@ -778,6 +778,10 @@ PURE_SECTIONS = (
     "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, marks", "Decisions",
     "Wire format",
 )  # fmt: skip
+SECTIONS = (
+    *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store",
+    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
+)  # fmt: skip
 IMPURE = {
     "asyncio",
     "sqlite3",
@@ -792,10 +796,9 @@ IMPURE = {
 }
 
 
-def test_policy_is_pure() -> None:
+def test_sections_have_one_order_and_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
-    banners = re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)
-    assert tuple(banners[: len(PURE_SECTIONS)]) == PURE_SECTIONS
+    assert tuple(re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)) == SECTIONS
     start, end = (
         source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index")
     )
@@ -1408,6 +1411,56 @@ def test_no_header_becomes_two() -> None:
     for value in ("a\r\nb: c", "a\nb", "a\rb"):
         with pytest.raises(ValueError):
             mkv.encode_response_head(200, {"X": value}, "now", False)
+
+
+HEADERS = st.sampled_from([
+    b"Location: /aa/bb", b"Location: \tx", b"Location: ", b"Location:x", b"location: /y",
+    b"Location: \xc3\xa9",
+    b"Location: a\x00", b"Content-Length: 0", b"Content-Length: 2", b"content-length: 2",
+    b"Server: nginx",
+    b"Connection: keep-alive", b"Connection: close", b"Transfer-Encoding: chunked", b" folded",
+    b"no colon", b"",
+])  # fmt: skip
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    status=st.sampled_from([b"200 OK", b"201", b"204 x", b"100 y", b"2O0"]),
+    lines=st.lists(HEADERS, max_size=5),
+)
+def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) -> None:
+    """So that answers that differ in it only need be read once."""
+    head = b"HTTP/1.1 " + status + b"\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+    head = head[: head.index(b"\r\n\r\n") + 4]
+    results = list[object]()
+    for one in (head, mkv.drop_location(head)):
+        try:
+            results.append(mkv.parse_answer_head(one, False))
+        except ValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(cuts=st.lists(st.integers(0, 400), max_size=30), each=st.booleans())
+def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool) -> None:
+    said = (
+        b"HTTP/1.1 100 Continue\r\n\r\n" + CREATED + b"Location: /x\r\nContent-Length: 2\r\n\r\nok"
+    )
+    said += CHUNKED + b"2;a=b\r\nab\r\n03\r\ncde\r\n0\r\n\r\n" + b"HTTP/1.1 204 No Content\r\n\r\n"
+    said += CREATED + b"Content-Length: 9\r\n\r\n123456789"
+    reader, answers = mkv.AnswerReader(), list[mkv.Answer]()
+    at = sorted({0, len(said), *(range(len(said)) if each else (cut % len(said) for cut in cuts))})
+    for begin, end in itertools.pairwise(at):
+        reader.feed(said[begin:end])
+        while answer := reader.read(False, 7):
+            answers.append(answer)
+            if not reader.reusable:
+                break
+    assert (
+        answers == [(201, b"ok"), (201, b"abcde"), (204, b""), (201, b"12345678")]
+        and not reader.reusable
+    )
 
 
 # == Index ========================================================================================
@@ -2168,58 +2221,6 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(
         start = page["next"]
     db.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
-
-
-# == Wire format ==================================================================================
-
-HEADERS = st.sampled_from([
-    b"Location: /aa/bb", b"Location: \tx", b"Location: ", b"Location:x", b"location: /y",
-    b"Location: \xc3\xa9",
-    b"Location: a\x00", b"Content-Length: 0", b"Content-Length: 2", b"content-length: 2",
-    b"Server: nginx",
-    b"Connection: keep-alive", b"Connection: close", b"Transfer-Encoding: chunked", b" folded",
-    b"no colon", b"",
-])  # fmt: skip
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    status=st.sampled_from([b"200 OK", b"201", b"204 x", b"100 y", b"2O0"]),
-    lines=st.lists(HEADERS, max_size=5),
-)
-def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) -> None:
-    """So that answers that differ in it only need be read once."""
-    head = b"HTTP/1.1 " + status + b"\r\n" + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
-    head = head[: head.index(b"\r\n\r\n") + 4]
-    results = list[object]()
-    for one in (head, mkv.drop_location(head)):
-        try:
-            results.append(mkv.parse_answer_head(one, False))
-        except ValueError as error:
-            results.append(str(error))
-    assert results[0] == results[1]
-
-
-@settings(max_examples=200, deadline=None)
-@given(cuts=st.lists(st.integers(0, 400), max_size=30), each=st.booleans())
-def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool) -> None:
-    said = (
-        b"HTTP/1.1 100 Continue\r\n\r\n" + CREATED + b"Location: /x\r\nContent-Length: 2\r\n\r\nok"
-    )
-    said += CHUNKED + b"2;a=b\r\nab\r\n03\r\ncde\r\n0\r\n\r\n" + b"HTTP/1.1 204 No Content\r\n\r\n"
-    said += CREATED + b"Content-Length: 9\r\n\r\n123456789"
-    reader, answers = mkv.AnswerReader(), list[mkv.Answer]()
-    at = sorted({0, len(said), *(range(len(said)) if each else (cut % len(said) for cut in cuts))})
-    for begin, end in itertools.pairwise(at):
-        reader.feed(said[begin:end])
-        while answer := reader.read(False, 7):
-            answers.append(answer)
-            if not reader.reusable:
-                break
-    assert (
-        answers == [(201, b"ok"), (201, b"abcde"), (204, b""), (201, b"12345678")]
-        and not reader.reusable
-    )
 
 
 # == Volume client ================================================================================
