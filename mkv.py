@@ -4691,11 +4691,11 @@ class Store:
             current = await self.index.get(draft.key)
             if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
                 raise PreconditionFailed("the key is not what the condition asks for")
-        self._begin_write(view, draft, trail).plan(())  # says no before the body is asked for
+        write = self._begin_write(view, draft, trail)
+        write.plan(())  # says no before the body is asked for
         begin, whole = await hold_small(body, draft.size)
         attempts_left = WRITE_ATTEMPTS if whole else 1
         while True:
-            write = self._begin_write(view, draft, trail)
             attempts_left -= 1
             try:
                 record = await (
@@ -4714,6 +4714,7 @@ class Store:
                     return record, False
                 if not isinstance(error, Lost) or not attempts_left:
                     raise
+            write = self._begin_write(view, draft, trail)
 
     def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
         return Write(view, self.health, draft, trail, self.index, self._number)
