@@ -5851,6 +5851,7 @@ class Connection(web.RequestHandler):
 
     def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
         self._config, self._opened, self._client = config, opened, ""
+        self.has_asked = False  # for anything: the headers of a request have come
         self._received = 0  # bytes
         self._before = 0  # of these, with the answer before
         self._chunked: StreamReader | None = None  # the body that is being read
@@ -5876,7 +5877,7 @@ class Connection(web.RequestHandler):
             self.force_close()
 
     def _give_up(self) -> None:
-        if not self._request_count:  # the first request's headers have not come yet
+        if not self.has_asked:  # the first request's headers have not come yet
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -6013,17 +6014,23 @@ class Connection(web.RequestHandler):
 
 
 def make_request(
-    make: Callable[..., web.BaseRequest], message: Any, *more: Any
+    make: Callable[..., web.BaseRequest],
+    message: Any,
+    payload: Any,
+    protocol: Connection,
+    *more: Any,
 ) -> web.BaseRequest:
     """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
     hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in
     1.1."""
+    protocol.has_asked = True
     if message.version not in (HttpVersion10, HttpVersion11):
         message = message._replace(version=HttpVersion11)
     try:
-        return make(message, *more)
+        return make(message, payload, protocol, *more)
     except ValueError:
-        return make(message._replace(url=AnyURL.build(path="*", encoded=True)), *more)
+        no_path = message._replace(url=AnyURL.build(path="*", encoded=True))
+        return make(no_path, payload, protocol, *more)
 
 
 # == Embedded volume ==============================================================================
@@ -6372,7 +6379,6 @@ def set_up_logging(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
-    logging._srcfile = None  # nobody prints the caller: "Optimization" in the logging HOWTO
 
 
 def notify_systemd(message: str) -> None:

@@ -3664,6 +3664,13 @@ def test_body_longer_than_its_length_that_comes_after_the_headers_stores_nothing
     assert ask(store.url + "/cut")[0] == 404
 
 
+@pytest.fixture(params=[b"", b"Connection: keep-alive, x\r\n"], ids=["lane", "aiohttp"])
+def head(request: pytest.FixtureRequest) -> bytes:
+    """The beginning of a PUT that is served by either."""
+    more: bytes = request.param
+    return HEAD + more
+
+
 @pytest.fixture(scope="module", params=["c", "python"])
 def parser(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -3743,9 +3750,11 @@ def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> No
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("more", [b"def", b"DEF", b"d\r\nef", b"PUTT", b"\xff"])
-def test_body_longer_than_its_length_is_400(parser: Program, more: bytes, late: bool) -> None:
+def test_body_longer_than_its_length_is_400(
+    parser: Program, head: bytes, more: bytes, late: bool
+) -> None:
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\n" + (b"" if late else b"abc" + more))
+        connection.sendall(head + b"Content-Length: 3\r\n\r\n" + (b"" if late else b"abc" + more))
         if late:
             eventually(
                 lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2
@@ -3757,20 +3766,20 @@ def test_body_longer_than_its_length_is_400(parser: Program, more: bytes, late: 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"GET /-/liv", b"\r", b"\r\n", b"\r\nGET"])
 def test_request_that_has_begun_after_a_body_is_no_part_of_it(
-    parser: Program, begun: bytes
+    parser: Program, head: bytes, begun: bytes
 ) -> None:
     whole = b"GET /-/livez HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
     if begun.startswith(b"\r"):
         whole = b"\r\n" + whole
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc" + begun)
+        connection.sendall(head + b"Content-Length: 3\r\n\r\nabc" + begun)
         assert connection.recv(65536).split()[1] == b"201"
         connection.sendall(whole.removeprefix(begun))
         assert b"alive" in read_to_end(connection)
     assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
-CHUNKED_PUT = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 
 
@@ -3786,36 +3795,41 @@ END = b"0\r\n\r\n"
     ],
     ids=["bytes", "small", "extensions", "endless extension", "too long", "no number"],
 )
-def test_body_of_more_framing_than_sense_is_400(parser: Program, body: bytes, words: str) -> None:
-    check_problem(send_raw(parser.port, CHUNKED_PUT + body), 400, words)
+def test_body_of_more_framing_than_sense_is_400(
+    parser: Program, head: bytes, body: bytes, words: str
+) -> None:
+    check_problem(send_raw(parser.port, head + CHUNKED + body), 400, words)
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-        connection.sendall(CHUNKED_PUT)
+        connection.sendall(head + CHUNKED)
         eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")
     assert ask(parser.url + "/cut")[0] == 404
 
 
-def test_small_chunks_are_taken(parser: Program) -> None:
+def test_small_chunks_are_taken(parser: Program, head: bytes) -> None:
     for body in (
         b"1\r\nx\r\n" * 1000,
         (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000,
     ):
-        assert send_raw(parser.port, CHUNKED_PUT + body + END)[0] == 201
+        assert send_raw(parser.port, head + CHUNKED + body + END)[0] == 201
         assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
-REFUSED = HEAD + b'If-Match: "x"\r\n'
+CONDITION = b'If-Match: "x"\r\n'
+REFUSED = HEAD + CONDITION
 
 
 @pytest.mark.parametrize(
     "framing", [b"Content-Length: %d\r\n", b"Transfer-Encoding: chunked\r\n\r\n%x"]
 )
-def test_refusal_arrives_though_the_body_was_not_read(parser: Program, framing: bytes) -> None:
+def test_refusal_arrives_though_the_body_was_not_read(
+    parser: Program, head: bytes, framing: bytes
+) -> None:
     """A connection closed with bytes unread is reset, and the reset takes the answer with it."""
     body = bytes(20_000_000)
     for _ in range(3):
-        answer = send_raw(parser.port, REFUSED + framing % len(body) + b"\r\n" + body)
+        answer = send_raw(parser.port, head + CONDITION + framing % len(body) + b"\r\n" + body)
         check_problem(answer, 412)
         assert answer[1]["connection"] == "close"
         check_problem(send_raw(parser.port, b"nonsense\r\n\r\n" + body), 400)
