@@ -87,6 +87,7 @@ import queue
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -4202,14 +4203,15 @@ def add_up_buckets(samples: Mapping[str, float]) -> dict[str, float]:
 
 
 class AccessLog:
-    """Writes the lines of requests to a file descriptor, those of a few milliseconds by one call.
-    What cannot be written waits, up to a bound, and what is over that is lost."""
+    """Writes the lines of requests to a file descriptor, those of a few milliseconds by few calls:
+    each is short enough that the lines of several processes do not mix in a pipe (pipe(7)). What
+    cannot be written waits, up to a bound, and what is over that is lost."""
 
     def __init__(self, fd: int, as_json: bool) -> None:
         self._fd = fd
         self._format = format_json if as_json else format_text
         self._lines = list[str]()
-        self._left = b""  # of lines that were cut off
+        self._waiting = deque[bytes]()  # whole lines, but for the first if it was cut off
         self._is_due = False
 
     def note(self, facts: dict[str, Any]) -> None:
@@ -4220,15 +4222,33 @@ class AccessLog:
 
     def flush(self) -> None:
         self._is_due = False
-        if len(self._left) < ACCESS_LOG_BYTES:
-            self._left += "".join(self._lines).encode("utf-8", "backslashreplace")
+        lines = [line.encode("utf-8", "backslashreplace") for line in self._lines]
         self._lines.clear()
+        if len(self._waiting) < ACCESS_LOG_PIECES:
+            self._waiting.extend(join_lines(lines, select.PIPE_BUF))
         with contextlib.suppress(OSError):
-            self._left = self._left[os.write(self._fd, self._left) :]
+            while self._waiting:
+                piece = self._waiting[0]
+                self._waiting[0] = piece[os.write(self._fd, piece) :]
+                if self._waiting[0]:
+                    break
+                self._waiting.popleft()
+
+
+def join_lines(lines: Iterable[bytes], size: int) -> list[bytes]:
+    """Join lines to pieces of at most `size` bytes, unless one is longer."""
+    pieces = list[bytes]()
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) > size:
+            pieces.append(piece)
+            piece = b""
+        piece += line
+    return [*pieces, piece] if piece else pieces
 
 
 ACCESS_LOG_S = 0.005
-ACCESS_LOG_BYTES = 1024 * 1024  # that wait for a disk that is full
+ACCESS_LOG_PIECES = 256  # that wait for a disk that is full, some 1 MB
 PLAIN = re.compile(r"[!#-~]+").fullmatch  # what needs no quotes in a log line
 
 

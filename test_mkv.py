@@ -5760,6 +5760,17 @@ def test_trace_that_is_none_goes_nowhere(
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
 
 
+@given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"") + b"\n")))
+def test_lines_of_the_access_log_are_written_whole_and_by_few_calls(lines: list[bytes]) -> None:
+    pieces = mkv.join_lines(lines, 64)
+    assert b"".join(pieces) == b"".join(lines)
+    assert all(piece.endswith(b"\n") and len(piece) <= 64 for piece in pieces)
+    assert (
+        all(len(one) + len(next_one) > 64 for one, next_one in itertools.pairwise(pieces))
+        or len(pieces) <= 2 * sum(map(len, lines)) / 64 + 1
+    )
+
+
 def test_log_that_cannot_be_written_stops_nothing_and_is_whole_when_it_can(
     start: Callable[..., Program],
 ) -> None:
