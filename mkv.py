@@ -116,7 +116,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
@@ -662,6 +662,10 @@ def after_prefix(prefix: str) -> str | None:
 VIRTUAL_NODES = 256  # for weight 1.0
 
 
+ARCS_KNOWN = 16384  # points from which the first volumes need not be found again
+ARC_NAMES = 8  # of these
+
+
 class Ring:
     """Where a key belongs. Immutable; volumes of weight 0 are not on it. `zones` is volume name ->
     zone."""
@@ -672,11 +676,25 @@ class Ring:
             (hash_key(f"{name}#{i}")[:16], name) for name, n in nodes.items() for i in range(n)
         )
         self.zones = {v.name: v.zone or f"volume {v.name}" for v in volumes if v.weight > 0}
-        self._points, self._names = [point for point, _ in points], [name for _, name in points]
+        self._points = [point for point, _ in points]
+        self._names = [name for _, name in points]
+        self._first = dict[int, tuple[str, ...]]()  # from a point: known ones
 
     def order(self, key: str) -> Iterator[str]:
         """Yield all volumes clockwise from the key's point, each once."""
-        start, seen = bisect.bisect_right(self._points, hash_key(key)[:16]), set()
+        start = bisect.bisect_right(self._points, hash_key(key)[:16])
+        first = self._first.get(start)
+        if first is None:
+            if len(self._first) >= ARCS_KNOWN:
+                self._first.clear()
+            first = tuple(islice(self._walk(start), ARC_NAMES))
+            self._first[start] = first
+        yield from first
+        if len(first) < len(self.zones):
+            yield from islice(self._walk(start), ARC_NAMES, None)
+
+    def _walk(self, start: int) -> Iterator[str]:
+        seen = set[str]()
         for i in range(len(self._names)):
             name = self._names[(start + i) % len(self._names)]
             if name not in seen:
