@@ -2961,7 +2961,7 @@ async def test_hung_line_that_ends_says_what_will_not_come() -> None:
 async def test_what_waits_for_a_volume_that_hangs_is_given_up_unsent() -> None:
     async with line_volume(lambda number, path: DONE, lambda number: True) as (url, talk):
         one = Hearing(url, 0.2)
-        gets = [one.client.get([f"/{i}"], 99) for i in range(20)]  # each goes alone
+        gets = [one.client.get([f"/{i}"], 99) for i in range(200)]  # each goes alone
         errors = await asyncio.gather(*gets, return_exceptions=True)
         assert all(isinstance(error, mkv.VolumeTimeout) for error in errors)
         sent = [error.sent for error in errors if isinstance(error, mkv.VolumeTimeout)]
@@ -3779,7 +3779,7 @@ def test_request_that_has_begun_after_a_body_is_no_part_of_it(
     assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
-CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+IN_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 
 
@@ -3798,9 +3798,9 @@ END = b"0\r\n\r\n"
 def test_body_of_more_framing_than_sense_is_400(
     parser: Program, head: bytes, body: bytes, words: str
 ) -> None:
-    check_problem(send_raw(parser.port, head + CHUNKED + body), 400, words)
+    check_problem(send_raw(parser.port, head + IN_CHUNKS + body), 400, words)
     with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-        connection.sendall(head + CHUNKED)
+        connection.sendall(head + IN_CHUNKS)
         eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 2)
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 400")
@@ -3812,7 +3812,7 @@ def test_small_chunks_are_taken(parser: Program, head: bytes) -> None:
         b"1\r\nx\r\n" * 1000,
         (b"40;" + b"e" * 50 + b"\r\n" + b"x" * 64 + b"\r\n") * 20_000,
     ):
-        assert send_raw(parser.port, head + CHUNKED + body + END)[0] == 201
+        assert send_raw(parser.port, head + IN_CHUNKS + body + END)[0] == 201
         assert ask(parser.url + "/cut", "DELETE")[0] == 204
 
 
