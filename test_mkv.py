@@ -8149,7 +8149,9 @@ def test_rebalance_3_4_5_3_while_clients_read_and_write(cluster: Cluster) -> Non
     assert cluster.tool("rebalance")[0] == 0  # what clients wrote just before a reload
     cluster.configure(*names, weights=dict.fromkeys(names[3:], 0.0), replicas=2)
     cluster.collect()
-    assert not cluster.files("volume4") and not cluster.files("volume5")
+    left = cluster.files("volume4") | cluster.files("volume5")
+    # A key deleted while it was copied to where garbage of it waited may have marks for a day.
+    assert {path for path in left if not path.endswith(".del")} == set()
     check_placement(cluster)
 
 
