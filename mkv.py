@@ -2191,7 +2191,8 @@ class Transaction:
 
     def end_copies(self, path: str, sent: Mapping[str, int]) -> None:
         """Note that copies that turned to garbage while they were made were answered for: volume
-        -> how many times a sidecar may come there if nobody else has sent one."""
+        -> how many sidecars must still be expected there, for none to have been found that may
+        have been the copy's."""
         before = self.pending_below(path)
         after = dict(before)
         for volume, count in sent.items():
@@ -2199,7 +2200,7 @@ class Transaction:
             if (
                 row is not None
                 and row.state in (PendingState.GARBAGE, PendingState.WATCHED)
-                and row.sent == count
+                and row.sent >= count
             ):
                 garbage = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
                 after[volume, path] = garbage

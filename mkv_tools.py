@@ -733,7 +733,7 @@ def commit(
 ) -> str:
     """Move the record if nothing failed or came between, else leave the copies to the garbage;
     return why, if so. In no case does a place that the record names become garbage. `sent`: how
-    many times the sidecar was sent to a volume; once, if nothing is said."""
+    many times the sidecar may have been sent to a volume; once, if nothing is said."""
     if failed == INTERRUPTED:
         return failed  # the claims stay, for the next run to take over
     sent = sent or {}
@@ -752,7 +752,7 @@ def commit(
         tx.end_claims(path, named, doubts)
         if not failed:
             once = [volume for volume in move.copy if sent.get(volume, 1) == 1]
-            tx.end_copies(path, {volume: 3 if volume in before.volumes else 2 for volume in once})
+            tx.end_copies(path, {volume: 3 if volume in before.volumes else 0 for volume in once})
         return "changed"
     tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
     if failed:
@@ -787,7 +787,8 @@ class Mover:
             store.view.clients,
         )
         self.bytes, self._free_at = 0, 0.0
-        self._sent = defaultdict[str, dict[str, int]](dict)  # key -> volume -> how many times
+        # key -> volume -> how many times the sidecar was sent there, or may have been before
+        self._sent = defaultdict[str, dict[str, int]](dict)
 
     async def _pace(self, size: int) -> None:
         self.bytes += size
@@ -865,7 +866,7 @@ class Mover:
         ""."""
         index, delay_s = self._store.index, self._store.view.config.garbage_delay
         keys = [move.record.key for move in moves]
-        claims = await index.write(lambda tx: [claim(tx, move) for move in moves], keys)
+        claims = await index.write(partial(self._claim, moves), keys)
         outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
         begun = [move for move in moves if not outcome[move.record.key]]
         failed = {move.record.key: INTERRUPTED for move in begun}
@@ -877,6 +878,18 @@ class Mover:
         finally:
             ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
+
+    def _claim(self, moves: Sequence[Move], tx: Transaction) -> list[str]:
+        results = []
+        for move in moves:
+            why = claim(tx, move)
+            results.append(why)
+            if why:
+                continue
+            for row in tx.pending_below(move.record.path).values():
+                if row.state in CLAIMS and row.doubt_s is not None:
+                    self._sent[move.record.key][row.volume] = 1  # by whoever is in doubt
+        return results
 
     def _commit(
         self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction
