@@ -3270,7 +3270,9 @@ class Line(Wire):
                 exchange = self.waiting_for[0]
                 answer = self._reader.read(exchange.method == "HEAD", exchange.limit)
                 if answer is None:
-                    if self._unsent:
+                    if self._is_late and not self._under_way:
+                        self.end(EOFError())  # the rest was never sent
+                    else:
                         self._send_more()
                     return
                 self._take(exchange, answer)
@@ -3319,6 +3321,7 @@ class Line(Wire):
         """Go on for a day, so that it is known when what was sent has come, or cannot come any
         more."""
         self._is_late = True
+        self._unsent.clear()
         self.keep_alive()
         self._timer = self._loop.call_later(HUNG.seconds, self.end, TimeoutError())
 
