@@ -136,8 +136,8 @@ Answer = tuple[int, bytes]  # of a volume: status, body
 Place = tuple[str, str]  # (volume, path)
 
 # == Errors =======================================================================================
-# Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one middleware
-# renders them.
+# Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one function,
+# `explain`, renders them.
 
 
 # fmt: off
@@ -210,14 +210,8 @@ SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold a
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
-RESTART_ONLY = (
-    "host",
-    "port",
-    "data",
-    "db",
-    "workers",
-    "log_format",
-)  # what a reload cannot change
+# What a reload cannot change.
+RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")
 
 
 def setting(
@@ -852,11 +846,9 @@ def decide_conditions(
     conditions: Conditions, record: Record | None, reading: bool = False
 ) -> Verdict:
     """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2."""
-    c, etag, modified_s = (
-        conditions,
-        record.etag if record else None,
-        int(record.modified_s) if record else None,
-    )
+    c = conditions
+    etag = record.etag if record else None
+    modified_s = int(record.modified_s) if record else None
     if c.if_match is not None:
         if etag is None or not {"*", etag} & {*c.if_match}:  # strong comparison: W/ never matches
             return Verdict.FAILED
@@ -1067,10 +1059,9 @@ class Pending(NamedTuple):
     owner: int | None = None  # of a claim
     due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
     attempts: int = 0  # to delete it
-    since_s: float = 0.0  # since when it is garbage
-    doubt_s: float | None = (
-        None  # until when what was never answered may still come; None: there is no such thing
-    )
+    since_s: float = 0.0  # when it became garbage, or a doubt about it began
+    # until when what was never answered may still come; None: there is no such thing
+    doubt_s: float | None = None
     sent: int = 1  # how many times a sidecar may come there, or has come
 
     @property
@@ -1113,9 +1104,8 @@ def bury(
             continue
         doubt = doubts.get(volume)
         if doubt is None and old is not None and old.state in TOOL_CLAIMS:
-            doubt = HUNG._replace(
-                sidecars=2
-            )  # the tool may write there now, and again if its connection breaks
+            # The tool may write there now, and again if its connection breaks.
+            doubt = HUNG._replace(sidecars=2)
         new = Pending(
             path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s,
             since_s=now_s,
@@ -1206,9 +1196,7 @@ class Commit(enum.Enum):
     """What becomes of a PUT whose replicas are written."""
 
     DONE = "it becomes the key's record"
-    OVERTAKEN = (
-        "a newer write is there already; it is as if this one had come just before a newer one"
-    )
+    OVERTAKEN = "a newer write is there; it is as if this one had come just before a newer one"
     CHANGED = "the key is no longer what its conditions ask for"
     LOST = "newer writes leave no moment at which it could have happened"
 
@@ -1419,9 +1407,6 @@ def parse_list_query(query: str) -> ListQuery:
 
 MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
-LINE_REQUESTS = (
-    24  # under way on a line: when 32 wait, an embedded volume (aiohttp 3.14) may read no more
-)
 # Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
 # extensions) be more than the body.
 MIN_CHUNK = 64  # bytes on average
@@ -1434,19 +1419,18 @@ REQUEST_HEAD = re.compile(
     rb"((?:[A-Za-z0-9_-]+:[ -~\t]*(?<![ \t])\r\n)+)\r\n"
 )
 LENGTH = re.compile(r"[0-9]{1,15}")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 
 ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
 HEADS_KNOWN = 64  # that need not be read again: for a second, most answers to PUTs have the same
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
 ANSWER_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: " + TEXT + rb")?\r\n"
     rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
 )  # fmt: skip
 FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.IGNORECASE)
-ANSWER_LENGTH = re.compile(rb"[0-9]{1,15}")
 
 
 class RequestHead(NamedTuple):
@@ -1522,17 +1506,14 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
     size: int | None = None
     chunked = False
     reusable = found[1] == b"1"
-    for name, value in FRAMING.findall(head):
-        value = value.strip(b" \t").lower()
+    for name, text in FRAMING.findall(head):
+        value = text.decode("latin-1").strip(" \t").lower()
         match name.lower():
             case b"connection":
-                reusable = reusable and b"close" not in value
-            case b"transfer-encoding" if value == b"chunked" and not chunked:
+                reusable = reusable and "close" not in value
+            case b"transfer-encoding" if value == "chunked" and not chunked:
                 chunked = True
-            case b"content-length" if ANSWER_LENGTH.fullmatch(value) and size in (
-                None,
-                int(value),
-            ):
+            case b"content-length" if LENGTH.fullmatch(value) and size in (None, int(value)):
                 size = int(value)
             case _:
                 raise ValueError("the length of its answer is malformed or given twice")
@@ -1817,9 +1798,8 @@ TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 WRITERS_S = 30.0  # for other processes that write
 BATCH = 1000  # calls in one hop: bounds how long the others wait
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
-LIST_FRAME = (
-    8 * 1024
-)  # of these for all but the entries: `next` may have 6 bytes for each of a key
+# Of these for all but the entries: `next` may have 6 bytes for each of a key.
+LIST_FRAME = 8 * 1024
 RECORD_PAGE = 1000  # of all records, for a tool
 PENDING_PAGE = 10_000
 FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
@@ -2151,15 +2131,16 @@ class Transaction:
             state = PendingState.OVERTAKEN
         after = dict(before)
         for volume in volumes:
-            new = Pending(path, volume, state, owner, since_s=self.now_s)
+            new = Pending(path, volume, state, owner)
             if state is PendingState.REMAKING:
                 new = new._replace(sent=2)  # one may be there
             old = before.get((volume, path))
             if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                doubt_s = self.now_s + BROKEN_OFF.seconds
-                new = new._replace(doubt_s=doubt_s, sent=new.sent + old.sent)
+                new = new._replace(since_s=self.now_s, doubt_s=self.now_s + BROKEN_OFF.seconds)
             elif old is not None:
-                new = new._replace(doubt_s=old.doubt_s, sent=new.sent + old.sent)
+                new = new._replace(since_s=old.since_s, doubt_s=old.doubt_s)
+            if old is not None:
+                new = new._replace(sent=new.sent + old.sent)
             after[volume, path] = new
         self.change(before, after)
 
@@ -2673,9 +2654,8 @@ def prepare_index(db: sqlite3.Connection) -> None:
         try:
             db.execute("PRAGMA journal_mode = WAL")
             break
-        except (
-            sqlite3.OperationalError
-        ) as error:  # of two processes that find it new, SQLite lets one not even wait
+        except sqlite3.OperationalError as error:
+            # Of two processes that find it new, SQLite lets one not even wait.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
@@ -2694,9 +2674,8 @@ def prepare_index(db: sqlite3.Connection) -> None:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
         latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
-        ahead = (
-            max(time.time(), latest) - time.monotonic()
-        )  # a clock that was not set yet takes nothing back
+        # A clock that was not set yet takes nothing back.
+        ahead = max(time.time(), latest) - time.monotonic()
         db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
 
 
@@ -2712,13 +2691,8 @@ def keep_copy(db: sqlite3.Connection, version: int) -> None:
         contextlib.closing(sqlite3.connect(target)) as copy,
     ):
         source.backup(copy)
-    log.warning(
-        "the index %s is brought from schema %d to %d; a copy is kept as %s",
-        path,
-        version,
-        SCHEMA_VERSION,
-        target,
-    )
+    words = "the index %s is brought from schema %d to %d; a copy is kept as %s"
+    log.warning(words, path, version, SCHEMA_VERSION, target)
 
 
 def lock_file(path: str, exclusive: bool) -> int:
@@ -3071,27 +3045,22 @@ def check_target(target: str, part: str, index: str) -> None:
 # are listened for, with nobody waiting. What was sent over a line that broke goes again over
 # another, once and alone, so that what breaks lines breaks no other request.
 
-SMALL_BLOB = (
-    256 * 1024
-)  # bytes; up to here a body is held in memory, and another volume can still take it
+# Bytes; up to here a body is held in memory, and another volume can still take it.
+SMALL_BLOB = 256 * 1024
 LINES = 4  # to a volume
+# Under way on a line: when 32 wait, an embedded volume (aiohttp 3.14) may read no more.
+LINE_REQUESTS = 24
 NO_COPY = 8 * 1024  # bytes; to copy less costs less than to write it apart
 LATE_LOOK_S = 0.1  # if the timer is later than that, this process is to blame
 LINE_BYTES = 1024 * 1024  # that go out together on a line; what belongs together may be more
 UPLOAD_BUFFER = 128 * 1024  # bytes an upload may have waiting for each volume
 DOWNLOAD_BUFFER = 256 * 1024  # bytes of a blob that is read may wait here
-KERNEL_BUFFER = (
-    256 * 1024
-)  # bytes that wait behind these; half of that makes uploads a fifth slower
+KERNEL_BUFFER = 256 * 1024  # behind these; half of that makes uploads a fifth slower
 MAX_LATE = 256  # connections to a volume that hangs on which its answers are still awaited
-KEEP_ALIVE = {
-    socket.TCP_KEEPIDLE: 60,
-    socket.TCP_KEEPINTVL: 60,
-    socket.TCP_KEEPCNT: 5,
-}  # s, s, times
-SLOWEST_DISK = (
-    8 * 1024 * 1024
-)  # bytes/s; what a volume may still be writing to disk when it has all bytes of a blob
+# s, s, times
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 60, socket.TCP_KEEPCNT: 5}
+# Bytes/s of what a volume may still be writing to disk when it has all bytes of a blob.
+SLOWEST_DISK = 8 * 1024 * 1024
 BROKEN = (OSError, EOFError, ValueError)
 GOOD = (200, 201, 204)
 BAD_REQUESTS = (400, 411, 413, 414, 431)  # what a volume says if it does not like the request
@@ -3143,6 +3112,17 @@ def ignore(_: Exchange) -> None:
     pass
 
 
+def count_untaken(transport: asyncio.Transport) -> int:
+    """Return how many bytes the other side has not taken yet: those that wait here and those in
+    the kernel, which takes more only once a third of its own are gone."""
+    kernel: socket.socket = transport.get_extra_info("socket")
+    untaken = transport.get_write_buffer_size()
+    with contextlib.suppress(OSError, ValueError):  # only Linux says what waits in its kernel
+        answer = fcntl.ioctl(kernel.fileno(), termios.TIOCOUTQ, bytes(4))
+        untaken += int.from_bytes(answer, sys.byteorder)
+    return untaken
+
+
 class Wire(asyncio.Protocol):
     """A connection to a volume."""
 
@@ -3181,11 +3161,7 @@ class Wire(asyncio.Protocol):
     @property
     def taken(self) -> int:
         """How many bytes of all that were written have reached the other machine."""
-        unsent = self.waiting
-        with contextlib.suppress(OSError, ValueError):  # only Linux says what waits in its kernel
-            answer = fcntl.ioctl(self._kernel.fileno(), termios.TIOCOUTQ, bytes(4))
-            unsent += int.from_bytes(answer, sys.byteorder)
-        return self._written - unsent
+        return self._written - count_untaken(self.transport)
 
     @property
     def is_closed(self) -> bool:
@@ -3199,6 +3175,9 @@ class Wire(asyncio.Protocol):
 
     def abort(self) -> None:
         self.transport.abort()
+
+    def eof_received(self) -> None:
+        self.end(EOFError("it hung up before it answered"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Read what the volume said before it broke the connection off: if a write met the reset,
@@ -3336,9 +3315,6 @@ class Line(Wire):
             exchange.sent -= 1
         self._client.lose(self, None)
 
-    def eof_received(self) -> None:
-        self.end(EOFError("it hung up before it answered"))
-
     def end(self, reason: Exception) -> None:
         if self._ended:
             return
@@ -3380,9 +3356,6 @@ class Stream(Wire):
         self._lost = self._lost or reason
         wake(self._news)
         wake(self._room)
-
-    def eof_received(self) -> None:
-        self.end(EOFError("it hung up before it answered"))
 
     def pause_writing(self) -> None:
         self._is_full = True
@@ -3487,12 +3460,10 @@ class VolumeClient:
         self.facts = (volume, secret, timeout_s, slow_after_s)
         self.timeout_s = timeout_s
         self._slow_after_s = slow_after_s
-        self._notice, self._measure, self._tell_late, self._tell_slow = (
-            notice,
-            measure,
-            hear_late,
-            hear_slow,
-        )
+        self._notice = notice
+        self._measure = measure
+        self._tell_late = hear_late
+        self._tell_slow = hear_slow
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host, self._base = parts.hostname or "", parts.path
@@ -3947,21 +3918,18 @@ class VolumeClient:
 
 
 def resolve(over: asyncio.Future[None], _: Exchange) -> None:
-    if not over.done():
-        over.set_result(None)
+    wake(over)
 
 
 class Upload:
     """One large blob on its way to one volume."""
 
     def __init__(self, client: VolumeClient, wire: Stream, path: str, chunked: bool) -> None:
-        self._client, self._wire, self._path, self._chunked, self._size = (
-            client,
-            wire,
-            path,
-            chunked,
-            0,
-        )
+        self._client = client
+        self._wire = wire
+        self._path = path
+        self._chunked = chunked
+        self._size = 0
         self._answer = asyncio.ensure_future(self._read_answer())
 
     async def _read_answer(self) -> int:
@@ -4017,10 +3985,8 @@ class Upload:
 # One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only
 # carries it out.
 
-PROBE_PATH, PROBE_BODY = (
-    "/.mkv-probe",
-    bytes(64 * 1024),
-)  # in no listing; large enough that a full disk refuses it
+PROBE_PATH = "/.mkv-probe"  # in no listing
+PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
 
 
@@ -4029,10 +3995,10 @@ class Health:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.states: dict[str, State] = {}
-        self.slow = set[
-            str
-        ]()  # has not answered for `slow_after`: up, but for small PUTs others come first
-        self._clock, self._next_write = clock, dict[str, float]()
+        # have not answered for `slow_after`: up, but for small PUTs others come first
+        self.slow = set[str]()
+        self._clock = clock
+        self._next_write = dict[str, float]()
 
     def is_down(self, name: str) -> bool:
         return self.states.get(name, State.DOWN) is State.DOWN
@@ -4041,9 +4007,8 @@ class Health:
         before = self.states.get(name)
         after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
         if before is State.DOWN:
-            self._next_write.pop(
-                name, None
-            )  # whether it takes writes again is asked at the next probe
+            # Whether it takes writes again is asked at the next probe.
+            self._next_write.pop(name, None)
         if after is not before:
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
@@ -4123,13 +4088,12 @@ class Metrics:
     def __init__(self, shared: mmap.mmap | None = None, mine: int = 0) -> None:
         self._shared = shared or mmap.mmap(-1, REGION)
         self._doubles = memoryview(self._shared).cast("d")
-        self._region, self._histograms = mine * REGION, dict[tuple[str, str], list[int]]()
-        self._requests = dict[
-            tuple[str, int], tuple[str, str]
-        ]()  # counter and labels of each kind of answer
-        self._cells = dict(
-            self._samples(self._region)
-        )  # a predecessor in this region died: go on where it was
+        self._region = mine * REGION
+        self._histograms = dict[tuple[str, str], list[int]]()
+        # counter and labels of each kind of answer
+        self._requests = dict[tuple[str, int], tuple[str, str]]()
+        # A predecessor in this region may have died: go on where it was.
+        self._cells = dict(self._samples(self._region))
         self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
@@ -4140,12 +4104,10 @@ class Metrics:
 
     def _cell(self, name: str) -> int:
         if name not in self._cells:
-            used = min(
-                len(self._cells), REGION // CELL - 1
-            )  # labels are bounded: full with some hundred volumes,
-            offset = (
-                self._region + used * CELL
-            )  # and then the last cell counts for all that came too late
+            # Labels are bounded: it is full with some hundred volumes, and then the last cell
+            # counts for all that came too late.
+            used = min(len(self._cells), REGION // CELL - 1)
+            offset = self._region + used * CELL
             if used == REGION // CELL - 1:
                 name = "mkv_samples_dropped_total"
             self._shared[offset + 8 : offset + 8 + len(name)] = name.encode()
@@ -4244,7 +4206,7 @@ class AccessLog:
 
     def flush(self) -> None:
         self._is_due = False
-        lines = [line.encode("utf-8", "backslashreplace") for line in self._lines]
+        lines = [f"{line}\n".encode("utf-8", "backslashreplace") for line in self._lines]
         self._lines.clear()
         if len(self._waiting) < ACCESS_LOG_PIECES:
             self._waiting.extend(join_lines(lines, select.PIPE_BUF))
@@ -4286,10 +4248,7 @@ def format_second(second: int) -> str:
 
 def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as JSON."""
-    return (
-        json.dumps({"time": format_time(at_s), "level": level, "message": message} | dict(facts))
-        + "\n"
-    )
+    return json.dumps({"time": format_time(at_s), "level": level, "message": message, **facts})
 
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
@@ -4299,7 +4258,7 @@ def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any])
         if type(value) is str and not PLAIN(value):
             value = json.dumps(value)
         line += f" {name}={value}"
-    return line + "\n"
+    return line
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -4598,12 +4557,12 @@ class Store:
         self.metrics, self.health, self._number = metrics or Metrics(), Health(), number
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
-        self.stopping, self.uploads, self.in_flight = False, 0, 0
+        self.stopping = False
+        self.uploads = 0
+        self.in_flight = 0
         self.note_access: Callable[[dict[str, Any]], None] = log_access
-        self._tasks, self._list_tokens = (
-            list[asyncio.Task[None]](),
-            dict[str, tuple[float, float]](),
-        )
+        self._tasks = list[asyncio.Task[None]]()
+        self._list_tokens = dict[str, tuple[float, float]]()
         self.view = self._make_view(config, {})
 
     def count_in_flight(self, change: int) -> None:
@@ -4633,9 +4592,8 @@ class Store:
 
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
-            with contextlib.suppress(
-                IndexFailed
-            ):  # then it is looked at until the doubt has passed
+            # If that fails, it is looked at until the doubt has passed.
+            with contextlib.suppress(IndexFailed):
                 end = partial(
                     Transaction.end_doubts, volume=volume, paths=paths, answered=answered
                 )
@@ -4714,12 +4672,10 @@ class Store:
         if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
         url = clients[name].volume.public_url + record.path
-        if (
-            config.link_secret
-        ):  # the volume checks the path that it is asked for, so that of public_url counts
-            url += sign_link(
-                "/" + url.split("/", 3)[3], config.link_secret, int(time.time() + config.link_ttl)
-            )
+        if config.link_secret:
+            # The volume checks the path that it is asked for, so that of public_url counts.
+            path = "/" + url.split("/", 3)[3]
+            url += sign_link(path, config.link_secret, int(time.time() + config.link_ttl))
         return url
 
     async def put(
@@ -4769,10 +4725,10 @@ class Store:
             rows, outlived = await self.index.write(discard, keys=[key])
         except IndexFailed as error:
             log.error("%s; deleting what was written for %r all the same", error, key)
-            path, current = write.path, await self.index.get(key)
-            if path and (
-                current is None or current.path != path
-            ):  # else the commit that seemed to fail did not
+            path = write.path
+            current = await self.index.get(key)
+            is_committed = current is not None and current.path == path
+            if path and not is_committed:  # else the commit that seemed to fail did not
                 deletes = (
                     view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed
                 )
@@ -4833,10 +4789,8 @@ class Store:
         deletes = {volume: asyncio.create_task(delete(volume)) for volume in places}
         marked = True
         try:
-            for patience_s in (
-                DELETE_PATIENCE_S,
-                None,
-            ):  # the second time as long as the volumes' own timeouts
+            # The second time as long as the volumes' own timeouts.
+            for patience_s in (DELETE_PATIENCE_S, None):
                 if deletes:
                     await asyncio.wait(deletes.values(), timeout=patience_s)
                 needed = plan_marks(rows, seen, copies)
@@ -4929,12 +4883,15 @@ class Store:
             raise Unavailable("shutting down" if self.stopping else "no volume is up")
 
     async def status(self) -> dict[str, Any]:
-        totals, volumes = await self.index.totals(), []
+        totals = await self.index.totals()
+        keys, size = totals.get(ALL_KEYS, (0, 0))
+        garbage, _ = totals.get(GARBAGE, (0, 0))
+        volumes = list[dict[str, Any]]()
         for name, client in self.view.clients.items():
-            blobs, size = totals.get(name, (0, 0))
+            blobs, its_size = totals.get(name, (0, 0))
             state = self.health.states.get(name, State.DOWN).value
-            volumes.append(asdict(client.volume) | {"state": state, "blobs": blobs, "bytes": size})
-        (keys, size), (garbage, _) = totals.get(ALL_KEYS, (0, 0)), totals.get(GARBAGE, (0, 0))
+            facts = {"state": state, "blobs": blobs, "bytes": its_size}
+            volumes.append(asdict(client.volume) | facts)
         return {
             "version": __version__,
             "keys": keys,
@@ -5014,9 +4971,9 @@ class Store:
 # fills and renders these. Errors become answers in one place.
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-TRACEPARENT = re.compile(
+TRACEPARENT = re.compile(  # by the W3C
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)  # by the W3C
+)
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
@@ -5036,9 +4993,8 @@ class Request(NamedTuple):
 
     method: str
     target: str  # as it was sent (RFC 9112, 3.2)
-    headers: Mapping[
-        str, str
-    ]  # names in lower case; what is given more than once is joined by ", "
+    # names in lower case; what is given more than once is joined by ", "
+    headers: Mapping[str, str]
     peer: str  # the client's address
     length: int | None  # bytes of the body; None: chunked
     body: Body
@@ -5057,11 +5013,9 @@ class Response:
 
 def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
-    facts = (
-        f'"status": {error.status}, "detail": {json.dumps(str(error))}, "request_id": '
-        f'"{request_id}"'
-    )
-    body = f'{{"title": "{error.title}", {facts}}}'
+    detail = json.dumps(str(error))
+    body = f'{{"title": "{error.title}", "status": {error.status}, "detail": {detail}, '
+    body += f'"request_id": "{request_id}"}}'
     headers = {
         **error.headers,
         "Content-Type": "application/problem+json",
@@ -5071,8 +5025,10 @@ def explain(error: MkvError, request_id: str) -> Response:
     return Response(error.status, headers, body.encode())
 
 
-def explain_all(error: Exception, request_id: str) -> Response:
+def explain_all(error: BaseException, request_id: str) -> Response:
     """Render whatever went wrong; what no client is to blame for goes into the log."""
+    if isinstance(error, asyncio.CancelledError):
+        return explain(Unavailable("the server stops"), request_id)
     if isinstance(error, IndexFailed):
         log.error("%s", error)
     if isinstance(error, MkvError):
@@ -5117,11 +5073,8 @@ class Call:
     async def answer(self) -> Response:
         """Carry the request out; raises nothing but CancelledError."""
         try:
-            act = self.begin()
-            if isinstance(act, asyncio.Future):
-                response = self.read(await act)
-            else:
-                response = await act(self)
+            handler = self.begin()
+            response = await handler(self)
         except Exception as error:
             return self.finish(explain_all(error, self.id))
         except BaseException:
@@ -5129,9 +5082,8 @@ class Call:
             raise
         return self.finish(response)
 
-    def begin(self) -> asyncio.Future[Record | None] | Handler:
-        """Check who asks for what; return the lookup that a read of a key waits for, or who
-        handles the rest."""
+    def begin(self) -> Handler:
+        """Check who asks for what; return who handles it."""
         request = self.request
         method = request.method
         self.path, self.query = split_target(request.target, request.prefix)
@@ -5153,9 +5105,10 @@ class Call:
         if operation:
             shown = request.headers.get("authorization")
             self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
-        if operation == "read":
-            return self.store.index.get(self.key)
         return handler
+
+    def look_up(self) -> asyncio.Future[Record | None]:
+        return self.store.index.get(self.key)
 
     def read(self, found: Record | None) -> Response:
         """Answer a GET or HEAD of a key."""
@@ -5283,9 +5236,8 @@ def check_method(method: str, allowed: Iterable[str]) -> None:
         raise MethodNotAllowed(f"this resource answers {names}", Allow=names)
 
 
-async def read_nothing(call: Call) -> Response:
-    """Stand for reads of a key, whose lookup begins at once."""
-    return call.read(await call.store.index.get(call.key))
+async def read_key(call: Call) -> Response:
+    return call.read(await call.look_up())
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -5295,7 +5247,7 @@ ON_PATH: Mapping[str, Route] = {
     "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
 }  # fmt: skip
 ON_KEY: Mapping[str, Route] = {
-    "GET": (read_nothing, "read"), "HEAD": (read_nothing, "read"), "PUT": (Call.put, "write"),
+    "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (Call.put, "write"),
     "DELETE": (Call.delete, "delete"),
 }  # fmt: skip
 
@@ -5308,18 +5260,17 @@ ON_KEY: Mapping[str, Route] = {
 LANE_BUFFER = 128 * 1024  # bytes of a body that wait before a client must
 LINGER_S = 2.0  # after an answer that leaves a body unread: a reset may overtake the answer
 LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
-RESET = struct.pack("ii", 1, 0)  # to close by one: else the kernel keeps what nobody takes
+RESET = struct.pack("ii", 1, 0)  # to close by one (socket(7))
 AT_ONCE = 16  # requests of one client that are answered before others get their turn
 SWEEP_S = 0.25
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-def count_unread(transport: asyncio.Transport) -> int:
-    """Return how many bytes the client has not taken yet: those that wait here and those in the
-    kernel, which takes more only once a third of its own are gone."""
-    peer: socket.socket = transport.get_extra_info("socket")
-    queued: int = struct.unpack("i", fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
-    return transport.get_write_buffer_size() + queued
+def drop_connection(transport: asyncio.Transport) -> None:
+    """End a connection by a reset: else the kernel keeps what nobody takes."""
+    kernel: socket.socket = transport.get_extra_info("socket")
+    kernel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    transport.abort()
 
 
 class LaneBody:
@@ -5331,6 +5282,7 @@ class LaneBody:
         self._left = head.length or 0  # bytes
         self._chunks = ChunkDecoder(frugal=True) if head.length is None else None
         self._waits_to_be_asked = "expect" in head.headers
+        self._timeout_s = math.inf
         self._held = list[bytes]()
         self._failure: MkvError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -5351,7 +5303,7 @@ class LaneBody:
             self.is_whole = False
             self.fail(BadRequest("the body is longer than its Content-Length"))
             return b""
-        self._wake()
+        wake(self._waiter)
         if not self.is_whole and sum(map(len, self._held)) > LANE_BUFFER:
             self._lane.pause_reading()
         return rest
@@ -5365,11 +5317,11 @@ class LaneBody:
         """Let whoever reads have this, unless all is there."""
         if not self.is_whole and self._failure is None:
             self._failure = error
-            self._wake()
+            wake(self._waiter)
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def run_out(self) -> None:
+        """Give up whoever sends it."""
+        self.fail(SlowBody(f"no byte of the body for {self._timeout_s:g} s"))
 
     async def read(self, timeout_s: float) -> bytes:
         if self._waits_to_be_asked:
@@ -5378,6 +5330,7 @@ class LaneBody:
                 self._lane.write(CONTINUE)
         while self._failure is None and not self._held and not self.is_whole:
             self._waiter = asyncio.get_running_loop().create_future()
+            self._timeout_s = timeout_s
             self._lane.wait_for_body(timeout_s)
             await self._waiter
             self._waiter = None
@@ -5396,6 +5349,9 @@ class EmptyBody(LaneBody):
         self.is_whole = True
 
     def fail(self, error: MkvError) -> None:
+        pass
+
+    def run_out(self) -> None:
         pass
 
     async def read(self, timeout_s: float) -> bytes:
@@ -5464,7 +5420,7 @@ class Lane(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Watch the client: some of its answer could not be sent at once."""
         self._is_writable = False
-        self._unread = count_unread(self._transport)
+        self._unread = count_untaken(self._transport)
         self._wait(self._lanes.config.send_timeout)
 
     def resume_writing(self) -> None:
@@ -5531,32 +5487,28 @@ class Lane(asyncio.Protocol):
         )
         call = Call(self._store, request)
         try:
-            act = call.begin()
+            handler = call.begin()
         except Exception as error:
             self._respond(call, explain_all(error, call.id))
             return
-        if isinstance(act, asyncio.Future):
-            act.add_done_callback(partial(self._found, call))
+        if handler is read_key:  # by a callback: a task would cost more than all the rest
+            call.look_up().add_done_callback(partial(self._found, call))
         else:
-            self._lanes.start(self._work(call, act))
+            self._lanes.start(self._work(call, handler))
 
     def _found(self, call: Call, lookup: asyncio.Future[Record | None]) -> None:
-        """Answer a read. No task is needed for that, which would cost more than all the rest."""
+        """Do what read_key does after its lookup."""
         try:
             response = call.read(lookup.result())
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             response = explain_all(error, call.id)
-        except asyncio.CancelledError:
-            response = explain(Unavailable("the server stops"), call.id)
         self._respond(call, response)
 
     async def _work(self, call: Call, handler: Handler) -> None:
         try:
             response = await handler(call)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             response = explain_all(error, call.id)
-        except asyncio.CancelledError:
-            response = explain(Unavailable("the server stops"), call.id)
         self._respond(call, response)
 
     def _respond(self, call: Call, response: Response) -> None:
@@ -5613,7 +5565,7 @@ class Lane(asyncio.Protocol):
             self._check_reader()
         elif self._head is not None and self._body is not None and not self._is_deaf:
             self.deadline_s = math.inf
-            self._body.fail(SlowBody("no byte of the body for too long"))
+            self._body.run_out()
         elif self._is_deaf:
             self._transport.abort()
         else:
@@ -5623,11 +5575,9 @@ class Lane(asyncio.Protocol):
         """Drop a client that has taken hardly anything since this was looked at."""
         config = self._lanes.config
         before = self._unread
-        self._unread = count_unread(self._transport)
+        self._unread = count_untaken(self._transport)
         if before - self._unread <= config.min_body_rate * config.send_timeout:
-            peer: socket.socket = self._transport.get_extra_info("socket")
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            self._transport.abort()
+            drop_connection(self._transport)
         else:
             self._wait(config.send_timeout)
 
@@ -5775,7 +5725,7 @@ class WebBody:
         request = self._request
         if request.headers.get("Expect", "").lower() == "100-continue":
             with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
-                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await request.writer.write(CONTINUE)
             request.writer.output_size = 0  # the answer proper has not begun
         if isinstance(request.protocol, Connection) and self._chunked:
             request.protocol.watch_framing(request.content)
@@ -5821,6 +5771,11 @@ def to_web(response: Response) -> web.Response:
     )
 
 
+def refuse(error: MkvError) -> web.Response:
+    """Answer what no handler has seen."""
+    return to_web(explain(error, draw_request_id()))
+
+
 async def dispatch(request: web.Request) -> web.StreamResponse:
     store = request.app[STORE]
     response = to_web(await Call(store, to_request(request)).answer())
@@ -5838,9 +5793,7 @@ async def answer_without_path(
     try:
         return await handler(request)
     except web.HTTPException as error:
-        return to_web(
-            explain(BadRequest(f"this target is no path: {error.reason}"), draw_request_id())
-        )
+        return refuse(BadRequest(f"this target is no path: {error.reason}"))
 
 
 def is_followed_by_garbage(protocol: Any) -> bool:
@@ -5976,8 +5929,7 @@ class Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """Send an answer; one that leaves a body unread ends the connection, and arrives."""
         if isinstance(resp, web.HTTPException):  # aiohttp's own: an Expect that it does not know
-            error = BadRequest(resp.text or resp.reason)
-            resp = to_web(explain(error, draw_request_id()))
+            resp = refuse(BadRequest(resp.text or resp.reason))
         unread = not request.content.is_eof() or resp.status == TooLarge.status
         last = unread or self._malformed
         if last:
@@ -6012,7 +5964,7 @@ class Connection(web.RequestHandler):
 
     def _watch_reader(self) -> None:
         if self.transport is not None:
-            loop, left = asyncio.get_running_loop(), count_unread(self.transport)
+            loop, left = asyncio.get_running_loop(), count_untaken(self.transport)
             wait_s = self._config.send_timeout
             self._reader_check = loop.call_later(wait_s, self._check_reader, left)
 
@@ -6020,10 +5972,8 @@ class Connection(web.RequestHandler):
         """Drop a client that has taken hardly anything since `before` bytes were left."""
         if self.transport is not None:
             least = self._config.min_body_rate * self._config.send_timeout
-            if before - count_unread(self.transport) <= least:
-                peer: socket.socket = self.transport.get_extra_info("socket")
-                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                self.transport.abort()
+            if before - count_untaken(self.transport) <= least:
+                drop_connection(self.transport)
             else:
                 self._watch_reader()
 
@@ -6050,7 +6000,7 @@ class Connection(web.RequestHandler):
             error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
         elif status < 500:
             error = BadRequest(detail)
-        response = to_web(explain(error, draw_request_id()))
+        response = refuse(error)
         response.force_close()
         return response
 
@@ -6083,9 +6033,7 @@ SYNC_EVERY = 64 * 1024 * 1024  # bytes: so that the last sync of a large blob is
 WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
-EMBEDDED_CONNECTIONS = (
-    65_536  # to one of a server's own volumes: on loopback it is itself a client
-)
+EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is itself a client
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
@@ -6122,16 +6070,13 @@ class EmbeddedVolume:
         self, folder: Path, volume_secret: str = "", link_secret: str = "",
         body_timeout_s: float = 60.0,
     ) -> None:  # fmt: skip
-        self._root, self._secret, self._link_secret = (
-            folder.resolve(),
-            volume_secret.encode(),
-            link_secret,
-        )
+        self._root = folder.resolve()
+        self._secret = volume_secret.encode()
+        self._link_secret = link_secret
         self._body_timeout_s = body_timeout_s
         (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
-        for left in (
-            self._root / ".tmp"
-        ).iterdir():  # by a crash; a tool may serve the same folder, so not the young
+        # Left by a crash; a tool may serve the same folder, so not the young.
+        for left in (self._root / ".tmp").iterdir():
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
@@ -6230,21 +6175,19 @@ class EmbeddedVolume:
     async def _put(self, request: web.Request, target: Path) -> bool:
         """Stream the body to a temporary file, sync it, move it to `target`; return whether it
         replaced a file."""
-        temporary, unsynced, pending = (
-            self._root / ".tmp" / f"{random.getrandbits(64):016x}",
-            0,
-            bytearray(),
-        )
+        temporary = self._root / ".tmp" / f"{random.getrandbits(64):016x}"
+        unsynced = 0  # bytes
+        pending = bytearray()
         try:
             with await asyncio.to_thread(open, temporary, "wb", 0) as file:
                 while chunk := await self._read(request):
                     pending += chunk
                     if len(pending) >= WRITE_SIZE:
                         unsynced += len(pending)
-                        await asyncio.to_thread(
-                            write_file, file, bytes(pending), unsynced >= SYNC_EVERY
-                        )
-                        unsynced, pending = unsynced % SYNC_EVERY, bytearray()
+                        is_due = unsynced >= SYNC_EVERY
+                        await asyncio.to_thread(write_file, file, bytes(pending), is_due)
+                        unsynced %= SYNC_EVERY
+                        pending = bytearray()
                 await asyncio.to_thread(write_file, file, bytes(pending), True)
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
@@ -6410,9 +6353,7 @@ class LogFormatter(logging.Formatter):
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
         facts: dict[str, Any] = getattr(record, "facts", {})
-        return self._format(record.created, record.levelname.lower(), message, facts).removesuffix(
-            "\n"
-        )
+        return self._format(record.created, record.levelname.lower(), message, facts)
 
 
 def set_up_logging(config: Config) -> None:
@@ -6559,16 +6500,13 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     """Fork the workers, and one process (number -1) for embedded volumes; start again who dies;
     return the exit code. They share the listening socket and the metrics. This process runs no
     event loop: it only waits for signals."""
-    parent_r, parent_w = (
-        os.pipe()
-    )  # nobody writes: its end of file tells the others that this process is gone
+    # Nobody writes: its end of file tells the others that this process is gone.
+    parent_r, parent_w = os.pipe()
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    shared, children, stopping, code = (
-        mmap.mmap(-1, config.workers * REGION),
-        dict[int, int](),
-        False,
-        0,
-    )
+    shared = mmap.mmap(-1, config.workers * REGION)
+    children = dict[int, int]()
+    stopping = False
+    code = 0
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 
@@ -6603,16 +6541,14 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
         elif heard != signal.SIGCHLD:
             passed_on, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
             listener.close()
-        while (
-            children and (ended := os.waitpid(-1, os.WNOHANG))[0]
-        ):  # one SIGCHLD may stand for several
+        # One SIGCHLD may stand for several.
+        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
             worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
-                stopping, code, passed_on = (
-                    True,
-                    2,
-                    passed_on if passed_on == signal.SIGKILL else signal.SIGTERM,
-                )
+                stopping = True
+                code = 2
+                if passed_on != signal.SIGKILL:
+                    passed_on = signal.SIGTERM
             elif not stopping:
                 log.error("worker %d ended with %d, starting it again", worker, status)
                 time.sleep(1)
@@ -6695,9 +6631,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"mkv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="serve|volume")
-    settings = [
-        spec.name for spec in fields(Config) if spec.repr
-    ]  # secrets on a command line are public
+    # Secrets on a command line are public.
+    settings = [spec.name for spec in fields(Config) if spec.repr]
     add_settings(commands.add_parser("serve", help="run the index server"), settings)
     volume = commands.add_parser(
         "volume", help="run one volume server, for machines without nginx"

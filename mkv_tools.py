@@ -66,9 +66,10 @@ from __future__ import annotations
 import signal
 import sys
 
+# Run as a program: a Ctrl-C during the imports ends it, without a traceback.
 if sys.argv[0].endswith(("mkv_tools.py", "mkv-tools")) and (
     signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):  # run as a program: a Ctrl-C during the imports ends it, without a traceback
+):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -219,9 +220,8 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
         for path, file in files.items():
             parsed = parse_path(path) if file[0] >= 0 else None
             if parsed is None:
-                left = re.fullmatch(
-                    r"(.*)\.\d{10}", path
-                )  # of a move between file systems that was cut off
+                # Of a move between file systems that was cut off.
+                left = re.fullmatch(r"(.*)\.\d{10}", path)
                 foreign.append(
                     Case(
                         "nginx leftover" if left and parse_path(left[1]) else "foreign file",
@@ -383,9 +383,8 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
         return Move(record=record, left=", ".join(unfit))
     if not readable:
         return Move(record=record, left=f"none of {', '.join(record.volumes)} can be read")
-    turn = int(record.version[-4:], 16) % len(
-        readable
-    )  # spreads the reading, the same way each time
+    # Spreads the reading, the same way each time.
+    turn = int(record.version[-4:], 16) % len(readable)
     sources = (*readable[turn:], *readable[:turn])
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
@@ -698,7 +697,8 @@ class Walk:
 
     async def list_run(self, on: On) -> Found:
         found = await self._list(on)
-        names, files = max([1, *map(len, on.values())]), sum(map(len, found.values()))
+        names = max([1, *map(len, on.values())])
+        files = sum(map(len, found.values()))
         fitting = RUN_FILES * names // (names + files)
         self._at_once = max(1, min(256 * STRIDE, 8 * self._at_once, fitting))
         return found
@@ -780,13 +780,12 @@ class Mover:
     """
 
     def __init__(self, store: Store, rate: float, report: Report) -> None:
-        self._store, self._rate, self._report, self.clients = (
-            store,
-            rate,
-            report,
-            store.view.clients,
-        )
-        self.bytes, self._free_at = 0, 0.0
+        self._store = store
+        self._rate = rate
+        self._report = report
+        self.clients = store.view.clients
+        self.bytes = 0
+        self._free_at = 0.0
         # key -> volume -> how many times the sidecar was sent there, or may have been before
         self._sent = defaultdict[str, dict[str, int]](dict)
 
@@ -1125,9 +1124,8 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
         await store.start()
         yield store
         if moving:
-            await store.index.write(
-                lambda tx: tx.release_claims(TOOL, sys.maxsize)
-            )  # what nobody took over
+            # What nobody took over.
+            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))
 
 
 # == rebuild ======================================================================================
@@ -1265,11 +1263,9 @@ class Rebuild:
         for volume, path in places_of_garbage(pending):
             garbage[path[:STEM]].add(volume)
         marks = await self._read_marks(versions.values())
-        adopted, dead, alive = (
-            dict[str, Record](),
-            list[Place](),
-            list[Place](),
-        )  # by the hash of the key
+        adopted = dict[str, Record]()  # by the hash of the key
+        dead = list[Place]()
+        alive = list[Place]()
         for stem in sorted(versions, reverse=True):
             version, key_hash = versions[stem], stem[:-20]
             for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
@@ -1688,9 +1684,8 @@ class Verify:
         found."""
         self.keys += len(records)
         self.replicas += sum(len(record.volumes) for record in records)
-        faults: dict[Record, dict[str, str]] = defaultdict(
-            dict
-        )  # record -> volume -> what is wrong
+        # Record -> volume -> what is wrong.
+        faults: dict[Record, dict[str, str]] = defaultdict(dict)
         doubtful: list[Replica] = []
         for record in records:
             version, size = (
@@ -1833,9 +1828,8 @@ class Verify:
         for (volume, path), sidecar, key, record in zip(
             strays, sidecars, keys, current, strict=True
         ):
-            if not is_named(
-                record, volume, path
-            ):  # else it was written since the records were noted
+            # One that is named was written since the records were noted.
+            if not is_named(record, volume, path):
                 self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
                 noted.append((key, volume, path))
         await self._notes.add_strays(noted)
@@ -2094,9 +2088,8 @@ class Bench:
             while goes_on():
                 i = self.done if method == "PUT" else self.done % max(1, self.written)
                 self.done += 1
-                self.written = (
-                    self.done if method == "PUT" else self.written
-                )  # also what fails may be there
+                # Also what fails may be there.
+                self.written = self.done if method == "PUT" else self.written
                 sent = time.perf_counter()
                 if wrong := await self._request(method, i):
                     errors[wrong] += 1
@@ -2296,9 +2289,8 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None
     }
     config = load_config(getattr(options, "config", ""), flags)
-    os.environ.setdefault(
-        "SQLITE_TMPDIR", str(Path(config.db).absolute().parent)
-    )  # for temporary tables
+    # For temporary tables.
+    os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))
     try:
         await COMMANDS[options.command][0](config, options, report)
     except IndexDamaged as error:

@@ -152,9 +152,8 @@ class Nginx:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # by group: workers outlive a master that was killed alone
+        # By group: workers outlive a master that was killed alone.
+        with contextlib.suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
 
 
@@ -1630,9 +1629,8 @@ async def test_condition_is_checked_again_in_the_commit(index: mkv.Index) -> Non
     with pytest.raises(mkv.PreconditionFailed):
         await put(index, make_record("k", 2), mkv.Conditions(if_none_match=("*",)))
     assert await index.get("k") == make_record("k", 1)
-    assert await all_claims(index) == {
-        (v, make_record("k", 2).path) for v in "ab"
-    }  # for discard_put
+    # For discard_put.
+    assert await all_claims(index) == {(v, make_record("k", 2).path) for v in "ab"}
 
 
 async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
@@ -1814,7 +1812,8 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
     record = make_record(key, version, tuple(sorted(volumes)))
     path = record.path
     places = [(volume, path) for volume in sorted(volumes)]
-    rows = [row for row in tx.pending_of(key).values() if row.volume in volumes]
+    pending = sorted(tx.pending_of(key).items())  # in one order, whatever was read when
+    rows = [row for _, row in pending if row.volume in volumes]
     try:
         match act:
             case "claim" | "copy":
@@ -2082,9 +2081,8 @@ def test_clock_of_the_index_goes_on_after_a_boot(
     tx.flush()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     if wall == "not set yet":
-        monkeypatch.setattr(
-            time, "time", lambda: 100.0
-        )  # in 1970: else garbage would wait for 50 years
+        # In 1970: else garbage would wait for 50 years.
+        monkeypatch.setattr(time, "time", lambda: 100.0)
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
     mkv.prepare_index(tx._db)
     assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
@@ -2315,9 +2313,8 @@ async def upload(
     try:
         for _ in range(size // piece):
             await one.send(bytes(piece))
-            await asyncio.sleep(
-                0
-            )  # a client's body comes piece by piece, and the loop turns meanwhile
+            # A client's body comes piece by piece, and the loop turns meanwhile.
+            await asyncio.sleep(0)
         await one.finish()
     finally:
         one.abort()
@@ -2451,9 +2448,8 @@ def test_volume_that_floods_is_down_and_no_client_sees_it(
             assert ask(f"{server.url}/k{i}", "PUT", b"x")[0] == 201
         assert all(ask(f"{server.url}/k{i}")[1]["mkv-volumes"] == "n0,n1" for i in range(20))
         assert "volume bad is down" in server.log() and "Traceback" not in server.log()
-        eventually(
-            lambda: server.log().count("volume bad is up") == 2
-        )  # so that a large one begins there, too
+        # So that a large one begins there, too.
+        eventually(lambda: server.log().count("volume bad is up") == 2)
         assert {try_ask(f"{server.url}/large{i}", "PUT", bytes(300_000)) for i in range(20)} <= {
             0,
             201,
@@ -3873,9 +3869,8 @@ def test_what_follows_an_answer_to_half_a_body_is_not_parsed(parser: Program, he
 def test_client_that_resets_its_connection_is_no_bug(parser: Program, data: bytes) -> None:
     for _ in range(30):
         with socket.create_connection(("127.0.0.1", parser.port), timeout=20) as connection:
-            connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )  # close is a reset
+            # Close is a reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(HEAD + data)
     eventually(lambda: metric(read_metrics(parser.url), "mkv_http_requests_in_flight") == 1)
     assert "Traceback" not in parser.log() and "status=500" not in parser.log()
@@ -4020,9 +4015,8 @@ def test_list_over_http(store: Program) -> None:
     assert (row["size"], row["etag"], row["content_type"]) == (10, etag, "image/png")
     assert row.keys() == {"key", "size", "etag", "content_type", "modified"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["modified"])
-    assert [row["key"] for row in get("prefix=list%2F&start=list/b/2")["keys"]] == keys[
-        2:
-    ]  # start is inclusive
+    # Start is inclusive.
+    assert [row["key"] for row in get("prefix=list%2F&start=list/b/2")["keys"]] == keys[2:]
     found, start = list[str](), ""
     while start is not None:
         page = get(f"prefix=list/&limit=2&start={quote(start)}")
@@ -4283,9 +4277,8 @@ def test_sidecars_are_deleted_before_their_blobs(
     slow = SlowPut(server.port, "refused", bytes(400_000), {"If-None-Match": "*"})
     assert ask(server.url + "/refused", "PUT", b"x")[0] == 201 and slow.finish() == 412
     eventually(lambda: garbage_of(server) == 0)
-    assert orders_of_deletes(volumes3) == {
-        ("sidecar", "blob"): 4
-    }  # two versions, two replicas each
+    # Two versions, two replicas each.
+    assert orders_of_deletes(volumes3) == {("sidecar", "blob"): 4}
 
 
 def test_put_that_the_index_cannot_commit_leaves_nothing(
@@ -4686,15 +4679,8 @@ def test_workers_share_port_and_index(start: Callable[..., Program], number: int
 
 def test_many_workers_that_cannot_start_end_with_one_exit_code(tmp_path: Path) -> None:
     for _ in range(3):
-        command = [
-            *SERVE,
-            "--port",
-            "0",
-            "--workers",
-            "6",
-            "--db",
-            str(tmp_path),
-        ]  # a folder is no index
+        # A folder is no index.
+        command = [*SERVE, "--port", "0", "--workers", "6", "--db", str(tmp_path)]
         ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30)
         assert ended.returncode == 2 and "db:" in ended.stderr and "Traceback" not in ended.stderr
 
@@ -4787,9 +4773,8 @@ def test_volume_never_leaves_its_folder(
     statuses: tuple[int, ...],
 ) -> None:
     url, folder = volume
-    if (
-        "link" in path and not (folder / ".access.log").exists()
-    ):  # nginx follows the links that an operator makes
+    # Nginx follows the links that an operator makes.
+    if "link" in path and not (folder / ".access.log").exists():
         (folder / "link").unlink(missing_ok=True)
         (folder / "link").symlink_to(folder.parent)
     before = sorted(folder.parent.iterdir())
@@ -4866,9 +4851,8 @@ def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path
     """A download again is nothing, unless the key has changed; and what was saved fits
     If-Match."""
     if shutil.which("curl") is None:
-        pytest.skip(
-            "curl is not installed"
-        )  # what it needs is tested without it, too: dates and no ETags
+        # What it needs is tested without it, too: dates and no ETags.
+        pytest.skip("curl is not installed")
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
     command = [
         "curl",
@@ -5349,9 +5333,8 @@ def test_readme_names_what_the_code_has() -> None:
 
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
-    assert (
-        "Compose 2.17" in (HERE / "README.md").read_text()
-    )  # the first that knows dockerfile_inline
+    # The first that knows dockerfile_inline.
+    assert "Compose 2.17" in (HERE / "README.md").read_text()
     services = compose["services"]
     nginxes = [
         one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]
@@ -5417,9 +5400,8 @@ def test_compose_serves_the_host(tmp_path: Path) -> None:
         subprocess.run(
             [*compose, "stop", headers["mkv-volumes"].split(",")[0]], check=True, timeout=60
         )
-        eventually(
-            lambda: get_body(url, secret) == b"x" * 300_000
-        )  # until it counts as down, it is redirected to
+        # Until it counts as down, it is redirected to.
+        eventually(lambda: get_body(url, secret) == b"x" * 300_000)
         assert ask(url, "DELETE", token=secret)[0] == 204
     finally:
         subprocess.run([*compose, "down", "--volumes"], check=False, timeout=120)
@@ -5832,9 +5814,8 @@ def test_reload_says_what_needs_a_restart(start: Callable[..., Program]) -> None
     server.process.send_signal(signal.SIGHUP)
     eventually(lambda: "configuration reloaded" in server.log())
     (line,) = [line for line in server.log().splitlines() if "configuration reloaded" in line]
-    assert (
-        "max_blob_size" in line and "needs a restart: db, workers, volume_secret" in line
-    )  # of embedded volumes
+    # Of embedded volumes.
+    assert "max_blob_size" in line and "needs a restart: db, workers, volume_secret" in line
     assert ask(server.url + "/k", "PUT", b"x")[0] == 201
     assert ask(server.url + "/k", "PUT", b"x" * 11)[0] == 413
 
@@ -6335,9 +6316,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     made.stop()
 
 
-on_nginx = pytest.mark.parametrize(
-    "cluster", ["nginx"], indirect=True
-)  # where the kind of volume makes no difference
+# Where the kind of volume makes no difference.
+on_nginx = pytest.mark.parametrize("cluster", ["nginx"], indirect=True)
 
 
 # == Tools: plans =================================================================================
@@ -6486,13 +6466,8 @@ GOOD = {"a": R.digest, "b": R.digest, "c": R.digest}
             None,
             ["corrupt", "corrupt"],
         ),
-        (
-            {"a": R, "b": OTHER},
-            {"a": 3, "b": 3},
-            GOOD | {"b": OTHER.digest},
-            None,
-            [],
-        ),  # each agrees with its own
+        # Each agrees with its own.
+        ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"b": OTHER.digest}, None, []),
         (
             {"a": R, "b": replace(R, size=4)},
             {"a": 3, "b": 3},
@@ -6884,9 +6859,8 @@ def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_l
     with cluster.serve():
         eventually(lambda: len(sidecars(cluster)) == 3 and not marks(cluster))
     kinds = cluster.tool("verify", "--grace", 0)[1]["found"].keys()
-    assert kinds <= {
-        "unfinished write"
-    }  # blobs that were waiting to be deleted when the index was lost
+    # Blobs that were waiting to be deleted when the index was lost.
+    assert kinds <= {"unfinished write"}
 
 
 @on_nginx
@@ -7030,9 +7004,8 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
     cluster.use(work)
     assert len(sidecars(cluster)) == 3
     cluster.volumes["volume3"].signal(signal.SIGCONT)
-    eventually(
-        lambda: len(sidecars(cluster)) == 4
-    )  # the late write: this is what the test is about
+    # The late write: this is what the test is about.
+    eventually(lambda: len(sidecars(cluster)) == 4)
     lose_the_index(cluster)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
@@ -7305,9 +7278,8 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
             os.kill(worker, signal.SIGCONT)
         late = cluster.data / "volume3"
         if index == "lost":
-            eventually(
-                lambda: len(sidecars(cluster)) > known
-            )  # the late writes: what the test is about
+            # The late writes: what the test is about.
+            eventually(lambda: len(sidecars(cluster)) > known)
         else:
             eventually(lambda: not marks(cluster) and len(list(late.glob("*/*/*"))) == 2 * 64)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
@@ -7867,6 +7839,13 @@ def meddling(cluster: Cluster, path: str, way: str, **settings: Any) -> Iterator
         server.server_close()
 
 
+def part_of(path: str, level: str) -> str:
+    """Return what a walk asks for on its way to a blob: a folder at that level, or its sidecar."""
+    if level == "sidecar":
+        return mkv.sidecar_path(path)
+    return path[: {"top": 1, "middle": 4, "folder": 7}[level]]
+
+
 def key_on(cluster: Cluster, volume: str) -> Record:
     return next(r for row in cluster.rows() if volume in (r := mkv.record_of_row(row)).volumes)
 
@@ -7877,13 +7856,7 @@ def key_on(cluster: Cluster, volume: str) -> Record:
 def test_rebuild_fails_closed(cluster: Cluster, way: str, level: str) -> None:
     cluster.put({f"k{i}": b"x" for i in range(20)})
     before = cluster.db.read_bytes()
-    path = key_on(cluster, "volume3").path
-    target = {
-        "top": "/",
-        "middle": path[:4],
-        "folder": path[:7],
-        "sidecar": mkv.sidecar_path(path),
-    }[level]
+    target = part_of(key_on(cluster, "volume3").path, level)
     if level == "sidecar":  # this one has to be read: it is the only one
         for name in ("volume1", "volume2"):
             (cluster.data / name / target[1:]).unlink(missing_ok=True)
@@ -7908,13 +7881,7 @@ def test_rebuild_reads_no_listing_and_no_sidecar_of_any_length(
     cluster.put({f"k{i}": b"x" for i in range(20)})
     rows, before = cluster.rows(), cluster.db.read_bytes()
     monkeypatch.setattr(mkv_tools, "LISTING_BYTES", 500_000)
-    path = key_on(cluster, "volume3").path
-    target = {
-        "top": "/",
-        "middle": path[:4],
-        "folder": path[:7],
-        "sidecar": mkv.sidecar_path(path),
-    }[level]
+    target = part_of(key_on(cluster, "volume3").path, level)
     with meddling(cluster, target, "long"):
         code, facts, err = cluster.tool("rebuild")
     if level == "sidecar":
@@ -7961,9 +7928,8 @@ def test_rebuild_needs_every_volume_unless_told_otherwise(cluster: Cluster) -> N
     code, _, err = cluster.tool("rebuild")
     assert code == 1 and "volume3" in err and cluster.rows() == before
     assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
-    assert [row[0] for row in cluster.rows()] == [
-        row[0] for row in before
-    ]  # two replicas each: no key is lost
+    # Two replicas each: no key is lost.
+    assert [row[0] for row in cluster.rows()] == [row[0] for row in before]
     assert not any("volume3" in row[2] for row in cluster.rows())
     cluster.start("volume3")
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
@@ -8594,9 +8560,8 @@ def test_verify_removes_strays_older_than_grace_and_nothing_younger(cluster: Clu
     planted = plant_strays(cluster)
     before = cluster.rows()
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert (
-        code == 0 and facts["found"] == {} and facts["young"] == 4
-    )  # their files are new, whatever the version says
+    # Their files are new, whatever the version says.
+    assert code == 0 and facts["found"] == {} and facts["young"] == 4
     code, facts, _ = cluster.tool("verify", "--grace", 0)
     assert (
         code == 1
@@ -8863,9 +8828,8 @@ def test_verify_makes_up_only_from_good_replicas_and_only_where_it_can(cluster: 
     assert rows["k2"] in before and all(
         len(row[2].split()) == 3 for key, row in rows.items() if key != "k2"
     )
-    assert (
-        cluster.tool("verify", "--deep")[1]["left"] == 4
-    )  # of k2: two missing, no good one, too few
+    # Of k2: two missing, no good one, too few.
+    assert cluster.tool("verify", "--deep")[1]["left"] == 4
 
 
 @on_nginx
