@@ -118,6 +118,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
@@ -576,7 +577,6 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-@lru_cache(4096)  # one request asks several times
 def key_stem(key: str) -> str:
     """Return what the paths of all versions of a key begin with."""
     h = hash_key(key)
@@ -727,10 +727,9 @@ SIDECAR_FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same
-    row."""
+    row. A tuple, since each GET makes one, and a dataclass takes twice as long to make."""
 
     key: str
     version: str
@@ -1420,9 +1419,10 @@ REQUEST_HEAD = re.compile(
 )
 LENGTH = re.compile(r"[0-9]{1,15}")
 
+# Heads that need not be read again: of one client, and of the answers of a second, most are alike.
+HEADS_KNOWN = 64
 ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
-HEADS_KNOWN = 64  # that need not be read again: for a second, most answers to PUTs have the same
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
@@ -1438,7 +1438,7 @@ class RequestHead(NamedTuple):
 
     method: str
     target: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     length: int | None  # bytes of the body; None: chunked
     is_last: bool  # the connection is to end after the answer
 
@@ -1451,18 +1451,23 @@ def may_be_simple(data: bytes) -> bool:
     )
 
 
-def parse_request_head(head: bytes) -> RequestHead | None:
-    """Read the head of a request, with its empty line; None if it is not simple."""
-    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
-    if found is None:
-        return None
-    lines = found[3].decode().split("\r\n")
+@lru_cache(HEADS_KNOWN)
+def parse_header_lines(text: bytes) -> Mapping[str, str] | None:
+    """Read well-formed header lines: name in lower case -> value. None if one is there twice."""
+    lines = text.decode().split("\r\n")
     lines.pop()  # behind the last line
     headers = dict[str, str]()
     for line in lines:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip(" \t")
-    if len(headers) < len(lines) or "host" not in headers or "upgrade" in headers:
+    return MappingProxyType(headers) if len(headers) == len(lines) else None
+
+
+def parse_request_head(head: bytes) -> RequestHead | None:
+    """Read the head of a request, with its empty line; None if it is not simple."""
+    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
+    headers = parse_header_lines(found[3]) if found is not None else None
+    if found is None or headers is None or "host" not in headers or "upgrade" in headers:
         return None
     connection = headers.get("connection", "keep-alive").lower()
     if connection not in ("keep-alive", "close"):
@@ -1828,10 +1833,7 @@ def explain_sqlite(error: Exception) -> Exception:
 
 def record_of_row(row: Iterable[Any]) -> Record:
     key, version, volumes, size, digest, content_type, ext = row
-    return Record(
-        key=key, version=version, volumes=tuple(volumes.split()), size=int(size),
-        digest=digest, content_type=content_type, ext=ext,
-    )  # fmt: skip
+    return Record(key, version, tuple(volumes.split()), int(size), digest, content_type, ext)
 
 
 def row_of_record(record: Record) -> Row:
@@ -2493,7 +2495,7 @@ class SqliteThread:
         self._db: sqlite3.Connection | None = None
         self._thread: threading.Thread | None = None
         self._jobs = queue.SimpleQueue[Job | None]()
-        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._waiting: list[Question] = []
         self._busy = False  # a batch is on its way
 
     # -- on the thread --
@@ -2536,13 +2538,17 @@ class SqliteThread:
         return await future
 
     def call(self, item: Any) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiting.append((item, future))
+        future = asyncio.get_running_loop().create_future()
+        self.ask(item, partial(settle_future, future))
+        return future
+
+    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
+        """Have `hear` called with the answer, or an exception; it must not raise."""
+        self._waiting.append((item, hear))
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._send)  # with what else is called in this turn of the loop
-        return future
+            # with what else is asked in this turn of the loop
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
         batch = self._waiting[:BATCH]
@@ -2551,11 +2557,11 @@ class SqliteThread:
         items = [item for item, _ in batch]
         self._put(partial(self._carry_out, items), partial(self._deliver, batch))
 
-    def _deliver(self, batch: list[tuple[Any, asyncio.Future[Any]]], result: Any) -> None:
+    def _deliver(self, batch: list[Question], result: Any) -> None:
         if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
             result = [result] * len(batch)
-        for (_, future), answer in zip(batch, result, strict=True):
-            settle_future(future, answer)
+        for (_, hear), answer in zip(batch, result, strict=True):
+            hear(answer)
         self._busy = bool(self._waiting)
         if self._busy:
             self._send()
@@ -2575,6 +2581,7 @@ class SqliteThread:
 
 
 Job = tuple[Callable[[sqlite3.Connection], Any], Callable[[Any], None]]  # and who hears of it
+Question = tuple[Any, Callable[[Any], None]]  # the same
 
 
 def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
@@ -2758,6 +2765,11 @@ class Index:
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
         return self._getter.call(key)
+
+    def ask(self, key: str, hear: Callable[[Record | Exception | None], None]) -> None:
+        """Look a record up; `hear` is called with it, or with an IndexFailed, and must not
+        raise."""
+        self._getter.ask(key, hear)
 
     def write(
         self,
@@ -4094,7 +4106,8 @@ class Metrics:
         self._requests = dict[tuple[str, int], tuple[str, str]]()
         # A predecessor in this region may have died: go on where it was.
         self._cells = dict(self._samples(self._region))
-        self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
+        self._in_flight = self._cell("mkv_http_requests_in_flight")
+        self._doubles[self._in_flight] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
         for offset in range(region, region + REGION, CELL):
@@ -4134,6 +4147,9 @@ class Metrics:
             f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")
         ]
         return [self._cell(one) for one in (*names, f"{name}_sum{{{labels}}}")]
+
+    def count_in_flight(self, change: int) -> None:
+        self._doubles[self._in_flight] += change
 
     def count_request(self, method: str, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
@@ -4234,6 +4250,7 @@ def join_lines(lines: Iterable[bytes], size: int) -> list[bytes]:
 ACCESS_LOG_S = 0.005
 ACCESS_LOG_PIECES = 256  # that wait for a disk that is full, some 1 MB
 PLAIN = re.compile(r"[!#-~]+").fullmatch  # what needs no quotes in a log line
+PLAIN_LINE = re.compile(r"[!#-~ ]+").fullmatch
 
 
 def format_time(at_s: float) -> str:
@@ -4253,12 +4270,15 @@ def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any])
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as text with key=value; what clients send is escaped."""
-    line = f"{format_time(at_s)} {level} {message}"
+    start = f"{format_time(at_s)} {level} {message}"
+    line = "".join([f" {name}={value}" for name, value in facts.items()])
+    if line.count(" ") == len(facts) and PLAIN_LINE(line) and "= " not in f"{line} ":
+        return start + line
     for name, value in facts.items():
         if type(value) is str and not PLAIN(value):
             value = json.dumps(value)
-        line += f" {name}={value}"
-    return line
+        start += f" {name}={value}"
+    return start
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -4567,7 +4587,7 @@ class Store:
 
     def count_in_flight(self, change: int) -> None:
         self.in_flight += change
-        self.metrics.add("mkv_http_requests_in_flight", change)
+        self.metrics.count_in_flight(change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
@@ -5047,19 +5067,22 @@ class Call:
     """One request on its way: its handlers, and what the log says of it. From `begin` to `finish`
     it is under way."""
 
+    path = ""
+    query = ""
+    key = ""
+    who = ""
+    volumes: tuple[str, ...] = ()
+    size = 0
+    trace = ""
+
     def __init__(self, store: Store, request: Request) -> None:
         self.store = store
         self.request = request
-        given = request.headers.get("x-request-id", "")
+        headers = request.headers
+        given = headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else draw_request_id()
-        trace = request.headers.get("traceparent", "")
-        self.trace = trace if TRACEPARENT.fullmatch(trace) else ""
-        self.path = ""
-        self.query = ""
-        self.key = ""
-        self.who = ""
-        self.volumes: tuple[str, ...] = ()
-        self.size = 0
+        if TRACEPARENT.fullmatch(headers.get("traceparent", "")):
+            self.trace = headers["traceparent"]
         self._began = time.perf_counter()
         store.count_in_flight(1)
 
@@ -5106,9 +5129,6 @@ class Call:
             shown = request.headers.get("authorization")
             self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
         return handler
-
-    def look_up(self) -> asyncio.Future[Record | None]:
-        return self.store.index.get(self.key)
 
     def read(self, found: Record | None) -> Response:
         """Answer a GET or HEAD of a key."""
@@ -5237,7 +5257,7 @@ def check_method(method: str, allowed: Iterable[str]) -> None:
 
 
 async def read_key(call: Call) -> Response:
-    return call.read(await call.look_up())
+    return call.read(await call.store.index.get(call.key))
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -5492,15 +5512,17 @@ class Lane(asyncio.Protocol):
             self._respond(call, explain_all(error, call.id))
             return
         if handler is read_key:  # by a callback: a task would cost more than all the rest
-            call.look_up().add_done_callback(partial(self._found, call))
+            self._store.index.ask(call.key, partial(self._found, call))
         else:
             self._lanes.start(self._work(call, handler))
 
-    def _found(self, call: Call, lookup: asyncio.Future[Record | None]) -> None:
+    def _found(self, call: Call, found: Record | Exception | None) -> None:
         """Do what read_key does after its lookup."""
         try:
-            response = call.read(lookup.result())
-        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(found, Exception):
+                raise found
+            response = call.read(found)
+        except Exception as error:
             response = explain_all(error, call.id)
         self._respond(call, response)
 
