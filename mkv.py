@@ -698,17 +698,24 @@ class Ring:
                     return
 
     def place(
-        self, key: str, replicas: int, among: Collection[str] | None = None
+        self, key: str, replicas: int, fits: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct
-        zones if they last."""
-        chosen, spare, taken = list[str](), list[str](), set[str]()
+        """Return the first `replicas` volumes (of those that fit) in ring order, of distinct zones
+        if they last."""
+        chosen = list[str]()
+        spare = list[str]()
+        zones = set[str]()
         for name in self.order(key):
-            if among is None or name in among:
-                (spare if self.zones[name] in taken else chosen).append(name)
-                taken.add(self.zones[name])
-                if len(chosen) == replicas:
-                    break
+            if not fits(name):
+                continue
+            zone = self.zones[name]
+            if zone in zones:
+                spare.append(name)
+                continue
+            zones.add(zone)
+            chosen.append(name)
+            if len(chosen) == replicas:
+                break
         return tuple((chosen + spare)[:replicas])
 
 
@@ -970,11 +977,16 @@ def plan_write(
 ) -> tuple[str, ...]:  # fmt: skip
     """Return the volumes to write to next: where the ring puts the key among those up, less what
     is done or failed. Those that are slow come last, and only if the others are too few."""
-    usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
-    swift = [name for name in usable if name not in slow]
-    names = ring.place(key, replicas, swift)
+
+    def is_usable(name: str) -> bool:
+        return states.get(name) is State.UP and name not in failed
+
+    def is_swift(name: str) -> bool:
+        return is_usable(name) and name not in slow
+
+    names = ring.place(key, replicas, is_swift)
     if len(names) < replicas:
-        others = ring.place(key, len(usable), usable)
+        others = ring.place(key, len(ring.zones), is_usable)
         names += tuple(name for name in others if name not in names)
     return tuple(name for name in names if name not in done)[: replicas - len(done)]
 
@@ -1011,9 +1023,14 @@ def explain_refusal(
     )
 
 
-def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
-    """Return the volume to read from: one of these that is not down, by turns."""
+def choose_replica(
+    names: Iterable[str], states: States, turn: int, slow: Collection[str] = ()
+) -> str | None:
+    """Return the volume to read from: one of these that is not down, by turns. Those that are slow
+    are for lack of others."""
     alive = [name for name in names if states.get(name, State.DOWN) is not State.DOWN]
+    if slow:
+        alive = [name for name in alive if name not in slow] or alive
     return alive[turn % len(alive)] if alive else None
 
 
@@ -3493,7 +3510,7 @@ class VolumeClient:
         self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._answered_s = float("-inf")  # when it did so last
-        self._is_slow = False
+        self._is_slow = False  # it has not answered for a while
 
     # -- what is asked --
 
@@ -3791,11 +3808,7 @@ class VolumeClient:
         if exchange.is_slow:
             return
         exchange.is_slow = True
-        if (
-            not self._is_slow
-            and not self._is_closed
-            and now_s - self._answered_s >= self._slow_after_s
-        ):
+        if not self._is_closed and now_s - self._answered_s >= self._slow_after_s:
             self._is_slow = True
             self._tell_slow(True)
         exchange.hear_slow(exchange)
@@ -3994,44 +4007,132 @@ class Upload:
 
 
 # == Health =======================================================================================
-# One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only
-# carries it out.
+# Requests tell what they saw of a volume, and of the processes of a server one probes all volumes.
+# STATE_AFTER decides, this section only carries it out. What one process finds out all others
+# hear, so that a request finds what it needs in its own memory.
 
 PROBE_PATH = "/.mkv-probe"  # in no listing
 PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
+PROBE_EVERY_S = 1.0
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
+PROBER_SILENT_S = 5.0  # then others probe, too: it may be stopped, or dead
+PROBED = "probed"  # what a process says that probes
+PIPE_BYTES = 256 * 1024  # of what other processes say; one reads within milliseconds, or hangs
+
+
+def open_pipes(count: int) -> list[tuple[int, int]]:
+    """Return a pipe for each process of a server, (where it reads, where the others write)."""
+    pipes = [os.pipe() for _ in range(count)]
+    for end in chain.from_iterable(pipes):
+        os.set_blocking(end, False)
+        with contextlib.suppress(OSError):  # more than the user may have
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return pipes
+
+
+class Peers:
+    """The other processes of a server, none without `pipes`. What is said to them are lines, at
+    most PIPE_BUF at once, so that they come whole (pipe(7)). What finds no room is lost: all that
+    counts is said again soon."""
+
+    def __init__(self, pipes: Sequence[tuple[int, int]] = (), mine: int = 0) -> None:
+        self.is_first = not pipes or mine == 0
+        self._mine = pipes[mine][0] if pipes else -1
+        self._others = [entry for number, (_, entry) in enumerate(pipes) if number != mine]
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Say something to all others."""
+        pieces = join_lines([f"{line}\n".encode() for line in lines], select.PIPE_BUF)
+        for entry in self._others:
+            with contextlib.suppress(BlockingIOError):
+                for piece in pieces:
+                    os.write(entry, piece)
+
+    def hear(self) -> list[str]:
+        """Return what others have said since."""
+        try:
+            return os.read(self._mine, PIPE_BYTES).decode().splitlines()
+        except BlockingIOError:
+            return []
+
+    def listen(self, hear: Callable[[], None]) -> None:
+        """Have `hear` called whenever something has been said."""
+        if self._others:
+            self.hear()  # what a process with this number before did not live to hear
+            asyncio.get_running_loop().add_reader(self._mine, hear)
+
+    def close(self) -> None:
+        if self._others:
+            asyncio.get_running_loop().remove_reader(self._mine)
 
 
 class Health:
     """The state of each volume, kept by name."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, peers: Peers | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         self.states: dict[str, State] = {}
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
+        self._peers = peers or Peers()
         self._clock = clock
         self._next_write = dict[str, float]()
+        self._heard_s = clock()  # when another process said what it probes
 
     def is_down(self, name: str) -> bool:
         return self.states.get(name, State.DOWN) is State.DOWN
 
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
-        after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
-        if before is State.DOWN:
-            # Whether it takes writes again is asked at the next probe.
-            self._next_write.pop(name, None)
+        after = STATE_AFTER[before or State.DOWN][event]
         if after is not before:
+            self._set(name, after)
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
+            self._peers.tell([self._describe(name)])
+
+    def _set(self, name: str, state: State) -> None:
+        if self.states.get(name) is State.DOWN and state is not State.DOWN:
+            # Whether it takes writes again is asked at the next probe.
+            self._next_write.pop(name, None)
+        self.states[name] = state
 
     def note_slow(self, name: str, is_slow: bool) -> None:
-        if is_slow:
+        if is_slow and name not in self.slow:
             self.slow.add(name)
-            log.info("volume %s is slow, small blobs go to others first", name)
-        elif name in self.slow:
+            log.info("volume %s is slow, others come first", name)
+        elif not is_slow and name in self.slow:
             self.slow.discard(name)
             log.info("volume %s answers again", name)
+        else:
+            return
+        self._peers.tell([self._describe(name)])
+
+    def forget(self, name: str) -> None:
+        """Hear that a volume is configured no longer."""
+        self.states.pop(name, None)
+        self.slow.discard(name)
+
+    def _describe(self, name: str) -> str:
+        state = self.states.get(name, State.DOWN)
+        return f"{name} {state.value} {'slow' if name in self.slow else 'swift'}"
+
+    def _hear(self, names: Collection[str]) -> None:
+        """Take over what other processes have found out of the volumes `names`."""
+        for line in self._peers.hear():
+            if line == PROBED:
+                self._heard_s = self._clock()
+                continue
+            name, state, pace = line.split()
+            if name in names:
+                self._set(name, State(state))
+                (self.slow.add if pace == "slow" else self.slow.discard)(name)
+
+    @property
+    def _is_prober(self) -> bool:
+        """Whether this process probes: the first does, and others while nobody is heard to."""
+        return self._peers.is_first or self._clock() - self._heard_s > PROBER_SILENT_S
 
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down,
@@ -4043,19 +4144,30 @@ class Health:
         try:
             await client.probe(write)
         except VolumeError:
-            pass  # the client has told `notice`
+            return  # the client has told `notice`
         except Exception:
             log.exception("unexpected error in a probe of volume %s", name)
+            return
+        self.note_slow(name, False)  # as another process may have found it
 
-    async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
-        """Probe all, for ever; a volume that hangs does not delay the others' probes."""
+    async def run(self, clients: Callable[[], Mapping[str, VolumeClient]]) -> None:
+        """Listen to other processes and probe all volumes, for ever; one that hangs does not delay
+        the others' probes."""
         running: dict[str, asyncio.Task[None]] = {}
-        async with asyncio.TaskGroup() as group:
-            while True:
-                for client in clients():
-                    if (last := running.get(client.volume.name)) is None or last.done():
-                        running[client.volume.name] = group.create_task(self.probe(client))
-                await asyncio.sleep(1.0)
+        self._heard_s = self._clock()
+        self._peers.listen(lambda: self._hear(clients()))
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    if self._is_prober:
+                        self._peers.tell([*map(self._describe, clients()), PROBED])
+                        for name, client in clients().items():
+                            last = running.get(name)
+                            if last is None or last.done():
+                                running[name] = group.create_task(self.probe(client))
+                    await asyncio.sleep(PROBE_EVERY_S)
+        finally:
+            self._peers.close()
 
 
 # == Metrics ======================================================================================
@@ -4404,7 +4516,9 @@ class Write:
         finally:
             self._abandon()
         if len(self.done) > replicas:  # two at once
-            self.done = list(self._view.ring.place(self._draft.key, replicas, self.done))
+            self.done = list(
+                self._view.ring.place(self._draft.key, replicas, self.done.__contains__)
+            )
         return self._make_record(digest)
 
     def _plan_small(self) -> tuple[str, ...]:
@@ -4573,8 +4687,13 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
-    def __init__(self, config: Config, metrics: Metrics | None = None, number: int = 0) -> None:
-        self.metrics, self.health, self._number = metrics or Metrics(), Health(), number
+    def __init__(
+        self, config: Config, metrics: Metrics | None = None, number: int = 0,
+        peers: Peers | None = None,
+    ) -> None:  # fmt: skip
+        self.metrics = metrics or Metrics()
+        self.health = Health(peers)
+        self._number = number
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
         self.stopping = False
@@ -4627,7 +4746,7 @@ class Store:
             raise ConfigError([f"workers: {config.workers}, so there is no number {number}"])
         await self.index.open()
         await self._meet(self.view.clients.values())
-        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
+        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients))]
         if number != TOOL:
             try:
                 await self.index.write(lambda tx: tx.release_claims(number, config.workers))
@@ -4665,7 +4784,7 @@ class Store:
         for client in {*old.clients.values()} - {*new.clients.values()}:
             client.close()
         for name in old.clients.keys() - new.clients.keys():
-            self.health.states.pop(name, None)
+            self.health.forget(name)
         names = [spec.name for spec in fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(old.config, name)]
         refused = [
@@ -4688,7 +4807,8 @@ class Store:
         config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
-        name = choose_replica(known, self.health.states, random.getrandbits(16))
+        health = self.health
+        name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
         if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
         url = clients[name].volume.public_url + record.path
@@ -5835,7 +5955,7 @@ async def expect_nothing(request: web.Request) -> None:
 
 
 def create_app(
-    config: Config, *, metrics: Metrics | None = None, number: int = 0
+    config: Config, *, metrics: Metrics | None = None, number: int = 0, peers: Peers | None = None
 ) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
     to another one:
@@ -5851,7 +5971,7 @@ def create_app(
             ready = (
                 config if config.volumes else await stack.enter_async_context(run_embedded(config))
             )
-            app[STORE] = Store(ready, metrics, number)
+            app[STORE] = Store(ready, metrics, number, peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
             yield
@@ -6474,10 +6594,12 @@ async def serve_store(
     metrics: Metrics,
     number: int,
     embedded: bool,
+    peers: Peers | None = None,
 ) -> None:
     """Serve the store on `listener` until a signal, then let the requests under way finish.
     Process 0 greets."""
-    app, loop = create_app(config, metrics=metrics, number=number), asyncio.get_running_loop()
+    app = create_app(config, metrics=metrics, number=number, peers=peers)
+    loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
@@ -6526,6 +6648,7 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     parent_r, parent_w = os.pipe()
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     shared = mmap.mmap(-1, config.workers * REGION)
+    pipes = open_pipes(config.workers)
     children = dict[int, int]()
     stopping = False
     code = 0
@@ -6541,7 +6664,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             async with run_embedded(config, sockets):
                 return await wait_for_stop()
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, Metrics(shared, number), number, bool(sockets))
+        peers = Peers(pipes, number)
+        metrics = Metrics(shared, number)
+        await serve_store(ours, listener, reread, metrics, number, bool(sockets), peers)
 
     def start(number: int) -> None:
         if pid := os.fork():

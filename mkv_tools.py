@@ -392,8 +392,11 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
 def plan_more(record: Record, sources: Names, ring: Ring, replicas: int, states: States) -> Move:
     """Make up for the replicas that a record lacks, from `sources` to where a PUT would write
     now."""
-    usable = [v for v in ring.zones if states.get(v) is State.UP or v in record.volumes]
-    target = ring.place(record.key, replicas, usable)
+
+    def fits(volume: str) -> bool:
+        return states.get(volume) is State.UP or volume in record.volumes
+
+    target = ring.place(record.key, replicas, fits)
     more = [v for v in target if v not in record.volumes]
     copy = tuple(more[: replicas - len(record.volumes)])
     alive = tuple(v for v in sources if states.get(v, State.DOWN) is not State.DOWN)
