@@ -5968,9 +5968,9 @@ def create_app(
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            ready = (
-                config if config.volumes else await stack.enter_async_context(run_embedded(config))
-            )
+            ready = config
+            if not config.volumes:
+                ready = await stack.enter_async_context(run_embedded(config))
             app[STORE] = Store(ready, metrics, number, peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
@@ -6424,53 +6424,54 @@ async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None
     response.headers.pop("ETag", None)
 
 
-Stop = Callable[[], Awaitable[None]]
-
-
-async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
-    """Serve `folder` until what is returned is called."""
-    patience_s = BODY_PATIENCE * config.body_timeout
-    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
-    app = web.Application()
-    app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    app.on_response_prepare.append(harden)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
-    await runner.setup()
-    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
-    manager.request_factory = partial(make_request, manager.request_factory)
-    connect = partial(Connection, config, defaultdict[str, int](int), manager)
-    server = await loop.create_server(connect, sock=listener, backlog=1024)
-
-    async def stop() -> None:
-        server.close()
-        await runner.cleanup()
-
-    return stop
-
-
-def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
-    ports = [listener.getsockname()[1] for listener in listeners]
-    return tuple(
-        Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}")
-        for i, port in enumerate(ports, 1)
-    )
+def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
+    """Return `config` with embedded volumes under config.data in it, and for each its folder and a
+    socket that listens for it."""
+    folders = dict[Path, socket.socket]()
+    volumes = list[Volume]()
+    for number in range(1, EMBEDDED_VOLUMES + 1):
+        name = f"volume{number}"
+        listener = listen("127.0.0.1", 0)
+        folders[Path(config.data, name)] = listener
+        volumes.append(Volume(name=name, url=f"http://127.0.0.1:{listener.getsockname()[1]}"))
+    return replace(config, volumes=tuple(volumes)), folders
 
 
 @contextlib.asynccontextmanager
-async def run_embedded(
-    config: Config, listeners: Collection[socket.socket] = ()
-) -> AsyncIterator[Config]:
-    """Run the embedded volumes under config.data; yield the configuration with them in it."""
-    listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes = embedded_volumes(listeners)
-    stops = list[Stop]()
-    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
+async def serve_volumes(
+    folders: Mapping[Path, socket.socket], config: Config, max_connections: int
+) -> AsyncIterator[None]:
+    """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
+    config = replace(config, max_connections=max_connections)
+    patience_s = BODY_PATIENCE * config.body_timeout
+    loop = asyncio.get_running_loop()
+    runners = list[web.AppRunner]()
+    servers = list[asyncio.Server]()
     try:
-        for volume, listener in zip(volumes, listeners, strict=True):
-            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
-        yield replace(config, volumes=volumes)
+        for folder, listener in folders.items():
+            volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
+            app = web.Application()
+            app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
+            app.on_response_prepare.append(harden)
+            runners.append(web.AppRunner(app, access_log=None, shutdown_timeout=5))
+            await runners[-1].setup()
+            manager = cast(web.Server, runners[-1].server)
+            manager.request_factory = partial(make_request, manager.request_factory)
+            connect = partial(Connection, config, defaultdict[str, int](int), manager)
+            servers.append(await loop.create_server(connect, sock=listener, backlog=1024))
+        yield
     finally:
-        await asyncio.gather(*(stop() for stop in stops))
+        for server in servers:
+            server.close()
+        await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+
+@contextlib.asynccontextmanager
+async def run_embedded(config: Config) -> AsyncIterator[Config]:
+    """Run the embedded volumes under config.data; yield the configuration with them in it."""
+    ready, folders = embed_volumes(config)
+    async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
+        yield ready
 
 
 # == Command line =================================================================================
@@ -6646,7 +6647,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     event loop: it only waits for signals."""
     # Nobody writes: its end of file tells the others that this process is gone.
     parent_r, parent_w = os.pipe()
-    sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
+    folders = dict[Path, socket.socket]()  # of embedded volumes
+    if not config.volumes:
+        config, folders = embed_volumes(config)
     shared = mmap.mmap(-1, config.workers * REGION)
     pipes = open_pipes(config.workers)
     children = dict[int, int]()
@@ -6661,12 +6664,11 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             os.environ.pop("NOTIFY_SOCKET", None)
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
-            async with run_embedded(config, sockets):
+            async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
                 return await wait_for_stop()
-        ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
         peers = Peers(pipes, number)
         metrics = Metrics(shared, number)
-        await serve_store(ours, listener, reread, metrics, number, bool(sockets), peers)
+        await serve_store(config, listener, reread, metrics, number, bool(folders), peers)
 
     def start(number: int) -> None:
         if pid := os.fork():
@@ -6677,7 +6679,7 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
         run(work(number))
 
-    for number in range(-1 if sockets else 0, config.workers):
+    for number in range(-1 if folders else 0, config.workers):
         start(number)
     while children:
         heard, passed_on = signal.sigwait(watched), 0
@@ -6712,10 +6714,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
-    await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await stop()
+    async with serve_volumes({Path(folder): listener}, config, config.max_connections):
+        await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
 
 
 def run(main: Awaitable[None]) -> NoReturn:

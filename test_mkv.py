@@ -5510,18 +5510,17 @@ async def test_embedded_volume_syncs_the_file_and_each_new_folder_before_it_answ
     monkeypatch.setattr(os, "fsync", note)
     path = mkv.blob_path("k", "0" * 20, "")
     listener = mkv.listen("127.0.0.1", 0)
-    stop = await mkv.serve_volume(tmp_path / "v", listener, mkv.Config())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
-    try:
-        async with ClientSession() as session:
-            for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
-                async with session.put(url, data=b"x") as answer:
-                    assert answer.status == status
-                temporary, *rest = synced
-                assert temporary.startswith(".tmp/") and rest == folders
-                synced.clear()
-    finally:
-        await stop()
+    async with (
+        mkv.serve_volumes({tmp_path / "v": listener}, mkv.Config(), 10),
+        ClientSession() as session,
+    ):
+        for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
+            async with session.put(url, data=b"x") as answer:
+                assert answer.status == status
+            temporary, *rest = synced
+            assert temporary.startswith(".tmp/") and rest == folders
+            synced.clear()
 
 
 # == Fit for production: access, metrics, logs, reload, limits, shutdown ==========================
