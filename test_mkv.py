@@ -9012,11 +9012,10 @@ def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
             "bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000
         )
         assert code == 0, (facts, err)
-        for method in ("PUT", "GET", "HEAD", "DELETE"):
-            assert facts[method]["requests"] == 60 and facts[method]["errors"] == 0
-            assert (
-                0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
-            )
+        for phase in ("PUT", "GET", "READ", "HEAD", "DELETE"):
+            assert facts[phase]["requests"] == 60 and facts[phase]["errors"] == 0
+            assert 0 < facts[phase]["p50_ms"] <= facts[phase]["p99_ms"]
+            assert 0 < facts[phase]["busy"] <= 1.1
         assert (
             cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
             == 0
@@ -9046,7 +9045,53 @@ def test_status_and_bench_take_their_secret_from_file_or_environment(
 @on_nginx
 def test_bench_says_what_went_wrong(cluster: Cluster) -> None:
     code, facts, _ = cluster.tool("bench", f"http://127.0.0.1:{free_port()}", "--count", 3)
-    assert code == 1 and facts["PUT"]["errors"] == 3
+    assert code == 1 and facts["PUT"]["errors"] == 3 and facts["PUT"]["a_second"] == 0
+    assert "GET" not in facts  # it is dead
+
+
+def test_bench_stops_at_a_server_that_is_dead() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    client = mkv_tools.BenchPlan(f"{url}/p/", "", 5, 2, 10**9, 0.0)
+    phases = list[mkv_tools.BenchPhase]()
+
+    class Orders:
+        send = phases.append
+
+    part = mkv_tools.BenchPart(client, Orders())  # type: ignore[arg-type]
+    asyncio.run(part._run("PUT"))
+    assert phases[0].errors.total() == phases[0].done <= mkv_tools.GIVE_UP_AFTER + 2
+
+
+@on_nginx
+def test_bench_of_several_processes_compares_what_it_reads(cluster: Cluster) -> None:
+    with cluster.serve() as (port, _):
+        clients = ("--concurrency", 6, "--processes", 3, "--duration", 0.5, "--size", 100)
+        code, facts, err = cluster.tool("bench", f"http://127.0.0.1:{port}", *clients)
+        assert code == 0 and facts["processes"] == 3, err
+        assert facts["READ"]["requests"] > 3 and facts["READ"]["mb_a_second"] > 0
+        assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
+
+
+def test_bench_tells_wrong_bytes_and_who_was_the_limit() -> None:
+    wrong = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+
+    async def compare(url: str) -> str:
+        client = mkv_tools.BenchClient(mkv_tools.BenchPlan(f"{url}/p/", "", 3, 1, 1, 0.0))
+        try:
+            return await client._read(f"{url}/blob".encode(), 0)
+        finally:
+            client.close()
+
+    def serve(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(wrong)
+
+    with fake_volume(serve) as url:
+        assert asyncio.run(compare(url)) == "wrong bytes"
+    phase = mkv_tools.BenchPhase(done=9, seconds=1.0, busy_s=1.9)
+    lines = mkv_tools.describe_bench({"GET": phase.facts(0, 2)}, 2)
+    assert "GET: the 2 process(es) of this bench were the limit" in lines[-1]
+    assert len(mkv_tools.describe_bench({"GET": phase.facts(0, 4)}, 4)) == 2
 
 
 @on_nginx
