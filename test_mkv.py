@@ -55,7 +55,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 from unittest.mock import Mock
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import hypothesis
 import pytest
@@ -108,7 +108,9 @@ def free_port() -> int:
 class Nginx:
     """A real nginx volume from ./nginx.conf, with only the port and the folder replaced."""
 
-    def __init__(self, folder: Path, secrets: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
+    ) -> None:  # fmt: skip
         require_nginx()
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -124,6 +126,8 @@ class Nginx:
         if secrets:
             lines = f'set $volume_secret "{secrets[0]}";\nset $link_secret "{secrets[1]}";\n'
             (settings_folder / "mkv-secrets.conf").write_text(lines)
+        if cors:
+            (settings_folder / "mkv-secrets-cors.conf").write_text('set $cors_origin "*";\n')
         self.begin()
 
     def begin(self) -> None:
@@ -478,6 +482,8 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("link_ttl = inf", "link_ttl: must be"),
         ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
         ("send_timeout = 0", "send_timeout: must be 0.1"),
+        ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
+        ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -644,6 +650,35 @@ def test_extensions_are_those_of_nginx() -> None:
     )
     for media_type, ext in mkv.EXTENSIONS.items():
         assert ext in types[media_type].split() and ext != "key"
+
+
+@pytest.mark.parametrize(
+    ("key", "disposition"),
+    [
+        ("photos/cat.png", 'inline; filename="cat.png"'),
+        ("a/ü b.txt", "inline; filename*=UTF-8''%C3%BC%20b.txt"),
+        ('a/x"; y.txt', "inline; filename*=UTF-8''x%22%3B%20y.txt"),
+        ("a/x\r\nSet-Cookie: y", "inline; filename*=UTF-8''x__Set-Cookie%3A%20y"),
+        ("a/..\\x", 'inline; filename=".._x"'),
+        ("100%", "inline; filename*=UTF-8''100%25"),
+        ("a/", ""),
+        ("a/..", ""),
+        (".", ""),
+        ("ü" * 200, ""),
+    ],
+)
+def test_download_is_named_by_the_last_part_of_its_key(key: str, disposition: str) -> None:
+    query = f"name={mkv.download_name(key)}"
+    assert mkv.disposition_of(query) == disposition
+    kept = disposition and disposition.replace("inline", "attachment")
+    assert mkv.disposition_of(f"md5=x&{query}&download=1") == kept
+
+
+@given(KEYS)
+def test_name_of_a_download_comes_back_from_its_link(key: str) -> None:
+    name = unquote(mkv.download_name(key))
+    assert "/" not in name and min(name, default=" ") >= " "
+    assert name in ("", re.sub(r"[\x00-\x1f\x7f\\]", "_", key.rpartition("/")[2]))
 
 
 # == Ring =========================================================================================
@@ -3565,8 +3600,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "http://h/k?a=b", {}, b"x", 400),
         ("DELETE", "/k?.txt", {}, None, 400),
         ("DELETE", "/k?", {}, None, 400),
-        ("OPTIONS", "*", {"Expect": "something"}, None, 400),
-        ("OPTIONS", "*", {"Expect": "100-continue"}, None, 400),
         ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
@@ -3587,7 +3620,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ),
         ("POST", "/k", {}, b"x", 405),
         ("PATCH", "/k", {}, b"x", 405),
-        ("OPTIONS", "*", {}, None, 400),
         ("POST", "/", {}, b"x", 405),
         ("PUT", "/-/livez", {}, b"x", 405),
         ("GET", "/?limit=0", {}, None, 400),
@@ -3754,9 +3786,12 @@ def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> No
 
 
 def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> None:
-    for expected in (b"", b"Expect: something\r\n", b"Expect: 100-continue\r\n"):
+    for expected in (b"", b"Expect: 100-continue\r\n"):
         head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\n" + expected
-        check_problem(send_raw(parser.port, head + b"\r\n"), 400)
+        status, headers, _ = send_raw(parser.port, head + b"\r\n")
+        assert (status, headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PUT")
+    head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\nExpect: something\r\n"
+    check_problem(send_raw(parser.port, head + b"\r\n"), 400)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -4138,6 +4173,92 @@ def test_store_behaves_like_a_dict(store: Program) -> None:
     run_state_machine_as_test(
         Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None)
     )
+
+
+# -- manners: caches, names, other origins --
+
+FOR_EVER = "private, max-age=31536000, immutable"
+
+
+def test_redirect_is_never_kept_and_the_blob_for_ever(store: Program) -> None:
+    url = store.url + "/manners/cat%20photo.png"
+    for status in (201, 204):
+        got, headers, _ = ask(url, "PUT", b"cat")
+        assert (got, headers["cache-control"]) == (status, "no-store")
+    _, headers, _ = ask(url)
+    assert headers["cache-control"] == "no-store"
+    link = headers["location"]
+    since = ask(link)[1]["last-modified"]
+    for status, sent in (
+        (200, {}),
+        (206, {"Range": "bytes=1-"}),
+        (304, {"If_Modified_Since": since}),
+    ):
+        got, headers, _ = ask(link, **sent)
+        assert (got, headers["cache-control"]) == (status, FOR_EVER)
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert ask(url, "HEAD")[1]["cache-control"] == "no-store"
+    assert ask(store.url + "/manners/none")[1]["cache-control"] == "no-store"
+
+
+def test_who_asks_for_the_link_gets_it(store: Program) -> None:
+    """A browser shows no page where a redirect goes, and sends no token for an image."""
+    assert ask(store.url + "/manners/link", "PUT", b"x")[0] == 201
+    status, headers, body = ask(store.url + "/manners/link", Accept="text/uri-list")
+    assert (status, headers["content-type"]) == (200, "text/uri-list")
+    assert "location" not in headers and ask(body.decode().strip())[2] == b"x"
+
+
+@pytest.mark.parametrize("path", ["/", "/-/status", "/none", "/?limit=x", "/-/nothing"])
+def test_json_ends_with_a_newline(store: Program, path: str) -> None:
+    body = ask(store.url + path)[2]
+    assert body.endswith(b"}\n") and json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/?prefix=x", "GET, HEAD, OPTIONS"),
+        ("/-/metrics", "GET, HEAD, OPTIONS"),
+        ("/any/key", "DELETE, GET, HEAD, OPTIONS, PUT"),
+    ],
+)
+def test_options_says_what_is_allowed(store: Program, path: str, allowed: str) -> None:
+    for method, status in (("OPTIONS", 204), ("PATCH", 405)):
+        got, headers, _ = ask(store.url + path, method)
+        assert (got, headers["allow"]) == (status, allowed)
+    assert not any(name.startswith("access-control") for name in headers)
+
+
+APP = "https://app.example"
+PREFLIGHT = {"Access_Control_Request_Method": "PUT", "Access_Control_Request_Headers": "x"}
+
+
+def test_applications_of_listed_origins_may_see_answers(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", f"{APP} http://localhost:8080", config=TOKENS)
+    for method, path, token, status in (
+        ("OPTIONS", "/k", "", 204), ("PUT", "/k", "boss", 201), ("GET", "/k", "boss", 302),
+        ("HEAD", "/k", "boss", 200), ("GET", "/k", "", 401), ("GET", "/none", "boss", 404),
+        ("GET", "/", "boss", 200), ("DELETE", "/k", "boss", 204),
+    ):  # fmt: skip
+        got, headers, _ = ask(server.url + path, method, b"x", token, Origin=APP, **PREFLIGHT)
+        assert got == status and headers["access-control-allow-origin"] == APP
+        assert "ETag" in headers["access-control-expose-headers"] and headers["vary"] == "Origin"
+        assert (method == "OPTIONS") == ("access-control-allow-methods" in headers)
+        assert "access-control-allow-credentials" not in headers
+    for origin in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""}):
+        for method in ("OPTIONS", "GET"):
+            _, headers, _ = ask(server.url + "/k", method, token="boss", **PREFLIGHT, **origin)
+            assert headers["vary"] == "Origin"
+            assert not any(name.startswith("access-control") for name in headers)
+
+
+def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", "*")
+    _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
+    assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
+    assert "Authorization" in headers["access-control-allow-headers"]
 
 
 # == Faults =======================================================================================
@@ -4811,6 +4932,74 @@ def test_every_answer_of_a_volume_keeps_browsers_from_running_it(volume: tuple[s
             headers["x-content-type-options"] == "nosniff"
             and headers["content-security-policy"] == "sandbox"
         )
+
+
+STEM = f"{'ab' * 32}-{'0' * 20}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (STEM, True), (f"{STEM}.png", True), (f"{STEM}.key", False), (f"{STEM}.del", False),
+        (f"{STEM}.keys", True), ("x.png", False), (f"{STEM}.png.key", False), (f"x{STEM}", False),
+    ],
+)  # fmt: skip
+def test_only_blobs_are_kept_for_ever(volume: tuple[str, Path], name: str, kept: bool) -> None:
+    """Sidecars and marks change, and what is not there yet may come."""
+    url = f"{volume[0]}/aa/bb/{name}"
+    assert "cache-control" not in ask(url)[1]
+    for method, has_it in (("PUT", False), ("GET", kept), ("HEAD", kept), ("DELETE", False)):
+        assert ("cache-control" in ask(url, method, b"x")[1]) == has_it, method
+    assert "cache-control" not in ask(f"{volume[0]}/aa/bb/")[1]
+
+
+NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | st.lists(
+    st.sampled_from(["%0d%0a", "%0A", "%00", "Set-Cookie:x", '"', ";", "\\", "%22", "%", "a", "&",
+                     "&name=", "name=", "$arg_name", "NAME=b", "=", "''", "download=1", "?", "+"])
+).map("".join)  # fmt: skip
+
+
+@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+    """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
+    query = "name=" + "&name=".join(parts).replace("#", "")
+    with contextlib.suppress(FileExistsError):
+        (volume[1] / "aa").mkdir()
+    (volume[1] / "aa" / "x").write_bytes(b"x")
+    request = f"GET /aa/x?{query} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    status, headers, _ = send_raw(int(volume[0].rpartition(":")[2]), request.encode())
+    expected = mkv.disposition_of(query)
+    assert status == 200 and headers.get("content-disposition", "") == expected
+    assert re.fullmatch(
+        r"""(inline|attachment); filename(="[\w.~-]+"|\*=UTF-8''[\w.~%-]+)|""", expected
+    )
+    assert headers.keys() <= {
+        "server", "date", "content-type", "content-length", "last-modified", "connection",
+        "accept-ranges", "x-content-type-options", "content-security-policy",
+        "content-disposition",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nginx", "embedded"])
+def test_volume_lets_pages_read_if_told_to(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "nginx":
+            url = stack.enter_context(Nginx(tmp_path / "v", ("a", "b"), cors=True)).url
+        else:
+            (tmp_path / "mkv.toml").write_text(
+                'cors_origins = "*"\nvolume_secret = "a"\nlink_secret = "b"\n'
+            )
+            config = ["--config", str(tmp_path / "mkv.toml")]
+            url = stack.enter_context(one_volume(tmp_path / "v", *config))
+        assert ask(f"{url}/aa/x", "PUT", b"x", Mkv_Volume_Secret="a")[0] == 201
+        link = url + "/aa/x" + mkv.sign_link("/aa/x", "b", int(time.time()) + 60)
+        asked = [ask(link, Origin="null"), ask(link, "OPTIONS"), ask(f"{url}/aa/x")]
+        assert [status for status, _, _ in asked] == [200, 204, 403]
+        for _, headers, _ in asked:
+            assert headers["access-control-allow-origin"] == "*"
+            assert "Authorization" in headers["access-control-allow-headers"]
+        assert asked[1][1]["allow"] == "DELETE, GET, HEAD, OPTIONS, PUT"
 
 
 def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
@@ -5576,7 +5765,7 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
     assert ask(link, Range="bytes=1-2")[::2] == (206, b"lp")
     assert ask(link, "HEAD")[0] == 200
     path, _, query = link.partition("?")
-    expires = int(query.rpartition("=")[2])
+    expires = int(dict(parse_qsl(query))["expires"])
     for bad in (
         path,  # no signature
         link.replace("md5=", "md5=A"),
@@ -5590,6 +5779,16 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
         assert ask(url)[0] == 403, bad
     expired = mkv.sign_link(urlsplit(path).path, LINK_SECRET, int(time.time()) - 5)
     assert ask(path + expired)[0] == 410
+
+
+@given(st.floats(0, 2**32), st.floats(0, 1), st.floats(1, 1e6))
+def test_link_stays_the_same_for_half_its_time(now_s: float, part: float, ttl_s: float) -> None:
+    """So that a cache knows it again; and is never good for longer than link_ttl says."""
+    expires_s = mkv.link_expiry(now_s, ttl_s)
+    assert now_s + ttl_s / 2 - 2 <= expires_s <= now_s + ttl_s
+    began_s = expires_s - ttl_s  # the first moment at which it was made
+    later_s = began_s + 1 + part * max(0.0, ttl_s / 2 - 3)
+    assert ttl_s < 8 or mkv.link_expiry(later_s, ttl_s) == expires_s
 
 
 def test_volume_trusts_only_the_index_server(private: Program) -> None:
