@@ -531,7 +531,6 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
-PLAIN_NAME = re.compile(r"(?!\.\.?\Z)[A-Za-z0-9._~-]{1,255}")  # a file name, and safe in a link
 ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
 NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
 MAX_NAME_BYTES = 255  # of a file, in all usual file systems
@@ -650,16 +649,15 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
 
 
-def download_name(key: str) -> str:
-    """Return the name under which a download of the key is saved, percent-encoded for a link:
-    the key's last part, without what no file name may hold. "" if that is none."""
+@lru_cache(4096)  # every redirect asks
+def name_query(key: str) -> str:
+    """Return the query of a link that names the download: by the key's last part, without what no
+    file name may hold; "" if that leaves none."""
     name = key[key.rfind("/") + 1 :]
-    if PLAIN_NAME.fullmatch(name):
-        return name
     name = NOT_IN_NAME.sub("_", name)
     if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
         return ""
-    return quote(name, safe="")
+    return f"?name={quote(name, safe='')}"
 
 
 def disposition_of(query: str) -> str:
@@ -1400,6 +1398,7 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) / rate)
 
 
+@lru_cache(4096)  # for half of link_ttl the same link is asked for
 def sign_link(path: str, secret: str, expires_s: int) -> str:
     """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
     to all three."""
@@ -1410,8 +1409,9 @@ def sign_link(path: str, secret: str, expires_s: int) -> str:
 def link_expiry(now_s: float, ttl_s: float) -> int:
     """Return when a link made now expires, in Unix seconds: rounded, so that the same link is made
     for half of `ttl_s` and caches know it again. It is good for at least the other half."""
-    step_s = max(1, int(ttl_s / 2))
-    return int(now_s + ttl_s) // step_s * step_s
+    step_s = int(ttl_s / 2) or 1
+    latest_s = int(now_s + ttl_s)
+    return latest_s - latest_s % step_s
 
 
 def decide_cors(origins: str, origin: str, exposed: str) -> dict[str, str]:
@@ -1679,7 +1679,7 @@ def encode_response_head(
     status: int, headers: Mapping[str, str], date: str, is_last: bool
 ) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    lines = [STATUS_LINES[status]]
     for name, value in headers.items():
         lines.append(f"{name}: {value}")
     lines.append(f"Date: {date}")
@@ -1693,6 +1693,7 @@ def encode_response_head(
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
 class AnswerReader:
@@ -4733,10 +4734,8 @@ class Store:
             path = "/" + url.split("/", 3)[3]
             expires_s = link_expiry(time.time(), config.link_ttl)
             url += sign_link(path, config.link_secret, expires_s)
-        name_of_download = download_name(record.key)
-        if name_of_download:
-            url += f"{'&' if config.link_secret else '?'}name={name_of_download}"
-        return url
+            return url + name_query(record.key).replace("?", "&")
+        return url + name_query(record.key)
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str
