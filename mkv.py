@@ -366,6 +366,10 @@ class Config(Checked):
         "", "signs redirects, so that volumes serve nobody without one", secret=True
     )
     link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
+    read: str = setting(
+        "redirect",
+        "redirect: readers are sent to a volume; accel: an nginx in front reads for them",
+    )
     cors_origins: str = setting(
         "", "origins of browser applications, with blanks between them; * for all (none: no CORS)"
     )
@@ -395,6 +399,8 @@ class Config(Checked):
                 yield f"{what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
+        if self.read not in ("redirect", "accel"):
+            yield f"read: must be redirect or accel, not {self.read!r}"
         for origin in self.cors_origins.split():
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 yield f"cors_origins: must be * or http(s)://host[:port], not {origin!r}"
@@ -787,6 +793,11 @@ class Record:
         """When it was written, in Unix seconds, by the clock of the index server."""
         return version_ns(self.version) / 1e9
 
+    @property
+    def modified(self) -> str:
+        """The same, as HTTP writes it."""
+        return formatdate(self.modified_s, usegmt=True)
+
 
 def encode_sidecar(record: Record) -> bytes:
     return json.dumps(
@@ -1044,6 +1055,19 @@ def explain_refusal(
         if refusing and len(alive & ring.zones.keys()) >= needed
         else Unavailable(detail)
     )
+
+
+RANGE = re.compile(r"bytes=[0-9, -]{1,500}")
+
+
+def decide_range(headers: Mapping[str, str], record: Record) -> str:
+    """Return the Range that a volume is to be asked for, "" for all of the blob: If-Range (RFC
+    9110, 13.1.5) is decided here, since no volume knows the ETag."""
+    part = headers.get("range", "")
+    known = headers.get("if-range", record.etag)
+    if not RANGE.fullmatch(part) or known not in (record.etag, record.modified):
+        return ""
+    return part
 
 
 def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
@@ -4607,6 +4631,10 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
     return bytes(held), True
 
 
+def no_replica(record: Record) -> Unavailable:
+    return Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
+
+
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
@@ -4722,15 +4750,32 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
         name = choose_replica(known, self.health.states, random.getrandbits(16))
         if name is None:
-            raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        url = clients[name].volume.public_url + record.path
+            raise no_replica(record)
+        return self._link(clients[name].volume.public_url, record)
+
+    def locate_inside(self, record: Record) -> tuple[str, str]:
+        """Return the URL from which a proxy can read the blob now, and one to try after that, on
+        another volume if there is one; raises Unavailable."""
+        clients = self.view.clients
+        names = [name for name in record.volumes if name in clients]
+        random.shuffle(names)
+        names.sort(key=self.health.is_down)
+        if not names or self.health.is_down(names[0]):
+            raise no_replica(record)
+        links = [self._link(clients[name].volume.url, record) for name in names]
+        return links[0], links[1 % len(links)]
+
+    def _link(self, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume at `base`, signed and with the download's
+        name."""
+        config = self.view.config
+        url = base + record.path
         if config.link_secret:
-            # The volume checks the path that it is asked for, so that of public_url counts.
+            # The volume checks the path that it is asked for, so that of `base` counts.
             path = "/" + url.split("/", 3)[3]
             expires_s = link_expiry(time.time(), config.link_ttl)
             url += sign_link(path, config.link_secret, expires_s)
@@ -5178,9 +5223,14 @@ class Call:
         record, verdict = judge_read(found, parse_conditions(self.request.headers))
         self.volumes = record.volumes
         headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        accel = self.store.view.config.read == "accel"
+        if accel:  # who reads sees the blob at the URL of the key, where another may come
+            headers["Cache-Control"] = "private, no-cache"
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
+            if accel:
+                return self._let_proxy_read(record, headers)
             link = self.store.locate(record)
             if self.request.headers.get("accept") == LINK_TYPE:
                 headers["Content-Type"] = LINK_TYPE
@@ -5189,11 +5239,26 @@ class Call:
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
         headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Last-Modified"] = record.modified
+        if accel:
+            headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
             f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
         )
         return Response(200, headers)
+
+    def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
+        """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
+        if self.request.headers.get("accept") == LINK_TYPE:
+            headers["Content-Type"] = LINK_TYPE
+            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
+        link, other = self.store.locate_inside(record)
+        headers["Location"] = link
+        headers["Mkv-Other"] = other
+        headers["X-Accel-Redirect"] = "@mkv_volume"
+        headers["Mkv-Range"] = decide_range(self.request.headers, record)
+        headers["Last-Modified"] = record.modified
+        return Response(302, headers)
 
     async def put(self) -> Response:
         store = self.store
@@ -5287,7 +5352,7 @@ class Call:
         store.count_in_flight(-1)
         response.headers["X-Request-ID"] = self.id
         response.headers["Server"] = "mkv"
-        response.headers["Cache-Control"] = "no-store"  # all of it may change any time
+        response.headers.setdefault("Cache-Control", "no-store")  # it may change any time
         if config.cors_origins:
             origin = self.request.headers.get("origin", "")
             response.headers |= decide_cors(config.cors_origins, origin, RESPONSE_HEADERS)

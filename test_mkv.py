@@ -482,6 +482,7 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("link_ttl = inf", "link_ttl: must be"),
         ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
         ("send_timeout = 0", "send_timeout: must be 0.1"),
+        ("read = 'proxy'", "read: must be redirect or accel"),
         ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
         ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
     ],
@@ -4259,6 +4260,203 @@ def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
     _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
     assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
     assert "Authorization" in headers["access-control-allow-headers"]
+
+
+# -- an nginx in front, which reads for those who cannot follow a redirect --
+
+
+class Front(NamedTuple):
+    url: str
+    program: Program
+    volumes: list[Nginx]
+
+    def remove_from(self, volume: Nginx) -> None:
+        """Remove all blobs of a volume."""
+        for name in volume.files():
+            if not name.endswith(".key"):
+                (volume.folder / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """The nginx that README.md gives, in front of a server with two volumes that want secrets."""
+    folder = tmp_path_factory.mktemp("front")
+    secrets = (VOLUME_SECRET, LINK_SECRET)
+    config = f'read = "accel"\nvolume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+    config += TOKENS + '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(folder / f"v{i}", secrets)) for i in range(2)]
+        rows = [f'[[volume]]\nname = "n{i}"\nurl = "{v.url}"\n' for i, v in enumerate(volumes)]
+        public = 'public_url = "http://127.0.0.1:1"\n'  # nobody is sent there
+        program = Program(folder / "index", config=config + "".join(row + public for row in rows))
+        stack.callback(program.stop, signal.SIGKILL)
+        url = stack.enter_context(run_front(folder / "front", program.port))
+        yield Front(url, program, volumes)
+
+
+@contextlib.contextmanager
+def run_front(folder: Path, port: int) -> Iterator[str]:
+    """Run README.md's nginx in front of the server on `port`; yield its URL."""
+    own = free_port()
+    (block,) = re.findall(
+        r"^```nginx\n(upstream mkv .*?)^```$", (HERE / "README.md").read_text(), re.M | re.S
+    )
+    assert "127.0.0.1:3000;" in block and "listen 127.0.0.1:8080;" in block
+    block = block.replace("127.0.0.1:3000;", f"127.0.0.1:{port};")
+    block = block.replace("listen 127.0.0.1:8080;", f"listen 127.0.0.1:{own};")
+    paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{one}_temp_path tmp-{one};\n" for one in paths)
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(
+        "daemon off; user root; pid nginx.pid; error_log error.log;\nevents { }\n"
+        f"http {{ access_log off;\n{temporary}{block}}}\n"
+    )
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{own}/-/livez"))
+        yield f"http://127.0.0.1:{own}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def test_reader_behind_nginx_gets_the_blob_at_the_url_of_its_key(front: Front) -> None:
+    blob = random.Random(5).randbytes(3_000_000)
+    url = front.url + "/photos/a%2Fcat%20photo.png"
+    assert ask(url, "PUT", blob)[0] == 201
+    status, headers, body = ask(url, Authorization="Bearer b-secret-3", Cookie="c=1")
+    assert (status, body) == (200, blob) and headers["content-type"] == "image/png"
+    assert headers["etag"] == f'"{hashlib.sha256(blob).hexdigest()}"'
+    assert headers["cache-control"] == "private, no-cache"  # another version may come
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert headers["content-security-policy"] == "sandbox" and headers["mkv-volumes"] == "n0,n1"
+    assert headers.keys().isdisjoint(("location", "mkv-other", "mkv-range", "x-accel-redirect"))
+    about = ask(url, "HEAD")
+    for name in ("etag", "content-length", "content-type", "last-modified", "accept-ranges",
+                 "cache-control", "mkv-volumes"):  # fmt: skip
+        assert headers[name] == about[1][name], name
+    assert ask(url, Accept="text/uri-list")[2] == b"/photos/a%2Fcat%20photo.png\r\n"
+
+
+def test_reader_behind_nginx_asks_for_parts_and_under_conditions(front: Front) -> None:
+    url = front.url + "/parts.txt"
+    assert ask(url, "PUT", b"0123456789")[0] in (201, 204)
+    _, headers, _ = ask(url)
+    etag, modified = headers["etag"], headers["last-modified"]
+    part = {"Range": "bytes=2-3"}
+    old = "Thu, 01 Jan 1970 00:00:00 GMT"
+    for sent, expected in (
+        (part, (206, b"23")),
+        ({"Range": "bytes=-2"}, (206, b"89")),
+        ({"Range": "lines=2-3"}, (200, b"0123456789")),
+        (part | {"If_Range": etag}, (206, b"23")),
+        (part | {"If_Range": modified}, (206, b"23")),
+        (part | {"If_Range": '"other"'}, (200, b"0123456789")),
+        (part | {"If_Range": old}, (200, b"0123456789")),
+        ({"If_None_Match": etag}, (304, b"")),
+        ({"If_None_Match": '"other"'}, (200, b"0123456789")),
+        ({"If_Match": etag}, (200, b"0123456789")),
+        (part | {"If_Match": etag}, (206, b"23")),
+        ({"If_Match": '"other"'}, (412, None)),
+        ({"If_Modified_Since": modified}, (304, b"")),
+        ({"If_Modified_Since": old}, (200, b"0123456789")),
+        ({"If_Unmodified_Since": old}, (412, None)),
+        ({"Range": "bytes=20-"}, (416, None)),
+    ):
+        status, headers, body = ask(url, **sent)
+        assert (status, None if status > 400 else body) == expected, sent
+        assert status > 400 or (headers["etag"], headers["cache-control"]) == (
+            etag, "private, no-cache"
+        )  # fmt: skip
+    _, headers, body = ask(url, Range="bytes=0-1,4-5")
+    assert headers["content-type"].startswith("multipart/byteranges") and b"45" in body
+
+
+def test_what_the_server_says_goes_through_the_nginx_in_front(front: Front) -> None:
+    for i, key in enumerate(key for key in ODD_KEYS if not key.startswith((".", "a/..", "//"))):
+        target = quote(key, safe="")
+        assert ask(f"{front.url}/{target}", "PUT", b"%d" % i)[0] == 201
+        assert ask(f"{front.url}/{target}")[::2] == (200, b"%d" % i)
+        assert ask(f"{front.url}/{target}", "DELETE")[0] == 204
+    assert ask(front.url + "/none")[0] == 404 and ask(front.url + "/")[0] == 200
+    assert ask(front.url + "/none", token="unknown")[0] == 401
+    chunks = (b"x" * 50_000 for _ in range(20))
+    assert ask(front.url + "/chunked", "PUT", chunks)[0] == 201
+    assert ask(front.url + "/chunked")[2] == b"x" * 1_000_000
+    assert ask(front.url + "/chunked", "PUT", b"x", If_None_Match="*")[0] == 412
+
+
+def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
+    """Another nginx says what it was sent."""
+    seen = list[dict[str, str]]()
+
+    class Volume(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Index(Volume):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("X-Accel-Redirect", "@mkv_volume")
+            self.send_header("Location", f"http://127.0.0.1:{servers[1].server_port}/x")
+            self.send_header("X-Request-ID", "id1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), one) for one in (Index, Volume)]
+    threads = [threading.Thread(target=one.serve_forever) for one in servers]
+    for thread in threads:
+        thread.start()
+    folder = front.program.folder.parent / "spy"
+    try:
+        with run_front(folder, servers[0].server_port) as url:
+            sent = {"Authorization": "Bearer x", "Cookie": "c", "If_Match": "y", "Range": "z"}
+            assert ask(url + "/k", **sent)[::2] == (200, b"x")
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+        for thread in threads:
+            thread.join()
+    assert seen[-1].keys() == {"host", "x-request-id"} and seen[-1]["x-request-id"] == "id1"
+
+
+def test_nginx_in_front_reads_elsewhere_what_a_volume_has_not(front: Front) -> None:
+    """Whoever asks notices nothing: neither that a blob is lost nor that a volume has died."""
+    url = front.url + "/failover"
+    assert ask(url, "PUT", b"x" * 300_000)[0] == 201
+
+    def read_all() -> set[tuple[int, int]]:
+        answers = [ask(url) for _ in range(12)]
+        return {(status, len(body)) for status, _, body in answers}
+
+    front.remove_from(front.volumes[0])
+    assert read_all() == {(200, 300_000)}
+    assert ask(url, Range="bytes=5-9")[::2] == (206, b"xxxxx")
+    front.volumes[0].signal(signal.SIGKILL)
+    try:
+        assert read_all() == {(200, 300_000)}
+        front.remove_from(front.volumes[1])
+        status, headers, _ = ask(url)
+        assert (status, headers["retry-after"]) == (503, "2")
+    finally:
+        front.volumes[0].begin()
+        eventually(lambda: ask(url, "PUT", b"x")[0] == 204)
+
+
+def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
+    assert ask(front.url + "/direct", "PUT", b"x")[0] == 201
+    _, headers, _ = ask(front.program.url + "/direct")
+    assert ask(headers["location"])[2] == ask(headers["mkv-other"])[2] == b"x"
+    assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
 
 
 # == Faults =======================================================================================
