@@ -120,7 +120,7 @@ from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
@@ -206,6 +206,7 @@ class VolumeBlameless(VolumeError): """The request failed, which says nothing of
 URL = re.compile(
     r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?"
 )
+ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
@@ -366,6 +367,13 @@ class Config(Checked):
         "", "signs redirects, so that volumes serve nobody without one", secret=True
     )
     link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
+    read: str = setting(
+        "redirect",
+        "redirect: readers are sent to a volume; accel: an nginx in front reads for them",
+    )
+    cors_origins: str = setting(
+        "", "origins of browser applications, with blanks between them; * for all (none: no CORS)"
+    )
     insecure: bool = setting(False, "listen beyond loopback without any token")
     tokens: tuple[Token, ...] = ()
     anonymous: Token | None = None
@@ -392,6 +400,11 @@ class Config(Checked):
                 yield f"{what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
+        if self.read not in ("redirect", "accel"):
+            yield f"read: must be redirect or accel, not {self.read!r}"
+        for origin in self.cors_origins.split():
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                yield f"cors_origins: must be * or http(s)://host[:port], not {origin!r}"
         for secret in ("volume_secret", "link_secret"):
             if not SECRET.fullmatch(getattr(self, secret)):
                 yield (
@@ -525,6 +538,9 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
+ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
+NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
+MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
 MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {
@@ -637,6 +653,30 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
         most = f"at most {MAX_MEDIA_TYPE} printable ASCII characters"
         raise BadRequest(f"Content-Type is no media type of {most}")
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
+
+
+@lru_cache(4096)  # every redirect asks
+def name_query(key: str) -> str:
+    """Return the query of a link that names the download: by the key's last part, without what no
+    file name may hold; "" if that leaves none."""
+    name = key[key.rfind("/") + 1 :]
+    name = NOT_IN_NAME.sub("_", name)
+    if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
+        return ""
+    return f"?name={quote(name, safe='')}"
+
+
+def disposition_of(query: str) -> str:
+    """Return the Content-Disposition that a link asks for, as nginx.conf does: "" for none. What
+    is in the link stays encoded, so no header can be made of it."""
+    name = re.search(r"(?:^|&)name=([^&]*)", query, re.IGNORECASE)
+    if name is None or not ENCODED_NAME.fullmatch(name[1]):
+        return ""
+    download = re.search(r"(?:^|&)download=([^&]*)", query, re.IGNORECASE)
+    kind = "attachment" if download and download[1] else "inline"
+    if "%" in name[1]:
+        return f"{kind}; filename*=UTF-8''{name[1]}"  # RFC 8187
+    return f'{kind}; filename="{name[1]}"'
 
 
 def after_prefix(prefix: str) -> str | None:
@@ -758,6 +798,11 @@ class Record(NamedTuple):
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
         return version_ns(self.version) / 1e9
+
+    @property
+    def modified(self) -> str:
+        """The same, as HTTP writes it."""
+        return formatdate(self.modified_s, usegmt=True)
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -1021,6 +1066,19 @@ def explain_refusal(
         if refusing and len(alive & ring.zones.keys()) >= needed
         else Unavailable(detail)
     )
+
+
+RANGE = re.compile(r"bytes=[0-9, -]{1,500}")
+
+
+def decide_range(headers: Mapping[str, str], record: Record) -> str:
+    """Return the Range that a volume is to be asked for, "" for all of the blob: If-Range (RFC
+    9110, 13.1.5) is decided here, since no volume knows the ETag."""
+    part = headers.get("range", "")
+    known = headers.get("if-range", record.etag)
+    if not RANGE.fullmatch(part) or known not in (record.etag, record.modified):
+        return ""
+    return part
 
 
 def choose_replica(
@@ -1380,11 +1438,33 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) / rate)
 
 
+@lru_cache(4096)  # for half of link_ttl the same link is asked for
 def sign_link(path: str, secret: str, expires_s: int) -> str:
     """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
     to all three."""
     digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
+
+
+def link_expiry(now_s: float, ttl_s: float) -> int:
+    """Return when a link made now expires, in Unix seconds: rounded, so that the same link is made
+    for half of `ttl_s` and caches know it again. It is good for at least the other half."""
+    step_s = int(ttl_s / 2) or 1
+    latest_s = int(now_s + ttl_s)
+    return latest_s - latest_s % step_s
+
+
+def decide_cors(origins: str, origin: str, exposed: str) -> dict[str, str]:
+    """Return the headers (CORS, fetch.spec.whatwg.org) that let a page of `origin` see an answer,
+    if it is among `origins`. No cookie counts here, so all may be told with *."""
+    listed = origins.split()
+    if "*" in listed:
+        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": exposed}
+    headers = {"Vary": "Origin"} if listed else {}
+    if origin in listed:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = exposed
+    return headers
 
 
 class ListQuery(NamedTuple):
@@ -1645,7 +1725,7 @@ def encode_response_head(
     status: int, headers: Mapping[str, str], date: str, is_last: bool
 ) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    lines = [STATUS_LINES[status]]
     for name, value in headers.items():
         lines.append(f"{name}: {value}")
     lines.append(f"Date: {date}")
@@ -1659,6 +1739,7 @@ def encode_response_head(
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
 class AnswerReader:
@@ -2432,7 +2513,7 @@ def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
                 break
             keys.append(entry)
     page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
-    page += f'"next": {json.dumps(following)}}}'
+    page += f'"next": {json.dumps(following)}}}\n'
     return page.encode()
 
 
@@ -4684,6 +4765,10 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
     return bytes(held), True
 
 
+def no_replica(record: Record) -> Unavailable:
+    return Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
+
+
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
@@ -4804,19 +4889,38 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
         health = self.health
         name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
         if name is None:
-            raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        url = clients[name].volume.public_url + record.path
+            raise no_replica(record)
+        return self._link(clients[name].volume.public_url, record)
+
+    def locate_inside(self, record: Record) -> tuple[str, str]:
+        """Return the URL from which a proxy can read the blob now, and one to try after that, on
+        another volume if there is one; raises Unavailable."""
+        clients = self.view.clients
+        names = [name for name in record.volumes if name in clients]
+        random.shuffle(names)
+        names.sort(key=lambda name: (self.health.is_down(name), name in self.health.slow))
+        if not names or self.health.is_down(names[0]):
+            raise no_replica(record)
+        links = [self._link(clients[name].volume.url, record) for name in names]
+        return links[0], links[1 % len(links)]
+
+    def _link(self, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume at `base`, signed and with the download's
+        name."""
+        config = self.view.config
+        url = base + record.path
         if config.link_secret:
-            # The volume checks the path that it is asked for, so that of public_url counts.
+            # The volume checks the path that it is asked for, so that of `base` counts.
             path = "/" + url.split("/", 3)[3]
-            url += sign_link(path, config.link_secret, int(time.time() + config.link_ttl))
-        return url
+            expires_s = link_expiry(time.time(), config.link_ttl)
+            url += sign_link(path, config.link_secret, expires_s)
+            return url + name_query(record.key).replace("?", "&")
+        return url + name_query(record.key)
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str
@@ -5116,6 +5220,8 @@ TRACEPARENT = re.compile(  # by the W3C
 )
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+JSON_TYPE = "application/json; charset=utf-8"
+LINK_TYPE = "text/uri-list"  # RFC 2483; who accepts just that gets the link instead of a redirect
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 
 
@@ -5155,7 +5261,7 @@ def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
     detail = json.dumps(str(error))
     body = f'{{"title": "{error.title}", "status": {error.status}, "detail": {detail}, '
-    body += f'"request_id": "{request_id}"}}'
+    body += f'"request_id": "{request_id}"}}\n'
     headers = {
         **error.headers,
         "Content-Type": "application/problem+json",
@@ -5236,7 +5342,9 @@ class Call:
         found = ON_PATH.get(self.path)
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
-            check_method(method, ("GET", "HEAD"))
+            check_method(method, ON_REPORT)
+            if method == "OPTIONS":
+                return Call.tell_options
             scope = parse_list_query(self.query).prefix if operation == "list" else ""
         else:
             check_method(method, ON_KEY)
@@ -5255,18 +5363,42 @@ class Call:
         record, verdict = judge_read(found, parse_conditions(self.request.headers))
         self.volumes = record.volumes
         headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        accel = self.store.view.config.read == "accel"
+        if accel:  # who reads sees the blob at the URL of the key, where another may come
+            headers["Cache-Control"] = "private, no-cache"
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            headers["Location"] = self.store.locate(record)
+            if accel:
+                return self._let_proxy_read(record, headers)
+            link = self.store.locate(record)
+            if self.request.headers.get("accept") == LINK_TYPE:
+                headers["Content-Type"] = LINK_TYPE
+                return Response(200, headers, f"{link}\r\n".encode())
+            headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
         headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Last-Modified"] = record.modified
+        if accel:
+            headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
             f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
         )
         return Response(200, headers)
+
+    def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
+        """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
+        if self.request.headers.get("accept") == LINK_TYPE:
+            headers["Content-Type"] = LINK_TYPE
+            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
+        link, other = self.store.locate_inside(record)
+        headers["Location"] = link
+        headers["Mkv-Other"] = other
+        headers["X-Accel-Redirect"] = "@mkv_volume"
+        headers["Mkv-Range"] = decide_range(self.request.headers, record)
+        headers["Last-Modified"] = record.modified
+        return Response(302, headers)
 
     async def put(self) -> Response:
         store = self.store
@@ -5322,7 +5454,7 @@ class Call:
         self.store.limit_lists(self.request.peer, time.monotonic())
         body = await self.store.list(parse_list_query(self.query))
         self.size = len(body)
-        return Response(200, {"Content-Type": "application/json; charset=utf-8"}, body)
+        return Response(200, {"Content-Type": JSON_TYPE}, body)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -5333,23 +5465,41 @@ class Call:
                 await self.store.check_ready()
                 return Response(200, plain, b"ready\n")
             case "/-/status":
-                status = json.dumps(await self.store.status()).encode()
-                return Response(200, {"Content-Type": "application/json; charset=utf-8"}, status)
+                status = json.dumps(await self.store.status()) + "\n"
+                return Response(200, {"Content-Type": JSON_TYPE}, status.encode())
         body = (await self.store.render_metrics()).encode()
         return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, body)
+
+    async def tell_options(self) -> Response:
+        """Answer OPTIONS, which a browser sends before what a page of another origin asks for.
+        That needs no token: a browser shows none then."""
+        allowed = ", ".join(sorted(ON_REPORT if self.path in ON_PATH else ON_KEY))
+        headers = {"Allow": allowed}
+        origins = self.store.view.config.cors_origins
+        told = decide_cors(origins, self.request.headers.get("origin", ""), RESPONSE_HEADERS)
+        if "Access-Control-Allow-Origin" in told:
+            headers["Access-Control-Allow-Methods"] = allowed
+            headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
+            headers["Access-Control-Max-Age"] = "7200"  # s; Chromium keeps it no longer
+        return Response(204, headers)
 
     def finish(self, response: Response) -> Response:
         """Complete the answer; count the request and write its line."""
         store = self.store
+        config = store.view.config
         seconds = time.perf_counter() - self._began
         method = self.request.method
         store.count_in_flight(-1)
         response.headers["X-Request-ID"] = self.id
         response.headers["Server"] = "mkv"
+        response.headers.setdefault("Cache-Control", "no-store")  # it may change any time
+        if config.cors_origins:
+            origin = self.request.headers.get("origin", "")
+            response.headers |= decide_cors(config.cors_origins, origin, RESPONSE_HEADERS)
         store.metrics.count_request(
             method if method in METHODS else "other", response.status, seconds
         )
-        if store.view.config.access_log:
+        if config.access_log:
             store.note_access(self.describe(response.status, seconds))
         return response
 
@@ -5386,10 +5536,18 @@ ON_PATH: Mapping[str, Route] = {
     "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
     "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
 }  # fmt: skip
+ON_REPORT = ("GET", "HEAD", "OPTIONS")
 ON_KEY: Mapping[str, Route] = {
     "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (Call.put, "write"),
-    "DELETE": (Call.delete, "delete"),
+    "DELETE": (Call.delete, "delete"), "OPTIONS": (Call.tell_options, ""),
 }  # fmt: skip
+# What browser applications of other origins may send, and see.
+REQUEST_HEADERS = (
+    "Accept, Authorization, Content-Digest, Content-MD5, Content-Type, If-Match, "
+    "If-Modified-Since, If-None-Match, If-Unmodified-Since, Range, Repr-Digest, traceparent, "
+    "X-Request-ID"
+)
+RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 
 
 # == Lane =========================================================================================
@@ -5930,11 +6088,13 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
 async def answer_without_path(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of
-    OPTIONS *."""
+    """Answer what aiohttp's router has no handler for: a target that is no path."""
     try:
         return await handler(request)
     except web.HTTPException as error:
+        if request.method == "OPTIONS" and request.raw_path == "*":  # of the server as a whole
+            allowed = ", ".join(sorted(ON_KEY))
+            return to_web(Response(204, {"Allow": allowed, "Server": "mkv"}))
         return refuse(BadRequest(f"this target is no path: {error.reason}"))
 
 
@@ -6176,8 +6336,18 @@ WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
 EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is itself a client
+VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+# A path names one version, so what is there never changes; it is for whoever got the link.
+FOR_EVER = "private, max-age=31536000, immutable"
+IS_BLOB = re.compile(r"/[0-9a-f]{64}-[0-9a-f]{20}(?!\.(?:key|del)\Z)(?:\.[a-z0-9]{1,8})?")
+# For `cors_origins`. Whoever has a link may read by it, from wherever: it holds no cookie.
+VOLUME_CORS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Expose-Headers": "*",
+}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
@@ -6205,6 +6375,17 @@ class StoredFile(web.FileResponse):
         return await super().prepare(request.clone(headers=headers))
 
 
+def headers_of_blob(path: str, query: str) -> dict[str, str]:
+    """Return what nginx.conf adds to a file that is read: how long to keep it, and its name."""
+    headers = dict[str, str]()
+    if IS_BLOB.fullmatch(path, path.rfind("/")):
+        headers["Cache-Control"] = FOR_EVER
+    disposition = disposition_of(query)
+    if disposition:
+        headers["Content-Disposition"] = disposition
+    return headers
+
+
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
@@ -6226,8 +6407,10 @@ class EmbeddedVolume:
         try:
             raw_path, query = split_target(request.raw_path)
             path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers={"Allow": VOLUME_METHODS})
             self._admit(request, path, query)
-            return await self._act(request, path, self._locate(path))
+            return await self._act(request, path, query, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
         except web.HTTPException as error:
@@ -6285,7 +6468,9 @@ class EmbeddedVolume:
         except RuntimeError:  # links that lead to each other
             return False
 
-    async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
+    async def _act(
+        self, request: web.Request, path: str, query: str, file: Path
+    ) -> web.StreamResponse:
         folder = path.endswith("/")
         match request.method:
             case "PUT" if folder:
@@ -6309,7 +6494,8 @@ class EmbeddedVolume:
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
                 media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
-                return StoredFile(file, headers={"Content-Type": media_type})
+                headers = headers_of_blob(path, query) | {"Content-Type": media_type}
+                return StoredFile(file, headers=headers)
         raise web.HTTPMethodNotAllowed(
             request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
         )
@@ -6418,9 +6604,11 @@ def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
     return None
 
 
-async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+async def harden(
+    more: Mapping[str, str], request: web.BaseRequest, response: web.StreamResponse
+) -> None:
     """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
-    response.headers.update(SAFETY)
+    response.headers.update(more)
     response.headers.pop("ETag", None)
 
 
@@ -6444,6 +6632,7 @@ async def serve_volumes(
     """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
     config = replace(config, max_connections=max_connections)
     patience_s = BODY_PATIENCE * config.body_timeout
+    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
     loop = asyncio.get_running_loop()
     runners = list[web.AppRunner]()
     servers = list[asyncio.Server]()
@@ -6452,7 +6641,7 @@ async def serve_volumes(
             volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
             app = web.Application()
             app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-            app.on_response_prepare.append(harden)
+            app.on_response_prepare.append(partial(harden, more))
             runners.append(web.AppRunner(app, access_log=None, shutdown_timeout=5))
             await runners[-1].setup()
             manager = cast(web.Server, runners[-1].server)

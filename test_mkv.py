@@ -55,7 +55,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 from unittest.mock import Mock
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import hypothesis
 import pytest
@@ -108,7 +108,9 @@ def free_port() -> int:
 class Nginx:
     """A real nginx volume from ./nginx.conf, with only the port and the folder replaced."""
 
-    def __init__(self, folder: Path, secrets: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
+    ) -> None:  # fmt: skip
         require_nginx()
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -124,6 +126,8 @@ class Nginx:
         if secrets:
             lines = f'set $volume_secret "{secrets[0]}";\nset $link_secret "{secrets[1]}";\n'
             (settings_folder / "mkv-secrets.conf").write_text(lines)
+        if cors:
+            (settings_folder / "mkv-secrets-cors.conf").write_text('set $cors_origin "*";\n')
         self.begin()
 
     def begin(self) -> None:
@@ -478,6 +482,9 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("link_ttl = inf", "link_ttl: must be"),
         ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
         ("send_timeout = 0", "send_timeout: must be 0.1"),
+        ("read = 'proxy'", "read: must be redirect or accel"),
+        ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
+        ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -644,6 +651,35 @@ def test_extensions_are_those_of_nginx() -> None:
     )
     for media_type, ext in mkv.EXTENSIONS.items():
         assert ext in types[media_type].split() and ext != "key"
+
+
+@pytest.mark.parametrize(
+    ("key", "disposition"),
+    [
+        ("photos/cat.png", 'inline; filename="cat.png"'),
+        ("a/ü b.txt", "inline; filename*=UTF-8''%C3%BC%20b.txt"),
+        ('a/x"; y.txt', "inline; filename*=UTF-8''x%22%3B%20y.txt"),
+        ("a/x\r\nSet-Cookie: y", "inline; filename*=UTF-8''x__Set-Cookie%3A%20y"),
+        ("a/..\\x", 'inline; filename=".._x"'),
+        ("100%", "inline; filename*=UTF-8''100%25"),
+        ("a/", ""),
+        ("a/..", ""),
+        (".", ""),
+        ("ü" * 200, ""),
+    ],
+)
+def test_download_is_named_by_the_last_part_of_its_key(key: str, disposition: str) -> None:
+    query = mkv.name_query(key).removeprefix("?")
+    assert mkv.disposition_of(query) == disposition
+    kept = disposition and disposition.replace("inline", "attachment")
+    assert mkv.disposition_of(f"md5=x&{query}&download=1") == kept
+
+
+@given(KEYS)
+def test_name_of_a_download_comes_back_from_its_link(key: str) -> None:
+    name = unquote(mkv.name_query(key).removeprefix("?name="))
+    assert "/" not in name and min(name, default=" ") >= " "
+    assert name in ("", re.sub(r"[\x00-\x1f\x7f\\]", "_", key.rpartition("/")[2]))
 
 
 # == Ring =========================================================================================
@@ -3655,8 +3691,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "http://h/k?a=b", {}, b"x", 400),
         ("DELETE", "/k?.txt", {}, None, 400),
         ("DELETE", "/k?", {}, None, 400),
-        ("OPTIONS", "*", {"Expect": "something"}, None, 400),
-        ("OPTIONS", "*", {"Expect": "100-continue"}, None, 400),
         ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
@@ -3677,7 +3711,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ),
         ("POST", "/k", {}, b"x", 405),
         ("PATCH", "/k", {}, b"x", 405),
-        ("OPTIONS", "*", {}, None, 400),
         ("POST", "/", {}, b"x", 405),
         ("PUT", "/-/livez", {}, b"x", 405),
         ("GET", "/?limit=0", {}, None, 400),
@@ -3844,9 +3877,12 @@ def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> No
 
 
 def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> None:
-    for expected in (b"", b"Expect: something\r\n", b"Expect: 100-continue\r\n"):
+    for expected in (b"", b"Expect: 100-continue\r\n"):
         head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\n" + expected
-        check_problem(send_raw(parser.port, head + b"\r\n"), 400)
+        status, headers, _ = send_raw(parser.port, head + b"\r\n")
+        assert (status, headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PUT")
+    head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\nExpect: something\r\n"
+    check_problem(send_raw(parser.port, head + b"\r\n"), 400)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -4228,6 +4264,289 @@ def test_store_behaves_like_a_dict(store: Program) -> None:
     run_state_machine_as_test(
         Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None)
     )
+
+
+# -- manners: caches, names, other origins --
+
+FOR_EVER = "private, max-age=31536000, immutable"
+
+
+def test_redirect_is_never_kept_and_the_blob_for_ever(store: Program) -> None:
+    url = store.url + "/manners/cat%20photo.png"
+    for status in (201, 204):
+        got, headers, _ = ask(url, "PUT", b"cat")
+        assert (got, headers["cache-control"]) == (status, "no-store")
+    _, headers, _ = ask(url)
+    assert headers["cache-control"] == "no-store"
+    link = headers["location"]
+    since = ask(link)[1]["last-modified"]
+    for status, sent in (
+        (200, {}),
+        (206, {"Range": "bytes=1-"}),
+        (304, {"If_Modified_Since": since}),
+    ):
+        got, headers, _ = ask(link, **sent)
+        assert (got, headers["cache-control"]) == (status, FOR_EVER)
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert ask(url, "HEAD")[1]["cache-control"] == "no-store"
+    assert ask(store.url + "/manners/none")[1]["cache-control"] == "no-store"
+
+
+def test_who_asks_for_the_link_gets_it(store: Program) -> None:
+    """A browser shows no page where a redirect goes, and sends no token for an image."""
+    assert ask(store.url + "/manners/link", "PUT", b"x")[0] == 201
+    status, headers, body = ask(store.url + "/manners/link", Accept="text/uri-list")
+    assert (status, headers["content-type"]) == (200, "text/uri-list")
+    assert "location" not in headers and ask(body.decode().strip())[2] == b"x"
+
+
+@pytest.mark.parametrize("path", ["/", "/-/status", "/none", "/?limit=x", "/-/nothing"])
+def test_json_ends_with_a_newline(store: Program, path: str) -> None:
+    body = ask(store.url + path)[2]
+    assert body.endswith(b"}\n") and json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/?prefix=x", "GET, HEAD, OPTIONS"),
+        ("/-/metrics", "GET, HEAD, OPTIONS"),
+        ("/any/key", "DELETE, GET, HEAD, OPTIONS, PUT"),
+    ],
+)
+def test_options_says_what_is_allowed(store: Program, path: str, allowed: str) -> None:
+    for method, status in (("OPTIONS", 204), ("PATCH", 405)):
+        got, headers, _ = ask(store.url + path, method)
+        assert (got, headers["allow"]) == (status, allowed)
+    assert not any(name.startswith("access-control") for name in headers)
+
+
+APP = "https://app.example"
+PREFLIGHT = {"Access_Control_Request_Method": "PUT", "Access_Control_Request_Headers": "x"}
+
+
+def test_applications_of_listed_origins_may_see_answers(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", f"{APP} http://localhost:8080", config=TOKENS)
+    for method, path, token, status in (
+        ("OPTIONS", "/k", "", 204), ("PUT", "/k", "boss", 201), ("GET", "/k", "boss", 302),
+        ("HEAD", "/k", "boss", 200), ("GET", "/k", "", 401), ("GET", "/none", "boss", 404),
+        ("GET", "/", "boss", 200), ("DELETE", "/k", "boss", 204),
+    ):  # fmt: skip
+        got, headers, _ = ask(server.url + path, method, b"x", token, Origin=APP, **PREFLIGHT)
+        assert got == status and headers["access-control-allow-origin"] == APP
+        assert "ETag" in headers["access-control-expose-headers"] and headers["vary"] == "Origin"
+        assert (method == "OPTIONS") == ("access-control-allow-methods" in headers)
+        assert "access-control-allow-credentials" not in headers
+    for origin in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""}):
+        for method in ("OPTIONS", "GET"):
+            _, headers, _ = ask(server.url + "/k", method, token="boss", **PREFLIGHT, **origin)
+            assert headers["vary"] == "Origin"
+            assert not any(name.startswith("access-control") for name in headers)
+
+
+def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", "*")
+    _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
+    assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
+    assert "Authorization" in headers["access-control-allow-headers"]
+
+
+# -- an nginx in front, which reads for those who cannot follow a redirect --
+
+
+class Front(NamedTuple):
+    url: str
+    program: Program
+    volumes: list[Nginx]
+
+    def remove_from(self, volume: Nginx) -> None:
+        """Remove all blobs of a volume."""
+        for name in volume.files():
+            if not name.endswith(".key"):
+                (volume.folder / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """The nginx that README.md gives, in front of a server with two volumes that want secrets."""
+    folder = tmp_path_factory.mktemp("front")
+    secrets = (VOLUME_SECRET, LINK_SECRET)
+    config = f'read = "accel"\nvolume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+    config += TOKENS + '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(folder / f"v{i}", secrets)) for i in range(2)]
+        rows = [f'[[volume]]\nname = "n{i}"\nurl = "{v.url}"\n' for i, v in enumerate(volumes)]
+        public = 'public_url = "http://127.0.0.1:1"\n'  # nobody is sent there
+        program = Program(folder / "index", config=config + "".join(row + public for row in rows))
+        stack.callback(program.stop, signal.SIGKILL)
+        url = stack.enter_context(run_front(folder / "front", program.port))
+        yield Front(url, program, volumes)
+
+
+@contextlib.contextmanager
+def run_front(folder: Path, port: int) -> Iterator[str]:
+    """Run README.md's nginx in front of the server on `port`; yield its URL."""
+    own = free_port()
+    (block,) = re.findall(
+        r"^```nginx\n(upstream mkv .*?)^```$", (HERE / "README.md").read_text(), re.M | re.S
+    )
+    assert "127.0.0.1:3000;" in block and "listen 127.0.0.1:8080;" in block
+    block = block.replace("127.0.0.1:3000;", f"127.0.0.1:{port};")
+    block = block.replace("listen 127.0.0.1:8080;", f"listen 127.0.0.1:{own};")
+    paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{one}_temp_path tmp-{one};\n" for one in paths)
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(
+        "daemon off; user root; pid nginx.pid; error_log error.log;\nevents { }\n"
+        f"http {{ access_log off;\n{temporary}{block}}}\n"
+    )
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{own}/-/livez"))
+        yield f"http://127.0.0.1:{own}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def test_reader_behind_nginx_gets_the_blob_at_the_url_of_its_key(front: Front) -> None:
+    blob = random.Random(5).randbytes(3_000_000)
+    url = front.url + "/photos/a%2Fcat%20photo.png"
+    assert ask(url, "PUT", blob)[0] == 201
+    status, headers, body = ask(url, Authorization="Bearer b-secret-3", Cookie="c=1")
+    assert (status, body) == (200, blob) and headers["content-type"] == "image/png"
+    assert headers["etag"] == f'"{hashlib.sha256(blob).hexdigest()}"'
+    assert headers["cache-control"] == "private, no-cache"  # another version may come
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert headers["content-security-policy"] == "sandbox" and headers["mkv-volumes"] == "n0,n1"
+    assert headers.keys().isdisjoint(("location", "mkv-other", "mkv-range", "x-accel-redirect"))
+    about = ask(url, "HEAD")
+    for name in ("etag", "content-length", "content-type", "last-modified", "accept-ranges",
+                 "cache-control", "mkv-volumes"):  # fmt: skip
+        assert headers[name] == about[1][name], name
+    assert ask(url, Accept="text/uri-list")[2] == b"/photos/a%2Fcat%20photo.png\r\n"
+
+
+def test_reader_behind_nginx_asks_for_parts_and_under_conditions(front: Front) -> None:
+    url = front.url + "/parts.txt"
+    assert ask(url, "PUT", b"0123456789")[0] in (201, 204)
+    _, headers, _ = ask(url)
+    etag, modified = headers["etag"], headers["last-modified"]
+    part = {"Range": "bytes=2-3"}
+    old = "Thu, 01 Jan 1970 00:00:00 GMT"
+    for sent, expected in (
+        (part, (206, b"23")),
+        ({"Range": "bytes=-2"}, (206, b"89")),
+        ({"Range": "lines=2-3"}, (200, b"0123456789")),
+        (part | {"If_Range": etag}, (206, b"23")),
+        (part | {"If_Range": modified}, (206, b"23")),
+        (part | {"If_Range": '"other"'}, (200, b"0123456789")),
+        (part | {"If_Range": old}, (200, b"0123456789")),
+        ({"If_None_Match": etag}, (304, b"")),
+        ({"If_None_Match": '"other"'}, (200, b"0123456789")),
+        ({"If_Match": etag}, (200, b"0123456789")),
+        (part | {"If_Match": etag}, (206, b"23")),
+        ({"If_Match": '"other"'}, (412, None)),
+        ({"If_Modified_Since": modified}, (304, b"")),
+        ({"If_Modified_Since": old}, (200, b"0123456789")),
+        ({"If_Unmodified_Since": old}, (412, None)),
+        ({"Range": "bytes=20-"}, (416, None)),
+    ):
+        status, headers, body = ask(url, **sent)
+        assert (status, None if status > 400 else body) == expected, sent
+        assert status > 400 or (headers["etag"], headers["cache-control"]) == (
+            etag, "private, no-cache"
+        )  # fmt: skip
+    _, headers, body = ask(url, Range="bytes=0-1,4-5")
+    assert headers["content-type"].startswith("multipart/byteranges") and b"45" in body
+
+
+def test_what_the_server_says_goes_through_the_nginx_in_front(front: Front) -> None:
+    for i, key in enumerate(key for key in ODD_KEYS if not key.startswith((".", "a/..", "//"))):
+        target = quote(key, safe="")
+        assert ask(f"{front.url}/{target}", "PUT", b"%d" % i)[0] == 201
+        assert ask(f"{front.url}/{target}")[::2] == (200, b"%d" % i)
+        assert ask(f"{front.url}/{target}", "DELETE")[0] == 204
+    assert ask(front.url + "/none")[0] == 404 and ask(front.url + "/")[0] == 200
+    assert ask(front.url + "/none", token="unknown")[0] == 401
+    chunks = (b"x" * 50_000 for _ in range(20))
+    assert ask(front.url + "/chunked", "PUT", chunks)[0] == 201
+    assert ask(front.url + "/chunked")[2] == b"x" * 1_000_000
+    assert ask(front.url + "/chunked", "PUT", b"x", If_None_Match="*")[0] == 412
+
+
+def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
+    """Another nginx says what it was sent."""
+    seen = list[dict[str, str]]()
+
+    class Volume(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Index(Volume):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("X-Accel-Redirect", "@mkv_volume")
+            self.send_header("Location", f"http://127.0.0.1:{servers[1].server_port}/x")
+            self.send_header("X-Request-ID", "id1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), one) for one in (Index, Volume)]
+    threads = [threading.Thread(target=one.serve_forever) for one in servers]
+    for thread in threads:
+        thread.start()
+    folder = front.program.folder.parent / "spy"
+    try:
+        with run_front(folder, servers[0].server_port) as url:
+            sent = {"Authorization": "Bearer x", "Cookie": "c", "If_Match": "y", "Range": "z"}
+            assert ask(url + "/k", **sent)[::2] == (200, b"x")
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+        for thread in threads:
+            thread.join()
+    assert seen[-1].keys() == {"host", "x-request-id"} and seen[-1]["x-request-id"] == "id1"
+
+
+def test_nginx_in_front_reads_elsewhere_what_a_volume_has_not(front: Front) -> None:
+    """Whoever asks notices nothing: neither that a blob is lost nor that a volume has died."""
+    url = front.url + "/failover"
+    assert ask(url, "PUT", b"x" * 300_000)[0] == 201
+
+    def read_all() -> set[tuple[int, int]]:
+        answers = [ask(url) for _ in range(12)]
+        return {(status, len(body)) for status, _, body in answers}
+
+    front.remove_from(front.volumes[0])
+    assert read_all() == {(200, 300_000)}
+    assert ask(url, Range="bytes=5-9")[::2] == (206, b"xxxxx")
+    front.volumes[0].signal(signal.SIGKILL)
+    try:
+        assert read_all() == {(200, 300_000)}
+        front.remove_from(front.volumes[1])
+        status, headers, _ = ask(url)
+        assert (status, headers["retry-after"]) == (503, "2")
+    finally:
+        front.volumes[0].begin()
+        eventually(lambda: ask(url, "PUT", b"x")[0] == 204)
+
+
+def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
+    assert ask(front.url + "/direct", "PUT", b"x")[0] == 201
+    _, headers, _ = ask(front.program.url + "/direct")
+    assert ask(headers["location"])[2] == ask(headers["mkv-other"])[2] == b"x"
+    assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
 
 
 # == Faults =======================================================================================
@@ -4901,6 +5220,74 @@ def test_every_answer_of_a_volume_keeps_browsers_from_running_it(volume: tuple[s
             headers["x-content-type-options"] == "nosniff"
             and headers["content-security-policy"] == "sandbox"
         )
+
+
+STEM = f"{'ab' * 32}-{'0' * 20}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (STEM, True), (f"{STEM}.png", True), (f"{STEM}.key", False), (f"{STEM}.del", False),
+        (f"{STEM}.keys", True), ("x.png", False), (f"{STEM}.png.key", False), (f"x{STEM}", False),
+    ],
+)  # fmt: skip
+def test_only_blobs_are_kept_for_ever(volume: tuple[str, Path], name: str, kept: bool) -> None:
+    """Sidecars and marks change, and what is not there yet may come."""
+    url = f"{volume[0]}/aa/bb/{name}"
+    assert "cache-control" not in ask(url)[1]
+    for method, has_it in (("PUT", False), ("GET", kept), ("HEAD", kept), ("DELETE", False)):
+        assert ("cache-control" in ask(url, method, b"x")[1]) == has_it, method
+    assert "cache-control" not in ask(f"{volume[0]}/aa/bb/")[1]
+
+
+NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | st.lists(
+    st.sampled_from(["%0d%0a", "%0A", "%00", "Set-Cookie:x", '"', ";", "\\", "%22", "%", "a", "&",
+                     "&name=", "name=", "$arg_name", "NAME=b", "=", "''", "download=1", "?", "+"])
+).map("".join)  # fmt: skip
+
+
+@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+    """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
+    query = "name=" + "&name=".join(parts).replace("#", "")
+    with contextlib.suppress(FileExistsError):
+        (volume[1] / "aa").mkdir()
+    (volume[1] / "aa" / "x").write_bytes(b"x")
+    request = f"GET /aa/x?{query} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    status, headers, _ = send_raw(int(volume[0].rpartition(":")[2]), request.encode())
+    expected = mkv.disposition_of(query)
+    assert status == 200 and headers.get("content-disposition", "") == expected
+    assert re.fullmatch(
+        r"""(inline|attachment); filename(="[\w.~-]+"|\*=UTF-8''[\w.~%-]+)|""", expected
+    )
+    assert headers.keys() <= {
+        "server", "date", "content-type", "content-length", "last-modified", "connection",
+        "accept-ranges", "x-content-type-options", "content-security-policy",
+        "content-disposition",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nginx", "embedded"])
+def test_volume_lets_pages_read_if_told_to(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "nginx":
+            url = stack.enter_context(Nginx(tmp_path / "v", ("a", "b"), cors=True)).url
+        else:
+            (tmp_path / "mkv.toml").write_text(
+                'cors_origins = "*"\nvolume_secret = "a"\nlink_secret = "b"\n'
+            )
+            config = ["--config", str(tmp_path / "mkv.toml")]
+            url = stack.enter_context(one_volume(tmp_path / "v", *config))
+        assert ask(f"{url}/aa/x", "PUT", b"x", Mkv_Volume_Secret="a")[0] == 201
+        link = url + "/aa/x" + mkv.sign_link("/aa/x", "b", int(time.time()) + 60)
+        asked = [ask(link, Origin="null"), ask(link, "OPTIONS"), ask(f"{url}/aa/x")]
+        assert [status for status, _, _ in asked] == [200, 204, 403]
+        for _, headers, _ in asked:
+            assert headers["access-control-allow-origin"] == "*"
+            assert "Authorization" in headers["access-control-allow-headers"]
+        assert asked[1][1]["allow"] == "DELETE, GET, HEAD, OPTIONS, PUT"
 
 
 def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
@@ -5665,7 +6052,7 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
     assert ask(link, Range="bytes=1-2")[::2] == (206, b"lp")
     assert ask(link, "HEAD")[0] == 200
     path, _, query = link.partition("?")
-    expires = int(query.rpartition("=")[2])
+    expires = int(dict(parse_qsl(query))["expires"])
     for bad in (
         path,  # no signature
         link.replace("md5=", "md5=A"),
@@ -5679,6 +6066,16 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
         assert ask(url)[0] == 403, bad
     expired = mkv.sign_link(urlsplit(path).path, LINK_SECRET, int(time.time()) - 5)
     assert ask(path + expired)[0] == 410
+
+
+@given(st.floats(0, 2**32), st.floats(0, 1), st.floats(1, 1e6))
+def test_link_stays_the_same_for_half_its_time(now_s: float, part: float, ttl_s: float) -> None:
+    """So that a cache knows it again; and is never good for longer than link_ttl says."""
+    expires_s = mkv.link_expiry(now_s, ttl_s)
+    assert now_s + ttl_s / 2 - 2 <= expires_s <= now_s + ttl_s
+    began_s = expires_s - ttl_s  # the first moment at which it was made
+    later_s = began_s + 1 + part * max(0.0, ttl_s / 2 - 3)
+    assert ttl_s < 8 or mkv.link_expiry(later_s, ttl_s) == expires_s
 
 
 def test_volume_trusts_only_the_index_server(private: Program) -> None:
