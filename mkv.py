@@ -4976,6 +4976,7 @@ TRACEPARENT = re.compile(  # by the W3C
 )
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+HEALTH_CHECKS = ("/-/livez", "/-/readyz")  # asked every few seconds: no line while all is well
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 
 
@@ -5057,6 +5058,7 @@ class Call:
         self.path = ""
         self.query = ""
         self.key = ""
+        self.prefix = ""  # of a list
         self.who = ""
         self.volumes: tuple[str, ...] = ()
         self.size = 0
@@ -5094,7 +5096,9 @@ class Call:
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
             check_method(method, ("GET", "HEAD"))
-            scope = parse_list_query(self.query).prefix if operation == "list" else ""
+            if operation == "list":
+                self.prefix = parse_list_query(self.query).prefix
+            scope = self.prefix
         else:
             check_method(method, ON_KEY)
             handler, operation = ON_KEY[method]
@@ -5209,7 +5213,8 @@ class Call:
         store.metrics.count_request(
             method if method in METHODS else "other", response.status, seconds
         )
-        if store.view.config.access_log:
+        is_health_check = response.status == 200 and self.path in HEALTH_CHECKS
+        if store.view.config.access_log and not is_health_check:
             store.note_access(self.describe(response.status, seconds))
         return response
 
@@ -5220,6 +5225,8 @@ class Call:
             "key": self.key or self.path,
             "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
         }  # fmt: skip
+        if self.prefix:
+            facts["prefix"] = self.prefix
         if self.volumes:
             facts["volumes"] = ",".join(self.volumes)
         if self.who:

@@ -5757,6 +5757,33 @@ def test_trace_that_is_none_goes_nowhere(
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
 
 
+@pytest.mark.parametrize("more", [{}, NOT_SIMPLE])
+def test_line_of_a_list_says_its_prefix(
+    start: Callable[..., Program], more: dict[str, str]
+) -> None:
+    server = start("--log-format", "json")
+    ask(server.url + "/?prefix=a%0A/&limit=1", X_Request_ID="lister", **more)
+    ask(server.url + "/", X_Request_ID="other", **more)
+    eventually(lambda: "lister" in server.log() and "other" in server.log())
+    lines = {line.get("id"): line for line in map(json.loads, server.log().splitlines())}
+    assert lines["lister"]["key"] == "/" and lines["lister"]["prefix"] == "a\n/"
+    assert "prefix" not in lines["other"]
+
+
+@pytest.mark.parametrize("more", [{}, NOT_SIMPLE])
+def test_health_checks_are_logged_only_if_they_fail(
+    start: Callable[..., Program], volumes3: list[Nginx], more: dict[str, str]
+) -> None:
+    server = start(*flags_of(volumes3))
+    for path in ("livez", "readyz", "status"):
+        assert ask(f"{server.url}/-/{path}", X_Request_ID=f"well-{path}", **more)[0] == 200
+    for volume in volumes3:
+        volume.signal(signal.SIGKILL)
+    eventually(lambda: ask(server.url + "/-/readyz", X_Request_ID="ill", **more)[0] == 503)
+    eventually(lambda: "id=ill" in server.log())
+    assert re.findall(r"id=(well-\w+)", server.log()) == ["well-status"]
+
+
 @given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"") + b"\n")))
 def test_lines_of_the_access_log_are_written_whole_and_by_few_calls(lines: list[bytes]) -> None:
     pieces = mkv.join_lines(lines, 64)
