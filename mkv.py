@@ -4550,6 +4550,17 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
     return bytes(held), True
 
 
+def find_unconfigured(
+    totals: Mapping[str, tuple[int, int]], configured: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return the volumes that records name and the configuration does not, with what is there."""
+    return [
+        {"name": name, "blobs": blobs, "bytes": size}
+        for name, (blobs, size) in sorted(totals.items())
+        if blobs and name not in configured and name not in (ALL_KEYS, GARBAGE)
+    ]
+
+
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
@@ -4617,6 +4628,7 @@ class Store:
                 )
         if number == 0:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
+        await self._name_unconfigured()
 
     async def _meet(self, clients: Iterable[VolumeClient]) -> None:
         """Probe volumes that are new. One that does not answer soon counts as down until it
@@ -4655,6 +4667,20 @@ class Store:
         ]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
+        await self._name_unconfigured()
+
+    async def _name_unconfigured(self) -> None:
+        """Say in the log which volumes records name that nobody can read from."""
+        if self._number != 0:
+            return  # one process is enough
+        try:
+            totals = await self.index.totals()
+        except IndexFailed as error:
+            log.error("%s", error)
+            return
+        words = "the index names volume %s, which is not configured: %d blobs, %d bytes are there"
+        for one in find_unconfigured(totals, self.view.clients):
+            log.warning(words, one["name"], one["blobs"], one["bytes"])
 
     # -- what clients ask for --
 
@@ -4898,6 +4924,7 @@ class Store:
             "bytes": size,
             "garbage": garbage,
             "volumes": volumes,
+            "unconfigured": find_unconfigured(totals, self.view.clients),
         }
 
     async def render_metrics(self) -> str:

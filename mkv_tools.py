@@ -1928,9 +1928,16 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
         row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
         report.lines.append(row + f"{v['share']:7.1%} {v['ideal']:7.1%}")
+    unconfigured = facts.get("unconfigured", [])  # an older server does not say
+    for v in unconfigured:
+        report.lines.append(
+            f"{v['name']:20} {'unknown':9} {v['blobs']:10} {show_bytes(v['bytes']):>10}  "
+            "the index names it, the configuration does not"
+        )
     waiting = f"{facts['garbage']} replicas wait to be deleted"
     report.lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {waiting}")
-    report.facts, report.code = facts, 0 if all(v["state"] == "up" for v in volumes) else 1
+    report.facts = facts
+    report.code = 0 if all(v["state"] == "up" for v in volumes) and not unconfigured else 1
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:

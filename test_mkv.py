@@ -4153,6 +4153,12 @@ def flags_of(nginxes: Iterable[Nginx]) -> list[str]:
     return [flag for i, one in enumerate(nginxes) for flag in ("--volume", f"n{i}={one.url}")]
 
 
+def toml_of(nginxes: Iterable[Nginx]) -> str:
+    return "".join(
+        f'[[volume]]\nname = "n{i}"\nurl = "{one.url}"\n' for i, one in enumerate(nginxes)
+    )
+
+
 def get_body(url: str, token: str = "") -> bytes | None:
     """Read a blob as a client does, None if its volume cannot be reached right now."""
     try:
@@ -4641,6 +4647,32 @@ def test_server_started_again_announces_nobody(
         server = start("--data", str(tmp_path / "shared"))
         server.stop(signal.SIGKILL)
         assert "another server" not in server.log()
+
+
+def test_volumes_that_the_index_names_and_nobody_configured_are_named(
+    start: Callable[..., Program], volumes3: list[Nginx], tmp_path: Path
+) -> None:
+    """At the start, at a reload, and by status; not while all are configured."""
+    flags = ["--data", str(tmp_path / "shared"), "--replicas", "3"]
+    first = start(*flags, *flags_of(volumes3))
+    assert ask(first.url + "/k", "PUT", b"12345")[0] == 201
+    assert json.loads(ask(first.url + "/-/status")[2])["unconfigured"] == []
+    first.stop()
+    words = "the index names volume n2, which is not configured: 1 blobs, 5 bytes are there"
+    assert "the index names" not in first.log()
+
+    two = toml_of(volumes3[:2])
+    second = start("--data", str(tmp_path / "shared"), config=two)
+    assert second.log().count(words) == 1
+    status = json.loads(ask(second.url + "/-/status")[2])
+    assert status["unconfigured"] == [{"name": "n2", "blobs": 1, "bytes": 5}]
+    second.config.write_text(toml_of(volumes3))
+    second.process.send_signal(signal.SIGHUP)
+    eventually(lambda: json.loads(ask(second.url + "/-/status")[2])["unconfigured"] == [])
+    assert second.log().count(words) == 1
+    second.config.write_text(two)
+    second.process.send_signal(signal.SIGHUP)
+    eventually(lambda: second.log().count(words) == 2)
 
 
 def test_redirect_goes_to_the_public_url(
@@ -8942,6 +8974,21 @@ def test_status_shows_the_same_from_server_and_index(cluster: Cluster) -> None:
         [v[n] for n in names] for v in facts["volumes"]
     ]
     assert all(abs(v["ideal"] - 1 / 3) < 0.05 for v in facts["volumes"])
+
+
+@on_nginx
+def test_status_names_volumes_that_are_not_configured(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    assert cluster.tool("status")[0] == 0
+    cluster.configure("volume1", "volume2", replicas=2)
+    assert mkv_tools.main(["status", "--config", str(cluster.file)]) == 1
+    assert re.search(r"^volume3 +unknown +20 +20 B", capsys.readouterr().out, re.MULTILINE)
+    with cluster.serve() as (port, _):
+        code, facts, _ = cluster.tool("status", f"http://127.0.0.1:{port}")
+    assert code == 1 and facts["unconfigured"] == [{"name": "volume3", "blobs": 20, "bytes": 20}]
 
 
 def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
