@@ -119,7 +119,7 @@ from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlsplit
 
 from aiohttp import ClientError, HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
@@ -6453,8 +6453,22 @@ def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{host}:{listener.getsockname()[1]}"
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
     volumes += f" (embedded, under {config.data})" if embedded else ""
-    trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
+    trial = suggest_trial(config, url)
     return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
+
+
+def suggest_trial(config: Config, url: str) -> str:
+    """Return a command that stores a blob and reads it, as whoever may do both."""
+    rules = [rule for rule in (config.anonymous, *config.tokens) if rule is not None]
+    able = [rule for rule in rules if {"read", "write"}.issubset(rule.allow)]
+    if rules and not able:
+        return f"curl {url}/-/readyz (no token may both write and read)"
+    shown = ""
+    if able and able[0] is not config.anonymous:
+        shown = '-H "Authorization: Bearer $MKV_TOKEN" '
+    prefix = able[0].prefix if able else ""
+    target = f"{shown}{url}/{quote(prefix)}hello"
+    return f"curl -T README.md {target} && curl -L {target}"
 
 
 async def wait_for_stop(
@@ -6626,15 +6640,17 @@ def run(main: Awaitable[None]) -> NoReturn:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any] = {}
+    parser: argparse.ArgumentParser, names: Collection[str],
+    defaults: Mapping[str, Any] = {}, abouts: Mapping[str, str] = {},
 ) -> None:  # fmt: skip
     """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
-    its help, `defaults` stand for Config's own."""
+    its help, `defaults` and `abouts` stand for Config's own."""
     parser.add_argument(
         "--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it"
     )
     for spec in fields(Config):
-        flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
+        flag = f"--{spec.name.replace('_', '-')}"
+        about = abouts.get(spec.name, spec.metadata.get("help", ""))
         if spec.name not in names:
             continue
         if spec.name == "volumes":
@@ -6652,6 +6668,10 @@ def add_settings(
 
 # Of the `volume` command. It has no tokens, so `insecure` means something else there: see below.
 VOLUME_DEFAULTS: dict[str, Any] = {"port": "3001", "insecure": True}
+VOLUME_ABOUTS = {
+    "insecure": "listen beyond loopback without a volume_secret",
+    "body_timeout": "as the index server has it; a body that comes no further gets twice as long",
+}
 VOLUME_SETTINGS = (
     "host", "port", "log_format", "insecure",
     "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
@@ -6672,7 +6692,7 @@ def main(arguments: list[str] | None = None) -> int:
         "volume", help="run one volume server, for machines without nginx"
     )
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
+    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS, VOLUME_ABOUTS)
     flags = {
         name: value
         for name, value in vars(parser.parse_args(arguments)).items()

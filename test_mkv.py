@@ -416,7 +416,7 @@ def make_compose_secrets(folder: Path) -> str:
         capture_output=True,
         text=True,
     )
-    (token,) = re.findall(r"^export TOKEN=(\S+)$", made.stdout, re.MULTILINE)
+    (token,) = re.findall(r"^export MKV_TOKEN=(\S+)$", made.stdout, re.MULTILINE)
     return token
 
 
@@ -4732,6 +4732,34 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     assert not (server.folder / "elsewhere.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "token"),
+    [
+        ("", ""),
+        ('[anonymous]\nallow = ["read", "write"]\nprefix = "a \'&/"\n', ""),
+        ("{tokens}", "writer"),
+        ('{tokens}[anonymous]\nallow = ["read"]\n', "writer"),
+        ("{tenant}", "tenant"),
+    ],
+)
+def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
+    tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
+    server = start(config=config.format(tokens=TOKENS, tenant=tenant))
+    trial = server.said.splitlines()[1].removeprefix("try: ")
+    (server.folder / "README.md").write_text("read me")
+    environ = {**os.environ, "MKV_TOKEN": SECRETS.get(token, "")}
+    said = subprocess.run(
+        ["bash", "-c", trial], cwd=server.folder, env=environ, capture_output=True, timeout=30
+    )
+    assert said.returncode == 0 and said.stdout == b"read me"
+    assert ("MKV_TOKEN" in trial) == bool(token)
+
+
+def test_greeting_asks_nobody_for_what_no_token_allows(start: Callable[..., Program]) -> None:
+    server = start(config=token_toml("reader", '["read"]'))
+    assert "readyz" in server.said and "-T" not in server.said
+
+
 def test_second_start_finds_the_data_again(start: Callable[..., Program]) -> None:
     first = start()
     assert ask(first.url + "/k.txt", "PUT", b"x")[0] == 201
@@ -5054,6 +5082,14 @@ def test_help_of_volume_names_its_own_port() -> None:
             [*SERVE[:2], command, "--help"], capture_output=True, text=True, check=True
         )
         assert f"picks a free one [{port}]" in " ".join(said.stdout.split())
+
+
+def test_help_of_volume_speaks_of_a_volume() -> None:
+    """It knows no tokens."""
+    said = subprocess.run(
+        [*SERVE[:2], "volume", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "without a volume_secret" in " ".join(said.split()) and "token" not in said
 
 
 def test_volume_lists_what_it_can_and_says_what_it_cannot(volume: tuple[str, Path]) -> None:
@@ -6256,7 +6292,8 @@ class Cluster:
     def tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
         """Run a tool in this process; return exit code, summary and standard error."""
         out, err = io.StringIO(), io.StringIO()
-        line = [command, "--config", str(self.file), "--json", *map(str, arguments)]
+        config = ["--config", str(self.file)] if command in mkv_tools.SETTINGS else []
+        line = [command, *config, "--json", *map(str, arguments)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = mkv_tools.main(line)
         return code, json.loads(out.getvalue() or "{}"), err.getvalue()
@@ -6266,8 +6303,7 @@ class Cluster:
             sys.executable,
             HERE / "mkv_tools.py",
             command,
-            "--config",
-            self.file,
+            *(["--config", self.file] if command in mkv_tools.SETTINGS else []),
             "--json",
             *map(str, arguments),
         ]
@@ -9318,8 +9354,58 @@ def test_report_for_people_is_short(cluster: Cluster, capsys: pytest.CaptureFixt
         cluster.replica(f"k{i}").unlink()
     assert mkv_tools.main(["verify", "--config", str(cluster.file)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "30 x missing" and "and 20 more" in lines[11] and "30 left" in lines[-1]
+    assert lines[0] == "30 x missing" and "and 20 more" in lines[11]
+    assert lines[-1] == "30 keys, 60 replicas of 60 B: 30 faults"
     assert len(cluster.tool("verify")[1]["cases"]) == 30
+
+
+def test_verify_says_what_it_covered_and_that_nothing_is_wrong(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.put({f"k{i}": bytes(100) for i in range(10)} | {"large": bytes(LARGE)})
+    size = 2 * (1000 + LARGE)
+    extent = f"11 keys, 22 replicas of {mkv_tools.show_bytes(size)}"
+    line = ["verify", "--config", str(cluster.file)]
+    assert mkv_tools.main(line) == 0
+    assert capsys.readouterr().out == f"{extent}: no faults\n"
+    code, facts, _ = cluster.tool("verify", "--deep")
+    assert (code, facts["bytes"], facts["bytes_read"]) == (0, size, size)
+    cluster.replica("large").unlink()
+    assert mkv_tools.main([*line, "--repair"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"{extent}, .* read: 1 faults repaired, 0 left", said)
+
+
+@on_nginx
+def test_dry_run_says_no_speed(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(50)})
+    cluster.start("volume4")
+    cluster.configure("volume1", "volume2", "volume3", "volume4", replicas=2)
+    line = ["rebalance", "--config", str(cluster.file)]
+    for more, says_speed in ((["--dry-run"], False), ([], True)):
+        assert mkv_tools.main([*line, *more]) == 0
+        assert ("a second" in capsys.readouterr().out) == says_speed
+
+
+def flags_in_help(*command: str) -> set[str]:
+    line = [sys.executable, HERE / command[0], *command[1:], "--help"]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)) - {"--json", "--help"}
+
+
+def test_help_lists_only_flags_that_do_something_there() -> None:
+    volumes = {"--config", "--db", "--data", "--volume", "--replicas", "--volume-timeout"}
+    for command, flags in {
+        "rebuild": volumes | {"--allow-missing"},
+        "rebalance": volumes | {"--dry-run", "--concurrency", "--limit-rate"},
+        "verify": volumes | {"--deep", "--repair", "--grace", "--limit-rate"},
+        "status": volumes | {"--token-file"},
+        "bench": {"--size", "--concurrency", "--count", "--duration", "--token-file"},
+        "backup": {"--config", "--db", "--data"},
+        "forget": volumes - {"--volume-timeout"},
+        "token": {"--allow", "--prefix"},
+    }.items():
+        assert flags_in_help("mkv_tools.py", command) == flags, command
 
 
 def test_progress_is_plain_lines_off_a_terminal(
