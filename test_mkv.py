@@ -5399,6 +5399,47 @@ def test_readme_names_what_the_code_has() -> None:
     assert statuses <= named
 
 
+def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
+    """Its very words, with other ports; the index is not that of the first trial."""
+    require_nginx()
+    readme = (HERE / "README.md").read_text()
+    by_hand = readme[readme.index("### By hand") : readme.index("### systemd")]
+    (script,) = re.findall(r"^```sh\n(.*?)^```$", by_hand, re.MULTILINE | re.DOTALL)
+    (stop,) = re.findall(r"`(kill [^`]+)`", by_hand)
+    ports = [str(free_port()) for _ in range(3)]
+    for n, port in enumerate(ports, 1):
+        script = script.replace(
+            f"--volume http://127.0.0.1:300{n}", f"--volume http://127.0.0.1:{port}"
+        )
+    script = script.replace("300$n", f"$(echo {' '.join(ports)} | cut -d' ' -f$n)")
+    script = re.sub(r"^apt-get .*\n", "", script, flags=re.MULTILINE)
+    script = script.replace(".venv/bin/python mkv.py serve", f"exec {' '.join(SERVE)} --port 0")
+    shutil.copy(HERE / "nginx.conf", tmp_path)
+    pids = list[int]()
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-ec", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=log
+        )
+    assert process.stdout
+    try:
+        url = process.stdout.readline().decode().split()[4]
+        eventually(lambda: len(list(tmp_path.glob("by-hand/vol*/.nginx.pid"))) == 3)
+        pids = [int(file.read_text()) for file in tmp_path.glob("by-hand/vol*/.nginx.pid")]
+        eventually(lambda: try_ask(url + "/k", "PUT", b"x") == 201)
+        assert (tmp_path / "by-hand" / "index.db").exists() and not (
+            tmp_path / "mkv-data"
+        ).exists()
+        subprocess.run(["bash", "-ec", stop], cwd=tmp_path, check=True)
+        eventually(lambda: not any(Path(f"/proc/{pid}/cwd").exists() for pid in pids))
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
     # The first that knows dockerfile_inline.
