@@ -6973,7 +6973,9 @@ class Retries:
         now_s = time.monotonic()
         if not self._count:
             self._deadline_s = now_s + self._patience_s
-        pause_s = min(FIRST_PAUSE_S * 2**self._count, LONGEST_PAUSE_S) * random.uniform(0.5, 1)
+        pause_s = min(FIRST_PAUSE_S * 2 ** min(self._count, 10), LONGEST_PAUSE_S) * random.uniform(
+            0.5, 1
+        )
         pause_s = max(pause_s, read_retry_after(error.headers.get("Retry-After", "")))
         if now_s + pause_s > self._deadline_s:
             if doubt:
@@ -7017,6 +7019,8 @@ class Download:
         while not self._is_done():
             try:
                 async with self._open() as response:
+                    if not self._check(response):
+                        break
                     async for piece in response.content.iter_any():
                         self._at += len(piece)
                         if self._hasher:
@@ -7046,7 +7050,6 @@ class Download:
                 self.sources.add(without_query(url))
                 await read_body(response)
                 response = await stack.enter_async_context(self._client.send("GET", url, headers))
-            self._check(response, bool(headers))
             yield response
 
     async def _locate(
@@ -7079,24 +7082,27 @@ class Download:
             raise Changed("the key was replaced while it was read")
         self._etag = etag
 
-    def _check(self, response: ClientResponse, is_part: bool) -> None:
-        """Raise Unreachable unless just what is missing will come."""
+    def _check(self, response: ClientResponse) -> bool:
+        """Return whether there is more, and it comes; raises Unreachable if something else does.
+        Of an empty file nginx sends all, whatever part was asked for."""
         status = response.status
         length = response.content_length
-        found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if status == 200 and not is_part and length is not None:
-            self._size = length
-            return
-        if status in (206, 416) and found:
-            size = int(found[3])
-            end = size if self._end is None else min(size, self._end)
-            if status == 416 and self._at >= size:
-                self._size = size
-                return
-            if (found[1], found[2]) == (str(self._at), str(end - 1)) and length == end - self._at:
-                self._size = size
-                return
-        told = f"GET {without_query(str(response.url))} was answered {status}"
+        if status == 200 and length is not None:
+            part = (0, length, length)
+        elif found := CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "")):
+            part = (int(found[1] or 0), int(found[2] or -1) + 1, int(found[3]))
+        else:
+            part = (0, 0, 0)
+            status = 0
+        first, end, size = part
+        if status in (200, 416) and self._at >= size:
+            self._size = size
+            return False
+        wanted = size if self._end is None else min(size, self._end)
+        if status in (200, 206) and (first, end, length) == (self._at, wanted, end - first):
+            self._size = size
+            return True
+        told = f"GET {without_query(str(response.url))} was answered {response.status}"
         raise Unreachable(told, sent=True)
 
 
@@ -7211,7 +7217,7 @@ class FileSource(Source):
     def _look(self) -> None:
         self._start = self._file.tell()
         hasher = Hasher({})
-        while piece := self._file.read(FILE_BYTES):
+        while piece := read_bytes(self._file, FILE_BYTES):
             hasher.update(piece)
         self.digest = hasher.finish()
         self.size = hasher.size
@@ -7220,7 +7226,7 @@ class FileSource(Source):
         await in_thread(self._file.seek, self._start)
         left = self.size or 0
         while left:
-            piece = await in_thread(self._file.read, min(left, FILE_BYTES))
+            piece = await in_thread(read_bytes, self._file, min(left, FILE_BYTES))
             if not piece:
                 raise OSError(errno.EIO, "the file has become shorter meanwhile")
             left -= len(piece)
@@ -7251,8 +7257,15 @@ class FlowSource(Source):
 
 
 async def read_pipe(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := await in_thread(file.read, FILE_BYTES):
+    while piece := await in_thread(read_bytes, file, FILE_BYTES):
         yield piece
+
+
+def read_bytes(file: IO[bytes], size: int) -> bytes:
+    piece = file.read(size)
+    if not isinstance(piece, bytes):
+        raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
+    return piece
 
 
 async def open_source(data: Data) -> Source:
