@@ -1495,6 +1495,8 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
 
         def text() -> str:
+            if options.dry_run:
+                return f"{work.checked} keys, {work.moved} to be moved, {work.left.total()} left"
             speed = show_bytes(mover.bytes / report.seconds)
             copied = f"{show_bytes(mover.bytes)} copied, {speed}/s"
             return f"{work.moved} keys moved, {work.left.total()} left, {copied}"
@@ -1524,12 +1526,14 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         f"{a} -> {b}: {n} replicas, {show_bytes(size)}"
         for (a, b), (n, size) in sorted(work.pairs.items())
     ]
-    verb, rate = "to be moved" if options.dry_run else "moved", work.moved / report.seconds
-    report.lines.append(
-        f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, "
-        f"{work.dropped} to drop; "
-        f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
-    )
+    replicas = f"{count} replicas, {show_bytes(size)}"
+    if options.dry_run:
+        line = f"{work.moved} to be moved: {replicas} to copy, {work.dropped} to drop"
+    else:
+        rate = work.moved / report.seconds
+        speed = f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
+        line = f"{work.moved} moved: {replicas} copied, {work.dropped} dropped; {speed}"
+    report.lines.append(f"{work.keys} keys, {line}")
     for reason, count in work.left.items():
         report.lines.append(f"left {count}: {REASONS.get(reason, reason)}")
     report.code = 1 if work.left else 0
@@ -1638,7 +1642,7 @@ class Verify:
         )
         self.walk = Walk(mover.clients, report, self._fail)
         self.failed: set[str] = set()
-        self.keys = self.replicas = self.young = self.repaired = 0
+        self.keys = self.replicas = self.bytes = self.young = self.repaired = 0
 
     def _fail(self, error: VolumeError) -> None:
         if error.volume not in self.failed:
@@ -1690,6 +1694,7 @@ class Verify:
         found."""
         self.keys += len(records)
         self.replicas += sum(len(record.volumes) for record in records)
+        self.bytes += sum(record.size * len(record.volumes) for record in records)
         # Record -> volume -> what is wrong.
         faults: dict[Record, dict[str, str]] = defaultdict(dict)
         doubtful: list[Replica] = []
@@ -1861,10 +1866,7 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
         mover = Mover(store, options.limit_rate * 1e6, report)
         notes = Notes()
         work = Verify(store, mover, notes, report, options.deep)
-        text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
-        progress = show_progress(
-            report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done
-        )
+        progress = show_progress(report, lambda: tell_extent(work, mover), lambda: work.walk.done)
         try:
             async with progress:
                 await work.run(options.repair, options.grace)
@@ -1876,17 +1878,28 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     report.facts = {
         "keys": work.keys,
         "replicas": work.replicas,
+        "bytes": work.bytes,
         "bytes_read": mover.bytes,
         "young": work.young,
     }
     report.facts |= {"repaired": work.repaired, "left": left}
-    report.lines = [f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read"]
-    report.lines[0] += f": {work.repaired} faults repaired, {left} left"
+    report.lines = [f"{tell_extent(work, mover)}: {tell_faults(work.repaired, left)}"]
     if work.young:
         report.lines.append(
             f"{work.young} files that no record names are younger than --grace: left alone"
         )
     report.code = 1 if left else 0
+
+
+def tell_extent(work: Verify, mover: Mover) -> str:
+    read = f", {show_bytes(mover.bytes)} read" if mover.bytes else ""
+    return f"{work.keys} keys, {work.replicas} replicas of {show_bytes(work.bytes)}{read}"
+
+
+def tell_faults(repaired: int, left: int) -> str:
+    if repaired:
+        return f"{repaired} faults repaired, {left} left"
+    return f"{left} faults" if left else "no faults"
 
 
 # == status, backup, forget, token ================================================================
@@ -1934,9 +1947,16 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
         row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
         report.lines.append(row + f"{v['share']:7.1%} {v['ideal']:7.1%}")
+    unconfigured = facts.get("unconfigured", [])  # an older server does not say
+    for v in unconfigured:
+        report.lines.append(
+            f"{v['name']:20} {'unknown':9} {v['blobs']:10} {show_bytes(v['bytes']):>10}  "
+            "the index names it, the configuration does not"
+        )
     waiting = f"{facts['garbage']} replicas wait to be deleted"
     report.lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {waiting}")
-    report.facts, report.code = facts, 0 if all(v["state"] == "up" for v in volumes) else 1
+    report.facts = facts
+    report.code = 0 if all(v["state"] == "up" for v in volumes) and not unconfigured else 1
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
@@ -2441,7 +2461,13 @@ def describe_bench(facts: Mapping[str, Mapping[str, Any]], processes: int) -> li
 
 # == Command line =================================================================================
 
-SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
+# What each command that reads the configuration has as flags; the others talk to a server only.
+ALL_SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
+SETTINGS: Mapping[str, Sequence[str]] = {
+    "rebuild": ALL_SETTINGS, "rebalance": ALL_SETTINGS, "verify": ALL_SETTINGS,
+    "status": ALL_SETTINGS, "backup": ("db", "data"),
+    "forget": ("db", "data", "volumes", "replicas"),
+}  # fmt: skip
 Command = Callable[[Config, argparse.Namespace, Report], Awaitable[None]]
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The "
@@ -2482,8 +2508,8 @@ def make_parser() -> argparse.ArgumentParser:
     make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
         command = make(name, help=about.partition(".")[0], description=about)
-        if name != "token":
-            add_settings(command, SETTINGS)
+        if name in SETTINGS:
+            add_settings(command, SETTINGS[name])
         command.add_argument("--json", action="store_true", help="print one JSON object")
         add[name] = command.add_argument
     count, seconds = at_least(int, 1), at_least(float, 0)
@@ -2569,7 +2595,9 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     flags = {
-        n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None
+        name: value
+        for name, value in vars(options).items()
+        if name in (*ALL_SETTINGS, "volume") and value is not None
     }
     config = load_config(getattr(options, "config", ""), flags)
     # For temporary tables.
