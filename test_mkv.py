@@ -815,7 +815,7 @@ PURE_SECTIONS = (
 )  # fmt: skip
 SECTIONS = (
     *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store",
-    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
+    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
     "asyncio",
