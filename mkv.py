@@ -7711,7 +7711,6 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    logging.raiseExceptions = False  # a log that cannot be written stops nothing
 
 
 def notify_systemd(message: str) -> None:
@@ -8005,8 +8004,17 @@ VOLUME_SETTINGS = (
 )  # fmt: skip
 
 
+def open_standard_streams() -> None:
+    """Give those that were closed at the start to nobody else: a log would go into a socket, or
+    into the index."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
