@@ -5294,7 +5294,7 @@ dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 44rem) {
   main { padding: .7rem; }
   #version { display: none; }
-  td { font-weight: 400; }
+  td > span { flex-wrap: wrap; justify-content: flex-end; min-width: 0; overflow-wrap: anywhere; }
   thead { position: absolute; left: -99rem; }
   tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
   tbody tr:last-child { border-bottom: 0; }
