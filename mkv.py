@@ -6445,6 +6445,8 @@ class Corrupt(MkvError):
 class Strange(MkvError):
     """Something was answered that no mkv answers."""
 
+    title = "which no mkv answers"
+
 
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
@@ -6921,16 +6923,16 @@ async def read_body(response: ClientResponse) -> bytes:
 def error_of(response: ClientResponse, body: bytes) -> MkvError:
     """Return the error that an answer names."""
     status = response.status
-    told = f"{response.method} {response.url.path} was answered {status}"
+    kind = REFUSALS.get(status, MkvError if status >= 500 else Strange)
+    told = f"{response.method} {response.url.path} was answered {status} {kind.title}"
     if response.content_type != "application/problem+json":
         if status in (502, 503, 504):  # a proxy, which does not say how far it came
             return Unreachable(told, sent=True)
-        return REFUSALS.get(status, Strange)(told)
+        return kind(told)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         problem = json.loads(body)  # HEAD has none
         told = f"{problem['detail']} (request {problem['request_id']})"
     wait = response.headers.get("Retry-After", "")
-    kind = REFUSALS.get(status, MkvError)
     return kind(told, Retry_After=wait) if wait else kind(told)
 
 

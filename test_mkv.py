@@ -55,7 +55,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 from unittest.mock import Mock
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import hypothesis
 import pytest
@@ -5688,7 +5688,7 @@ async def test_no_volume_sees_the_token() -> None:
 @pytest.mark.parametrize(
     ("status", "headers", "body"),
     [
-        ("200 OK", "Content-Length: 5", b"01234"),
+        ("200 OK", "Content-Length: 10", b"0123456789"),
         ("206 Partial Content", "Content-Length: 5\r\nContent-Range: bytes 0-4/10", b"01234"),
         ("206 Partial Content", "Content-Length: 4\r\nContent-Range: bytes 5-9/10", b"5678"),
         ("206 Partial Content", "Content-Length: 5", b"56789"),
@@ -10211,7 +10211,10 @@ def test_dry_run_says_no_speed(cluster: Cluster, capsys: pytest.CaptureFixture[s
 def flags_in_help(*command: str) -> set[str]:
     line = [sys.executable, HERE / command[0], *command[1:], "--help"]
     said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)) - {"--json", "--help"}
+    return set(re.findall(r"^  (?:-\w[^,]*, )?(--[a-z-]+)", said, re.MULTILINE)) - {
+        "--json",
+        "--help",
+    }
 
 
 def test_help_lists_only_flags_that_do_something_there() -> None:
@@ -10221,6 +10224,11 @@ def test_help_lists_only_flags_that_do_something_there() -> None:
         "rebalance": volumes | {"--dry-run", "--concurrency", "--limit-rate"},
         "verify": volumes | {"--deep", "--repair", "--grace", "--limit-rate"},
         "status": volumes | {"--token-file"},
+        "put": {"--prefix", "--concurrency", "--token-file"},
+        "get": {"--output", "--concurrency", "--token-file"},
+        "ls": {"--long", "--token-file"},
+        "rm": {"--prefix", "--yes", "--concurrency", "--token-file"},
+        "import": {"--prefix", "--by-size", "--concurrency", "--token-file"},
         "bench": {"--size", "--concurrency", "--count", "--duration", "--token-file"},
         "backup": {"--config", "--db", "--data"},
         "forget": volumes - {"--volume-timeout"},
@@ -10243,6 +10251,479 @@ def test_progress_is_plain_lines_off_a_terminal(
 
     asyncio.run(work())
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
+
+
+# == Tools: put, get, ls, rm, import ==============================================================
+
+
+def digests_below(folder: Path) -> dict[str, bytes]:
+    """Return what is in a folder, by path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+ODD_NAMES = (
+    "a?b",
+    "a#b",
+    "100%",
+    "%41",
+    "a b",
+    "line\nbreak",
+    "ü",
+    "\U0001f600",
+    "-x",
+    "a\\b",
+    "'\"",
+)
+
+
+def make_tree(folder: Path) -> dict[str, bytes]:
+    """Fill a folder with files of odd names and several sizes; return path -> bytes."""
+    for number, name in enumerate(ODD_NAMES):
+        for path in (folder / name, folder / "sub" / name / "deep"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                path.write_bytes(random.Random(number).randbytes(number * 3000))
+    (folder / "empty").touch()
+    (folder / "large").write_bytes(os.urandom(LARGE))
+    return digests_below(folder)
+
+
+@pytest.fixture
+def served(cluster: Cluster) -> Iterator[str]:
+    with cluster.serve() as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
+@on_nginx
+def test_folder_comes_back_as_it_was(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    files = make_tree(source)
+    code, facts, err = cluster.tool("put", served, f"{source}/", "--prefix", "p/")
+    assert (code, facts["copied"], facts["bytes"]) == (
+        0,
+        len(files),
+        sum(map(len, files.values())),
+    )
+    page = json.loads(ask(f"{served}/?limit=10000")[2])
+    assert {row["key"] for row in page["keys"]} == {f"p/{path}" for path in files}
+    code, facts, err = cluster.tool("get", served, "p/", "-o", back)
+    assert (code, facts["copied"]) == (0, len(files)), err
+    assert digests_below(back) == files
+
+    assert cluster.tool("put", served, source)[1]["copied"] == len(files)  # with its name
+    assert json.loads(ask(f"{served}/?prefix=source/&limit=9999")[2])["keys"][0]["key"] == (
+        "source/" + min(files, key=str.encode)
+    )
+
+
+@on_nginx
+def test_copying_again_copies_only_what_is_missing_or_differs(
+    cluster: Cluster, served: str, tmp_path: Path
+) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    files = make_tree(source)
+    for command in (["put", served, f"{source}/"], ["get", served, "", "-o", back]):
+        assert cluster.tool(*command)[1]["copied"] == len(files)
+        code, facts, _ = cluster.tool(*command)
+        assert (code, facts["copied"], facts["same"], facts["bytes"]) == (0, 0, len(files), 0)
+    (source / "large").write_bytes(os.urandom(LARGE))  # as large as before
+    (source / "new").write_bytes(b"new")
+    (source / "empty").write_bytes(b"no more")
+    for command in (["put", served, f"{source}/"], ["get", served, "", "-o", back]):
+        code, facts, _ = cluster.tool(*command)
+        assert (code, facts["copied"], facts["same"]) == (0, 3, len(files) - 2)
+    assert digests_below(back) == digests_below(source)
+
+
+@on_nginx
+def test_what_has_no_key_is_named_and_the_rest_is_stored(
+    cluster: Cluster, served: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    (source / "folder").mkdir(parents=True)
+    (source / "good").write_bytes(b"x")
+    (source / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"x")
+    os.mkfifo(source / "pipe")
+    (source / "nowhere").symlink_to("not there")
+    (source / "link").symlink_to("good")
+    (source / "elsewhere").symlink_to("/etc")
+    long = source.joinpath(*["d" * 200] * 6)
+    long.mkdir(parents=True)
+    (long / "file").touch()
+    code, facts, _ = cluster.tool("put", served, f"{source}/", tmp_path / "missing")
+    failed = {Path(case["path"]).name: case["detail"] for case in facts["cases"]}
+    assert code == 1 and facts["copied"] == 2 and facts["failed"] == 6
+    assert "UTF-8" in failed.pop("not-utf8-\udcff") and "link to a folder" in failed.pop(
+        "elsewhere"
+    )
+    assert "no file" in failed.pop("pipe") and "1024 bytes" in failed.pop("file")
+    assert failed.keys() == {"nowhere", "missing"}
+    keys = [row["key"] for row in json.loads(ask(served + "/")[2])["keys"]]
+    assert keys == ["good", "link"]
+
+
+EVIL_KEYS = (
+    "p/../outside", "p/a/../../outside", "p//etc/passwd", "p/./x", "p/a//b", "p/..", "p/", "p/a/",
+    "p/link/owned", "p/" + "n" * 300, "p/.mkv-0123456789abcdef-0123456789abcdef.part",
+)  # fmt: skip
+
+
+@on_nginx
+def test_no_key_leads_out_of_the_folder(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    for key in (*EVIL_KEYS, "p/good", "p/file", "p/file/below"):
+        assert ask(f"{served}/{quote(key, safe='')}", "PUT", b"evil")[0] == 201
+    (tmp_path / "outside-folder").mkdir()
+    folder = tmp_path / "nest" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "outside-folder")
+    (tmp_path / "victim").write_bytes(b"victim")
+    (folder / "good").symlink_to(tmp_path / "victim")  # is replaced itself
+    before = digests_below(tmp_path / "outside-folder"), sorted(os.listdir(tmp_path / "nest"))
+    code, facts, _ = cluster.tool("get", served, "p/", "-o", folder)
+    assert code == 1 and facts["copied"] == 2 and facts["failed"] == len(EVIL_KEYS) + 1
+    named = {case["key"] for case in facts["cases"]}
+    assert named >= set(EVIL_KEYS) and named & {"p/file", "p/file/below"}
+    assert before == (
+        digests_below(tmp_path / "outside-folder"), sorted(os.listdir(tmp_path / "nest"))
+    )  # fmt: skip
+    assert (tmp_path / "victim").read_bytes() == b"victim"
+    assert (folder / "good").read_bytes() == b"evil" and not (folder / "good").is_symlink()
+    assert not (tmp_path / "outside").exists() and not (tmp_path / "nest" / "outside").exists()
+
+
+@on_nginx
+def test_single_keys_go_where_they_are_told(
+    cluster: Cluster, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key in ("a/one", "two"):
+        assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
+    assert cluster.tool("get", served, "a/one", "two")[0] == 0
+    assert cluster.tool("get", served, "a/one", "-o", "file")[0] == 0
+    (tmp_path / "folder").mkdir()
+    assert cluster.tool("get", served, "a/one", "two", "-o", "folder")[0] == 0
+    for path in ("one", "file", "folder/one"):
+        assert Path(path).read_bytes() == b"a/one"
+    assert Path("two").read_bytes() == Path("folder/two").read_bytes() == b"two"
+    code, facts, _ = cluster.tool("get", served, "two", "none")
+    assert (code, facts["same"], facts["failed"]) == (1, 1, 1)
+    assert cluster.tool("get", served, "a/")[0] == 2  # into which folder?
+    line = [sys.executable, HERE / "mkv_tools.py", "get", served, "a/one", "two", "-o", "-"]
+    assert subprocess.run(line, check=True, capture_output=True).stdout == b"a/onetwo"
+
+
+@on_nginx
+def test_ls_and_rm(cluster: Cluster, served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("a/1", "a/2", "b", "c", f"nasty{NASTY}"):
+        assert ask(f"{served}/{quote(key, safe='')}", "PUT", key.encode())[0] == 201
+
+    def tool(*line: str) -> tuple[int, list[str]]:
+        code = mkv_tools.main(line)
+        return code, capsys.readouterr().out.splitlines()
+
+    assert tool("ls", served, "a/") == (0, ["a/1", "a/2"])
+    (row,) = tool("ls", served, "b", "-l")[1]
+    assert re.fullmatch(r" +1 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ application/octet-stream +b", row)
+    (row,) = tool("ls", served, "b", "--json")[1]
+    assert json.loads(row)["digest"] == hashlib.sha256(b"b").hexdigest()
+    assert all(one.isprintable() for line in tool("ls", served)[1] for one in line)
+    assert tool("rm", served, "b", "c")[0] == 0 and tool("ls", served, "b")[1] == []
+    assert tool("rm", served, "b")[0] == 1
+    assert tool("rm", served)[0] == tool("rm", served, "b", "--prefix", "a/")[0] == 2
+    assert mkv_tools.main(["rm", served, "--prefix", "a/"]) == 2
+    assert "2 keys of 6 B begin with" in capsys.readouterr().err
+    assert tool("ls", served, "a/")[1] == ["a/1", "a/2"]
+    assert tool("rm", served, "--prefix", "a/", "--yes")[0] == 0
+    assert tool("ls", served, "a/")[1] == [] and len(tool("ls", served)[1]) == 1
+
+
+def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> None:
+    server = start()
+    for i in range(50):
+        ask(f"{server.url}/{i:0900}", "PUT", b"")
+    line = f"{sys.executable} {HERE}/mkv_tools.py ls {server.url} --json"
+    ended = subprocess.run(
+        ["bash", "-c", f"{line} | head -1"], capture_output=True, timeout=60, check=True
+    )
+    assert ended.stdout.count(b"\n") == 1 and ended.stderr == b""
+
+
+@on_nginx
+def test_copying_takes_its_token_from_file_or_environment(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.file.write_text(cluster.file.read_text() + "\n" + TOKENS)
+    (tmp_path / "secret").write_text(SECRETS["boss"] + "\n")
+    (tmp_path / "file").write_bytes(b"x")
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        code, _, err = cluster.tool("put", url, tmp_path / "file")
+        assert code == 1 and "401 Unauthorized" in err
+        assert (
+            cluster.tool("put", url, tmp_path / "file", "--token-file", tmp_path / "secret")[0]
+            == 0
+        )
+        monkeypatch.setenv("MKV_TOKEN", SECRETS["boss"])
+        assert cluster.tool("get", url, "file", "-o", tmp_path / "back")[0] == 0
+        monkeypatch.setenv("MKV_TOKEN", SECRETS["reader"])
+        code, _, err = cluster.tool("rm", url, "file")
+        assert code == 1 and "reader may only read" in err
+
+
+@on_nginx
+def test_copying_goes_on_when_a_volume_dies_and_stops_when_the_server_does(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(300):
+        (source / f"{i}").write_bytes(os.urandom(50_000))
+    with cluster.serve() as (port, server):
+        url = f"http://127.0.0.1:{port}"
+        process = cluster.spawn("put", url, f"{source}/", "--concurrency", "4")
+        eventually(lambda: cluster.files("volume1"))
+        cluster.stop("volume1")
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and json.loads(out)["copied"] == 300
+        process = cluster.spawn("get", url, "", "-o", tmp_path / "back", "--concurrency", "4")
+        eventually(lambda: (tmp_path / "back").is_dir() and any((tmp_path / "back").iterdir()))
+        cluster.start("volume1")
+        cluster.stop("volume2")
+        process.communicate(timeout=60)
+        assert process.returncode == 0 and digests_below(tmp_path / "back") == digests_below(
+            source
+        )
+        server.kill()
+        server.wait()
+    for name, value in (("PATIENCE_S", 0.2), ("FAILURES_IN_A_ROW", 5)):
+        monkeypatch.setattr(mkv_tools, name, value)
+    monkeypatch.setattr(mkv_tools.open_client, "__defaults__", (0.2,))
+    code, _, err = cluster.tool("put", url, f"{source}/")
+    assert code == 1 and "5 failures in a row" in err and "Cannot connect" in err
+
+
+def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    source, back = tmp_path / "source", tmp_path / "back"
+    source.mkdir()
+    for i in range(400):
+        (source / f"{i}").write_bytes(os.urandom(20_000))
+
+    def run(*line: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, HERE / "mkv_tools.py", *map(str, line), "--json"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    commands: tuple[tuple[tuple[object, ...], Callable[[], int]], ...] = (
+        (("put", server.url, f"{source}/"), lambda: server.log().count("method=PUT")),
+        (("get", server.url, "", "-o", back), lambda: len(list(back.glob("*")))),
+    )
+    for command, how_many in commands:
+        process = run(*command)
+        eventually(lambda how_many=how_many: how_many() > 40)
+        process.kill()
+        process.communicate()
+        before = how_many()
+        out, _ = run(*command).communicate(timeout=120)
+        facts = json.loads(out)
+        assert facts["same"] > 20 and facts["copied"] + facts["same"] == 400 and before < 400
+    assert digests_below(back) == digests_below(source)
+
+
+def test_copying_shows_bytes_and_time_left(start: Callable[..., Program], tmp_path: Path) -> None:
+    copying = mkv_tools.Copying(mkv_tools.Report(False), "copied")
+    for size in (1000, 3000):
+        copying.count(size)
+    copying.hear(1000)
+    copying.end("copied", 1000)
+    assert copying.share() == 0.0 and "time" not in copying.text()  # there may be more
+    copying.is_counted = True
+    assert copying.share() == 0.25 and "1 of 2 done, 1.0 KB of 4.0 KB" in copying.text()
+    copying.fail("k", "", "why", 3000)
+    assert copying.share() == 1.0
+    copying.finish()
+
+
+def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    (tmp_path / "source").mkdir()
+    with open(tmp_path / "source" / "large", "wb") as file:
+        file.truncate(300_000_000)
+    for command in (
+        ["put", server.url, f"{tmp_path}/source/"],
+        ["get", server.url, "", "-o", str(tmp_path / "back")],
+    ):
+        line = [sys.executable, str(HERE / "mkv_tools.py"), *command]
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peak = 0
+        while process.poll() is None:
+            with contextlib.suppress(OSError, ValueError):
+                peak = max(peak, peak_memory(process.pid))
+            time.sleep(0.02)
+        assert process.returncode == 0 and 10_000_000 < peak < 150_000_000
+    assert (tmp_path / "back" / "large").stat().st_size == 300_000_000
+
+
+def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    readme = (HERE / "README.md").read_text()
+    (script,) = re.findall(r"^## Copying\n\n```sh\n([^`]*)^```$", readme, re.MULTILINE)
+    script = re.sub(" +#.*", "", script.replace("http://127.0.0.1:3000", server.url))
+    script = script.replace(
+        ".venv/bin/python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py"
+    )
+    files = make_tree(tmp_path / "photos")
+    with Go({"/from": b"go"}) as original:
+        script = script.replace("http://127.0.0.1:3333", original.url)
+        subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    assert digests_below(tmp_path / "restored") == files
+    assert [row["key"] for row in json.loads(ask(server.url + "/")[2])["keys"]] == ["from"]
+
+
+# -- import --
+
+
+class Go(ThreadingHTTPServer):
+    """A small minikeyvalue, as its README and server.go have it: lists with `?list`, keys with
+    their first slash, redirects to a volume, MD5 in hex, if it was told to keep that."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, blobs: Mapping[str, bytes]) -> None:
+        self.blobs = dict(blobs)
+        self.md5 = dict[str, str]()
+        self.asked = Counter[str]()
+        self.failing = 0  # requests that break off
+        self.volume = ThreadingHTTPServer(("127.0.0.1", 0), GoVolume)
+        self.volume.daemon_threads = True
+        self.volume.blobs = self.blobs  # type: ignore[attr-defined]
+        self.volume.asked = self.asked  # type: ignore[attr-defined]
+        super().__init__(("127.0.0.1", 0), GoMaster)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> Self:
+        for server in (self, self.volume):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self, self.volume):
+            server.shutdown()
+            server.server_close()
+
+
+class GoVolume(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        blob = self.server.blobs[bytes.fromhex(self.path[1:]).decode()]  # type: ignore[attr-defined]
+        self.server.asked["read"] += 1  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(blob)))
+        self.end_headers()
+        self.wfile.write(blob)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class GoMaster(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Go
+
+    def do_GET(self) -> None:
+        if self.server.failing:
+            self.server.failing -= 1
+            self.close_connection = True
+            return
+        parts = urlsplit(self.path)
+        key = unquote(parts.path)
+        if parts.query:
+            self.list_keys(key, parts.query)
+        elif key not in self.server.blobs:
+            self.answer(404)
+        else:
+            headers = {"Location": f"http://127.0.0.1:{self.server.volume.server_port}/"}
+            headers["Location"] += key.encode().hex()
+            headers["Content-Md5"] = self.server.md5.get(key, "")
+            self.answer(302, **{name: value for name, value in headers.items() if value})
+
+    def list_keys(self, prefix: str, query: str) -> None:
+        operation, _, rest = query.partition("&")
+        if operation != "list":
+            self.answer(403)
+            return
+        given = dict(parse_qsl(rest))
+        first, limit = given.get("start", prefix), int(given.get("limit", 0))
+        names = [name for name in self.server.blobs if name.startswith(prefix)]
+        names = sorted((n for n in names if n.encode() >= first.encode()), key=str.encode)
+        following = names[limit] if limit and len(names) > limit else ""
+        page = {"next": following, "keys": names[: limit or None]}
+        self.answer(200, json.dumps(page).encode())
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@on_nginx
+def test_whole_store_of_the_original_is_imported(
+    cluster: Cluster, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv_tools, "IMPORT_PAGE", 7)
+    blobs = {f"/k{i}": random.randbytes(i * 10) for i in range(1, 30)}
+    blobs |= {f"/odd/{name}": name.encode() for name in ODD_NAMES}
+    blobs |= {"/large": random.randbytes(3_000_000)}
+    with Go(blobs) as original:
+        original.md5 = {key: hashlib.md5(blob).hexdigest() for key, blob in blobs.items()}
+        original.failing = 2
+        code, facts, err = cluster.tool("import", original.url, served)
+        assert (code, facts["copied"]) == (0, len(blobs)), (facts, err)
+        for key, blob in blobs.items():
+            assert get_body(f"{served}/{quote(key[1:], safe='')}") == blob
+        original.blobs["/k5"] = b"z" * 50  # as long as before
+        original.blobs["/new"] = b"new"
+        del original.md5["/k5"]
+        reads = original.asked["read"]
+        facts = cluster.tool("import", original.url, served, "--by-size")[1]
+        assert (facts["copied"], facts["same"]) == (1, len(blobs))
+        facts = cluster.tool("import", original.url, served)[1]
+        assert (facts["copied"], facts["same"]) == (1, len(blobs)) and original.asked[
+            "read"
+        ] > reads
+        assert get_body(f"{served}/k5") == b"z" * 50
+        assert cluster.tool("import", original.url, served, "--prefix", "odd/")[1]["same"] == len(
+            ODD_NAMES
+        )
+
+
+@on_nginx
+@pytest.mark.parametrize("size", [100, 3_000_000])
+def test_import_stores_nothing_whose_md5_is_wrong(
+    cluster: Cluster, served: str, size: int
+) -> None:
+    with Go({"/bad": bytes(size), "/good": b"x"}) as original:
+        original.md5 = {"/bad": "0" * 32}
+        code, facts, _ = cluster.tool("import", original.url, served)
+        assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
+        (case,) = facts["cases"]
+        assert case["key"] == "bad" and "MD5" in case["detail"]
+        assert ask(f"{served}/bad")[0] == 404
+
+
+@on_nginx
+def test_import_from_what_is_no_minikeyvalue_says_so(cluster: Cluster, served: str) -> None:
+    for url in (served, f"http://127.0.0.1:{free_port()}"):
+        code, _, err = cluster.tool("import", url, served)
+        assert code == 1 and err.startswith("mkv: ") and err.count("\n") == 1
 
 
 # == Linearizability ==============================================================================
