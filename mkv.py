@@ -120,6 +120,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import (
     IO,
     Any,
@@ -238,6 +239,7 @@ class VolumeBlameless(VolumeError): """The request failed, which says nothing of
 URL = re.compile(
     r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?"
 )
+ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
@@ -398,6 +400,13 @@ class Config(Checked):
         "", "signs redirects, so that volumes serve nobody without one", secret=True
     )
     link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
+    read: str = setting(
+        "redirect",
+        "redirect: readers are sent to a volume; accel: an nginx in front reads for them",
+    )
+    cors_origins: str = setting(
+        "", "origins of browser applications, with blanks between them; * for all (none: no CORS)"
+    )
     insecure: bool = setting(False, "listen beyond loopback without any token")
     tokens: tuple[Token, ...] = ()
     anonymous: Token | None = None
@@ -424,6 +433,11 @@ class Config(Checked):
                 yield f"{what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
+        if self.read not in ("redirect", "accel"):
+            yield f"read: must be redirect or accel, not {self.read!r}"
+        for origin in self.cors_origins.split():
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                yield f"cors_origins: must be * or http(s)://host[:port], not {origin!r}"
         for secret in ("volume_secret", "link_secret"):
             if not SECRET.fullmatch(getattr(self, secret)):
                 yield (
@@ -557,6 +571,9 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
+ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
+NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
+MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
 MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {
@@ -609,7 +626,6 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-@lru_cache(4096)  # one request asks several times
 def key_stem(key: str) -> str:
     """Return what the paths of all versions of a key begin with."""
     h = hash_key(key)
@@ -672,6 +688,30 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
 
 
+@lru_cache(4096)  # every redirect asks
+def name_query(key: str) -> str:
+    """Return the query of a link that names the download: by the key's last part, without what no
+    file name may hold; "" if that leaves none."""
+    name = key[key.rfind("/") + 1 :]
+    name = NOT_IN_NAME.sub("_", name)
+    if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
+        return ""
+    return f"?name={quote(name, safe='')}"
+
+
+def disposition_of(query: str) -> str:
+    """Return the Content-Disposition that a link asks for, as nginx.conf does: "" for none. What
+    is in the link stays encoded, so no header can be made of it."""
+    name = re.search(r"(?:^|&)name=([^&]*)", query, re.IGNORECASE)
+    if name is None or not ENCODED_NAME.fullmatch(name[1]):
+        return ""
+    download = re.search(r"(?:^|&)download=([^&]*)", query, re.IGNORECASE)
+    kind = "attachment" if download and download[1] else "inline"
+    if "%" in name[1]:
+        return f"{kind}; filename*=UTF-8''{name[1]}"  # RFC 8187
+    return f'{kind}; filename="{name[1]}"'
+
+
 def after_prefix(prefix: str) -> str | None:
     """Return the first string that sorts after all that begin with `prefix`; None if there is
     none."""
@@ -731,17 +771,24 @@ class Ring:
                     return
 
     def place(
-        self, key: str, replicas: int, among: Collection[str] | None = None
+        self, key: str, replicas: int, fits: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct
-        zones if they last."""
-        chosen, spare, taken = list[str](), list[str](), set[str]()
+        """Return the first `replicas` volumes (of those that fit) in ring order, of distinct zones
+        if they last."""
+        chosen = list[str]()
+        spare = list[str]()
+        zones = set[str]()
         for name in self.order(key):
-            if among is None or name in among:
-                (spare if self.zones[name] in taken else chosen).append(name)
-                taken.add(self.zones[name])
-                if len(chosen) == replicas:
-                    break
+            if not fits(name):
+                continue
+            zone = self.zones[name]
+            if zone in zones:
+                spare.append(name)
+                continue
+            zones.add(zone)
+            chosen.append(name)
+            if len(chosen) == replicas:
+                break
         return tuple((chosen + spare)[:replicas])
 
 
@@ -760,10 +807,9 @@ SIDECAR_FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same
-    row."""
+    row. A tuple, since each GET makes one, and a dataclass takes twice as long to make."""
 
     key: str
     version: str
@@ -785,6 +831,11 @@ class Record:
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
         return version_ns(self.version) / 1e9
+
+    @property
+    def modified(self) -> str:
+        """The same, as HTTP writes it."""
+        return formatdate(self.modified_s, usegmt=True)
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -1004,11 +1055,16 @@ def plan_write(
 ) -> tuple[str, ...]:  # fmt: skip
     """Return the volumes to write to next: where the ring puts the key among those up, less what
     is done or failed. Those that are slow come last, and only if the others are too few."""
-    usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
-    swift = [name for name in usable if name not in slow]
-    names = ring.place(key, replicas, swift)
+
+    def is_usable(name: str) -> bool:
+        return states.get(name) is State.UP and name not in failed
+
+    def is_swift(name: str) -> bool:
+        return is_usable(name) and name not in slow
+
+    names = ring.place(key, replicas, is_swift)
     if len(names) < replicas:
-        others = ring.place(key, len(usable), usable)
+        others = ring.place(key, len(ring.zones), is_usable)
         names += tuple(name for name in others if name not in names)
     return tuple(name for name in names if name not in done)[: replicas - len(done)]
 
@@ -1045,9 +1101,27 @@ def explain_refusal(
     )
 
 
-def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
-    """Return the volume to read from: one of these that is not down, by turns."""
+RANGE = re.compile(r"bytes=[0-9, -]{1,500}")
+
+
+def decide_range(headers: Mapping[str, str], record: Record) -> str:
+    """Return the Range that a volume is to be asked for, "" for all of the blob: If-Range (RFC
+    9110, 13.1.5) is decided here, since no volume knows the ETag."""
+    part = headers.get("range", "")
+    known = headers.get("if-range", record.etag)
+    if not RANGE.fullmatch(part) or known not in (record.etag, record.modified):
+        return ""
+    return part
+
+
+def choose_replica(
+    names: Iterable[str], states: States, turn: int, slow: Collection[str] = ()
+) -> str | None:
+    """Return the volume to read from: one of these that is not down, by turns. Those that are slow
+    are for lack of others."""
     alive = [name for name in names if states.get(name, State.DOWN) is not State.DOWN]
+    if slow:
+        alive = [name for name in alive if name not in slow] or alive
     return alive[turn % len(alive)] if alive else None
 
 
@@ -1397,11 +1471,33 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) / rate)
 
 
+@lru_cache(4096)  # for half of link_ttl the same link is asked for
 def sign_link(path: str, secret: str, expires_s: int) -> str:
     """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
     to all three."""
     digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
+
+
+def link_expiry(now_s: float, ttl_s: float) -> int:
+    """Return when a link made now expires, in Unix seconds: rounded, so that the same link is made
+    for half of `ttl_s` and caches know it again. It is good for at least the other half."""
+    step_s = int(ttl_s / 2) or 1
+    latest_s = int(now_s + ttl_s)
+    return latest_s - latest_s % step_s
+
+
+def decide_cors(origins: str, origin: str, exposed: str) -> dict[str, str]:
+    """Return the headers (CORS, fetch.spec.whatwg.org) that let a page of `origin` see an answer,
+    if it is among `origins`. No cookie counts here, so all may be told with *."""
+    listed = origins.split()
+    if "*" in listed:
+        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": exposed}
+    headers = {"Vary": "Origin"} if listed else {}
+    if origin in listed:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = exposed
+    return headers
 
 
 class ListQuery(NamedTuple):
@@ -1453,9 +1549,10 @@ REQUEST_HEAD = re.compile(
 )
 LENGTH = re.compile(r"[0-9]{1,15}")
 
+# Heads that need not be read again: of one client, and of the answers of a second, most are alike.
+HEADS_KNOWN = 64
 ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
-HEADS_KNOWN = 64  # that need not be read again: for a second, most answers to PUTs have the same
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
@@ -1471,7 +1568,7 @@ class RequestHead(NamedTuple):
 
     method: str
     target: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     length: int | None  # bytes of the body; None: chunked
     is_last: bool  # the connection is to end after the answer
 
@@ -1484,18 +1581,23 @@ def may_be_simple(data: bytes) -> bool:
     )
 
 
-def parse_request_head(head: bytes) -> RequestHead | None:
-    """Read the head of a request, with its empty line; None if it is not simple."""
-    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
-    if found is None:
-        return None
-    lines = found[3].decode().split("\r\n")
+@lru_cache(HEADS_KNOWN)
+def parse_header_lines(text: bytes) -> Mapping[str, str] | None:
+    """Read well-formed header lines: name in lower case -> value. None if one is there twice."""
+    lines = text.decode().split("\r\n")
     lines.pop()  # behind the last line
     headers = dict[str, str]()
     for line in lines:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip(" \t")
-    if len(headers) < len(lines) or "host" not in headers or "upgrade" in headers:
+    return MappingProxyType(headers) if len(headers) == len(lines) else None
+
+
+def parse_request_head(head: bytes) -> RequestHead | None:
+    """Read the head of a request, with its empty line; None if it is not simple."""
+    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
+    headers = parse_header_lines(found[3]) if found is not None else None
+    if found is None or headers is None or "host" not in headers or "upgrade" in headers:
         return None
     connection = headers.get("connection", "keep-alive").lower()
     if connection not in ("keep-alive", "close"):
@@ -1656,7 +1758,7 @@ def encode_response_head(
     status: int, headers: Mapping[str, str], date: str, is_last: bool
 ) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    lines = [STATUS_LINES[status]]
     for name, value in headers.items():
         lines.append(f"{name}: {value}")
     lines.append(f"Date: {date}")
@@ -1670,6 +1772,7 @@ def encode_response_head(
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
 class AnswerReader:
@@ -1861,10 +1964,7 @@ def explain_sqlite(error: Exception) -> Exception:
 
 def record_of_row(row: Iterable[Any]) -> Record:
     key, version, volumes, size, digest, content_type, ext = row
-    return Record(
-        key=key, version=version, volumes=tuple(volumes.split()), size=int(size),
-        digest=digest, content_type=content_type, ext=ext,
-    )  # fmt: skip
+    return Record(key, version, tuple(volumes.split()), int(size), digest, content_type, ext)
 
 
 def row_of_record(record: Record) -> Row:
@@ -2446,7 +2546,7 @@ def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
                 break
             keys.append(entry)
     page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
-    page += f'"next": {json.dumps(following)}}}'
+    page += f'"next": {json.dumps(following)}}}\n'
     return page.encode()
 
 
@@ -2526,7 +2626,7 @@ class SqliteThread:
         self._db: sqlite3.Connection | None = None
         self._thread: threading.Thread | None = None
         self._jobs = queue.SimpleQueue[Job | None]()
-        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._waiting: list[Question] = []
         self._busy = False  # a batch is on its way
 
     # -- on the thread --
@@ -2569,13 +2669,17 @@ class SqliteThread:
         return await future
 
     def call(self, item: Any) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiting.append((item, future))
+        future = asyncio.get_running_loop().create_future()
+        self.ask(item, partial(settle_future, future))
+        return future
+
+    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
+        """Have `hear` called with the answer, or an exception; it must not raise."""
+        self._waiting.append((item, hear))
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._send)  # with what else is called in this turn of the loop
-        return future
+            # with what else is asked in this turn of the loop
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
         batch = self._waiting[:BATCH]
@@ -2584,11 +2688,11 @@ class SqliteThread:
         items = [item for item, _ in batch]
         self._put(partial(self._carry_out, items), partial(self._deliver, batch))
 
-    def _deliver(self, batch: list[tuple[Any, asyncio.Future[Any]]], result: Any) -> None:
+    def _deliver(self, batch: list[Question], result: Any) -> None:
         if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
             result = [result] * len(batch)
-        for (_, future), answer in zip(batch, result, strict=True):
-            settle_future(future, answer)
+        for (_, hear), answer in zip(batch, result, strict=True):
+            hear(answer)
         self._busy = bool(self._waiting)
         if self._busy:
             self._send()
@@ -2608,6 +2712,7 @@ class SqliteThread:
 
 
 Job = tuple[Callable[[sqlite3.Connection], Any], Callable[[Any], None]]  # and who hears of it
+Question = tuple[Any, Callable[[Any], None]]  # the same
 
 
 def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
@@ -2791,6 +2896,11 @@ class Index:
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
         return self._getter.call(key)
+
+    def ask(self, key: str, hear: Callable[[Record | Exception | None], None]) -> None:
+        """Look a record up; `hear` is called with it, or with an IndexFailed, and must not
+        raise."""
+        self._getter.ask(key, hear)
 
     def write(
         self,
@@ -3514,7 +3624,7 @@ class VolumeClient:
         self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._answered_s = float("-inf")  # when it did so last
-        self._is_slow = False
+        self._is_slow = False  # it has not answered for a while
 
     # -- what is asked --
 
@@ -3812,11 +3922,7 @@ class VolumeClient:
         if exchange.is_slow:
             return
         exchange.is_slow = True
-        if (
-            not self._is_slow
-            and not self._is_closed
-            and now_s - self._answered_s >= self._slow_after_s
-        ):
+        if not self._is_closed and now_s - self._answered_s >= self._slow_after_s:
             self._is_slow = True
             self._tell_slow(True)
         exchange.hear_slow(exchange)
@@ -4015,44 +4121,132 @@ class Upload:
 
 
 # == Health =======================================================================================
-# One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only
-# carries it out.
+# Requests tell what they saw of a volume, and of the processes of a server one probes all volumes.
+# STATE_AFTER decides, this section only carries it out. What one process finds out all others
+# hear, so that a request finds what it needs in its own memory.
 
 PROBE_PATH = "/.mkv-probe"  # in no listing
 PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
+PROBE_EVERY_S = 1.0
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
+PROBER_SILENT_S = 5.0  # then others probe, too: it may be stopped, or dead
+PROBED = "probed"  # what a process says that probes
+PIPE_BYTES = 256 * 1024  # of what other processes say; one reads within milliseconds, or hangs
+
+
+def open_pipes(count: int) -> list[tuple[int, int]]:
+    """Return a pipe for each process of a server, (where it reads, where the others write)."""
+    pipes = [os.pipe() for _ in range(count)]
+    for end in chain.from_iterable(pipes):
+        os.set_blocking(end, False)
+        with contextlib.suppress(OSError):  # more than the user may have
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return pipes
+
+
+class Peers:
+    """The other processes of a server, none without `pipes`. What is said to them are lines, at
+    most PIPE_BUF at once, so that they come whole (pipe(7)). What finds no room is lost: all that
+    counts is said again soon."""
+
+    def __init__(self, pipes: Sequence[tuple[int, int]] = (), mine: int = 0) -> None:
+        self.is_first = not pipes or mine == 0
+        self._mine = pipes[mine][0] if pipes else -1
+        self._others = [entry for number, (_, entry) in enumerate(pipes) if number != mine]
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Say something to all others."""
+        pieces = join_lines([f"{line}\n".encode() for line in lines], select.PIPE_BUF)
+        for entry in self._others:
+            with contextlib.suppress(BlockingIOError):
+                for piece in pieces:
+                    os.write(entry, piece)
+
+    def hear(self) -> list[str]:
+        """Return what others have said since."""
+        try:
+            return os.read(self._mine, PIPE_BYTES).decode().splitlines()
+        except BlockingIOError:
+            return []
+
+    def listen(self, hear: Callable[[], None]) -> None:
+        """Have `hear` called whenever something has been said."""
+        if self._others:
+            self.hear()  # what a process with this number before did not live to hear
+            asyncio.get_running_loop().add_reader(self._mine, hear)
+
+    def close(self) -> None:
+        if self._others:
+            asyncio.get_running_loop().remove_reader(self._mine)
 
 
 class Health:
     """The state of each volume, kept by name."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, peers: Peers | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         self.states: dict[str, State] = {}
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
+        self._peers = peers or Peers()
         self._clock = clock
         self._next_write = dict[str, float]()
+        self._heard_s = clock()  # when another process said what it probes
 
     def is_down(self, name: str) -> bool:
         return self.states.get(name, State.DOWN) is State.DOWN
 
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
-        after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
-        if before is State.DOWN:
-            # Whether it takes writes again is asked at the next probe.
-            self._next_write.pop(name, None)
+        after = STATE_AFTER[before or State.DOWN][event]
         if after is not before:
+            self._set(name, after)
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
+            self._peers.tell([self._describe(name)])
+
+    def _set(self, name: str, state: State) -> None:
+        if self.states.get(name) is State.DOWN and state is not State.DOWN:
+            # Whether it takes writes again is asked at the next probe.
+            self._next_write.pop(name, None)
+        self.states[name] = state
 
     def note_slow(self, name: str, is_slow: bool) -> None:
-        if is_slow:
+        if is_slow and name not in self.slow:
             self.slow.add(name)
-            log.info("volume %s is slow, small blobs go to others first", name)
-        elif name in self.slow:
+            log.info("volume %s is slow, others come first", name)
+        elif not is_slow and name in self.slow:
             self.slow.discard(name)
             log.info("volume %s answers again", name)
+        else:
+            return
+        self._peers.tell([self._describe(name)])
+
+    def forget(self, name: str) -> None:
+        """Hear that a volume is configured no longer."""
+        self.states.pop(name, None)
+        self.slow.discard(name)
+
+    def _describe(self, name: str) -> str:
+        state = self.states.get(name, State.DOWN)
+        return f"{name} {state.value} {'slow' if name in self.slow else 'swift'}"
+
+    def _hear(self, names: Collection[str]) -> None:
+        """Take over what other processes have found out of the volumes `names`."""
+        for line in self._peers.hear():
+            if line == PROBED:
+                self._heard_s = self._clock()
+                continue
+            name, state, pace = line.split()
+            if name in names:
+                self._set(name, State(state))
+                (self.slow.add if pace == "slow" else self.slow.discard)(name)
+
+    @property
+    def _is_prober(self) -> bool:
+        """Whether this process probes: the first does, and others while nobody is heard to."""
+        return self._peers.is_first or self._clock() - self._heard_s > PROBER_SILENT_S
 
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down,
@@ -4064,19 +4258,30 @@ class Health:
         try:
             await client.probe(write)
         except VolumeError:
-            pass  # the client has told `notice`
+            return  # the client has told `notice`
         except Exception:
             log.exception("unexpected error in a probe of volume %s", name)
+            return
+        self.note_slow(name, False)  # as another process may have found it
 
-    async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
-        """Probe all, for ever; a volume that hangs does not delay the others' probes."""
+    async def run(self, clients: Callable[[], Mapping[str, VolumeClient]]) -> None:
+        """Listen to other processes and probe all volumes, for ever; one that hangs does not delay
+        the others' probes."""
         running: dict[str, asyncio.Task[None]] = {}
-        async with asyncio.TaskGroup() as group:
-            while True:
-                for client in clients():
-                    if (last := running.get(client.volume.name)) is None or last.done():
-                        running[client.volume.name] = group.create_task(self.probe(client))
-                await asyncio.sleep(1.0)
+        self._heard_s = self._clock()
+        self._peers.listen(lambda: self._hear(clients()))
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    if self._is_prober:
+                        self._peers.tell([*map(self._describe, clients()), PROBED])
+                        for name, client in clients().items():
+                            last = running.get(name)
+                            if last is None or last.done():
+                                running[name] = group.create_task(self.probe(client))
+                    await asyncio.sleep(PROBE_EVERY_S)
+        finally:
+            self._peers.close()
 
 
 # == Metrics ======================================================================================
@@ -4127,7 +4332,8 @@ class Metrics:
         self._requests = dict[tuple[str, int], tuple[str, str]]()
         # A predecessor in this region may have died: go on where it was.
         self._cells = dict(self._samples(self._region))
-        self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
+        self._in_flight = self._cell("mkv_http_requests_in_flight")
+        self._doubles[self._in_flight] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
         for offset in range(region, region + REGION, CELL):
@@ -4167,6 +4373,9 @@ class Metrics:
             f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")
         ]
         return [self._cell(one) for one in (*names, f"{name}_sum{{{labels}}}")]
+
+    def count_in_flight(self, change: int) -> None:
+        self._doubles[self._in_flight] += change
 
     def count_request(self, method: str, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
@@ -4267,6 +4476,7 @@ def join_lines(lines: Iterable[bytes], size: int) -> list[bytes]:
 ACCESS_LOG_S = 0.005
 ACCESS_LOG_PIECES = 256  # that wait for a disk that is full, some 1 MB
 PLAIN = re.compile(r"[!#-~]+").fullmatch  # what needs no quotes in a log line
+PLAIN_LINE = re.compile(r"[!#-~ ]+").fullmatch
 
 
 def format_time(at_s: float) -> str:
@@ -4286,12 +4496,15 @@ def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any])
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as text with key=value; what clients send is escaped."""
-    line = f"{format_time(at_s)} {level} {message}"
+    start = f"{format_time(at_s)} {level} {message}"
+    line = "".join([f" {name}={value}" for name, value in facts.items()])
+    if line.count(" ") == len(facts) and PLAIN_LINE(line) and "= " not in f"{line} ":
+        return start + line
     for name, value in facts.items():
         if type(value) is str and not PLAIN(value):
             value = json.dumps(value)
-        line += f" {name}={value}"
-    return line
+        start += f" {name}={value}"
+    return start
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -4417,7 +4630,9 @@ class Write:
         finally:
             self._abandon()
         if len(self.done) > replicas:  # two at once
-            self.done = list(self._view.ring.place(self._draft.key, replicas, self.done))
+            self.done = list(
+                self._view.ring.place(self._draft.key, replicas, self.done.__contains__)
+            )
         return self._make_record(digest)
 
     def _plan_small(self) -> tuple[str, ...]:
@@ -4583,6 +4798,10 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
     return bytes(held), True
 
 
+def no_replica(record: Record) -> Unavailable:
+    return Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
+
+
 def find_unconfigured(
     totals: Mapping[str, tuple[int, int]], configured: Collection[str]
 ) -> list[dict[str, Any]]:
@@ -4597,8 +4816,13 @@ def find_unconfigured(
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
-    def __init__(self, config: Config, metrics: Metrics | None = None, number: int = 0) -> None:
-        self.metrics, self.health, self._number = metrics or Metrics(), Health(), number
+    def __init__(
+        self, config: Config, metrics: Metrics | None = None, number: int = 0,
+        peers: Peers | None = None,
+    ) -> None:  # fmt: skip
+        self.metrics = metrics or Metrics()
+        self.health = Health(peers)
+        self._number = number
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
         self.stopping = False
@@ -4611,7 +4835,7 @@ class Store:
 
     def count_in_flight(self, change: int) -> None:
         self.in_flight += change
-        self.metrics.add("mkv_http_requests_in_flight", change)
+        self.metrics.count_in_flight(change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
@@ -4651,7 +4875,7 @@ class Store:
             raise ConfigError([f"workers: {config.workers}, so there is no number {number}"])
         await self.index.open()
         await self._meet(self.view.clients.values())
-        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
+        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients))]
         if number != TOOL:
             try:
                 await self.index.write(lambda tx: tx.release_claims(number, config.workers))
@@ -4690,7 +4914,7 @@ class Store:
         for client in {*old.clients.values()} - {*new.clients.values()}:
             client.close()
         for name in old.clients.keys() - new.clients.keys():
-            self.health.states.pop(name, None)
+            self.health.forget(name)
         names = [spec.name for spec in fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(old.config, name)]
         refused = [
@@ -4724,18 +4948,38 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
-        name = choose_replica(known, self.health.states, random.getrandbits(16))
+        health = self.health
+        name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
         if name is None:
-            raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        url = clients[name].volume.public_url + record.path
+            raise no_replica(record)
+        return self._link(clients[name].volume.public_url, record)
+
+    def locate_inside(self, record: Record) -> tuple[str, str]:
+        """Return the URL from which a proxy can read the blob now, and one to try after that, on
+        another volume if there is one; raises Unavailable."""
+        clients = self.view.clients
+        names = [name for name in record.volumes if name in clients]
+        random.shuffle(names)
+        names.sort(key=lambda name: (self.health.is_down(name), name in self.health.slow))
+        if not names or self.health.is_down(names[0]):
+            raise no_replica(record)
+        links = [self._link(clients[name].volume.url, record) for name in names]
+        return links[0], links[1 % len(links)]
+
+    def _link(self, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume at `base`, signed and with the download's
+        name."""
+        config = self.view.config
+        url = base + record.path
         if config.link_secret:
-            # The volume checks the path that it is asked for, so that of public_url counts.
+            # The volume checks the path that it is asked for, so that of `base` counts.
             path = "/" + url.split("/", 3)[3]
-            url += sign_link(path, config.link_secret, int(time.time() + config.link_ttl))
-        return url
+            expires_s = link_expiry(time.time(), config.link_ttl)
+            url += sign_link(path, config.link_secret, expires_s)
+            return url + name_query(record.key).replace("?", "&")
+        return url + name_query(record.key)
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str
@@ -5036,6 +5280,8 @@ TRACEPARENT = re.compile(  # by the W3C
 )
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+JSON_TYPE = "application/json; charset=utf-8"
+LINK_TYPE = "text/uri-list"  # RFC 2483; who accepts just that gets the link instead of a redirect
 HEALTH_CHECKS = ("/-/livez", "/-/readyz")  # asked every few seconds: no line while all is well
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 
@@ -5076,7 +5322,7 @@ def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
     detail = json.dumps(str(error))
     body = f'{{"title": "{error.title}", "status": {error.status}, "detail": {detail}, '
-    body += f'"request_id": "{request_id}"}}'
+    body += f'"request_id": "{request_id}"}}\n'
     headers = {
         **error.headers,
         "Content-Type": "application/problem+json",
@@ -5108,20 +5354,23 @@ class Call:
     """One request on its way: its handlers, and what the log says of it. From `begin` to `finish`
     it is under way."""
 
+    path = ""
+    query = ""
+    key = ""
+    prefix = ""  # of a list
+    who = ""
+    volumes: tuple[str, ...] = ()
+    size = 0
+    trace = ""
+
     def __init__(self, store: Store, request: Request) -> None:
         self.store = store
         self.request = request
-        given = request.headers.get("x-request-id", "")
+        headers = request.headers
+        given = headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else draw_request_id()
-        trace = request.headers.get("traceparent", "")
-        self.trace = trace if TRACEPARENT.fullmatch(trace) else ""
-        self.path = ""
-        self.query = ""
-        self.key = ""
-        self.prefix = ""  # of a list
-        self.who = ""
-        self.volumes: tuple[str, ...] = ()
-        self.size = 0
+        if TRACEPARENT.fullmatch(headers.get("traceparent", "")):
+            self.trace = headers["traceparent"]
         self._began = time.perf_counter()
         store.count_in_flight(1)
 
@@ -5155,7 +5404,9 @@ class Call:
         found = ON_PATH.get(self.path)
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
-            check_method(method, ("GET", "HEAD"))
+            check_method(method, ON_REPORT)
+            if method == "OPTIONS":
+                return Call.tell_options
             if operation == "list":
                 self.prefix = parse_list_query(self.query).prefix
             scope = self.prefix
@@ -5171,26 +5422,47 @@ class Call:
             self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
         return handler
 
-    def look_up(self) -> asyncio.Future[Record | None]:
-        return self.store.index.get(self.key)
-
     def read(self, found: Record | None) -> Response:
         """Answer a GET or HEAD of a key."""
         record, verdict = judge_read(found, parse_conditions(self.request.headers))
         self.volumes = record.volumes
         headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        accel = self.store.view.config.read == "accel"
+        if accel:  # who reads sees the blob at the URL of the key, where another may come
+            headers["Cache-Control"] = "private, no-cache"
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            headers["Location"] = self.store.locate(record)
+            if accel:
+                return self._let_proxy_read(record, headers)
+            link = self.store.locate(record)
+            if self.request.headers.get("accept") == LINK_TYPE:
+                headers["Content-Type"] = LINK_TYPE
+                return Response(200, headers, f"{link}\r\n".encode())
+            headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
         headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Last-Modified"] = record.modified
+        if accel:
+            headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
             f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
         )
         return Response(200, headers)
+
+    def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
+        """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
+        if self.request.headers.get("accept") == LINK_TYPE:
+            headers["Content-Type"] = LINK_TYPE
+            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
+        link, other = self.store.locate_inside(record)
+        headers["Location"] = link
+        headers["Mkv-Other"] = other
+        headers["X-Accel-Redirect"] = "@mkv_volume"
+        headers["Mkv-Range"] = decide_range(self.request.headers, record)
+        headers["Last-Modified"] = record.modified
+        return Response(302, headers)
 
     async def put(self) -> Response:
         store = self.store
@@ -5246,7 +5518,7 @@ class Call:
         self.store.limit_lists(self.request.peer, time.monotonic())
         body = await self.store.list(parse_list_query(self.query))
         self.size = len(body)
-        return Response(200, {"Content-Type": "application/json; charset=utf-8"}, body)
+        return Response(200, {"Content-Type": JSON_TYPE}, body)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -5257,24 +5529,42 @@ class Call:
                 await self.store.check_ready()
                 return Response(200, plain, b"ready\n")
             case "/-/status":
-                status = json.dumps(await self.store.status()).encode()
-                return Response(200, {"Content-Type": "application/json; charset=utf-8"}, status)
+                status = json.dumps(await self.store.status()) + "\n"
+                return Response(200, {"Content-Type": JSON_TYPE}, status.encode())
         body = (await self.store.render_metrics()).encode()
         return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, body)
+
+    async def tell_options(self) -> Response:
+        """Answer OPTIONS, which a browser sends before what a page of another origin asks for.
+        That needs no token: a browser shows none then."""
+        allowed = ", ".join(sorted(ON_REPORT if self.path in ON_PATH else ON_KEY))
+        headers = {"Allow": allowed}
+        origins = self.store.view.config.cors_origins
+        told = decide_cors(origins, self.request.headers.get("origin", ""), RESPONSE_HEADERS)
+        if "Access-Control-Allow-Origin" in told:
+            headers["Access-Control-Allow-Methods"] = allowed
+            headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
+            headers["Access-Control-Max-Age"] = "7200"  # s; Chromium keeps it no longer
+        return Response(204, headers)
 
     def finish(self, response: Response) -> Response:
         """Complete the answer; count the request and write its line."""
         store = self.store
+        config = store.view.config
         seconds = time.perf_counter() - self._began
         method = self.request.method
         store.count_in_flight(-1)
         response.headers["X-Request-ID"] = self.id
         response.headers["Server"] = "mkv"
+        response.headers.setdefault("Cache-Control", "no-store")  # it may change any time
+        if config.cors_origins:
+            origin = self.request.headers.get("origin", "")
+            response.headers |= decide_cors(config.cors_origins, origin, RESPONSE_HEADERS)
         store.metrics.count_request(
             method if method in METHODS else "other", response.status, seconds
         )
         is_health_check = response.status == 200 and self.path in HEALTH_CHECKS
-        if store.view.config.access_log and not is_health_check:
+        if config.access_log and not is_health_check:
             store.note_access(self.describe(response.status, seconds))
         return response
 
@@ -5304,7 +5594,7 @@ def check_method(method: str, allowed: Iterable[str]) -> None:
 
 
 async def read_key(call: Call) -> Response:
-    return call.read(await call.look_up())
+    return call.read(await call.store.index.get(call.key))
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -5313,10 +5603,18 @@ ON_PATH: Mapping[str, Route] = {
     "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
     "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
 }  # fmt: skip
+ON_REPORT = ("GET", "HEAD", "OPTIONS")
 ON_KEY: Mapping[str, Route] = {
     "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (Call.put, "write"),
-    "DELETE": (Call.delete, "delete"),
+    "DELETE": (Call.delete, "delete"), "OPTIONS": (Call.tell_options, ""),
 }  # fmt: skip
+# What browser applications of other origins may send, and see.
+REQUEST_HEADERS = (
+    "Accept, Authorization, Content-Digest, Content-MD5, Content-Type, If-Match, "
+    "If-Modified-Since, If-None-Match, If-Unmodified-Since, Range, Repr-Digest, traceparent, "
+    "X-Request-ID"
+)
+RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 
 
 # == Lane =========================================================================================
@@ -5559,15 +5857,17 @@ class Lane(asyncio.Protocol):
             self._respond(call, explain_all(error, call.id))
             return
         if handler is read_key:  # by a callback: a task would cost more than all the rest
-            call.look_up().add_done_callback(partial(self._found, call))
+            self._store.index.ask(call.key, partial(self._found, call))
         else:
             self._lanes.start(self._work(call, handler))
 
-    def _found(self, call: Call, lookup: asyncio.Future[Record | None]) -> None:
+    def _found(self, call: Call, found: Record | Exception | None) -> None:
         """Do what read_key does after its lookup."""
         try:
-            response = call.read(lookup.result())
-        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(found, Exception):
+                raise found
+            response = call.read(found)
+        except Exception as error:
             response = explain_all(error, call.id)
         self._respond(call, response)
 
@@ -5855,11 +6155,13 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
 async def answer_without_path(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of
-    OPTIONS *."""
+    """Answer what aiohttp's router has no handler for: a target that is no path."""
     try:
         return await handler(request)
     except web.HTTPException as error:
+        if request.method == "OPTIONS" and request.raw_path == "*":  # of the server as a whole
+            allowed = ", ".join(sorted(ON_KEY))
+            return to_web(Response(204, {"Allow": allowed, "Server": "mkv"}))
         return refuse(BadRequest(f"this target is no path: {error.reason}"))
 
 
@@ -5880,7 +6182,7 @@ async def expect_nothing(request: web.Request) -> None:
 
 
 def create_app(
-    config: Config, *, metrics: Metrics | None = None, number: int = 0
+    config: Config, *, metrics: Metrics | None = None, number: int = 0, peers: Peers | None = None
 ) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
     to another one:
@@ -5893,10 +6195,10 @@ def create_app(
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            ready = (
-                config if config.volumes else await stack.enter_async_context(run_embedded(config))
-            )
-            app[STORE] = Store(ready, metrics, number)
+            ready = config
+            if not config.volumes:
+                ready = await stack.enter_async_context(run_embedded(config))
+            app[STORE] = Store(ready, metrics, number, peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
             yield
@@ -6101,8 +6403,18 @@ WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
 EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is itself a client
+VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+# A path names one version, so what is there never changes; it is for whoever got the link.
+FOR_EVER = "private, max-age=31536000, immutable"
+IS_BLOB = re.compile(r"/[0-9a-f]{64}-[0-9a-f]{20}(?!\.(?:key|del)\Z)(?:\.[a-z0-9]{1,8})?")
+# For `cors_origins`. Whoever has a link may read by it, from wherever: it holds no cookie.
+VOLUME_CORS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Expose-Headers": "*",
+}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
@@ -6130,6 +6442,17 @@ class StoredFile(web.FileResponse):
         return await super().prepare(request.clone(headers=headers))
 
 
+def headers_of_blob(path: str, query: str) -> dict[str, str]:
+    """Return what nginx.conf adds to a file that is read: how long to keep it, and its name."""
+    headers = dict[str, str]()
+    if IS_BLOB.fullmatch(path, path.rfind("/")):
+        headers["Cache-Control"] = FOR_EVER
+    disposition = disposition_of(query)
+    if disposition:
+        headers["Content-Disposition"] = disposition
+    return headers
+
+
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
@@ -6151,8 +6474,10 @@ class EmbeddedVolume:
         try:
             raw_path, query = split_target(request.raw_path)
             path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers={"Allow": VOLUME_METHODS})
             self._admit(request, path, query)
-            return await self._act(request, path, self._locate(path))
+            return await self._act(request, path, query, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
         except web.HTTPException as error:
@@ -6210,7 +6535,9 @@ class EmbeddedVolume:
         except RuntimeError:  # links that lead to each other
             return False
 
-    async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
+    async def _act(
+        self, request: web.Request, path: str, query: str, file: Path
+    ) -> web.StreamResponse:
         folder = path.endswith("/")
         match request.method:
             case "PUT" if folder:
@@ -6234,7 +6561,8 @@ class EmbeddedVolume:
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
                 media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
-                return StoredFile(file, headers={"Content-Type": media_type})
+                headers = headers_of_blob(path, query) | {"Content-Type": media_type}
+                return StoredFile(file, headers=headers)
         raise web.HTTPMethodNotAllowed(
             request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
         )
@@ -6343,59 +6671,63 @@ def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
     return None
 
 
-async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+async def harden(
+    more: Mapping[str, str], request: web.BaseRequest, response: web.StreamResponse
+) -> None:
     """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
-    response.headers.update(SAFETY)
+    response.headers.update(more)
     response.headers.pop("ETag", None)
 
 
-Stop = Callable[[], Awaitable[None]]
-
-
-async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
-    """Serve `folder` until what is returned is called."""
-    patience_s = BODY_PATIENCE * config.body_timeout
-    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
-    app = web.Application()
-    app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    app.on_response_prepare.append(harden)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
-    await runner.setup()
-    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
-    manager.request_factory = partial(make_request, manager.request_factory)
-    connect = partial(Connection, config, defaultdict[str, int](int), manager)
-    server = await loop.create_server(connect, sock=listener, backlog=1024)
-
-    async def stop() -> None:
-        server.close()
-        await runner.cleanup()
-
-    return stop
-
-
-def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
-    ports = [listener.getsockname()[1] for listener in listeners]
-    return tuple(
-        Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}")
-        for i, port in enumerate(ports, 1)
-    )
+def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
+    """Return `config` with embedded volumes under config.data in it, and for each its folder and a
+    socket that listens for it."""
+    folders = dict[Path, socket.socket]()
+    volumes = list[Volume]()
+    for number in range(1, EMBEDDED_VOLUMES + 1):
+        name = f"volume{number}"
+        listener = listen("127.0.0.1", 0)
+        folders[Path(config.data, name)] = listener
+        volumes.append(Volume(name=name, url=f"http://127.0.0.1:{listener.getsockname()[1]}"))
+    return replace(config, volumes=tuple(volumes)), folders
 
 
 @contextlib.asynccontextmanager
-async def run_embedded(
-    config: Config, listeners: Collection[socket.socket] = ()
-) -> AsyncIterator[Config]:
-    """Run the embedded volumes under config.data; yield the configuration with them in it."""
-    listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes = embedded_volumes(listeners)
-    stops = list[Stop]()
-    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
+async def serve_volumes(
+    folders: Mapping[Path, socket.socket], config: Config, max_connections: int
+) -> AsyncIterator[None]:
+    """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
+    config = replace(config, max_connections=max_connections)
+    patience_s = BODY_PATIENCE * config.body_timeout
+    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
+    loop = asyncio.get_running_loop()
+    runners = list[web.AppRunner]()
+    servers = list[asyncio.Server]()
     try:
-        for volume, listener in zip(volumes, listeners, strict=True):
-            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
-        yield replace(config, volumes=volumes)
+        for folder, listener in folders.items():
+            volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
+            app = web.Application()
+            app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
+            app.on_response_prepare.append(partial(harden, more))
+            runners.append(web.AppRunner(app, access_log=None, shutdown_timeout=5))
+            await runners[-1].setup()
+            manager = cast(web.Server, runners[-1].server)
+            manager.request_factory = partial(make_request, manager.request_factory)
+            connect = partial(Connection, config, defaultdict[str, int](int), manager)
+            servers.append(await loop.create_server(connect, sock=listener, backlog=1024))
+        yield
     finally:
-        await asyncio.gather(*(stop() for stop in stops))
+        for server in servers:
+            server.close()
+        await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+
+@contextlib.asynccontextmanager
+async def run_embedded(config: Config) -> AsyncIterator[Config]:
+    """Run the embedded volumes under config.data; yield the configuration with them in it."""
+    ready, folders = embed_volumes(config)
+    async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
+        yield ready
 
 
 # == Client =======================================================================================
@@ -7469,10 +7801,12 @@ async def serve_store(
     metrics: Metrics,
     number: int,
     embedded: bool,
+    peers: Peers | None = None,
 ) -> None:
     """Serve the store on `listener` until a signal, then let the requests under way finish.
     Process 0 greets."""
-    app, loop = create_app(config, metrics=metrics, number=number), asyncio.get_running_loop()
+    app = create_app(config, metrics=metrics, number=number, peers=peers)
+    loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
@@ -7519,8 +7853,11 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     event loop: it only waits for signals."""
     # Nobody writes: its end of file tells the others that this process is gone.
     parent_r, parent_w = os.pipe()
-    sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
+    folders = dict[Path, socket.socket]()  # of embedded volumes
+    if not config.volumes:
+        config, folders = embed_volumes(config)
     shared = mmap.mmap(-1, config.workers * REGION)
+    pipes = open_pipes(config.workers)
     children = dict[int, int]()
     stopping = False
     code = 0
@@ -7533,10 +7870,11 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             os.environ.pop("NOTIFY_SOCKET", None)
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
-            async with run_embedded(config, sockets):
+            async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
                 return await wait_for_stop()
-        ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, Metrics(shared, number), number, bool(sockets))
+        peers = Peers(pipes, number)
+        metrics = Metrics(shared, number)
+        await serve_store(config, listener, reread, metrics, number, bool(folders), peers)
 
     def start(number: int) -> None:
         if pid := os.fork():
@@ -7547,7 +7885,7 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
         run(work(number))
 
-    for number in range(-1 if sockets else 0, config.workers):
+    for number in range(-1 if folders else 0, config.workers):
         start(number)
     while children:
         heard, passed_on = signal.sigwait(watched), 0
@@ -7582,10 +7920,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
-    await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await stop()
+    async with serve_volumes({Path(folder): listener}, config, config.max_connections):
+        await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
 
 
 def run(main: Awaitable[None]) -> NoReturn:

@@ -108,7 +108,9 @@ def free_port() -> int:
 class Nginx:
     """A real nginx volume from ./nginx.conf, with only the port and the folder replaced."""
 
-    def __init__(self, folder: Path, secrets: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
+    ) -> None:  # fmt: skip
         require_nginx()
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -124,6 +126,8 @@ class Nginx:
         if secrets:
             lines = f'set $volume_secret "{secrets[0]}";\nset $link_secret "{secrets[1]}";\n'
             (settings_folder / "mkv-secrets.conf").write_text(lines)
+        if cors:
+            (settings_folder / "mkv-secrets-cors.conf").write_text('set $cors_origin "*";\n')
         self.begin()
 
     def begin(self) -> None:
@@ -478,6 +482,9 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("link_ttl = inf", "link_ttl: must be"),
         ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
         ("send_timeout = 0", "send_timeout: must be 0.1"),
+        ("read = 'proxy'", "read: must be redirect or accel"),
+        ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
+        ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -575,8 +582,8 @@ def test_layout_is_pinned() -> None:
         "key": "hello", "version": "18ea7d4fc4402057c51f", "size": 3, "digest": "ab" * 32,
         "content_type": "image/png", "ext": "png",
     }  # fmt: skip
-    assert mkv.decode_sidecar(mkv.encode_sidecar(record), GOLDEN_PATH + ".key") == replace(
-        record, volumes=()
+    assert mkv.decode_sidecar(mkv.encode_sidecar(record), GOLDEN_PATH + ".key") == record._replace(
+        volumes=()
     )
 
 
@@ -644,6 +651,35 @@ def test_extensions_are_those_of_nginx() -> None:
     )
     for media_type, ext in mkv.EXTENSIONS.items():
         assert ext in types[media_type].split() and ext != "key"
+
+
+@pytest.mark.parametrize(
+    ("key", "disposition"),
+    [
+        ("photos/cat.png", 'inline; filename="cat.png"'),
+        ("a/ü b.txt", "inline; filename*=UTF-8''%C3%BC%20b.txt"),
+        ('a/x"; y.txt', "inline; filename*=UTF-8''x%22%3B%20y.txt"),
+        ("a/x\r\nSet-Cookie: y", "inline; filename*=UTF-8''x__Set-Cookie%3A%20y"),
+        ("a/..\\x", 'inline; filename=".._x"'),
+        ("100%", "inline; filename*=UTF-8''100%25"),
+        ("a/", ""),
+        ("a/..", ""),
+        (".", ""),
+        ("ü" * 200, ""),
+    ],
+)
+def test_download_is_named_by_the_last_part_of_its_key(key: str, disposition: str) -> None:
+    query = mkv.name_query(key).removeprefix("?")
+    assert mkv.disposition_of(query) == disposition
+    kept = disposition and disposition.replace("inline", "attachment")
+    assert mkv.disposition_of(f"md5=x&{query}&download=1") == kept
+
+
+@given(KEYS)
+def test_name_of_a_download_comes_back_from_its_link(key: str) -> None:
+    name = unquote(mkv.name_query(key).removeprefix("?name="))
+    assert "/" not in name and min(name, default=" ") >= " "
+    assert name in ("", re.sub(r"[\x00-\x1f\x7f\\]", "_", key.rpartition("/")[2]))
 
 
 # == Ring =========================================================================================
@@ -749,7 +785,7 @@ def test_damaged_sidecar_is_refused(change: dict[str, Any], why: str) -> None:
 
 def test_sidecar_far_in_the_future_is_refused() -> None:
     for version, good in (("3" + "f" * 19, True), ("4" + "0" * 19, False), ("f" * 20, False)):
-        record = replace(R, version=version)
+        record = R._replace(version=version)
         with (
             contextlib.nullcontext()
             if good
@@ -759,7 +795,7 @@ def test_sidecar_far_in_the_future_is_refused() -> None:
 
 
 def test_longer_content_type_of_an_earlier_version_is_read() -> None:
-    record = replace(make_record("k"), content_type="a/" + "b" * 8000, volumes=())
+    record = make_record("k")._replace(content_type="a/" + "b" * 8000, volumes=())
     assert mkv.decode_sidecar(mkv.encode_sidecar(record), mkv.sidecar_path(record.path)) == record
     with pytest.raises(mkv.BadRequest, match="at most 255"):
         mkv.media_type_of(record.content_type, "k")
@@ -880,7 +916,7 @@ def pending_row(
 
 
 def numbered(version: int, **facts: Any) -> mkv.Record:
-    return replace(RECORD, version=f"{version:016x}0000", volumes=("a",), **facts)
+    return RECORD._replace(version=f"{version:016x}0000", volumes=("a",), **facts)
 
 
 @pytest.mark.parametrize(
@@ -947,7 +983,7 @@ def test_replica_that_a_tool_makes_goes_with_its_version_but_not_before_its_read
 ) -> None:
     """Where the record names it, a redirect may have led there just now."""
     rows = pending_row(4, state) | pending_row(5, "claimed")
-    current = numbered(4) if state == "remaking" else replace(numbered(4), volumes=("b",))
+    current = numbered(4) if state == "remaking" else numbered(4)._replace(volumes=("b",))
     after = mkv.plan_put(numbered(5), FREE, current, rows, 100.0, 10.0, {})
     row = after["a", current.path]
     assert (row.state, row.due_s, row.doubt_s) == (GARBAGE, due_s, 100.0 + mkv.HUNG.seconds)
@@ -1068,7 +1104,7 @@ def apply_write(state: str | None, asked: Asked) -> tuple[str | None, str]:
     """What a store that does one thing after the other would do: the digest that it then has, and
     its answer."""
     method, conditions, digest = asked
-    record = None if state is None else replace(RECORD, digest=state)
+    record = None if state is None else RECORD._replace(digest=state)
     if method == "DELETE" and record is None:
         return state, "NotFound"
     if mkv.decide_conditions(conditions, record) is not mkv.Verdict.PROCEED:
@@ -1144,8 +1180,8 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
                 if method == "DELETE":
                     mkv.commit_delete(tx, "k", conditions, 0.0)
                 else:
-                    record = replace(
-                        RECORD, version=mkv.version_of(paths[i]), volumes=("a",), digest=digest
+                    record = RECORD._replace(
+                        version=mkv.version_of(paths[i]), volumes=("a",), digest=digest
                     )
                     mkv.commit_put(tx, record, conditions, 0.0)
                 answers[i] = "done"
@@ -1239,6 +1275,8 @@ def test_reads_go_to_any_replica_that_is_not_down() -> None:
     assert {mkv.choose_replica(RECORD.volumes, states, turn) for turn in range(9)} == {"a", "b"}
     assert mkv.choose_replica(RECORD.volumes, states | {"a": DOWN}, 1) == "b"
     assert mkv.choose_replica(RECORD.volumes, {"c": UP}, 0) is None
+    assert {mkv.choose_replica(RECORD.volumes, states, i, {"a"}) for i in range(9)} == {"b"}
+    assert mkv.choose_replica(RECORD.volumes, states | {"b": DOWN}, 1, {"a"}) == "a"
 
 
 def test_retry_backs_off_to_an_hour() -> None:
@@ -1901,7 +1939,7 @@ def test_claims_of_a_path_share_a_row(tx: mkv.Transaction) -> None:
 async def test_many_are_looked_up_at_once(index: mkv.Index, count: int) -> None:
     """Whatever a key holds but NUL, which none has, and whether it is there or not."""
     keys = [f"{i}\x1f\x1e\n'\"\U0001f600" for i in range(count)]
-    records = [replace(make_record(key), volumes=("a",), ext="") for key in keys[::2]]
+    records = [make_record(key)._replace(volumes=("a",), ext="") for key in keys[::2]]
     await index.write(lambda tx: [tx.insert(record) for record in records], keys)
     expected = {record.key: record for record in records}
     assert await index.get_many(keys) == [expected.get(key) for key in keys]
@@ -1987,7 +2025,7 @@ async def test_page_of_a_list_is_bounded_in_bytes(
     """As it is sent: JSON has six bytes for a control character, and content types were longer
     once."""
     keys = [f"{i:05d}{tail}{delimiter}" for i in range(4000)]
-    records = [replace(make_record(key), content_type=content_type) for key in keys]
+    records = [make_record(key)._replace(content_type=content_type) for key in keys]
     await index.write(lambda tx: [tx.insert(record) for record in records])
     found, start = list[str](), ""
     while start is not None:
@@ -2037,7 +2075,7 @@ async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_pat
         db.executescript(FIRST_EDITION)
     index = mkv.Index(str(tmp_path / "index.db"))
     await index.open()
-    assert (await index.get("k")) == replace(make_record("k", 2), digest="x")
+    assert (await index.get("k")) == make_record("k", 2)._replace(digest="x")
     rows = await all_pending(index)
     assert {place: row.state.value for place, row in rows.items()} == {
         ("a", "/old"): "garbage", ("a", "/both"): "garbage", ("b", "/new"): "claimed"
@@ -3040,9 +3078,10 @@ async def test_slow_volume_is_said_to_be_slow_until_it_answers() -> None:
         one = Hearing(url, 20.0, 0.1)
         puts = asyncio.create_task(one.put_many(3))
         await until(lambda: one.slow)
-        assert one.slow == [True] and one.events == []
+        assert set(one.slow) == {True} and one.events == []
         talk.go_on.set()
-        assert await puts == [1, 1, 1] and one.slow == [True, False]
+        assert await puts == [1, 1, 1]
+        assert one.slow[-1] is False and one.slow.count(False) == 1
         one.client.close()
 
 
@@ -3192,6 +3231,93 @@ async def test_volume_that_is_back_is_asked_at_once_whether_it_takes_writes() ->
     assert health.states["a"] is READONLY
     await health.probe(Client())  # type: ignore[arg-type]
     assert health.states["a"] is UP and probes[-1] is True
+
+
+class ProbedClient:
+    """A volume that is there, for `health`; counts its probes."""
+
+    def __init__(self, health: mkv.Health) -> None:
+        self.volume = Volume(name="a", url="http://h")
+        self.probes = 0
+        self._health = health
+
+    async def probe(self, write: bool) -> None:
+        self.probes += 1
+        self._health.notice("a", mkv.Event.STORED if write else mkv.Event.ANSWERED, "")
+
+
+async def test_one_process_probes_and_another_only_while_that_one_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.01)
+    monkeypatch.setattr(mkv, "PROBER_SILENT_S", 3600.0)
+    pipes = mkv.open_pipes(2)
+    healths = [mkv.Health(mkv.Peers(pipes, number)) for number in range(2)]
+    clients = [ProbedClient(health) for health in healths]
+    tasks = [
+        asyncio.create_task(health.run(lambda client=client: {"a": client}))  # type: ignore
+        for health, client in zip(healths, clients, strict=True)
+    ]
+    await until(lambda: clients[0].probes > 20)
+    assert clients[1].probes == 0 and healths[1].states == {"a": UP}
+    tasks[0].cancel()
+    monkeypatch.setattr(mkv, "PROBER_SILENT_S", 0.05)
+    await until(lambda: clients[1].probes > 2)
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    close_pipes(pipes)
+
+
+def close_pipes(pipes: Iterable[tuple[int, int]]) -> None:
+    for one in pipes:
+        for end in one:
+            os.close(end)
+
+
+async def test_what_one_process_finds_out_all_others_hear() -> None:
+    pipes = mkv.open_pipes(3)
+    names = [f"v{i}" for i in range(1000)]
+    healths = [mkv.Health(mkv.Peers(pipes, number)) for number in range(3)]
+    os.write(pipes[2][1], b"v0 down slow\n")  # to one who had this number and died
+    tasks = [
+        asyncio.create_task(health.run(lambda: dict.fromkeys(names[1:])))  # type: ignore
+        for health in healths[1:]
+    ]
+    await asyncio.sleep(0)
+    for name in names:
+        healths[0].notice(name, mkv.Event.STORED, "")
+    await until(lambda: all(len(health.states) == 999 for health in healths[1:]))
+    healths[1].notice("v7", mkv.Event.REFUSED, "full")
+    healths[1].note_slow("v8", True)
+    await until(lambda: healths[2].slow == {"v8"} and healths[2].states["v7"] is READONLY)
+    healths[1].note_slow("v8", False)
+    await until(lambda: not healths[2].slow)
+    assert "v0" not in healths[2].states  # which is configured no longer
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    close_pipes(pipes)
+
+
+def test_process_that_does_not_listen_holds_up_nobody() -> None:
+    pipes = mkv.open_pipes(2)
+    teller = mkv.Peers(pipes, 0)
+    for _ in range(100):
+        teller.tell(f"volume{i} up swift" for i in range(1000))
+    heard = mkv.Peers(pipes, 1).hear()
+    assert len(heard) > 1000 and {line.split()[1] for line in heard} == {"up"}
+    close_pipes(pipes)
+
+
+def test_all_workers_know_at_once_what_one_finds_out(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    with Nginx(tmp_path / "a") as volume:
+        server = start("--workers", "3", "--replicas", "1", "--volume", f"a={volume.url}")
+        assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+        volume.signal(signal.SIGKILL)
+        eventually(lambda: all(try_ask(server.url + "/k") == 503 for _ in range(30)))
+        assert server.log().count("volume a is down") == 1
 
 
 # == Metrics and store ============================================================================
@@ -3565,8 +3691,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "http://h/k?a=b", {}, b"x", 400),
         ("DELETE", "/k?.txt", {}, None, 400),
         ("DELETE", "/k?", {}, None, 400),
-        ("OPTIONS", "*", {"Expect": "something"}, None, 400),
-        ("OPTIONS", "*", {"Expect": "100-continue"}, None, 400),
         ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
@@ -3587,7 +3711,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ),
         ("POST", "/k", {}, b"x", 405),
         ("PATCH", "/k", {}, b"x", 405),
-        ("OPTIONS", "*", {}, None, 400),
         ("POST", "/", {}, b"x", 405),
         ("PUT", "/-/livez", {}, b"x", 405),
         ("GET", "/?limit=0", {}, None, 400),
@@ -3754,9 +3877,12 @@ def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> No
 
 
 def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> None:
-    for expected in (b"", b"Expect: something\r\n", b"Expect: 100-continue\r\n"):
+    for expected in (b"", b"Expect: 100-continue\r\n"):
         head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\n" + expected
-        check_problem(send_raw(parser.port, head + b"\r\n"), 400)
+        status, headers, _ = send_raw(parser.port, head + b"\r\n")
+        assert (status, headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PUT")
+    head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\nExpect: something\r\n"
+    check_problem(send_raw(parser.port, head + b"\r\n"), 400)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -4138,6 +4264,289 @@ def test_store_behaves_like_a_dict(store: Program) -> None:
     run_state_machine_as_test(
         Model, settings=settings(max_examples=12, stateful_step_count=20, deadline=None)
     )
+
+
+# -- manners: caches, names, other origins --
+
+FOR_EVER = "private, max-age=31536000, immutable"
+
+
+def test_redirect_is_never_kept_and_the_blob_for_ever(store: Program) -> None:
+    url = store.url + "/manners/cat%20photo.png"
+    for status in (201, 204):
+        got, headers, _ = ask(url, "PUT", b"cat")
+        assert (got, headers["cache-control"]) == (status, "no-store")
+    _, headers, _ = ask(url)
+    assert headers["cache-control"] == "no-store"
+    link = headers["location"]
+    since = ask(link)[1]["last-modified"]
+    for status, sent in (
+        (200, {}),
+        (206, {"Range": "bytes=1-"}),
+        (304, {"If_Modified_Since": since}),
+    ):
+        got, headers, _ = ask(link, **sent)
+        assert (got, headers["cache-control"]) == (status, FOR_EVER)
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert ask(url, "HEAD")[1]["cache-control"] == "no-store"
+    assert ask(store.url + "/manners/none")[1]["cache-control"] == "no-store"
+
+
+def test_who_asks_for_the_link_gets_it(store: Program) -> None:
+    """A browser shows no page where a redirect goes, and sends no token for an image."""
+    assert ask(store.url + "/manners/link", "PUT", b"x")[0] == 201
+    status, headers, body = ask(store.url + "/manners/link", Accept="text/uri-list")
+    assert (status, headers["content-type"]) == (200, "text/uri-list")
+    assert "location" not in headers and ask(body.decode().strip())[2] == b"x"
+
+
+@pytest.mark.parametrize("path", ["/", "/-/status", "/none", "/?limit=x", "/-/nothing"])
+def test_json_ends_with_a_newline(store: Program, path: str) -> None:
+    body = ask(store.url + path)[2]
+    assert body.endswith(b"}\n") and json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/?prefix=x", "GET, HEAD, OPTIONS"),
+        ("/-/metrics", "GET, HEAD, OPTIONS"),
+        ("/any/key", "DELETE, GET, HEAD, OPTIONS, PUT"),
+    ],
+)
+def test_options_says_what_is_allowed(store: Program, path: str, allowed: str) -> None:
+    for method, status in (("OPTIONS", 204), ("PATCH", 405)):
+        got, headers, _ = ask(store.url + path, method)
+        assert (got, headers["allow"]) == (status, allowed)
+    assert not any(name.startswith("access-control") for name in headers)
+
+
+APP = "https://app.example"
+PREFLIGHT = {"Access_Control_Request_Method": "PUT", "Access_Control_Request_Headers": "x"}
+
+
+def test_applications_of_listed_origins_may_see_answers(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", f"{APP} http://localhost:8080", config=TOKENS)
+    for method, path, token, status in (
+        ("OPTIONS", "/k", "", 204), ("PUT", "/k", "boss", 201), ("GET", "/k", "boss", 302),
+        ("HEAD", "/k", "boss", 200), ("GET", "/k", "", 401), ("GET", "/none", "boss", 404),
+        ("GET", "/", "boss", 200), ("DELETE", "/k", "boss", 204),
+    ):  # fmt: skip
+        got, headers, _ = ask(server.url + path, method, b"x", token, Origin=APP, **PREFLIGHT)
+        assert got == status and headers["access-control-allow-origin"] == APP
+        assert "ETag" in headers["access-control-expose-headers"] and headers["vary"] == "Origin"
+        assert (method == "OPTIONS") == ("access-control-allow-methods" in headers)
+        assert "access-control-allow-credentials" not in headers
+    for origin in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""}):
+        for method in ("OPTIONS", "GET"):
+            _, headers, _ = ask(server.url + "/k", method, token="boss", **PREFLIGHT, **origin)
+            assert headers["vary"] == "Origin"
+            assert not any(name.startswith("access-control") for name in headers)
+
+
+def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", "*")
+    _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
+    assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
+    assert "Authorization" in headers["access-control-allow-headers"]
+
+
+# -- an nginx in front, which reads for those who cannot follow a redirect --
+
+
+class Front(NamedTuple):
+    url: str
+    program: Program
+    volumes: list[Nginx]
+
+    def remove_from(self, volume: Nginx) -> None:
+        """Remove all blobs of a volume."""
+        for name in volume.files():
+            if not name.endswith(".key"):
+                (volume.folder / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """The nginx that README.md gives, in front of a server with two volumes that want secrets."""
+    folder = tmp_path_factory.mktemp("front")
+    secrets = (VOLUME_SECRET, LINK_SECRET)
+    config = f'read = "accel"\nvolume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+    config += TOKENS + '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(folder / f"v{i}", secrets)) for i in range(2)]
+        rows = [f'[[volume]]\nname = "n{i}"\nurl = "{v.url}"\n' for i, v in enumerate(volumes)]
+        public = 'public_url = "http://127.0.0.1:1"\n'  # nobody is sent there
+        program = Program(folder / "index", config=config + "".join(row + public for row in rows))
+        stack.callback(program.stop, signal.SIGKILL)
+        url = stack.enter_context(run_front(folder / "front", program.port))
+        yield Front(url, program, volumes)
+
+
+@contextlib.contextmanager
+def run_front(folder: Path, port: int) -> Iterator[str]:
+    """Run README.md's nginx in front of the server on `port`; yield its URL."""
+    own = free_port()
+    (block,) = re.findall(
+        r"^```nginx\n(upstream mkv .*?)^```$", (HERE / "README.md").read_text(), re.M | re.S
+    )
+    assert "127.0.0.1:3000;" in block and "listen 127.0.0.1:8080;" in block
+    block = block.replace("127.0.0.1:3000;", f"127.0.0.1:{port};")
+    block = block.replace("listen 127.0.0.1:8080;", f"listen 127.0.0.1:{own};")
+    paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{one}_temp_path tmp-{one};\n" for one in paths)
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(
+        "daemon off; user root; pid nginx.pid; error_log error.log;\nevents { }\n"
+        f"http {{ access_log off;\n{temporary}{block}}}\n"
+    )
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{own}/-/livez"))
+        yield f"http://127.0.0.1:{own}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def test_reader_behind_nginx_gets_the_blob_at_the_url_of_its_key(front: Front) -> None:
+    blob = random.Random(5).randbytes(3_000_000)
+    url = front.url + "/photos/a%2Fcat%20photo.png"
+    assert ask(url, "PUT", blob)[0] == 201
+    status, headers, body = ask(url, Authorization="Bearer b-secret-3", Cookie="c=1")
+    assert (status, body) == (200, blob) and headers["content-type"] == "image/png"
+    assert headers["etag"] == f'"{hashlib.sha256(blob).hexdigest()}"'
+    assert headers["cache-control"] == "private, no-cache"  # another version may come
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert headers["content-security-policy"] == "sandbox" and headers["mkv-volumes"] == "n0,n1"
+    assert headers.keys().isdisjoint(("location", "mkv-other", "mkv-range", "x-accel-redirect"))
+    about = ask(url, "HEAD")
+    for name in ("etag", "content-length", "content-type", "last-modified", "accept-ranges",
+                 "cache-control", "mkv-volumes"):  # fmt: skip
+        assert headers[name] == about[1][name], name
+    assert ask(url, Accept="text/uri-list")[2] == b"/photos/a%2Fcat%20photo.png\r\n"
+
+
+def test_reader_behind_nginx_asks_for_parts_and_under_conditions(front: Front) -> None:
+    url = front.url + "/parts.txt"
+    assert ask(url, "PUT", b"0123456789")[0] in (201, 204)
+    _, headers, _ = ask(url)
+    etag, modified = headers["etag"], headers["last-modified"]
+    part = {"Range": "bytes=2-3"}
+    old = "Thu, 01 Jan 1970 00:00:00 GMT"
+    for sent, expected in (
+        (part, (206, b"23")),
+        ({"Range": "bytes=-2"}, (206, b"89")),
+        ({"Range": "lines=2-3"}, (200, b"0123456789")),
+        (part | {"If_Range": etag}, (206, b"23")),
+        (part | {"If_Range": modified}, (206, b"23")),
+        (part | {"If_Range": '"other"'}, (200, b"0123456789")),
+        (part | {"If_Range": old}, (200, b"0123456789")),
+        ({"If_None_Match": etag}, (304, b"")),
+        ({"If_None_Match": '"other"'}, (200, b"0123456789")),
+        ({"If_Match": etag}, (200, b"0123456789")),
+        (part | {"If_Match": etag}, (206, b"23")),
+        ({"If_Match": '"other"'}, (412, None)),
+        ({"If_Modified_Since": modified}, (304, b"")),
+        ({"If_Modified_Since": old}, (200, b"0123456789")),
+        ({"If_Unmodified_Since": old}, (412, None)),
+        ({"Range": "bytes=20-"}, (416, None)),
+    ):
+        status, headers, body = ask(url, **sent)
+        assert (status, None if status > 400 else body) == expected, sent
+        assert status > 400 or (headers["etag"], headers["cache-control"]) == (
+            etag, "private, no-cache"
+        )  # fmt: skip
+    _, headers, body = ask(url, Range="bytes=0-1,4-5")
+    assert headers["content-type"].startswith("multipart/byteranges") and b"45" in body
+
+
+def test_what_the_server_says_goes_through_the_nginx_in_front(front: Front) -> None:
+    for i, key in enumerate(key for key in ODD_KEYS if not key.startswith((".", "a/..", "//"))):
+        target = quote(key, safe="")
+        assert ask(f"{front.url}/{target}", "PUT", b"%d" % i)[0] == 201
+        assert ask(f"{front.url}/{target}")[::2] == (200, b"%d" % i)
+        assert ask(f"{front.url}/{target}", "DELETE")[0] == 204
+    assert ask(front.url + "/none")[0] == 404 and ask(front.url + "/")[0] == 200
+    assert ask(front.url + "/none", token="unknown")[0] == 401
+    chunks = (b"x" * 50_000 for _ in range(20))
+    assert ask(front.url + "/chunked", "PUT", chunks)[0] == 201
+    assert ask(front.url + "/chunked")[2] == b"x" * 1_000_000
+    assert ask(front.url + "/chunked", "PUT", b"x", If_None_Match="*")[0] == 412
+
+
+def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
+    """Another nginx says what it was sent."""
+    seen = list[dict[str, str]]()
+
+    class Volume(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Index(Volume):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("X-Accel-Redirect", "@mkv_volume")
+            self.send_header("Location", f"http://127.0.0.1:{servers[1].server_port}/x")
+            self.send_header("X-Request-ID", "id1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), one) for one in (Index, Volume)]
+    threads = [threading.Thread(target=one.serve_forever) for one in servers]
+    for thread in threads:
+        thread.start()
+    folder = front.program.folder.parent / "spy"
+    try:
+        with run_front(folder, servers[0].server_port) as url:
+            sent = {"Authorization": "Bearer x", "Cookie": "c", "If_Match": "y", "Range": "z"}
+            assert ask(url + "/k", **sent)[::2] == (200, b"x")
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+        for thread in threads:
+            thread.join()
+    assert seen[-1].keys() == {"host", "x-request-id"} and seen[-1]["x-request-id"] == "id1"
+
+
+def test_nginx_in_front_reads_elsewhere_what_a_volume_has_not(front: Front) -> None:
+    """Whoever asks notices nothing: neither that a blob is lost nor that a volume has died."""
+    url = front.url + "/failover"
+    assert ask(url, "PUT", b"x" * 300_000)[0] == 201
+
+    def read_all() -> set[tuple[int, int]]:
+        answers = [ask(url) for _ in range(12)]
+        return {(status, len(body)) for status, _, body in answers}
+
+    front.remove_from(front.volumes[0])
+    assert read_all() == {(200, 300_000)}
+    assert ask(url, Range="bytes=5-9")[::2] == (206, b"xxxxx")
+    front.volumes[0].signal(signal.SIGKILL)
+    try:
+        assert read_all() == {(200, 300_000)}
+        front.remove_from(front.volumes[1])
+        status, headers, _ = ask(url)
+        assert (status, headers["retry-after"]) == (503, "2")
+    finally:
+        front.volumes[0].begin()
+        eventually(lambda: ask(url, "PUT", b"x")[0] == 204)
+
+
+def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
+    assert ask(front.url + "/direct", "PUT", b"x")[0] == 201
+    _, headers, _ = ask(front.program.url + "/direct")
+    assert ask(headers["location"])[2] == ask(headers["mkv-other"])[2] == b"x"
+    assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
 
 
 # == Faults =======================================================================================
@@ -4871,6 +5280,74 @@ def test_every_answer_of_a_volume_keeps_browsers_from_running_it(volume: tuple[s
             headers["x-content-type-options"] == "nosniff"
             and headers["content-security-policy"] == "sandbox"
         )
+
+
+STEM = f"{'ab' * 32}-{'0' * 20}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (STEM, True), (f"{STEM}.png", True), (f"{STEM}.key", False), (f"{STEM}.del", False),
+        (f"{STEM}.keys", True), ("x.png", False), (f"{STEM}.png.key", False), (f"x{STEM}", False),
+    ],
+)  # fmt: skip
+def test_only_blobs_are_kept_for_ever(volume: tuple[str, Path], name: str, kept: bool) -> None:
+    """Sidecars and marks change, and what is not there yet may come."""
+    url = f"{volume[0]}/aa/bb/{name}"
+    assert "cache-control" not in ask(url)[1]
+    for method, has_it in (("PUT", False), ("GET", kept), ("HEAD", kept), ("DELETE", False)):
+        assert ("cache-control" in ask(url, method, b"x")[1]) == has_it, method
+    assert "cache-control" not in ask(f"{volume[0]}/aa/bb/")[1]
+
+
+NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | st.lists(
+    st.sampled_from(["%0d%0a", "%0A", "%00", "Set-Cookie:x", '"', ";", "\\", "%22", "%", "a", "&",
+                     "&name=", "name=", "$arg_name", "NAME=b", "=", "''", "download=1", "?", "+"])
+).map("".join)  # fmt: skip
+
+
+@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+    """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
+    query = "name=" + "&name=".join(parts).replace("#", "")
+    with contextlib.suppress(FileExistsError):
+        (volume[1] / "aa").mkdir()
+    (volume[1] / "aa" / "x").write_bytes(b"x")
+    request = f"GET /aa/x?{query} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    status, headers, _ = send_raw(int(volume[0].rpartition(":")[2]), request.encode())
+    expected = mkv.disposition_of(query)
+    assert status == 200 and headers.get("content-disposition", "") == expected
+    assert re.fullmatch(
+        r"""(inline|attachment); filename(="[\w.~-]+"|\*=UTF-8''[\w.~%-]+)|""", expected
+    )
+    assert headers.keys() <= {
+        "server", "date", "content-type", "content-length", "last-modified", "connection",
+        "accept-ranges", "x-content-type-options", "content-security-policy",
+        "content-disposition",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nginx", "embedded"])
+def test_volume_lets_pages_read_if_told_to(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "nginx":
+            url = stack.enter_context(Nginx(tmp_path / "v", ("a", "b"), cors=True)).url
+        else:
+            (tmp_path / "mkv.toml").write_text(
+                'cors_origins = "*"\nvolume_secret = "a"\nlink_secret = "b"\n'
+            )
+            config = ["--config", str(tmp_path / "mkv.toml")]
+            url = stack.enter_context(one_volume(tmp_path / "v", *config))
+        assert ask(f"{url}/aa/x", "PUT", b"x", Mkv_Volume_Secret="a")[0] == 201
+        link = url + "/aa/x" + mkv.sign_link("/aa/x", "b", int(time.time()) + 60)
+        asked = [ask(link, Origin="null"), ask(link, "OPTIONS"), ask(f"{url}/aa/x")]
+        assert [status for status, _, _ in asked] == [200, 204, 403]
+        for _, headers, _ in asked:
+            assert headers["access-control-allow-origin"] == "*"
+            assert "Authorization" in headers["access-control-allow-headers"]
+        assert asked[1][1]["allow"] == "DELETE, GET, HEAD, OPTIONS, PUT"
 
 
 def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
@@ -6309,18 +6786,17 @@ async def test_embedded_volume_syncs_the_file_and_each_new_folder_before_it_answ
     monkeypatch.setattr(os, "fsync", note)
     path = mkv.blob_path("k", "0" * 20, "")
     listener = mkv.listen("127.0.0.1", 0)
-    stop = await mkv.serve_volume(tmp_path / "v", listener, mkv.Config())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
-    try:
-        async with ClientSession() as session:
-            for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
-                async with session.put(url, data=b"x") as answer:
-                    assert answer.status == status
-                temporary, *rest = synced
-                assert temporary.startswith(".tmp/") and rest == folders
-                synced.clear()
-    finally:
-        await stop()
+    async with (
+        mkv.serve_volumes({tmp_path / "v": listener}, mkv.Config(), 10),
+        ClientSession() as session,
+    ):
+        for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
+            async with session.put(url, data=b"x") as answer:
+                assert answer.status == status
+            temporary, *rest = synced
+            assert temporary.startswith(".tmp/") and rest == folders
+            synced.clear()
 
 
 # == Fit for production: access, metrics, logs, reload, limits, shutdown ==========================
@@ -6465,7 +6941,7 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
     assert ask(link, Range="bytes=1-2")[::2] == (206, b"lp")
     assert ask(link, "HEAD")[0] == 200
     path, _, query = link.partition("?")
-    expires = int(query.rpartition("=")[2])
+    expires = int(dict(parse_qsl(query))["expires"])
     for bad in (
         path,  # no signature
         link.replace("md5=", "md5=A"),
@@ -6479,6 +6955,16 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
         assert ask(url)[0] == 403, bad
     expired = mkv.sign_link(urlsplit(path).path, LINK_SECRET, int(time.time()) - 5)
     assert ask(path + expired)[0] == 410
+
+
+@given(st.floats(0, 2**32), st.floats(0, 1), st.floats(1, 1e6))
+def test_link_stays_the_same_for_half_its_time(now_s: float, part: float, ttl_s: float) -> None:
+    """So that a cache knows it again; and is never good for longer than link_ttl says."""
+    expires_s = mkv.link_expiry(now_s, ttl_s)
+    assert now_s + ttl_s / 2 - 2 <= expires_s <= now_s + ttl_s
+    began_s = expires_s - ttl_s  # the first moment at which it was made
+    later_s = began_s + 1 + part * max(0.0, ttl_s / 2 - 3)
+    assert ttl_s < 8 or mkv.link_expiry(later_s, ttl_s) == expires_s
 
 
 def test_volume_trusts_only_the_index_server(private: Program) -> None:
@@ -6804,7 +7290,7 @@ def crowded(tmp_path: Path) -> str:
             db.execute("BEGIN")
             tx = mkv.Transaction(db)
             for i in range(600):
-                tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
+                tx.insert(make_record(f"{i:03d}")._replace(content_type="a/" + "b" * 8000))
             tx.flush()
     return str(tmp_path / "crowded.db")
 
@@ -7339,7 +7825,7 @@ def version_of(
     return version
 
 
-OTHER = replace(R, digest="0" * 64)
+OTHER = R._replace(digest="0" * 64)
 GOOD = {"a": R.digest, "b": R.digest, "c": R.digest}
 
 
@@ -7385,14 +7871,14 @@ GOOD = {"a": R.digest, "b": R.digest, "c": R.digest}
         # Each agrees with its own.
         ({"a": R, "b": OTHER}, {"a": 3, "b": 3}, GOOD | {"b": OTHER.digest}, None, []),
         (
-            {"a": R, "b": replace(R, size=4)},
+            {"a": R, "b": R._replace(size=4)},
             {"a": 3, "b": 3},
             GOOD,
             "ab",
             ["contradicting sidecars"],
         ),
         (
-            {"a": R, "b": replace(R, ext="pn")},
+            {"a": R, "b": R._replace(ext="pn")},
             {"a": 3, "b": 3},
             GOOD,
             "ab",
@@ -7408,7 +7894,7 @@ def test_judge_version(
         version, read, {(volume, R.path): d for volume, d in digests.items()}
     )
     assert (record and "".join(record.volumes)) == volumes
-    assert record is None or replace(record, volumes=R.volumes) in (R, OTHER)
+    assert record is None or record._replace(volumes=R.volumes) in (R, OTHER)
     assert [case.kind for case in cases] == kinds
 
 
@@ -7423,7 +7909,7 @@ def test_judge_version(
 def test_content_type_is_decided_though_no_blob_can_tell(
     types: dict[str, str], chosen: str
 ) -> None:
-    read = {volume: replace(R, volumes=(), content_type=one) for volume, one in types.items()}
+    read = {volume: R._replace(volumes=(), content_type=one) for volume, one in types.items()}
     version, digests = (
         version_of(dict.fromkeys(read, 9), dict.fromkeys(read, 3)),
         {(v, R.path): d for v, d in GOOD.items()},
@@ -7440,7 +7926,7 @@ def test_blobs_are_read_only_where_sidecars_leave_a_doubt() -> None:
     version = version_of({"a": 9, "b": 9, "c": 9}, {"a": 3, "b": 3, "c": 2, "d": 3})
     assert mkv_tools.find_doubts(version, {"a": R, "b": R, "c": R}) == []
     assert mkv_tools.find_doubts(version, {"a": "it is empty", "b": "it is empty"}) == []
-    for other in ("it is empty", OTHER, replace(R, ext="", size=2)):
+    for other in ("it is empty", OTHER, R._replace(ext="", size=2)):
         assert mkv_tools.find_doubts(version, {"a": R, "b": other, "c": R}) == [
             ("a", R.path),
             ("b", R.path),
@@ -7466,8 +7952,8 @@ def test_batches_hold_small_blobs_and_large_ones_go_alone() -> None:
         ("it is not there", None, "unfinished write"),
         (R, None, "orphan"),
         (R, R, "extra replica"),
-        (R, replace(R, version="f" * 20), "stale version"),
-        (R, replace(R, version="0" * 20), "orphan"),
+        (R, R._replace(version="f" * 20), "stale version"),
+        (R, R._replace(version="0" * 20), "orphan"),
     ],
 )
 def test_stray_is_named(sidecar: Record | str, record: Record | None, expected: str) -> None:
@@ -7480,7 +7966,7 @@ def test_strays_are_what_neither_record_nor_garbage_names_and_not_young() -> Non
     version = mkv_tools.Version(
         stem, dict.fromkeys("abc", (9, old)), {v: {stem: (3, old)} for v in "abc"}
     )
-    records = {stem: replace(R, version="0" * 20, ext="", volumes=("a",))}
+    records = {stem: R._replace(version="0" * 20, ext="", volumes=("a",))}
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 10.0) == ([("c", stem)], 0)
     assert mkv_tools.find_strays([version], records, {("b", stem)}, 8.0) == ([], 1)
     assert mkv_tools.find_strays([version], {}, (), 10.0) == (
@@ -7511,7 +7997,7 @@ def test_claim_and_commit_move_the_record(tx: mkv.Transaction) -> None:
     assert mkv_tools.claim(tx, MOVE) == ""
     assert tx.get("k") == R and garbage_in(tx) == {("c", R.path)}
     assert mkv_tools.commit(tx, MOVE, "", 10.0) == ""
-    assert tx.get("k") == replace(R, volumes=("a", "c")) and garbage_in(tx) == {("b", R.path)}
+    assert tx.get("k") == R._replace(volumes=("a", "c")) and garbage_in(tx) == {("b", R.path)}
 
 
 @pytest.mark.parametrize("failed", ["", "volume b: full", mkv_tools.INTERRUPTED])
@@ -7535,7 +8021,7 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
     if change == "DELETE":
         mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
     else:
-        claim_and_commit(tx, replace(R, version="3" * 20))
+        claim_and_commit(tx, R._replace(version="3" * 20))
     places = [place for place in tx.pending_of("k") if place[1] == R.path]
     settle_at(tx, {place: place[0] == "b" for place in places})  # b had one already
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
@@ -7549,7 +8035,7 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
 
 
 @pytest.mark.parametrize(
-    "change", [replace(R, version="f" * 20), replace(R, volumes=("a",)), None]
+    "change", [R._replace(version="f" * 20), R._replace(volumes=("a",)), None]
 )
 def test_commit_loses_to_a_change_and_leaves_only_its_copy_as_garbage(
     tx: mkv.Transaction, change: Record | None
@@ -7584,7 +8070,7 @@ def test_claim_waits_for_garbage_that_is_due_but_takes_over_what_is_not_and_a_de
     tx.add_garbage(R.path, ["c"], 10.0)
     assert mkv_tools.claim(tx, MOVE) == "" and claimed(tx) == {"c"}
     assert mkv_tools.claim(tx, MOVE) == ""
-    assert mkv_tools.claim(tx, replace(MOVE, record=replace(R, volumes=("a",)))) == "changed"
+    assert mkv_tools.claim(tx, replace(MOVE, record=R._replace(volumes=("a",)))) == "changed"
 
 
 @pytest.mark.parametrize(
@@ -7619,7 +8105,7 @@ def test_copy_that_was_sent_twice_stays_in_doubt_if_the_key_was_deleted_meanwhil
 async def test_tool_counts_how_often_it_has_sent_a_sidecar(tmp_path: Path) -> None:
     """Two together are refused, then each by itself is taken."""
     statuses = iter([507])
-    records = [R, replace(R, key="q")]
+    records = [R, R._replace(key="q")]
     with fake_volume(answering(lambda line: next(statuses, 201))) as url:
         store = Store(
             Config(db=str(tmp_path / "i.db"), volumes=(Volume(name="a", url=url),), replicas=1)
@@ -7653,7 +8139,7 @@ def test_replica_that_goes_back_to_its_garbage_may_come_after_that_is_deleted(
     """I4: the collector finds what was there before, which proves nothing of the tool's copy."""
     tx.add_garbage(R.path, ["c"], 10.0)
     assert mkv_tools.claim(tx, MOVE) == ""
-    claim_and_commit(tx, replace(R, version="3" * 20))
+    claim_and_commit(tx, R._replace(version="3" * 20))
     settle_at(tx, {("c", R.path): True})
     assert row_at(tx, ("c", R.path)).state is mkv.PendingState.WATCHED
     for _ in range(2):  # a tool's connection may break, so that it sends twice
@@ -7706,7 +8192,7 @@ def test_commit_makes_garbage_of_a_dead_runs_copy_that_it_has_no_use_for(
     mkv_tools.claim(tx, MOVE)
     again = replace(MOVE, copy=("d",))
     assert mkv_tools.claim(tx, again) == "" and mkv_tools.commit(tx, again, "", 10.0) == ""
-    assert tx.get("k") == replace(R, volumes=("a", "d"))
+    assert tx.get("k") == R._replace(volumes=("a", "d"))
     assert garbage_in(tx) == {("b", R.path), ("c", R.path)} and not claimed(tx)
 
 
@@ -8469,7 +8955,7 @@ def test_rebuild_reports_damage_and_goes_on(
     code, facts, _ = cluster.tool("rebuild")
     assert code == 0 and list(facts["found"]) == [kind]
     if loses:
-        assert cluster.record("k") == replace(record, volumes=record.volumes[1:])
+        assert cluster.record("k") == record._replace(volumes=record.volumes[1:])
         assert len(cluster.rows()) == len(before)
     else:
         assert cluster.rows() == before
@@ -8522,7 +9008,7 @@ def test_corrupt_replica_is_left_out_where_sidecars_contradict_each_other(
     edit_sidecar(cluster.replica("k", 2, sidecar=True), digest="0" * 64)
     code, facts, _ = cluster.tool("rebuild")
     assert code == 0 and facts["found"] == {"contradicting sidecars": 1, "corrupt": 1}
-    assert cluster.record("k") == replace(record, volumes=("volume1", "volume3"))
+    assert cluster.record("k") == record._replace(volumes=("volume1", "volume3"))
 
 
 def spoil_both(cluster: Cluster, key: str, way: str) -> None:
@@ -8597,7 +9083,7 @@ def test_version_without_a_sidecar_of_use_stops_no_rebuild_if_it_is_dead(cluster
 def test_version_far_in_the_future_stops_a_rebuild(cluster: Cluster) -> None:
     """Else no PUT of its key could ever have a higher one."""
     cluster.put({"k": b"abc"})
-    far, before = replace(cluster.record("k"), version="f" * 20), cluster.rows()
+    far, before = cluster.record("k")._replace(version="f" * 20), cluster.rows()
     blob = cluster.data / "volume1" / far.path[1:]
     sidecar = cluster.data / "volume1" / mkv.sidecar_path(far.path)[1:]
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -8683,7 +9169,7 @@ def test_rebuild_bears_many_blobs_of_one_version(cluster: Cluster) -> None:
     record, before = cluster.record("k"), cluster.rows()
     for ext in ("a", "b", "c"):
         for volume in ("volume1", "volume2", "volume3"):
-            file = cluster.data / volume / replace(record, ext=ext).path[1:]
+            file = cluster.data / volume / record._replace(ext=ext).path[1:]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"abc")
     code, facts, _ = cluster.tool("rebuild")
@@ -9098,7 +9584,7 @@ def test_moved_share_is_what_theory_says() -> None:
         before, after = mkv.Ring(volumes[: n - 1]), mkv.Ring(volumes[:n])
         moves = []
         for i in range(8000):
-            record = replace(R, key=f"k{i}", volumes=before.place(f"k{i}", 3))
+            record = R._replace(key=f"k{i}", volumes=before.place(f"k{i}", 3))
             moves.append(
                 mkv_tools.plan_move(
                     record, after.place(f"k{i}", 3), dict.fromkeys(after.zones, State.UP)
@@ -9450,9 +9936,9 @@ def plant_strays(cluster: Cluster) -> dict[str, str]:
     outside = next(
         name for name in ("volume1", "volume2", "volume3") if name not in record.volumes
     )
-    orphan = replace(record, key="orphan", version="0" * 20)
-    stale = replace(record, version="0" * 20)
-    unfinished = replace(record, key="unfinished", version="0" * 20)
+    orphan = record._replace(key="orphan", version="0" * 20)
+    stale = record._replace(version="0" * 20)
+    unfinished = record._replace(key="unfinished", version="0" * 20)
     for one, volume, sidecar in (
         (record, outside, True),
         (orphan, "volume1", True),
@@ -9581,7 +10067,7 @@ def test_verify_looks_a_last_time_before_it_removes_a_stray(
     quick."""
     cluster.put({"k": b"abc"})
     (outside,) = set(cluster.volumes).difference(cluster.record("k").volumes)
-    record = replace(cluster.record("k"), volumes=tuple(sorted(cluster.volumes)))
+    record = cluster.record("k")._replace(volumes=tuple(sorted(cluster.volumes)))
     for path in (record.path, mkv.sidecar_path(record.path)):
         file = cluster.data / outside / path[1:]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -9854,11 +10340,10 @@ def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
             "bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000
         )
         assert code == 0, (facts, err)
-        for method in ("PUT", "GET", "HEAD", "DELETE"):
-            assert facts[method]["requests"] == 60 and facts[method]["errors"] == 0
-            assert (
-                0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
-            )
+        for phase in ("PUT", "GET", "READ", "HEAD", "DELETE"):
+            assert facts[phase]["requests"] == 60 and facts[phase]["errors"] == 0
+            assert 0 < facts[phase]["p50_ms"] <= facts[phase]["p99_ms"]
+            assert 0 < facts[phase]["busy"] <= 1.1
         assert (
             cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
             == 0
@@ -9888,7 +10373,53 @@ def test_status_and_bench_take_their_secret_from_file_or_environment(
 @on_nginx
 def test_bench_says_what_went_wrong(cluster: Cluster) -> None:
     code, facts, _ = cluster.tool("bench", f"http://127.0.0.1:{free_port()}", "--count", 3)
-    assert code == 1 and facts["PUT"]["errors"] == 3
+    assert code == 1 and facts["PUT"]["errors"] == 3 and facts["PUT"]["a_second"] == 0
+    assert "GET" not in facts  # it is dead
+
+
+def test_bench_stops_at_a_server_that_is_dead() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    client = mkv_tools.BenchPlan(f"{url}/p/", "", 5, 2, 10**9, 0.0)
+    phases = list[mkv_tools.BenchPhase]()
+
+    class Orders:
+        send = phases.append
+
+    part = mkv_tools.BenchPart(client, Orders())  # type: ignore[arg-type]
+    asyncio.run(part._run("PUT"))
+    assert phases[0].errors.total() == phases[0].done <= mkv_tools.GIVE_UP_AFTER + 2
+
+
+@on_nginx
+def test_bench_of_several_processes_compares_what_it_reads(cluster: Cluster) -> None:
+    with cluster.serve() as (port, _):
+        clients = ("--concurrency", 6, "--processes", 3, "--duration", 0.5, "--size", 100)
+        code, facts, err = cluster.tool("bench", f"http://127.0.0.1:{port}", *clients)
+        assert code == 0 and facts["processes"] == 3, err
+        assert facts["READ"]["requests"] > 3 and facts["READ"]["mb_a_second"] > 0
+        assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
+
+
+def test_bench_tells_wrong_bytes_and_who_was_the_limit() -> None:
+    wrong = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+
+    async def compare(url: str) -> str:
+        client = mkv_tools.BenchClient(mkv_tools.BenchPlan(f"{url}/p/", "", 3, 1, 1, 0.0))
+        try:
+            return await client._read(f"{url}/blob".encode(), 0)
+        finally:
+            client.close()
+
+    def serve(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(wrong)
+
+    with fake_volume(serve) as url:
+        assert asyncio.run(compare(url)) == "wrong bytes"
+    phase = mkv_tools.BenchPhase(done=9, seconds=1.0, busy_s=1.9)
+    lines = mkv_tools.describe_bench({"GET": phase.facts(0, 2)}, 2)
+    assert "GET: the 2 process(es) of this bench were the limit" in lines[-1]
+    assert len(mkv_tools.describe_bench({"GET": phase.facts(0, 4)}, 4)) == 2
 
 
 @on_nginx
@@ -10229,7 +10760,14 @@ def test_help_lists_only_flags_that_do_something_there() -> None:
         "ls": {"--long", "--token-file"},
         "rm": {"--prefix", "--yes", "--concurrency", "--token-file"},
         "import": {"--prefix", "--by-size", "--concurrency", "--token-file"},
-        "bench": {"--size", "--concurrency", "--count", "--duration", "--token-file"},
+        "bench": {
+            "--size",
+            "--concurrency",
+            "--count",
+            "--duration",
+            "--processes",
+            "--token-file",
+        },
         "backup": {"--config", "--db", "--data"},
         "forget": volumes - {"--volume-timeout"},
         "token": {"--allow", "--prefix"},
@@ -10567,7 +11105,7 @@ def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: P
 def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) -> None:
     server = start()
     readme = (HERE / "README.md").read_text()
-    (script,) = re.findall(r"^## Copying\n\n```sh\n([^`]*)^```$", readme, re.MULTILINE)
+    (script,) = re.findall(r"^## Copying\n\n```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     script = re.sub(" +#.*", "", script.replace("http://127.0.0.1:3000", server.url))
     script = script.replace(
         ".venv/bin/python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py"
