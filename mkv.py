@@ -221,7 +221,8 @@ class VolumeError(Unavailable):
 
     def __init__(self, volume: str, detail: str, sent: int = 1) -> None:
         super().__init__(f"volume {volume}: {detail}")
-        self.volume, self.sent = volume, sent
+        self.volume = volume
+        self.sent = sent
 
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
 class VolumeTimeout(VolumeError):
@@ -265,9 +266,12 @@ class Checked:
     at once."""
 
     def __post_init__(self) -> None:
-        faults, wrong_type = list[str](), False
+        faults = list[str]()
+        wrong_type = False
         for spec in fields(self):
-            kind, given, bounds = type(spec.default), getattr(self, spec.name), spec.metadata
+            kind = type(spec.default)
+            given = getattr(self, spec.name)
+            bounds = spec.metadata
             if kind is float and type(given) is int:  # a whole number is taken for a float
                 self._set(spec.name, given := float(given))
             if type(given) is not kind and bounds:
@@ -422,7 +426,8 @@ class Config(Checked):
                 f"replicas: {self.min_replicas} needed for a PUT, but only {writable} "
                 "volume(s) take new blobs"
             )
-        names, urls = [v.name for v in self.volumes], [v.url for v in self.volumes]
+        names = [v.name for v in self.volumes]
+        urls = [v.url for v in self.volumes]
         unique = {
             "volume: name": names,
             "volume: url": urls,
@@ -464,7 +469,8 @@ def parse_config(
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{place}: {error}"]) from None
-    flags, faults = dict(flags or {}), list[str]()
+    flags = dict(flags or {})
+    faults = list[str]()
 
     def build(kind: type[T], given: object, where: str, **fixed: object) -> list[T]:
         """Return [kind(**given, **fixed)], or [] and note the faults."""
@@ -491,7 +497,8 @@ def parse_config(
         built = (build(kind, one, f"{place}: {singular}[{i}].") for i, one in enumerate(listed, 1))
         return tuple(thing for things in built for thing in things)
 
-    volumes, tokens = build_all(Volume, "volume"), build_all(Token, "token")
+    volumes = build_all(Volume, "volume")
+    tokens = build_all(Token, "token")
     rule = table.pop("anonymous", None)
     rules = (
         []
@@ -531,7 +538,8 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
     nothing."""
     name, separator, url = flag.partition("=")
     if not separator or "/" in name:
-        name, url = flag.rstrip("/").partition("://")[2].replace("/", "-"), flag
+        name = flag.rstrip("/").partition("://")[2].replace("/", "-")
+        url = flag
     return {"name": name, "url": url}
 
 
@@ -3562,8 +3570,11 @@ class Patience:
     its buffer is free."""
 
     def __init__(self, wire: Wire, timeout_s: float) -> None:
-        self._wire, self._timeout_s, self._taken = wire, timeout_s, -1
-        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(None)
+        self._wire = wire
+        self._timeout_s = timeout_s
+        self._taken = -1
+        self._loop = asyncio.get_running_loop()
+        self._deadline = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._deadline.__aenter__()
@@ -3609,7 +3620,8 @@ class VolumeClient:
         self._tell_slow = hear_slow
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
-        self._host, self._base = parts.hostname or "", parts.path
+        self._host = parts.hostname or ""
+        self._base = parts.path
         self._port = parts.port or (443 if self._ssl else 80)
         self._head = f"Host: {parts.netloc}\r\n" + (
             f"Mkv-Volume-Secret: {secret}\r\n" if secret else ""
@@ -4251,7 +4263,8 @@ class Health:
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down,
         whether it writes."""
-        name, now = client.volume.name, self._clock()
+        name = client.volume.name
+        now = self._clock()
         write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
         if write:
             self._next_write[name] = now + WRITE_PROBE_EVERY_S
@@ -6214,7 +6227,9 @@ class Connection(web.RequestHandler):
     rendered as ours."""
 
     def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config, self._opened, self._client = config, opened, ""
+        self._config = config
+        self._opened = opened
+        self._client = ""
         self.has_asked = False  # for anything: the headers of a request have come
         self._received = 0  # bytes
         self._before = 0  # of these, with the answer before
@@ -6333,7 +6348,8 @@ class Connection(web.RequestHandler):
 
     def _watch_reader(self) -> None:
         if self.transport is not None:
-            loop, left = asyncio.get_running_loop(), count_untaken(self.transport)
+            loop = asyncio.get_running_loop()
+            left = count_untaken(self.transport)
             wait_s = self._config.send_timeout
             self._reader_check = loop.call_later(wait_s, self._check_reader, left)
 
@@ -6364,7 +6380,8 @@ class Connection(web.RequestHandler):
         self._malformed = True
         if status >= 500:
             log.error("unexpected error outside of a handler", exc_info=exc)
-        error, detail = MkvError(), (message or "malformed HTTP").partition("\n")[0]
+        error = MkvError()
+        detail = (message or "malformed HTTP").partition("\n")[0]
         if "Content-Length overflow" in detail:
             error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
         elif status < 500:
@@ -7696,7 +7713,6 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    logging.raiseExceptions = False  # a log that cannot be written stops nothing
 
 
 def notify_systemd(message: str) -> None:
@@ -7777,12 +7793,14 @@ async def wait_for_stop(
 ) -> None:
     """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the
     process; `reload` at SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    loop = asyncio.get_running_loop()
+    signals = asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     print(greeting, end="", flush=True)
     notify_systemd("READY=1")
-    watchdog_s, stop = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, False
+    watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
+    stop = False
     while not stop:
         with contextlib.suppress(TimeoutError):
             stop = await asyncio.wait_for(signals.get(), watchdog_s) != signal.SIGHUP
@@ -7809,7 +7827,8 @@ async def serve_store(
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    store, manager = app[STORE], cast(web.Server, runner.server)
+    store = app[STORE]
+    manager = cast(web.Server, runner.server)
     manager.request_factory = partial(make_request, manager.request_factory)
     entries = AccessLog(sys.stderr.fileno(), store.view.config.log_format == "json")
     store.note_access = entries.note
@@ -7888,17 +7907,20 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     for number in range(-1 if folders else 0, config.workers):
         start(number)
     while children:
-        heard, passed_on = signal.sigwait(watched), 0
+        heard = signal.sigwait(watched)
+        passed_on = 0
         if heard == signal.SIGHUP:
             passed_on = signal.SIGHUP
             with contextlib.suppress(ConfigError):  # the workers say what is wrong
                 config = reload_config(config, reread())
         elif heard != signal.SIGCHLD:
-            passed_on, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
+            passed_on = signal.SIGKILL if stopping else signal.SIGTERM
+            stopping = True
             listener.close()
         # One SIGCHLD may stand for several.
         while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
+            worker = children.pop(ended[0])
+            status = os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
                 stopping = True
                 code = 2
@@ -7984,8 +8006,17 @@ VOLUME_SETTINGS = (
 )  # fmt: skip
 
 
+def open_standard_streams() -> None:
+    """Give those that were closed at the start to nobody else: a log would go into a socket, or
+    into the index."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
@@ -8004,7 +8035,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, value in vars(parser.parse_args(arguments)).items()
         if value is not None
     }
-    command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
+    command = flags.pop("command")
+    file = flags.pop("config", "")
+    folder = flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
@@ -8023,7 +8056,8 @@ def main(arguments: list[str] | None = None) -> int:
                     ]
                 )
             run(serve_one_volume(config, folder))
-        listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        listener = listen(config.host, config.port)
+        reread = partial(load_config, file, flags)
         announce_others(config.db)
         if config.workers > 1:
             return supervise(config, listener, reread)

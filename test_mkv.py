@@ -815,7 +815,7 @@ PURE_SECTIONS = (
 )  # fmt: skip
 SECTIONS = (
     *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store",
-    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
+    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
     "asyncio",
@@ -7064,6 +7064,21 @@ def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
 
 
 # -- logs --
+
+
+@pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2>&- <&-"])
+def test_log_that_cannot_be_written_stops_nothing(tmp_path: Path, log: str) -> None:
+    port = free_port()
+    command = f"exec {sys.executable} {HERE / 'mkv.py'} serve --port {port} --data d {log}"
+    process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{port}/k", "PUT", b"x") == 201)
+        assert try_ask(f"http://127.0.0.1:{port}/none") == 404
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "d" / "index.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_json_log_has_one_line_a_request(start: Callable[..., Program]) -> None:
