@@ -244,7 +244,7 @@ ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lo
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
-OPERATIONS = ("read", "write", "delete", "list", "admin")
+OPERATIONS = ("read", "write", "create", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
 # What a reload cannot change.
 RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")
@@ -1275,6 +1275,12 @@ def is_unconditional(conditions: Conditions) -> bool:
         and conditions.if_none_match is None
         and conditions.unmodified_since_s is None
     )
+
+
+def only_if_absent(conditions: Conditions) -> Conditions:
+    """Return conditions that hold if these do and there is no such key. That is decided where all
+    races are, in the transaction of the commit."""
+    return conditions._replace(if_none_match=("*",))
 
 
 def lets_before(conditions: Conditions) -> bool:
@@ -5372,6 +5378,7 @@ class Call:
     key = ""
     prefix = ""  # of a list
     who = ""
+    only_creates = False  # by whoever may not write keys that are there
     volumes: tuple[str, ...] = ()
     size = 0
     trace = ""
@@ -5432,7 +5439,13 @@ class Call:
         config = self.store.view.config
         if operation:
             shown = request.headers.get("authorization")
-            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            try:
+                self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            except (Unauthorized, Forbidden):
+                if operation != "write":
+                    raise
+                self.who = authorize(config.tokens, config.anonymous, shown, "create", scope)
+                self.only_creates = True
         return handler
 
     def read(self, found: Record | None) -> Response:
@@ -5485,6 +5498,12 @@ class Call:
         store.uploads += 1
         try:
             record, created = await store.put(draft, self._read_body(), self.trail)
+        except PreconditionFailed:
+            if self.only_creates and self.request.headers.get("if-none-match") != "*":
+                # Not 412, which is for conditions that the client has set. It tells no more than
+                # that: whether those held would say something of a blob that it may not read.
+                raise Forbidden(f"{self.who} may only create keys that are not there") from None
+            raise
         finally:
             store.uploads -= 1
         self.volumes = record.volumes
@@ -5504,9 +5523,10 @@ class Call:
         if size and size > (limit or MAX_SIZE):
             raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("content-type"), self.key)
-        return Draft(
-            self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers)
-        )
+        conditions = parse_conditions(headers)
+        if self.only_creates:
+            conditions = only_if_absent(conditions)
+        return Draft(self.key, content_type, ext, size, conditions, parse_digests(headers))
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""

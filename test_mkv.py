@@ -6806,6 +6806,7 @@ SECRETS = {
     "writer": "w-secret-2",
     "boss": "b-secret-3",
     "tenant": "t-secret-4",
+    "adder": "a-secret-5",
 }
 VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
 EVERYTHING = '["read", "write", "delete", "list", "admin"]'
@@ -6879,6 +6880,208 @@ def access_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]
     assert ask(program.url + "/k", "PUT", b"x", "boss")[0] == 201
     yield program
     program.stop(signal.SIGKILL)
+
+
+# -- tokens that can only add --
+
+ONLY_ADDS = token_toml("adder", '["create"]', "backup/") + token_toml(
+    "boss", EVERYTHING.replace("[", '["create", ')
+)
+
+
+@pytest.fixture(params=["lane", "aiohttp"])
+def adding(
+    request: pytest.FixtureRequest, start: Callable[..., Program], guarded: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Program:  # fmt: skip
+    """A server on nginx volumes that want their secrets, with backup/k there."""
+    if request.param == "aiohttp":
+        monkeypatch.setitem(MORE_HEADERS, "Connection", "keep-alive, x")
+    server = start(config=guarded + ONLY_ADDS)
+    assert ask(server.url + "/backup/k", "PUT", b"old", "boss")[0] == 201
+    return server
+
+
+OLD = f'"{hashlib.sha256(b"old").hexdigest()}"'
+LATER, EARLIER = "Fri, 01 Jan 2100 00:00:00 GMT", "Sat, 01 Jan 2000 00:00:00 GMT"
+
+
+@pytest.mark.parametrize("body", [b"new", b"old", b"", bytes(400_000), None])
+def test_token_that_only_creates_replaces_nothing_whatever_it_sends(
+    adding: Program, body: bytes | None
+) -> None:
+    url = adding.url + "/backup/k"
+    for headers in (
+        {}, {"If_Match": OLD}, {"If_Match": "*"}, {"If_Match": '"no"'}, {"If_None_Match": '"no"'},
+        {"If_None_Match": OLD}, {"If_Match": OLD, "If_None_Match": '"no"'},
+        {"If_Unmodified_Since": LATER}, {"If_Unmodified_Since": EARLIER},
+        {"X_HTTP_Method_Override": "DELETE"}, {"Expect": "100-continue"},
+        {"Mkv_Volume_Secret": VOLUME_SECRET},
+    ):  # fmt: skip
+        sent = iter([b"in ", b"chunks"]) if body is None else body
+        status, _, said = ask(url, "PUT", sent, "adder", **headers)
+        assert status == 403 and b"may only create" in said, headers  # the same for all
+    for if_none_match in ("*", " *"):
+        assert ask(url, "PUT", b"new", "adder", If_None_Match=if_none_match)[0] == 412
+    other_spellings = ("/backup%2Fk", "/%62ackup/k", "/backup/%6B")
+    for path in other_spellings:
+        assert ask(adding.url + path, "PUT", b"new", "adder")[0] == 403
+    assert get_body(url, "boss") == b"old"
+
+
+def test_token_that_only_creates_may_do_nothing_else(adding: Program) -> None:
+    for method, path in (
+        ("GET", "/backup/k"), ("HEAD", "/backup/k"), ("DELETE", "/backup/k"),
+        ("DELETE", "/backup/none"), ("GET", "/?prefix=backup/"), ("GET", "/"),
+        ("GET", "/-/status"), ("GET", "/-/metrics"), ("PUT", "/other"), ("PUT", "/backup"),
+        ("PUT", "/backu"), ("PUT", "/Backup/x"), ("PUT", "//backup/x"),
+    ):  # fmt: skip
+        for headers in ({}, {"If_Match": OLD}, {"If_None_Match": "*"}):
+            body = b"x" if method == "PUT" else None
+            assert ask(adding.url + path, method, body, "adder", **headers)[0] == 403, path
+    for method in ("POST", "PATCH", "COPY", "MOVE", "MKCOL"):
+        assert ask(adding.url + "/backup/k", method, b"x", "adder")[0] in (400, 405)
+    location = ask(adding.url + "/backup/k", token="boss")[1]["location"]
+    volume, path = location.split("?")[0], urlsplit(location).path
+    for method in ("PUT", "DELETE"):  # not even with a link that it has got hold of
+        for target in (volume, location, volume[: volume.index(path)] + mkv.sidecar_path(path)):
+            assert ask(target, method, b"x" if method == "PUT" else None, "adder")[0] == 403
+    assert get_body(adding.url + "/backup/k", "boss") == b"old"
+
+
+def test_token_that_only_creates_creates(adding: Program) -> None:
+    for i, headers in enumerate(({}, {"If_None_Match": "*"}, {"If_None_Match": '"a"'})):
+        url = f"{adding.url}/backup/new{i}"
+        assert ask(url, "PUT", b"new", "adder", **headers)[0] == 201
+        assert get_body(url, "boss") == b"new"
+        assert ask(url, "PUT", b"newer", "adder", **headers)[0] in (403, 412)
+    assert ask(adding.url + "/backup/m", "PUT", b"x", "adder", If_Match="*")[0] == 403
+    wrong = {"Repr_Digest": WRONG_DIGEST["Repr-Digest"]}
+    assert ask(adding.url + "/backup/m", "PUT", b"x", "adder", **wrong)[0] == 422
+    assert ask(adding.url + "/backup/k", "DELETE", token="boss")[0] == 204
+    assert ask(adding.url + "/backup/k", "PUT", b"again", "adder")[0] == 201
+
+
+def test_write_is_more_than_create_and_anybody_may_be_let_add(
+    start: Callable[..., Program],
+) -> None:
+    both = token_toml("boss", '["read", "create", "write"]')
+    server = start(config=both + '[anonymous]\nallow = ["create"]\nprefix = "inbox/"\n')
+    assert ask(server.url + "/inbox/k", "PUT", b"one")[0] == 201
+    assert ask(server.url + "/inbox/k", "PUT", b"two")[0] == 403
+    assert ask(server.url + "/k", "PUT", b"one")[0] == 401
+    assert ask(server.url + "/inbox/k", "PUT", b"two", "boss")[0] == 204
+    assert ask(server.url + "/inbox/k", "PUT", b"x", "no-such-secret")[0] == 401
+    assert get_body(server.url + "/inbox/k", "boss") == b"two"
+
+
+@pytest.mark.parametrize("size", [10, 400_000])
+def test_only_one_of_many_that_may_only_create_wins(adding: Program, size: int) -> None:
+    bodies = [bytes([i]) * size for i in range(8)]
+    for round_number in range(5):
+        url = f"{adding.url}/backup/race{round_number}"
+        with ThreadPoolExecutor(8) as pool:
+            puts = [pool.submit(ask, url, "PUT", body, "adder") for body in bodies]
+        statuses = [put.result()[0] for put in puts]
+        assert sorted(statuses)[0] == 201 and set(sorted(statuses)[1:]) <= {403, 503}
+        assert get_body(url, "boss") == bodies[statuses.index(201)]
+
+
+def send_half(server: Program, key: str, body: bytes) -> socket.socket:
+    """Begin a PUT of `body`, as the one who only creates, and send half of it."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    head = f"PUT /{key} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {SECRETS['adder']}\r\n"
+    more = "".join(f"{name}: {value}\r\n" for name, value in MORE_HEADERS.items())
+    connection.sendall(f"{head}{more}Content-Length: {len(body)}\r\n\r\n".encode())
+    connection.sendall(body[: len(body) // 2])
+    return connection
+
+
+@pytest.mark.parametrize("size", [1000, 400_000])
+@pytest.mark.parametrize("acts", ["PUT", "PUT DELETE PUT", "PUT PUT"])
+def test_creation_that_began_before_the_key_was_there_does_not_replace_it(
+    adding: Program, size: int, acts: str
+) -> None:
+    url, late = adding.url + "/backup/late", bytes(size)
+    before = adding.log().count("backup/late")
+    with send_half(adding, "backup/late", late) as connection:
+        for number, act in enumerate(acts.split()):
+            body = b"%d" % number if act == "PUT" else None
+            assert ask(url, act, body, "boss")[0] in (201, 204)
+        connection.sendall(late[size // 2 :])
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 403 and before == 0
+    assert get_body(url, "boss") == b"%d" % (len(acts.split()) - 1)
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_rebuild_brings_nothing_of_a_refused_creation(
+    adding: Program, tmp_path: Path, index: str
+) -> None:
+    """Nor does a kill of the server in the middle of one."""
+    url = adding.url + "/backup/"
+    late = bytes(400_000)
+    with send_half(adding, "backup/late", late) as connection:
+        assert ask(url + "late", "PUT", b"late", "boss")[0] == 201
+        connection.sendall(late[200_000:])
+        assert connection.recv(999).startswith(b"HTTP/1.1 403")
+    for body in (b"new", late):
+        assert ask(url + "k", "PUT", body, "adder")[0] == 403
+    with send_half(adding, "backup/k2", late):
+        assert ask(url + "k2", "PUT", b"k2", "boss")[0] == 201
+        adding.stop(signal.SIGKILL)
+    db = adding.folder / "mkv-data" / "index.db"
+    with contextlib.closing(sqlite3.connect(db)) as opened:
+        before = opened.execute("SELECT * FROM record ORDER BY key").fetchall()
+    if index == "lost":
+        for file in db.parent.glob("index.db*"):
+            file.unlink()
+    line = ["rebuild", "--config", str(adding.config), "--db", str(db), "--json"]
+    assert mkv_tools.main(line) == 0
+    with contextlib.closing(sqlite3.connect(db)) as opened:
+        assert opened.execute("SELECT * FROM record ORDER BY key").fetchall() == before
+    assert [row[0] for row in before] == ["backup/k", "backup/k2", "backup/late"]
+
+
+def test_volume_that_is_down_lets_no_creation_replace(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """A key whose volumes are all away is there, though nobody can read it."""
+    server = start(*flags_of(volumes3), config=ONLY_ADDS, env={"NO": "1"})
+    url = server.url + "/backup/k"
+    assert ask(url, "PUT", b"old", "boss")[0] == 201
+    names = ask(url, "HEAD", token="boss")[1]["mkv-volumes"].split(",")
+    away = [volume for i, volume in enumerate(volumes3) if f"n{i}" in names]
+    for volume in away:
+        volume.signal(signal.SIGKILL)
+    eventually(lambda: ask(url, token="boss")[0] == 503)
+    assert ask(url, "PUT", b"new", "adder")[0] == 403
+    for volume in away:
+        volume.begin()
+    eventually(lambda: get_body(url, "boss") == b"old")
+
+
+def test_backup_with_a_token_that_only_creates(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on where it was, and the tool says what it could not compare."""
+    cluster.file.write_text(cluster.file.read_text() + "\n" + ONLY_ADDS)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"a")
+    monkeypatch.setenv("MKV_TOKEN", SECRETS["adder"])
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        line = ("put", url, f"{source}/", "--prefix", "backup/")
+        assert cluster.tool(*line)[1]["copied"] == 1
+        (source / "a").write_bytes(b"encrypted by whoever took the machine over")
+        (source / "b").write_bytes(b"b")
+        code, facts, _ = cluster.tool(*line)
+        assert (code, facts["copied"], facts["there"]) == (0, 1, 1)
+        code, _, err = cluster.tool("rm", url, "backup/a")
+        assert code == 1 and "may only create" in err
+        assert get_body(f"{url}/backup/a", "boss") == b"a"
 
 
 def test_anonymous_rule_opens_what_it_names(start: Callable[..., Program]) -> None:
@@ -7364,7 +7567,7 @@ def read_slowly(client: socket.socket) -> bytes:
     while piece := client.recv(16384):
         pieces.append(piece)
         time.sleep(0.004)
-        if pieces[-1].endswith(b"}"):
+        if pieces[-1].endswith(b"}\n"):
             break
     return b"".join(pieces)
 
