@@ -7775,7 +7775,7 @@ def announce_others(db: str) -> None:
     workers, until all of this one is gone."""
     try:
         Path(db).parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(f"{db}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(f"{os.path.realpath(db)}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError:
         return  # opening the index says what is wrong
     try:

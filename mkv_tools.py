@@ -2318,6 +2318,7 @@ async def get(config: Config, options: argparse.Namespace, report: Report) -> No
         return
     into_folder = prefix is not None or len(keys) > 1 or not out or os.path.isdir(out)
     folder = Path(out or ".")
+    taken = set[Path]()  # by keys that were given one by one
 
     async def act(blob: Blob) -> None:
         try:
@@ -2325,6 +2326,9 @@ async def get(config: Config, options: argparse.Namespace, report: Report) -> No
                 path = find_place(folder, blob.key[len(prefix) :])
             elif into_folder:
                 path = find_place(folder, blob.key.rpartition("/")[2])
+                if path in taken:
+                    raise ToolError(f"another key becomes {path}")
+                taken.add(path)
             else:
                 path = folder
             copying.end(await get_file(client, blob, path, copying), blob.size)

@@ -5049,6 +5049,14 @@ def test_second_server_on_the_same_index_is_announced(
     second.stop()
 
 
+def test_second_server_is_announced_whatever_name_the_index_has(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    start("--db", str(tmp_path / "index.db"))
+    (tmp_path / "other.db").symlink_to("index.db")
+    assert "another server has the index" in start("--db", str(tmp_path / "other.db")).log()
+
+
 def test_server_started_again_announces_nobody(
     start: Callable[..., Program], tmp_path: Path
 ) -> None:
@@ -6162,6 +6170,16 @@ async def test_no_volume_sees_the_token() -> None:
             assert b"GET /blob?md5=a HTTP/1.1" in volume.heads[0]
 
 
+async def test_blob_is_taken_as_it_is_whatever_coding_is_claimed() -> None:
+    coded = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx"
+    async with Script(coded) as volume:
+        redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
+        redirect += f"Location: {volume.url}/b\r\n\r\n"
+        async with Script(redirect.encode()) as script, mkv.Client(script.url) as client:
+            assert await client.get("k") == b"x"
+            assert b"Accept-Encoding: identity\r\n" in volume.heads[0]
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "body"),
     [
@@ -6270,6 +6288,35 @@ async def test_client_goes_on_when_connections_are_cut(
                     cable.cut()
             got += piece
         assert got == data[1000:] and len(client.reads()) >= 4
+
+
+async def test_client_reads_through_an_nginx_in_front(front: Front, tmp_path: Path) -> None:
+    """Which sends the blob itself, and no redirect."""
+    data = os.urandom(3_000_000)
+    async with Watching(front.url) as client:
+        await client.put("front", data)
+        assert await client.get("front") == data and client.reads() == []
+        for start, end in ((0, 10), (5, None), (2_999_999, 3_000_005), (3_000_000, None)):
+            got = b"".join([piece async for piece in client.stream("front", start, end)])
+            assert got == data[start:end]
+        await client.get_to("front", tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == data
+        await client.delete("front")
+        with pytest.raises(mkv.NotFound):
+            await client.get("front")
+
+
+async def test_client_of_a_store_in_another_application(
+    tmp_path: Path, aiohttp_server: Any
+) -> None:
+    outer = web.Application()
+    outer.add_subapp("/blobs/", mkv.create_app(mkv.Config(data=str(tmp_path / "data"))))
+    server = await aiohttp_server(outer)
+    async with mkv.Client(f"http://127.0.0.1:{server.port}/blobs") as client:
+        for key in ODD_KEYS:
+            await client.put(key, key.encode())
+            assert await client.get(key) == key.encode()
+        assert [blob.key async for blob in client.list()] == sorted(ODD_KEYS, key=str.encode)
 
 
 # -- downloads into a file --
@@ -11284,6 +11331,31 @@ def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -
         facts = json.loads(out)
         assert facts["same"] > 20 and facts["copied"] + facts["same"] == 400 and before < 400
     assert digests_below(back) == digests_below(source)
+
+
+def test_interrupted_copying_says_how_to_go_on(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    server = start()
+    (tmp_path / "source").mkdir()
+    for i in range(2000):
+        (tmp_path / "source" / f"{i}").write_bytes(b"x")
+    line = [sys.executable, HERE / "mkv_tools.py", "put", server.url, f"{tmp_path}/source"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    eventually(lambda: server.log().count("method=PUT") > 20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and out == b"" and b"the same command goes on" in err
+    assert b"Traceback" not in err
+
+
+@on_nginx
+def test_two_keys_do_not_become_one_file(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    for key in ("a/name", "b/name"):
+        assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
+    code, facts, _ = cluster.tool("get", served, "a/name", "b/name", "-o", tmp_path / "folder")
+    assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
+    assert (tmp_path / "folder" / "name").read_bytes() == b"a/name"
 
 
 def test_copying_shows_bytes_and_time_left(start: Callable[..., Program], tmp_path: Path) -> None:
