@@ -7484,7 +7484,8 @@ def without_query(url: str) -> str:
 
 class PartFile:
     """What has come of a blob, beside the file that it will become. For one download at a time; it
-    stays when that is cut off. All but `close` is for a thread."""
+    stays when that is cut off. If the key has another blob by then, the digest will tell, and all
+    is read anew. All but `close` is for a thread."""
 
     def __init__(self, target: Path, blob: Blob) -> None:
         self.blob = blob
@@ -7494,9 +7495,8 @@ class PartFile:
         self.sources: Collection[str] = ()
         self.hasher = Hasher({})
         self._target = target
-        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-        self._all = f".mkv-{name}-*.part"  # of all blobs that were to become this file
-        self._path = target.parent / f".mkv-{name}-{blob.digest[:16]}.part"
+        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]  # which may be too long
+        self._path = target.parent / f".mkv-{name}.part"
         self._fd = -1
 
     def open(self) -> None:
@@ -7532,11 +7532,9 @@ class PartFile:
         os.ftruncate(self._fd, 0)
 
     def finish(self) -> None:
-        """Make it the file, for good; drop what is left of other blobs that were to become it."""
+        """Make it the file, for good."""
         os.fsync(self._fd)
         os.replace(self._path, self._target)
-        for other in self._target.parent.glob(self._all):
-            other.unlink(missing_ok=True)
         sync_folder(self._target.parent)
 
     def close(self) -> None:

@@ -2049,7 +2049,7 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
 # named, and the rest goes on, unless everything fails.
 
 FAILURES_IN_A_ROW = 50  # then nothing will succeed
-PART_NAME = re.compile(r"\.mkv-[0-9a-f]{16}-[0-9a-f]{16}\.part")  # of a download that was cut off
+PART_NAME = re.compile(r"\.mkv-[0-9a-f]{32}\.part")  # of a download that was cut off
 AT_ONCE_BYTES = 1024 * 1024  # of a blob that import holds in memory
 IMPORT_PAGE = 1000
 IMPORT_ATTEMPTS = 3
