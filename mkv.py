@@ -245,7 +245,7 @@ ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lo
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
-OPERATIONS = ("read", "write", "delete", "list", "admin")
+OPERATIONS = ("read", "write", "create", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
 # What a reload cannot change.
 RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")
@@ -1277,6 +1277,12 @@ def is_unconditional(conditions: Conditions) -> bool:
         and conditions.if_none_match is None
         and conditions.unmodified_since_s is None
     )
+
+
+def only_if_absent(conditions: Conditions) -> Conditions:
+    """Return conditions that hold if these do and there is no such key. That is decided where all
+    races are, in the transaction of the commit."""
+    return conditions._replace(if_none_match=("*",))
 
 
 def lets_before(conditions: Conditions) -> bool:
@@ -6019,6 +6025,7 @@ class Call:
     key = ""
     prefix = ""  # of a list
     who = ""
+    only_creates = False  # by whoever may not write keys that are there
     volumes: tuple[str, ...] = ()
     size = 0
     trace = ""
@@ -6079,7 +6086,13 @@ class Call:
         config = self.store.view.config
         if operation:
             shown = request.headers.get("authorization")
-            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            try:
+                self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            except (Unauthorized, Forbidden):
+                if operation != "write":
+                    raise
+                self.who = authorize(config.tokens, config.anonymous, shown, "create", scope)
+                self.only_creates = True
         return handler
 
     def read(self, found: Record | None) -> Response:
@@ -6132,6 +6145,12 @@ class Call:
         store.uploads += 1
         try:
             record, created = await store.put(draft, self._read_body(), self.trail)
+        except PreconditionFailed:
+            if self.only_creates and self.request.headers.get("if-none-match") != "*":
+                # Not 412, which is for conditions that the client has set. It tells no more than
+                # that: whether those held would say something of a blob that it may not read.
+                raise Forbidden(f"{self.who} may only create keys that are not there") from None
+            raise
         finally:
             store.uploads -= 1
         self.volumes = record.volumes
@@ -6151,9 +6170,10 @@ class Call:
         if size and size > (limit or MAX_SIZE):
             raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("content-type"), self.key)
-        return Draft(
-            self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers)
-        )
+        conditions = parse_conditions(headers)
+        if self.only_creates:
+            conditions = only_if_absent(conditions)
+        return Draft(self.key, content_type, ext, size, conditions, parse_digests(headers))
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
@@ -7445,6 +7465,8 @@ class Corrupt(MkvError):
 class Strange(MkvError):
     """Something was answered that no mkv answers."""
 
+    title = "which no mkv answers"
+
 
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
@@ -7921,16 +7943,16 @@ async def read_body(response: ClientResponse) -> bytes:
 def error_of(response: ClientResponse, body: bytes) -> MkvError:
     """Return the error that an answer names."""
     status = response.status
-    told = f"{response.method} {response.url.path} was answered {status}"
+    kind = REFUSALS.get(status, MkvError if status >= 500 else Strange)
+    told = f"{response.method} {response.url.path} was answered {status} {kind.title}"
     if response.content_type != "application/problem+json":
         if status in (502, 503, 504):  # a proxy, which does not say how far it came
             return Unreachable(told, sent=True)
-        return REFUSALS.get(status, Strange)(told)
+        return kind(told)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         problem = json.loads(body)  # HEAD has none
         told = f"{problem['detail']} (request {problem['request_id']})"
     wait = response.headers.get("Retry-After", "")
-    kind = REFUSALS.get(status, MkvError)
     return kind(told, Retry_After=wait) if wait else kind(told)
 
 
@@ -8113,7 +8135,8 @@ def without_query(url: str) -> str:
 
 class PartFile:
     """What has come of a blob, beside the file that it will become. For one download at a time; it
-    stays when that is cut off. All but `close` is for a thread."""
+    stays when that is cut off. If the key has another blob by then, the digest will tell, and all
+    is read anew. All but `close` is for a thread."""
 
     def __init__(self, target: Path, blob: Blob) -> None:
         self.blob = blob
@@ -8123,9 +8146,8 @@ class PartFile:
         self.sources: Collection[str] = ()
         self.hasher = Hasher({})
         self._target = target
-        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-        self._all = f".mkv-{name}-*.part"  # of all blobs that were to become this file
-        self._path = target.parent / f".mkv-{name}-{blob.digest[:16]}.part"
+        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]  # which may be too long
+        self._path = target.parent / f".mkv-{name}.part"
         self._fd = -1
 
     def open(self) -> None:
@@ -8161,11 +8183,9 @@ class PartFile:
         os.ftruncate(self._fd, 0)
 
     def finish(self) -> None:
-        """Make it the file, for good; drop what is left of other blobs that were to become it."""
+        """Make it the file, for good."""
         os.fsync(self._fd)
         os.replace(self._path, self._target)
-        for other in self._target.parent.glob(self._all):
-            other.unlink(missing_ok=True)
         sync_folder(self._target.parent)
 
     def close(self) -> None:
@@ -8404,7 +8424,7 @@ def announce_others(db: str) -> None:
     workers, until all of this one is gone."""
     try:
         Path(db).parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(f"{db}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(f"{os.path.realpath(db)}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError:
         return  # opening the index says what is wrong
     try:
