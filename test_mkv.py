@@ -817,7 +817,7 @@ PURE_SECTIONS = (
     "Wire format",
 )  # fmt: skip
 SECTIONS = (
-    *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store",
+    *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store", "Page",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -2034,7 +2034,7 @@ async def test_page_of_a_list_is_bounded_in_bytes(
     while start is not None:
         text = await index.list_page(mkv.ListQuery(start=start, delimiter=delimiter, limit=10000))
         page = json.loads(text)
-        assert text == json.dumps(page).encode() and len(text) <= mkv.LIST_BYTES
+        assert text == f"{json.dumps(page)}\n".encode() and len(text) <= mkv.LIST_BYTES
         assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
         found, start = (
             [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]],
@@ -5392,7 +5392,8 @@ def test_redirect_goes_to_the_public_url(
     assert ask(server.url + "/k.png", "PUT", b"x")[0] == 201
     location = ask(server.url + "/k.png")[1]["location"]
     assert re.fullmatch(
-        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png", location
+        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png\?name=k\.png",
+        location,
     )
 
 
