@@ -16,6 +16,8 @@ import enum
 import errno
 import hashlib
 import http.client
+import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -37,6 +39,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -4549,6 +4552,292 @@ def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
     assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
 
 
+# == Page: in a real browser, and what is sent with it ============================================
+
+
+def test_page_is_one_document_whose_policy_lets_only_its_own_script_run(store: Program) -> None:
+    status, headers, body = ask(store.url + "/-/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = dict(
+        part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";")
+    )
+    for tag, which in (("script", "script-src"), ("style", "style-src")):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", body.decode(), re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[which] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    places = policy["img-src"].split()
+    urls = {one["public_url"] for one in json.loads(ask(store.url + "/-/status")[2])["volumes"]}
+    assert set(places) == {"'self'", "blob:", "data:", *urls}
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"]
+    assert not re.search(
+        r"""innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|(src|href)=["']?(http|//)""",
+        body.decode(),
+    )
+    assert ask(store.url + "/-/", "HEAD")[0] == 200 and ask(store.url + "/-/", "PUT")[0] == 405
+
+
+def make_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    rows = b"".join(b"\0" + random.Random(y).randbytes(3 * width) for y in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def require_chromium() -> str:
+    """Return Chromium's path; skip, but fail in CI, where it is missing, or playwright is."""
+    path = shutil.which("chromium")
+    found = path is not None and importlib.util.find_spec("playwright") is not None
+    if not found or path is None:
+        assert not os.environ.get("CI"), "CI must have chromium and playwright"
+        pytest.skip("chromium, or playwright to drive it, is not installed")
+    return path
+
+
+@pytest.fixture(scope="class")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of the page. It ends with them: while playwright runs, no other
+    event loop can in this thread."""
+    path = require_chromium()
+    sync_api = importlib.import_module("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        one = playwright.chromium.launch(executable_path=path, args=options)
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="class")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A server with its own volumes, for the tests of the page."""
+    program = Program(tmp_path_factory.mktemp("shop"))
+    yield program
+    program.stop(signal.SIGKILL)
+
+
+class Tab:
+    """A tab of its own, at the page; fails at the end if a script there failed or was refused."""
+
+    def __init__(self, browser: Any, url: str, view: str = "", **options: Any) -> None:
+        self.context = browser.new_context(accept_downloads=True, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)  # ms
+        self.faults = list[str]()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", self._hear)
+        self.page.on("dialog", lambda dialog: self.faults.append(dialog.message))
+        self.page.goto(f"{url}/-/{view}")
+
+    def _hear(self, message: Any) -> None:
+        if "Content Security Policy" in message.text or "TrustedScript" in message.text:
+            self.faults.append(message.text)
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def sign_in(self, token: str) -> None:
+        self.page.get_by_label("secret of the token").fill(SECRETS[token])
+        self.page.keyboard.press("Enter")
+
+    def show(self, prefix: str) -> None:
+        self.page.get_by_label("prefix of the keys").fill(prefix)
+        self.button("Show").click()
+
+    def upload(self, name: str, blob: bytes) -> None:
+        file = {"name": name, "mimeType": "", "buffer": blob}
+        self.page.set_input_files("#files", [file])
+
+    def download(self, key: str) -> tuple[str, bytes]:
+        """Return what the browser would name the file, and what is in it."""
+        with self.page.expect_download() as under_way:
+            self.button(f"Download {key}").click()
+        return under_way.value.suggested_filename, under_way.value.path().read_bytes()
+
+    def delete(self, key: str) -> None:
+        self.button(f"Delete {key}").click()
+        self.button("Delete it").click()
+        self.button(f"Delete {key}").wait_for(state="detached")
+
+    def wait_for_image(self) -> None:
+        width = "document.querySelector('#details img')?.naturalWidth"
+        eventually(lambda: self.page.evaluate(width) == 40)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.context.close()
+        assert kind is not None or not self.faults
+
+
+KEYS_VIEW = "#keys="
+
+
+class TestPage:
+    def test_upload_preview_download_delete(
+        self, browser: Any, start: Callable[..., Program], guarded: str
+    ) -> None:
+        """With tokens, and volumes that want signed links."""
+        server = start(config=guarded + TOKENS)
+        blob = make_png(40, 30)
+        with Tab(browser, server.url, KEYS_VIEW) as tab:
+            tab.sign_in("boss")
+            tab.show("my photos/")
+            tab.upload("ü 1.png", blob)
+            tab.button("my photos/ü 1.png"[10:]).click()
+            tab.wait_for_image()
+            tab.page.keyboard.press("Escape")
+            assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
+            target = f"{server.url}/{quote('my photos/ü 1.png')}"
+            assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            tab.delete("my photos/ü 1.png")
+            assert ask(target, token="boss")[0] == 404
+            kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
+            assert kept == [["mkv-token"], []] and tab.context.cookies() == []
+        with Tab(browser, server.url, KEYS_VIEW) as tab:  # another tab knows no token
+            tab.page.get_by_label("secret of the token").wait_for()
+
+    def test_files_are_dropped_and_replace_nothing_unasked(
+        self, browser: Any, shop: Program
+    ) -> None:
+        prefix = f"drop-{random.getrandbits(32):x}/"
+        assert ask(f"{shop.url}/{prefix}a.txt", "PUT", b"old")[0] == 201
+        with Tab(browser, shop.url, KEYS_VIEW + quote(prefix, safe="")) as tab:
+            made = tab.page.evaluate_handle(
+                "() => { const all = new DataTransfer();"
+                " for (const name of ['a.txt', 'b.txt']) all.items.add(new File(['new'], name));"
+                " return all; }"
+            )
+            tab.page.dispatch_event("#drop", "drop", {"dataTransfer": made})
+            tab.button("b.txt").wait_for()
+            replace_it = tab.button("Replace")
+            replace_it.wait_for()
+            assert read_back(shop, prefix + "a.txt") == b"old"
+            replace_it.click()
+            replace_it.wait_for(state="detached")
+            eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+
+    def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
+        space = f"evil-{random.getrandbits(32):x}"
+        names = [
+            "<img src=x onerror=alert(1)>", "<script>alert(2)<\\script>", "javascript:alert(3)",
+            "'\"`${alert(4)}", "\u202egnp.exe", "a\nb", "&lt;b&gt;", "%2e%2e", "#x?y",
+        ]  # fmt: skip
+        page = b"<script>alert(5)</script>"
+        for name in names:
+            target = f"{shop.url}/{quote(space + name, safe='')}"
+            assert ask(target, "PUT", page, Content_Type="text/html")[0] == 201
+        with Tab(browser, shop.url, KEYS_VIEW) as tab:
+            tab.show(space)
+            tab.button(names[0]).wait_for()
+            shown = tab.page.locator("#list .key .name button").all_inner_texts()
+            told = {one.replace("\u202e", "\\u202e").replace("\n", "\\u000a") for one in names}
+            assert set(shown) == told
+            tab.button(names[0]).click()
+            assert tab.page.locator("#details h2").inner_text() == space + names[0]
+            tab.page.keyboard.press("Escape")
+            for name in names[:2]:
+                assert tab.download(space + name)[1] == page
+                tab.delete(space + name)
+            ran = tab.page.evaluate(
+                "() => { const one = document.createElement('script');"
+                " try { one.textContent = 'document.title = 1'; document.body.append(one); }"
+                " catch (error) { return 'refused'; } return document.title; }"
+            )
+            assert ran == "refused" and tab.faults
+            tab.faults.clear()  # that was this
+
+    def test_volume_that_dies_is_shown_and_read_past(
+        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            volumes = [stack.enter_context(Nginx(tmp_path / f"v{i}")) for i in range(3)]
+            server = start(*flags_of(volumes), "--replicas", "3")
+            assert ask(server.url + "/k.txt", "PUT", b"alive")[0] == 201
+            tab = stack.enter_context(Tab(browser, server.url))
+            tab.page.locator("td.up").nth(2).wait_for()
+            volumes[1].signal(signal.SIGKILL)
+            tab.page.locator("td.down").wait_for()
+            assert tab.page.locator("td.up").count() == 2
+            assert tab.page.locator("#tiles .figure").first.inner_text() == "1"
+            tab.page.get_by_role("link", name="Keys").click()
+            assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
+            server.stop()
+            tab.page.get_by_role("link", name="State").click()
+            tab.page.get_by_role("alert").wait_for()
+
+    def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
+        folder = f"phone-{random.getrandbits(32):x}"
+        assert ask(f"{shop.url}/{folder}/{'long' * 50}.txt", "PUT", b"x")[0] == 201
+        with Tab(browser, shop.url, viewport={"width": 360, "height": 640}) as tab:
+            tab.page.locator("td.up").first.wait_for()
+            fits = "document.documentElement.scrollWidth <= innerWidth"
+            assert tab.page.evaluate(fits)
+            for key in ("Tab", "Tab", "Enter"):
+                tab.page.keyboard.press(key)
+            tab.page.get_by_label("prefix of the keys").focus()
+            tab.page.keyboard.type(folder)
+            tab.page.keyboard.press("Enter")
+            tab.button("/").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{'long' * 50}.txt").focus()
+            assert tab.page.evaluate(fits)
+            tab.page.keyboard.press("Enter")
+            tab.page.locator("#details[open]").wait_for()
+            assert tab.page.evaluate(fits)
+            tab.page.keyboard.press("Escape")
+            tab.page.locator("#details[open]").wait_for(state="detached")
+
+    def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
+        blob = make_png(40, 30)
+        with Tab(browser, front.url, KEYS_VIEW) as tab:
+            for is_signed_in in (False, True):
+                if is_signed_in:
+                    tab.button("Token").click()
+                    tab.sign_in("boss")
+                name = f"{is_signed_in}-{random.getrandbits(32):x}.png"
+                tab.upload(name, blob)
+                tab.button(name).click()
+                tab.wait_for_image()
+                tab.page.keyboard.press("Escape")
+                assert tab.download(name) == (name, blob)
+
+    def test_application_of_another_origin_uses_the_store(
+        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        """As README.md says: its origin is listed, and the volumes let pages read."""
+        secrets = (VOLUME_SECRET, LINK_SECRET)
+        with contextlib.ExitStack() as stack:
+            volume = stack.enter_context(Nginx(tmp_path / "v", secrets, cors=True))
+            app = start()  # any server will do for an origin
+            config = f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+            flags = ["--cors-origins", app.url, "--volume", volume.url, "--replicas", "1"]
+            server = start(*flags, config=config + TOKENS)
+            page = stack.enter_context(Tab(browser, app.url)).page
+            page.goto(app.url + "/-/livez")  # without a policy
+            use = """async ([url, secret]) => {
+                const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "text/plain"};
+                const put = await fetch(url, {method: "PUT", body: "hello", headers});
+                const get = await fetch(url, {headers: {...headers, Range: "bytes=0-3"}});
+                const text = await get.text();
+                const gone = await fetch(url, {method: "DELETE", headers});
+                const etag = put.headers.get("ETag") !== null;
+                return [put.status, etag, get.status, text, gone.status];
+            }"""
+            sent = [server.url + "/k", SECRETS["boss"]]
+            assert page.evaluate(use, sent) == [201, True, 206, "hell", 204]
+            other = app.url.replace(
+                "127.0.0.1", "localhost"
+            )  # another origin, which is not listed
+            page.goto(other + "/-/livez")
+            with pytest.raises(Exception, match="Failed to fetch"):
+                page.evaluate(use, sent)
+
+
 # == Faults =======================================================================================
 
 
@@ -8878,6 +9167,7 @@ def test_slow_volumes_do_not_help_each_other(
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, which would find out at once
+        store.health.slow.clear()  # as the first ones may have found under load
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: len(slow) == 3)  # one after the other was asked to help
