@@ -2034,7 +2034,7 @@ async def test_page_of_a_list_is_bounded_in_bytes(
     while start is not None:
         text = await index.list_page(mkv.ListQuery(start=start, delimiter=delimiter, limit=10000))
         page = json.loads(text)
-        assert text == json.dumps(page).encode() and len(text) <= mkv.LIST_BYTES
+        assert text == json.dumps(page).encode() + b"\n" and len(text) <= mkv.LIST_BYTES
         assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
         found, start = (
             [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]],
@@ -5392,7 +5392,8 @@ def test_redirect_goes_to_the_public_url(
     assert ask(server.url + "/k.png", "PUT", b"x")[0] == 201
     location = ask(server.url + "/k.png")[1]["location"]
     assert re.fullmatch(
-        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png", location
+        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png(\?.*)?",
+        location,
     )
 
 
@@ -11657,7 +11658,8 @@ def test_interrupted_copying_says_how_to_go_on(
 def test_two_keys_do_not_become_one_file(cluster: Cluster, served: str, tmp_path: Path) -> None:
     for key in ("a/name", "b/name"):
         assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
-    code, facts, _ = cluster.tool("get", served, "a/name", "b/name", "-o", tmp_path / "folder")
+    line = ("get", served, "a/name", "b/name", "-o", tmp_path / "folder", "--concurrency", "1")
+    code, facts, _ = cluster.tool(*line)
     assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
     assert (tmp_path / "folder" / "name").read_bytes() == b"a/name"
 
