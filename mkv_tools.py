@@ -3039,6 +3039,28 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
 }  # fmt: skip
 
 
+# What only who uses a tool wants to know.
+FULL_FOLDER = (
+    f"A folder of a volume whose listing has more than {LISTING_BYTES // 2**20} MiB (some 88,000 "
+    "files; a volume has 65,536 folders) counts as unreadable."
+)
+DETAILS: Mapping[str, str] = {
+    "rebuild": "It reads every sidecar, and of blobs only their size, unless the sidecars of a "
+    "version differ or one is bad: then the blob's own digest decides, and the case is reported. "
+    "If none agrees with a blob, or the version is far in the future (2116), it ends with exit "
+    "code 1, names all such versions and changes nothing. Mend the sidecar, or move it away with "
+    "its blob, and run it again. A blob without any sidecar is an unfinished write and stops "
+    "nothing. Each key of the old index that is not on the volumes, or only in an older version, "
+    "is reported as `lost key`, with exit code 1; the new index is in place all the same, since "
+    f"no file is left that could bring the key back. {FULL_FOLDER}",
+    "verify": "A record with fewer replicas than `replicas` is a fault (exit code 1), also one "
+    "that a PUT left behind with a lower `min_replicas`. A repair that fails leaves the record as "
+    "it was. --grace 0 is for a store that nobody writes to: an upload under way looks like an "
+    f"unfinished write. {FULL_FOLDER}",
+    "backup": "It refuses a FILE that is the index or belongs to it, whatever link leads there.",
+}
+
+
 def at_least(kind: type[int] | type[float], low: float) -> Callable[[str], float]:
     def number(text: str) -> float:
         if not low <= (value := kind(text)) < math.inf:
@@ -3056,7 +3078,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
-        command = make(name, help=about.partition(".")[0], description=about)
+        command = make(
+            name, help=about.partition(".")[0], description=about, epilog=DETAILS.get(name)
+        )
         if name in SETTINGS:
             add_settings(command, SETTINGS[name])
         command.add_argument("--json", action="store_true", help="print one JSON object")

@@ -7007,6 +7007,37 @@ def test_readme_names_what_the_code_has() -> None:
     assert statuses <= named
 
 
+def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
+    server = start()
+    readme = (HERE / "README.md").read_text()
+    trial = readme[readme.index("## Try it") : readme.index("## From Python")]
+    (script,) = re.findall(r"^```sh\n(.*?)^```$", trial, re.MULTILINE | re.DOTALL)
+    (server.folder / "photo.png").write_bytes(b"a photo")
+    script = script.replace("http://127.0.0.1:3000", server.url).replace("curl ", "curl -sSf ")
+    ended = subprocess.run(
+        ["bash", "-ec", script], cwd=server.folder, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (server.folder / "cat.png").read_bytes() == b"a photo"
+    assert '"key": "photos/cat.png"' in ended.stdout and "image/png" in ended.stdout
+    assert try_ask(server.url + "/photos/cat.png") == 404
+
+
+def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program]) -> None:
+    server = start()
+    assert ask(server.url + "/photos/cat.png", "PUT", b"x")[0] == 201
+    readme = (HERE / "README.md").read_text()
+    (find,) = re.findall(r"^find /srv/mkv -name .*$", readme, re.MULTILINE)
+    (token,) = re.findall(r"^python mkv_tools.py token .*$", readme, re.MULTILINE)
+    find = find.replace("/srv/mkv", "mkv-data")
+    token = token.replace("python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py")
+    for command, count in ((find, 2), (token, 7)):
+        said = subprocess.run(
+            ["bash", "-ec", command], cwd=server.folder, capture_output=True, text=True
+        ).stdout
+        assert len(said.splitlines()) == count, said
+
+
 def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
     """Its very words, with other ports; the index is not that of the first trial."""
     require_nginx()
