@@ -114,7 +114,7 @@ from mkv import (
     Replacement, Ring, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
     VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings,
     after_prefix, decode_mark, decode_sidecar, encode_sidecar, load_config, media_type_of,
-    parse_path, print_faults, run_embedded, sidecar_path, version_ns,
+    open_engine, parse_path, print_faults, run_embedded, sidecar_path, version_ns,
 )
 # isort: on
 # fmt: on
@@ -723,8 +723,8 @@ def claim(tx: Transaction, move: Move) -> str:
     ):
         return "waiting"  # the server may be deleting there just now, or a DELETE may still come
     remade = set(record.volumes).intersection(move.copy)
-    tx.claim(record.path, remade, TOOL, PendingState.REMAKING)
-    tx.claim(record.path, set(move.copy) - remade, TOOL, PendingState.COPYING)
+    tx.claim(record.path, remade, PendingState.REMAKING)
+    tx.claim(record.path, set(move.copy) - remade, PendingState.COPYING)
     return ""
 
 
@@ -1106,8 +1106,9 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
 
 def check_index(path: str) -> None:
     """Raise ConfigError if there is no index."""
-    if not Index(path).exists():
-        raise ConfigError([f"db: there is no index at {path} (rebuild can make one)"])
+    engine = open_engine(path)
+    if not engine.exists():
+        raise ConfigError([f"db: there is no index at {engine.name} (rebuild can make one)"])
 
 
 @contextlib.asynccontextmanager
@@ -1117,15 +1118,14 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
     check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
-        store = Store(config, number=TOOL)
+        store = Store(config, role=TOOL)
         stack.push_async_callback(store.close)
-        if moving:
-            store.index.lock_tools()
         await store.start()
+        if moving:
+            await store.index.lock_tools()
         yield store
         if moving:
-            # What nobody took over.
-            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))
+            await store.index.end_other_tools()
 
 
 # == rebuild ======================================================================================

@@ -778,7 +778,7 @@ PURE_SECTIONS = (
     "Wire format",
 )  # fmt: skip
 SECTIONS = (
-    *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store",
+    *PURE_SECTIONS, "Engine", "SQLite", "Index", "Volume client", "Health", "Metrics", "Store",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -799,7 +799,7 @@ def test_sections_have_one_order_and_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
     assert tuple(re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)) == SECTIONS
     start, end = (
-        source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index")
+        source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Engine")
     )
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and start < node.lineno < end:
@@ -1125,9 +1125,7 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
     rng.shuffle(moments)
     ended, paths, began = list[int](), dict[int, str](), dict[int, int]()
     answers, spans = dict[int, str](), dict[int, tuple[int, int]]()
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        tx = mkv.Transaction(db)
+    with in_memory() as tx:
         if state is not None:
             tx.insert(numbered(1, digest=state))
         for now, i in enumerate(moments):
@@ -1136,9 +1134,7 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
             if i not in began:
                 began[i], paths[i] = now, tx.draw_path("k", "")
                 if method == "PUT":
-                    tx.claim(
-                        paths[i], ["a"], 0, CLAIMED if unconditional else mkv.PendingState.BOUND
-                    )
+                    tx.claim(paths[i], ["a"], CLAIMED if unconditional else mkv.PendingState.BOUND)
                 continue
             try:
                 if method == "DELETE":
@@ -1490,11 +1486,30 @@ async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
 
 @pytest.fixture
 def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
-    with contextlib.closing(sqlite3.connect(tmp_path / "i.db", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        transaction = mkv.Transaction(db)
+    with open_sqlite((tmp_path / "i.db").as_uri()) as session:
+        transaction = begin_on(session)
         transaction.insert(R)
         yield transaction
+
+
+@contextlib.contextmanager
+def open_sqlite(uri: str) -> Iterator[mkv.SqliteSession]:
+    with contextlib.closing(mkv.SqliteSession(uri)) as session:
+        mkv.prepare_sqlite(session.db)
+        yield session
+
+
+def begin_on(session: mkv.Session) -> mkv.Transaction:
+    """Begin a transaction that knows nothing yet, and is an owner."""
+    transaction = mkv.Transaction(session)
+    transaction.begin()
+    return transaction
+
+
+@contextlib.contextmanager
+def in_memory() -> Iterator[mkv.Transaction]:
+    with open_sqlite("file::memory:") as session:
+        yield begin_on(session)
 
 
 async def put(
@@ -1509,7 +1524,6 @@ def claim_and_commit(
     tx.claim(
         record.path,
         record.volumes,
-        0,
         CLAIMED if conditions == mkv.UNCONDITIONAL else mkv.PendingState.BOUND,
     )
     return mkv.commit_put(tx, record, conditions, 0.0)
@@ -1542,7 +1556,7 @@ def test_index_can_be_made_by_several_at_once(tmp_path: Path) -> None:
     def make(file: Path) -> None:
         with contextlib.closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as db:
             barrier.wait(30)
-            mkv.prepare_index(db)
+            mkv.prepare_sqlite(db)
             assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
     with ThreadPoolExecutor(6) as pool:
@@ -1565,14 +1579,14 @@ async def test_every_commit_is_synced_whatever_sqlite_would_do_by_itself(
     monkeypatch.setattr(mkv.sqlite3, "connect", connect_lazily)
     index = mkv.Index(str(tmp_path / "index.db"))
     await index.open()
-    level = await index.write(lambda tx: tx._db.execute("PRAGMA synchronous").fetchone())
+    level = await index.write(lambda tx: tx._session.select("PRAGMA synchronous")[0])
     await index.close()
     assert level[0] in (2, 3)
 
 
 async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     early, late = make_record("k", 1), make_record("k", 2)
-    await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED))
+    await index.write(lambda tx: tx.claim(early.path, early.volumes, CLAIMED))
     assert await put(index, late) is True
     with pytest.raises(mkv.Overtaken):
         await index.write(lambda tx: mkv.commit_put(tx, early, mkv.UNCONDITIONAL, 0.0))
@@ -1585,7 +1599,7 @@ async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
 
 async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.Index) -> None:
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, ["c"], 0, CLAIMED))
+    await index.write(lambda tx: tx.claim(record.path, ["c"], CLAIMED))
     assert await put(index, record) is True
     assert await all_garbage(index) == {("c", record.path)}
     rows, outlived = await index.write(lambda tx: mkv.discard_put(tx, "k", record.path, ()))
@@ -1594,14 +1608,12 @@ async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.In
 
 
 async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -> None:
-    """As when a second server with the same number starts on this index: the garbage may be
-    deleted already."""
+    """As when others think that its server is dead: the garbage may be deleted already."""
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
-    for number, workers in ((0, 4), (mkv.TOOL, 4)):
-        await index.write(lambda tx, n=number, w=workers: tx.release_claims(n, w))
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner + 1))
     assert await all_garbage(index) == set()
-    await index.write(lambda tx: tx.release_claims(0, 3))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner))
     assert await all_garbage(index) == {("a", record.path), ("b", record.path)}
     with pytest.raises(mkv.Lost):
         await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0))
@@ -1610,8 +1622,8 @@ async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -
 
 async def test_what_a_dead_process_wrote_is_deleted_at_once_and_watched(index: mkv.Index) -> None:
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
-    await index.write(lambda tx: tx.release_claims(3, 4))
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner))
     due = await index.due_on("a")
     assert [row.path for row in due] == [record.path]
     await index.write(lambda tx: settle_at(tx, {("a", record.path): False}))
@@ -1649,7 +1661,7 @@ async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
     gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
     await index.write(lambda tx: settle_at(tx, dict.fromkeys(gone, True)))
     totals = await index.totals()
-    rows = await index._read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
+    rows = await index._read(lambda session: session.select("SELECT volumes, size FROM record"))
     for name in "abc":
         assert totals[name] == (
             sum(name in v.split() for v, _ in rows),
@@ -1765,8 +1777,8 @@ async def test_what_another_connection_wrote_is_seen(index: mkv.Index, named: bo
     """A worker remembers its claim; meanwhile another one commits a newer version of the key."""
     early, late = make_record("k", 1), make_record("k", 2)
     keys = ["k"] if named else []
-    await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED), keys)
-    other = mkv.Index(index.path)
+    await index.write(lambda tx: tx.claim(early.path, early.volumes, CLAIMED), keys)
+    other = mkv.Index(index.name)
     await other.open()
     assert await put(other, late) is True
     await other.close()
@@ -1818,7 +1830,7 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
         match act:
             case "claim" | "copy":
                 return tx.claim(
-                    path, volumes, 0, CLAIMED if act == "claim" else mkv.PendingState.COPYING
+                    path, volumes, CLAIMED if act == "claim" else mkv.PendingState.COPYING
                 )
             case "commit":
                 return mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 1.0)
@@ -1831,7 +1843,7 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
             case "forget":
                 return tx.forget(places)
             case "release":
-                return tx.release_claims(0, 1)
+                return tx.release_claims(tx.lease.owner)
             case _:
                 return tx.add_marks([path], volumes, ())
     except (mkv.MkvError, mkv.Overtaken) as error:
@@ -1844,32 +1856,28 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
     """One that lives on, beside one for each act, which has to read all that it needs."""
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: 1000.0)
-        quick = stack.enter_context(
-            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
-        )
-        plain = stack.enter_context(
-            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
-        )
-        for db in (quick, plain):
-            mkv.prepare_index(db)
-            db.execute("UPDATE clock SET ahead = 0")
-        tx = mkv.Transaction(quick)
+        quick = stack.enter_context(open_sqlite("file::memory:"))
+        plain = stack.enter_context(open_sqlite("file::memory:"))
+        for session in (quick, plain):
+            session.run("UPDATE clock SET ahead = 0")
+        tx = begin_on(quick)
         for act, number, version, volumes, ahead, flush in acts:
             key = f"k{number}"
-            alone = mkv.Transaction(plain)
+            alone = begin_on(plain)
+            alone.lease.owner = 1
             if ahead:
                 tx.read_ahead([key], [make_record("k1").path])
             assert act_on(tx, act, key, version, volumes) == act_on(
                 alone, act, key, version, volumes
             )
-            alone.flush()
+            alone.commit()
             if flush:
-                tx.flush()
+                tx.commit()
                 tx.begin()
-        tx.flush()
+        tx.commit()
         for table in ("record", "total", "pending"):
             quick_rows, plain_rows = (
-                set(db.execute(f"SELECT * FROM {table}")) for db in (quick, plain)
+                set(session.select(f"SELECT * FROM {table}")) for session in (quick, plain)
             )
             if table == "total":  # a total that is 0 may be missing
                 quick_rows, plain_rows = (
@@ -1881,20 +1889,20 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
 def test_claims_of_a_path_share_a_row(tx: mkv.Transaction) -> None:
     """And those of an index that has one for each volume are ended all the same."""
     path = make_record("q").path
-    tx.claim(path, "abc", 7, CLAIMED)
+    tx.claim(path, "abc", CLAIMED)
     tx.flush()
     query = "SELECT volume, state, owner FROM pending"
-    assert tx._db.execute(query).fetchall() == [("a b c", "claimed", 7)]
-    assert mkv.Transaction(tx._db).pending_of("q") == tx.pending_of("q")
-    tx._db.execute("UPDATE pending SET volume = 'a'")
-    tx._db.execute(
+    assert tx._session.select(query) == [("a b c", "claimed", tx.lease.owner)]
+    assert mkv.Transaction(tx._session).pending_of("q") == tx.pending_of("q")
+    tx._session.run("UPDATE pending SET volume = 'a'")
+    tx._session.run(
         "INSERT INTO pending SELECT path, 'b', state, owner, due, attempts, since, doubt, sent "
         "FROM pending"
     )
-    again = mkv.Transaction(tx._db)
+    again = mkv.Transaction(tx._session)
     again.end_claims(path, ["a"])
     again.flush()
-    assert tx._db.execute(query).fetchall() == [("b", "garbage", None)]
+    assert tx._session.select(query) == [("b", "garbage", None)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 511, 513, 1200])
@@ -1919,7 +1927,7 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
         lambda tx: [mkv.commit_delete(tx, f"k{i:03d}", mkv.UNCONDITIONAL, 0.0) for i in range(30)]
     )
     await index.write(
-        lambda tx: [tx.claim(record.path, "abc", 0, CLAIMED) for record in records[40:]]
+        lambda tx: [tx.claim(record.path, "abc", CLAIMED) for record in records[40:]]
     )
     pages = [page async for page in index.read_records()]
     assert [record for page in pages for record in page] == records[30:] and len(pages) == 3
@@ -1953,9 +1961,9 @@ def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
     assert not names & {
         "COLUMNS",
         "PENDING_COLUMNS",
-        "SqliteThread",
-        "prepare_index",
-        "look_up",
+        "IndexThread",
+        "Session",
+        "prepare_sqlite",
         "read_totals",
     }
 
@@ -1964,9 +1972,9 @@ async def test_sqlite_stays_off_the_event_loops_thread(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: set[int] = set()
-    carry_out = mkv.SqliteThread._run
+    carry_out = mkv.IndexThread._run
     monkeypatch.setattr(
-        mkv.SqliteThread,
+        mkv.IndexThread,
         "_run",
         lambda self, work: used.add(threading.get_ident()) or carry_out(self, work),
     )
@@ -2066,10 +2074,10 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     tx.flush()
     wall, monotonic = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: wall() + step_s)
-    mkv.prepare_index(tx._db)  # as another process does that starts after the step
-    assert mkv.select_due("a", tx._db) == []
+    mkv.prepare_sqlite(tx._session.db)  # as another process does that starts after the step
+    assert mkv.select_due("a", tx._session) == []
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 11.0)
-    assert [row.path for row in mkv.select_due("a", tx._db)] == ["/p"]
+    assert [row.path for row in mkv.select_due("a", tx._session)] == ["/p"]
 
 
 @pytest.mark.parametrize("wall", ["right", "not set yet"])
@@ -2084,8 +2092,8 @@ def test_clock_of_the_index_goes_on_after_a_boot(
         # In 1970: else garbage would wait for 50 years.
         monkeypatch.setattr(time, "time", lambda: 100.0)
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
-    mkv.prepare_index(tx._db)
-    assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
+    mkv.prepare_sqlite(tx._session.db)
+    assert abs(tx._session.read_clock() - tx.now_s) < 9 and mkv.select_due("a", tx._session) == []
 
 
 @pytest.mark.parametrize("known", ["record", "garbage", "watched", "mark", "bound"])
@@ -2195,9 +2203,8 @@ LISTED = [
 def test_pages_of_a_list_add_up_to_what_a_scan_says(
     keys: list[str], prefix: str, delimiter: str, limit: int
 ) -> None:
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    mkv.prepare_index(db)
-    tx = mkv.Transaction(db)
+    stack = contextlib.ExitStack()
+    tx = stack.enter_context(in_memory())
     for key in {*keys, *LISTED}:
         tx.insert(make_record(key))
     tx.flush()
@@ -2212,12 +2219,12 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(
     found_keys, found_prefixes, start = [], [], ""
     while start is not None:
         query = mkv.ListQuery(prefix=prefix, delimiter=delimiter, start=start, limit=limit)
-        page = json.loads(mkv.list_keys(db, query))
+        page = json.loads(mkv.list_keys(tx._session, query))
         assert len(page["keys"]) + len(page["prefixes"]) <= limit
         found_keys += [row["key"] for row in page["keys"]]
         found_prefixes += page["prefixes"]
         start = page["next"]
-    db.close()
+    stack.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
 
 
@@ -3223,7 +3230,7 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = threading.Event()
-    monkeypatch.setattr(mkv, "list_keys", lambda db, query: b"{}" if end.wait(60) else b"")
+    monkeypatch.setattr(mkv, "list_keys", lambda session, query: b"{}" if end.wait(60) else b"")
     store = Store(
         Config(
             db=str(tmp_path / "i.db"),
@@ -3356,10 +3363,8 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
 
     with fake_volume(answering(refuse)) as url:
         volumes = (Volume(name="a", url=url),)
-        config = Config(
-            db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5
-        )
-        store = Store(config, number=1)  # so that nobody else collects
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, volume_timeout=0.5)
+        store = Store(config, role=mkv.TOOL)  # so that nobody else collects
         await store.start()
         await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
         for _ in range(3):
@@ -5266,7 +5271,7 @@ async def test_start_on_a_full_disk_serves_reads(
     def refuse(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(mkv.Transaction, "release_claims", refuse)
+    monkeypatch.setattr(mkv.Transaction, "begin", refuse)
     store = Store(
         Config(
             db=str(tmp_path / "i.db"),
@@ -5277,12 +5282,6 @@ async def test_start_on_a_full_disk_serves_reads(
     await store.start()
     assert await store.index.get("k") is None
     await store.close()
-
-
-async def test_number_of_a_process_is_below_workers(tmp_path: Path) -> None:
-    """Else number 0 would take its claims for those of a process that is gone."""
-    with pytest.raises(mkv.ConfigError, match="no number 1"):
-        await Store(Config(db=str(tmp_path / "i.db")), number=1).start()
 
 
 async def test_body_that_trickles_is_408(
@@ -5882,14 +5881,11 @@ def test_bounds_of_body_timeout_and_nginx_agree() -> None:
 @pytest.fixture
 def crowded(tmp_path: Path) -> str:
     """An index whose first page has 4 MB, with content types as long as they could once be."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "crowded.db", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        with db:
-            db.execute("BEGIN")
-            tx = mkv.Transaction(db)
-            for i in range(600):
-                tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
-            tx.flush()
+    with open_sqlite((tmp_path / "crowded.db").as_uri()) as session:
+        tx = begin_on(session)
+        for i in range(600):
+            tx.insert(replace(make_record(f"{i:03d}"), content_type="a/" + "b" * 8000))
+        tx.commit()
     return str(tmp_path / "crowded.db")
 
 
@@ -6170,7 +6166,7 @@ class Cluster:
                 config = self.config
                 if not config.volumes:
                     config = await stack.enter_async_context(mkv.run_embedded(config))
-                store = Store(replace(config, workers=2), number=1)
+                store = Store(config, role=mkv.TOOL)
                 stack.push_async_callback(store.close)
                 await store.start()
                 return await work(store)
@@ -6186,7 +6182,7 @@ class Cluster:
 
         async def work(store: Store) -> None:
             await store.index.write(
-                lambda tx: tx._db.execute("UPDATE pending SET due = 0 WHERE due > 0").rowcount
+                lambda tx: tx._session.run("UPDATE pending SET due = 0 WHERE due > 0")
             )
             while (await store.status())["garbage"]:
                 await store.collect_garbage()
@@ -6603,7 +6599,7 @@ def test_repair_leaves_the_record_as_it_is_all_the_time(tx: mkv.Transaction, fai
     """I8: also if it fails, or is killed and what it claimed is released by the next run."""
     assert mkv_tools.claim(tx, REPAIR) == "" and tx.get("k") == R
     assert mkv_tools.commit(tx, REPAIR, failed, 10.0) == failed
-    tx.release_claims(mkv.TOOL, sys.maxsize)
+    tx.release_claims(tx.lease.owner)
     states = {place: row.state.value for place, row in tx.pending_of("k").items()}
     assert tx.get("k") == R and states == ({("b", R.path): "kept"} if failed else {})
 
@@ -6624,7 +6620,7 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
     settle_at(tx, {place: place[0] == "b" for place in places})  # b had one already
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
     mkv_tools.commit(tx, move, outcome, 10.0)
-    tx.release_claims(mkv.TOOL, sys.maxsize)
+    tx.release_claims(tx.lease.owner)
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
     in_doubt = {
         volume for (volume, _), row in tx.pending_of("k").items() if row.doubt_s is not None
@@ -6798,7 +6794,7 @@ def test_delete_finds_a_tools_copies_but_not_those_of_a_put_under_way(tx: mkv.Tr
     """I4 for the copies; the PUT is committed after the DELETE, and needs its sidecars (I1)."""
     mkv_tools.claim(tx, MOVE)
     under_way = mkv.blob_path("k", "3" * 20, "")
-    tx.claim(under_way, ["a"], 0, CLAIMED)
+    tx.claim(under_way, ["a"], CLAIMED)
     rows = mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
     assert {place for place, row in rows.items() if row.state is GARBAGE} == {
         (volume, R.path) for volume in "abc"
