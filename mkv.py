@@ -1900,7 +1900,7 @@ def fill_up(keys: list[str]) -> list[str]:
 def end_of_stem(stem: str) -> str:
     """Return the first string after all paths of the key that `stem` is of."""
     end = after_prefix(stem) if len(stem) == KEY_STEM else None
-    return end or f"{stem}\0"  # what is shorter is a path of nobody's
+    return end or f"{stem}\1"  # what is shorter is a path of nobody's
 
 
 class Turn(NamedTuple):
@@ -3832,7 +3832,7 @@ class Index:
         return self._lease.owner
 
     def disown(self) -> None:
-        """Forget the lease, which has gone with its index."""
+        """Forget the lease: it ends by itself."""
         self._lease.owner = 0
 
     async def lead_until(self) -> float:

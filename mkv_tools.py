@@ -1123,7 +1123,12 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
         await store.start()
         if moving:
             await store.index.lock_tools()
-        yield store
+        try:
+            yield store
+        except BaseException:
+            if moving:
+                store.index.disown()  # what it has claimed is for the next run to take over
+            raise
         if moving:
             await store.index.end_other_tools()
 

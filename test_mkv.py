@@ -16,6 +16,7 @@ import enum
 import errno
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -33,6 +34,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -68,6 +70,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
+
+with contextlib.suppress(ImportError):  # only for an index in PostgreSQL
+    import psycopg
 
 import mkv
 import mkv_tools
@@ -173,6 +178,122 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., str]]:
             return one.url
 
         yield begin
+
+
+def find_postgres() -> str:
+    """Return the folder with initdb and postgres, "" if there is none."""
+    beside = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
+    folders = [*beside, *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    return next((str(one) for one in folders if (one / "postgres").exists()), "")
+
+
+class Postgres:
+    """A cluster of its own on a free port of loopback, as a user of its own where we are root,
+    which initdb refuses. It does not sync, since no test cuts the power; commits are all the same
+    in its log when they are answered."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        self.programs = find_postgres()
+        if not self.programs:
+            assert not os.environ.get("CI"), "CI must have PostgreSQL"
+            pytest.skip("PostgreSQL (initdb) is not installed")
+        if importlib.util.find_spec("psycopg") is None:
+            assert not os.environ.get("CI"), "CI must have psycopg"
+            pytest.skip("PostgreSQL needs psycopg, which is not installed")
+        self.folder = folder
+        self.port = free_port()
+        self.settings = settings
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(folder, self._user)
+        self.run("initdb", "-D", self.data, "-U", "mkv", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self.begin()
+
+    @property
+    def data(self) -> str:
+        return str(self.folder / "data")
+
+    def run(self, program: str, *arguments: str) -> None:
+        command = [f"{self.programs}/{program}", *arguments]
+        subprocess.run(command, check=True, user=self._user, cwd="/", capture_output=True)
+
+    def begin(self) -> None:
+        # After a kill the sockets of its children may hold the port for a moment.
+        Path(self.data, "postmaster.pid").unlink(missing_ok=True)
+        fixed = ["listen_addresses=127.0.0.1", f"unix_socket_directories={self.folder}"]
+        fixed += ["fsync=off", "max_connections=200", "shared_buffers=64MB"]
+        command = [f"{self.programs}/postgres", "-D", self.data, "-p", str(self.port)]
+        for setting in (*fixed, *self.settings):
+            command += ["-c", setting]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, user=self._user, cwd="/", stdout=log, stderr=log, start_new_session=True
+            )
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.ask("SELECT 1"))
+        except psycopg.Error:
+            return False
+
+    def ask(self, query: str, schema: str = "public") -> list[Any]:
+        options = f"-c search_path={schema}"
+        with psycopg.connect(self.url(), options=options, autocommit=True) as db:
+            cursor = db.execute(query)
+            return cursor.fetchall() if cursor.description else []
+
+    def url(self, schema: str = "") -> str:
+        named = f"?schema={schema}" if schema else ""
+        return f"postgresql://mkv@127.0.0.1:{self.port}/postgres{named}"
+
+    def kill(self) -> None:
+        """End the server and all of its backends at once, as a power cut would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.kill()
+
+
+@contextlib.contextmanager
+def postgres_in(name: str, *settings: str) -> Iterator[Postgres]:
+    """Run a cluster in a folder that others than root may enter."""
+    folder = Path(tempfile.mkdtemp(prefix=f"mkv-{name}-"))
+    folder.chmod(0o755)
+    try:
+        with Postgres(folder, *settings) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One for all tests; each has a schema of its own."""
+    with postgres_in("tests") as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where an index may be, in each engine."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "index.db")
+        return
+    cluster = request.getfixturevalue("postgres")
+    schema = f"t{random.getrandbits(40):x}"
+    yield cluster.url(schema)
+    cluster.ask(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+# Where the other engine has nothing of the kind.
+on_sqlite = pytest.mark.parametrize("db", ["sqlite"], indirect=True)
+on_postgres = pytest.mark.parametrize("db", ["postgres"], indirect=True)
 
 
 class Program:
@@ -778,7 +899,8 @@ PURE_SECTIONS = (
     "Wire format",
 )  # fmt: skip
 SECTIONS = (
-    *PURE_SECTIONS, "Engine", "SQLite", "Index", "Volume client", "Health", "Metrics", "Store",
+    *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Index", "Volume client", "Health",
+    "Metrics", "Store",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -1476,8 +1598,8 @@ def make_record(
 
 
 @pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
-    index = mkv.Index(str(tmp_path / "index.db"))
+async def index(db: str) -> AsyncIterator[mkv.Index]:
+    index = mkv.Index(db)
     await index.open()
     yield index
     await index.close()
@@ -1485,8 +1607,10 @@ async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
 
 
 @pytest.fixture
-def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
-    with open_sqlite((tmp_path / "i.db").as_uri()) as session:
+def tx(db: str) -> Iterator[mkv.Transaction]:
+    engine = mkv.open_engine(db)
+    with contextlib.closing(engine.connect(False)) as session:
+        engine.prepare(session)
         transaction = begin_on(session)
         transaction.insert(R)
         yield transaction
@@ -1687,15 +1811,18 @@ async def test_waiting_calls_share_one_hop(tmp_path: Path) -> None:
     await index.open()
     await asyncio.gather(*(put(index, make_record(f"k{i}")) for i in range(100)))
     found = await asyncio.gather(*(index.get(f"k{i}") for i in range(200)))
-    await index.close()
     assert sum(record is not None for record in found) == 100
     assert sum(size for kind, size in batches if kind == "write") == 100 and len(batches) < 10
+    await index.close()
 
 
-@pytest.mark.parametrize("error", [KeyError, OverflowError, StopIteration, sqlite3.IntegrityError])
+@pytest.mark.parametrize("error", [KeyError, OverflowError, StopIteration, "damage"])
 async def test_mutation_that_fails_by_a_bug_fails_alone(
-    index: mkv.Index, error: type[Exception]
+    index: mkv.Index, error: type[Exception] | str
 ) -> None:
+    damage = psycopg.IntegrityError if is_remote(index) else sqlite3.IntegrityError
+    error = damage if isinstance(error, str) else error
+
     def explode(tx: mkv.Transaction) -> None:
         tx.insert(make_record("bad"))
         tx.add_garbage("/bad", ["a"])
@@ -1712,9 +1839,7 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(
     ]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert outcomes[0] is outcomes[3] is True and isinstance(outcomes[2], mkv.PreconditionFailed)
-    passed_on = {StopIteration: RuntimeError, sqlite3.IntegrityError: mkv.IndexDamaged}.get(
-        error, error
-    )
+    passed_on = {StopIteration: RuntimeError, damage: mkv.IndexDamaged}.get(error, error)
     assert isinstance(outcomes[1], passed_on)
     assert await index.get("a") and await index.get("b") and await index.get("bad") is None
     totals = await index.totals()
@@ -1725,9 +1850,21 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(
     )
 
 
+def is_remote(index: mkv.Index) -> bool:
+    return isinstance(index.engine, mkv.PostgresEngine)
+
+
+def full_disk(index: mkv.Index) -> Exception:
+    """Return what its engine raises where there is no room."""
+    reason = "database or disk is full"
+    if is_remote(index):
+        return psycopg.errors.DiskFull(reason)
+    return sqlite3.OperationalError(reason)
+
+
 async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.Index) -> None:
     def explode(tx: mkv.Transaction) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise full_disk(index)
 
     good = index.write(lambda tx: claim_and_commit(tx, make_record("a")))
     outcomes = await asyncio.gather(good, index.write(explode), return_exceptions=True)
@@ -1761,7 +1898,9 @@ async def test_refusals_of_a_batch_share_its_transaction(
     """Also that of a PUT that was overtaken: each transaction of its own is a sync of its own."""
     begins = list[int]()
     begin = mkv.Transaction.begin
-    monkeypatch.setattr(mkv.Transaction, "begin", lambda tx: begins.append(1) or begin(tx))
+    monkeypatch.setattr(
+        mkv.Transaction, "begin", lambda tx, *named: begins.append(1) or begin(tx, *named)
+    )
 
     def refuse(tx: mkv.Transaction) -> None:
         raise error
@@ -1778,7 +1917,7 @@ async def test_what_another_connection_wrote_is_seen(index: mkv.Index, named: bo
     early, late = make_record("k", 1), make_record("k", 2)
     keys = ["k"] if named else []
     await index.write(lambda tx: tx.claim(early.path, early.volumes, CLAIMED), keys)
-    other = mkv.Index(index.name)
+    other = mkv.Index(index.engine)
     await other.open()
     assert await put(other, late) is True
     await other.close()
@@ -1792,7 +1931,7 @@ async def test_nothing_is_remembered_of_a_transaction_that_failed(index: mkv.Ind
 
     def fail(tx: mkv.Transaction) -> None:
         claim_and_commit(tx, record)
-        raise sqlite3.OperationalError("database or disk is full")
+        raise full_disk(index)
 
     with pytest.raises(mkv.IndexFailed, match="disk is full"):
         await index.write(fail, ["k"])
@@ -1968,6 +2107,7 @@ def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
     }
 
 
+@on_sqlite
 async def test_sqlite_stays_off_the_event_loops_thread(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2066,12 +2206,13 @@ async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_pat
     assert list(tmp_path.glob("index.db.schema1.*")) == [copy]
 
 
+@on_sqlite
 @pytest.mark.parametrize("step_s", [3600.0, -3600.0])
 def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, step_s: float
 ) -> None:
     tx.add_garbage("/p", ["a"], 10.0)
-    tx.flush()
+    tx.commit()
     wall, monotonic = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: wall() + step_s)
     mkv.prepare_sqlite(tx._session.db)  # as another process does that starts after the step
@@ -2080,13 +2221,14 @@ def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     assert [row.path for row in mkv.select_due("a", tx._session)] == ["/p"]
 
 
+@on_sqlite
 @pytest.mark.parametrize("wall", ["right", "not set yet"])
 def test_clock_of_the_index_goes_on_after_a_boot(
     tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wall: str
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
-    tx.flush()
+    tx.commit()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     if wall == "not set yet":
         # In 1970: else garbage would wait for 50 years.
@@ -7350,7 +7492,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
                 ask(url, *rng.choice([("PUT", b"x" * rng.choice([1, 5000, LARGE])), ("DELETE",)]))
                 done.append(1)
 
-    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0)
+    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0, lease=2.0)
     cut_off = 0
     for seed in range(3):
         done, stop = list[int](), threading.Event()
@@ -7362,7 +7504,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
             stop.set()
         cut_off += len(cluster.claims())
         with cluster.serve():
-            eventually(lambda: not cluster.garbage())
+            eventually(lambda: not cluster.garbage() and not cluster.claims())
         rows = cluster.rows()
         cluster.db.unlink()
         code, facts, _ = cluster.tool("rebuild")
