@@ -2206,6 +2206,156 @@ async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_pat
     assert list(tmp_path.glob("index.db.schema1.*")) == [copy]
 
 
+async def test_index_of_the_second_schema_is_brought_up_to_date_and_kept(tmp_path: Path) -> None:
+    """Its owners were numbers of workers, none of which is alive now: their claims are garbage."""
+    record = make_record("k")
+    with open_sqlite((tmp_path / "index.db").as_uri()) as session:
+        tx = begin_on(session)
+        tx.claim(record.path, ["a", "b"], CLAIMED)
+        tx.commit()
+        session.run("UPDATE pending SET owner = 3")
+        session.run("DROP TABLE owner")
+        session.run("PRAGMA user_version = 2")
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    assert {row.owner for row in (await all_pending(index)).values()} == {None}
+    assert await all_garbage(index) == {(volume, record.path) for volume in "ab"}
+    assert len(list(tmp_path.glob("index.db.schema2.*"))) == 1
+    await index.close()
+
+
+# -- owners --
+
+
+@pytest.fixture
+async def other(index: mkv.Index) -> AsyncIterator[mkv.Index]:
+    """A second process with the same index."""
+    made = mkv.Index(index.engine)
+    await made.prepare()
+    yield made
+    await made.close()
+
+
+async def let_leases_end(index: mkv.Index) -> None:
+    """As if all owners had been silent for long."""
+    await index.write(lambda tx: tx._session.run("UPDATE owner SET until = until - 60"))
+
+
+async def owners(index: mkv.Index) -> dict[int, str]:
+    query = "SELECT id, role FROM owner WHERE role <> 'gone'"
+    return dict(await index._read(lambda session: session.select(query)))
+
+
+async def test_owners_have_numbers_of_their_own_and_give_them_up(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    assert await owners(index) == {}
+    await index.renew()
+    await other.renew()
+    assert await owners(index) == {index.owner: mkv.TOOL, other.owner: mkv.TOOL}
+    gone = other.owner
+    await other.close()
+    assert await owners(index) == {index.owner: mkv.TOOL}
+    third = mkv.Index(index.engine)
+    await third.renew()
+    assert third.owner > gone
+    await third.close()
+
+
+async def test_claims_of_who_is_silent_for_a_lease_are_garbage(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    """And whoever lives after all finds that at its commit, and is somebody else from then on."""
+    record = make_record("k")
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await other.write(lambda tx: None)
+    assert await all_claims(other)
+    silent = index.owner
+    await let_leases_end(other)
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    assert await all_garbage(other) == {(volume, record.path) for volume in record.volumes}
+    rows = await all_pending(other)
+    assert all(row.doubt_s and row.owner is None for row in rows.values())  # it may be writing
+    with pytest.raises(mkv.Lost):
+        await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0), ["k"])
+    assert index.owner > silent and await index.get("k") is None
+    assert await put(index, make_record("k", 2)) is True
+
+
+async def test_lease_that_a_wrong_clock_has_set_ends_too(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    await index.renew()
+    await other.write(lambda tx: tx._session.run("UPDATE owner SET until = until + 1e9"))
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    assert await owners(other) == {other.owner: mkv.TOOL}
+
+
+async def test_who_renews_its_lease_in_time_keeps_what_it_claims(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    record = make_record("k")
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await let_leases_end(other)
+    index._lease.renewed_s = -math.inf
+    await index.renew()
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    commit = lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0)  # noqa: E731
+    assert await index.write(commit, ["k"]) is True
+
+
+async def test_lowest_living_server_leads_until_half_its_lease_is_over(db: str) -> None:
+    first, second = (mkv.Index(db, role=mkv.SERVER) for _ in range(2))
+    for index in (first, second):
+        await index.open()
+        await index.renew()
+    soon_s = time.monotonic()
+    assert soon_s < await first.lead_until() < soon_s + 10
+    assert await second.lead_until() < 0
+    first.disown()  # as if it had died
+    await let_leases_end(second)
+    second._lease.renewed_s = -math.inf
+    await second.renew()
+    assert await second.lead_until() > time.monotonic() and await first.lead_until() < 0
+    await first.close()
+    await second.close()
+
+
+async def test_collector_stops_when_its_time_is_over(tmp_path: Path) -> None:
+    """Somebody else may have deleted a place, and a tool written there anew (I8)."""
+    asked = list[bytes]()
+    with fake_volume(answering(lambda line: asked.append(line) or 204)) as url:
+        volumes = (Volume(name="a", url=url),)
+        store = Store(Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1), None, "tool")
+        await store.start()
+        await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
+        assert await store.collect_garbage(time.monotonic()) == 0
+        assert await store._collect_on(store.view.clients["a"], time.monotonic()) == 0
+        delete = b"DELETE " + mkv.sidecar_path(R.path).encode()
+        assert not [line for line in asked if line.startswith(delete)]
+        assert await store.collect_garbage() == 1
+        assert [line for line in asked if line.startswith(delete)]
+        await store.close()
+
+
+async def test_only_one_tool_moves_replicas(db: str) -> None:
+    first, second = mkv.Index(db), mkv.Index(db)
+    await first.open()
+    await second.open()
+    await first.lock_tools()
+    renewal = asyncio.create_task(first.renew_for_ever())
+    first._lease.seconds = second._lease.seconds = 1.0
+    with pytest.raises(mkv.Unavailable, match="another rebalance or verify"):
+        await second.lock_tools()
+    renewal.cancel()
+    await first.close()
+    await second.lock_tools()
+    await second.close()
+
+
 @on_sqlite
 @pytest.mark.parametrize("step_s", [3600.0, -3600.0])
 def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
