@@ -119,7 +119,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
 from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
@@ -609,7 +609,6 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-@lru_cache(4096)  # one request asks several times
 def key_stem(key: str) -> str:
     """Return what the paths of all versions of a key begin with."""
     h = hash_key(key)
@@ -731,17 +730,24 @@ class Ring:
                     return
 
     def place(
-        self, key: str, replicas: int, among: Collection[str] | None = None
+        self, key: str, replicas: int, fits: Callable[[str], bool] = lambda name: True
     ) -> tuple[str, ...]:
-        """Return the first `replicas` volumes (of those in `among`) in ring order, of distinct
-        zones if they last."""
-        chosen, spare, taken = list[str](), list[str](), set[str]()
+        """Return the first `replicas` volumes (of those that fit) in ring order, of distinct zones
+        if they last."""
+        chosen = list[str]()
+        spare = list[str]()
+        zones = set[str]()
         for name in self.order(key):
-            if among is None or name in among:
-                (spare if self.zones[name] in taken else chosen).append(name)
-                taken.add(self.zones[name])
-                if len(chosen) == replicas:
-                    break
+            if not fits(name):
+                continue
+            zone = self.zones[name]
+            if zone in zones:
+                spare.append(name)
+                continue
+            zones.add(zone)
+            chosen.append(name)
+            if len(chosen) == replicas:
+                break
         return tuple((chosen + spare)[:replicas])
 
 
@@ -760,10 +766,9 @@ SIDECAR_FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same
-    row."""
+    row. A tuple, since each GET makes one, and a dataclass takes twice as long to make."""
 
     key: str
     version: str
@@ -1004,11 +1009,16 @@ def plan_write(
 ) -> tuple[str, ...]:  # fmt: skip
     """Return the volumes to write to next: where the ring puts the key among those up, less what
     is done or failed. Those that are slow come last, and only if the others are too few."""
-    usable = [name for name in ring.zones if states.get(name) is State.UP and name not in failed]
-    swift = [name for name in usable if name not in slow]
-    names = ring.place(key, replicas, swift)
+
+    def is_usable(name: str) -> bool:
+        return states.get(name) is State.UP and name not in failed
+
+    def is_swift(name: str) -> bool:
+        return is_usable(name) and name not in slow
+
+    names = ring.place(key, replicas, is_swift)
     if len(names) < replicas:
-        others = ring.place(key, len(usable), usable)
+        others = ring.place(key, len(ring.zones), is_usable)
         names += tuple(name for name in others if name not in names)
     return tuple(name for name in names if name not in done)[: replicas - len(done)]
 
@@ -1045,9 +1055,14 @@ def explain_refusal(
     )
 
 
-def choose_replica(names: Iterable[str], states: States, turn: int) -> str | None:
-    """Return the volume to read from: one of these that is not down, by turns."""
+def choose_replica(
+    names: Iterable[str], states: States, turn: int, slow: Collection[str] = ()
+) -> str | None:
+    """Return the volume to read from: one of these that is not down, by turns. Those that are slow
+    are for lack of others."""
     alive = [name for name in names if states.get(name, State.DOWN) is not State.DOWN]
+    if slow:
+        alive = [name for name in alive if name not in slow] or alive
     return alive[turn % len(alive)] if alive else None
 
 
@@ -1453,9 +1468,10 @@ REQUEST_HEAD = re.compile(
 )
 LENGTH = re.compile(r"[0-9]{1,15}")
 
+# Heads that need not be read again: of one client, and of the answers of a second, most are alike.
+HEADS_KNOWN = 64
 ANSWER_HEAD_BYTES = 16 * 1024  # of the head of a volume's answer
 INTERIM_ANSWERS = 10  # 1xx before the answer proper
-HEADS_KNOWN = 64  # that need not be read again: for a second, most answers to PUTs have the same
 
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"  # what may stand in a line: no control characters but tabs
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;" + TEXT + rb")?\r\n")
@@ -1471,7 +1487,7 @@ class RequestHead(NamedTuple):
 
     method: str
     target: str
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     length: int | None  # bytes of the body; None: chunked
     is_last: bool  # the connection is to end after the answer
 
@@ -1484,18 +1500,23 @@ def may_be_simple(data: bytes) -> bool:
     )
 
 
-def parse_request_head(head: bytes) -> RequestHead | None:
-    """Read the head of a request, with its empty line; None if it is not simple."""
-    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
-    if found is None:
-        return None
-    lines = found[3].decode().split("\r\n")
+@lru_cache(HEADS_KNOWN)
+def parse_header_lines(text: bytes) -> Mapping[str, str] | None:
+    """Read well-formed header lines: name in lower case -> value. None if one is there twice."""
+    lines = text.decode().split("\r\n")
     lines.pop()  # behind the last line
     headers = dict[str, str]()
     for line in lines:
         name, _, value = line.partition(":")
         headers[name.lower()] = value.strip(" \t")
-    if len(headers) < len(lines) or "host" not in headers or "upgrade" in headers:
+    return MappingProxyType(headers) if len(headers) == len(lines) else None
+
+
+def parse_request_head(head: bytes) -> RequestHead | None:
+    """Read the head of a request, with its empty line; None if it is not simple."""
+    found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
+    headers = parse_header_lines(found[3]) if found is not None else None
+    if found is None or headers is None or "host" not in headers or "upgrade" in headers:
         return None
     connection = headers.get("connection", "keep-alive").lower()
     if connection not in ("keep-alive", "close"):
@@ -1833,10 +1854,7 @@ class IndexUnsure(Unfinished):
 
 def record_of_row(row: Iterable[Any]) -> Record:
     key, version, volumes, size, digest, content_type, ext = row
-    return Record(
-        key=key, version=version, volumes=tuple(volumes.split()), size=int(size),
-        digest=digest, content_type=content_type, ext=ext,
-    )  # fmt: skip
+    return Record(key, version, tuple(volumes.split()), int(size), digest, content_type, ext)
 
 
 def row_of_record(record: Record) -> Row:
@@ -3551,7 +3569,7 @@ class IndexThread:
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._jobs = queue.SimpleQueue[Job | None]()
-        self._waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._waiting: list[Question] = []
         self._busy = False  # a batch is on its way
 
     # -- on the thread --
@@ -3594,13 +3612,17 @@ class IndexThread:
         return await future
 
     def call(self, item: Any) -> asyncio.Future[Any]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._waiting.append((item, future))
+        future = asyncio.get_running_loop().create_future()
+        self.ask(item, partial(settle_future, future))
+        return future
+
+    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
+        """Have `hear` called with the answer, or an exception; it must not raise."""
+        self._waiting.append((item, hear))
         if not self._busy:
             self._busy = True
-            loop.call_soon(self._send)  # with what else is called in this turn of the loop
-        return future
+            # with what else is asked in this turn of the loop
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
         batch = self._waiting[:BATCH]
@@ -3609,11 +3631,11 @@ class IndexThread:
         items = [item for item, _ in batch]
         self._put(partial(self._carry_out, items), partial(self._deliver, batch))
 
-    def _deliver(self, batch: list[tuple[Any, asyncio.Future[Any]]], result: Any) -> None:
+    def _deliver(self, batch: list[Question], result: Any) -> None:
         if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
             result = [result] * len(batch)
-        for (_, future), answer in zip(batch, result, strict=True):
-            settle_future(future, answer)
+        for (_, hear), answer in zip(batch, result, strict=True):
+            hear(answer)
         self._busy = bool(self._waiting)
         if self._busy:
             self._send()
@@ -3633,6 +3655,7 @@ class IndexThread:
 
 
 Job = tuple[Callable[[Session], Any], Callable[[Any], None]]  # and who hears of it
+Question = tuple[Any, Callable[[Any], None]]  # the same
 
 
 def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
@@ -3860,6 +3883,11 @@ class Index:
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
         return self._getter.call(key)
+
+    def ask(self, key: str, hear: Callable[[Record | Exception | None], None]) -> None:
+        """Look a record up; `hear` is called with it, or with an IndexFailed, and must not
+        raise."""
+        self._getter.ask(key, hear)
 
     def write(
         self,
@@ -4501,7 +4529,7 @@ class VolumeClient:
         self._is_closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._answered_s = float("-inf")  # when it did so last
-        self._is_slow = False
+        self._is_slow = False  # it has not answered for a while
 
     # -- what is asked --
 
@@ -4799,11 +4827,7 @@ class VolumeClient:
         if exchange.is_slow:
             return
         exchange.is_slow = True
-        if (
-            not self._is_slow
-            and not self._is_closed
-            and now_s - self._answered_s >= self._slow_after_s
-        ):
+        if not self._is_closed and now_s - self._answered_s >= self._slow_after_s:
             self._is_slow = True
             self._tell_slow(True)
         exchange.hear_slow(exchange)
@@ -5002,44 +5026,132 @@ class Upload:
 
 
 # == Health =======================================================================================
-# One task probes every volume; requests tell what they saw. STATE_AFTER decides, this section only
-# carries it out.
+# Requests tell what they saw of a volume, and of the processes of a server one probes all volumes.
+# STATE_AFTER decides, this section only carries it out. What one process finds out all others
+# hear, so that a request finds what it needs in its own memory.
 
 PROBE_PATH = "/.mkv-probe"  # in no listing
 PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
+PROBE_EVERY_S = 1.0
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
+PROBER_SILENT_S = 5.0  # then others probe, too: it may be stopped, or dead
+PROBED = "probed"  # what a process says that probes
+PIPE_BYTES = 256 * 1024  # of what other processes say; one reads within milliseconds, or hangs
+
+
+def open_pipes(count: int) -> list[tuple[int, int]]:
+    """Return a pipe for each process of a server, (where it reads, where the others write)."""
+    pipes = [os.pipe() for _ in range(count)]
+    for end in chain.from_iterable(pipes):
+        os.set_blocking(end, False)
+        with contextlib.suppress(OSError):  # more than the user may have
+            fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return pipes
+
+
+class Peers:
+    """The other processes of a server, none without `pipes`. What is said to them are lines, at
+    most PIPE_BUF at once, so that they come whole (pipe(7)). What finds no room is lost: all that
+    counts is said again soon."""
+
+    def __init__(self, pipes: Sequence[tuple[int, int]] = (), mine: int = 0) -> None:
+        self.is_first = not pipes or mine == 0
+        self._mine = pipes[mine][0] if pipes else -1
+        self._others = [entry for number, (_, entry) in enumerate(pipes) if number != mine]
+
+    def tell(self, lines: Iterable[str]) -> None:
+        """Say something to all others."""
+        pieces = join_lines([f"{line}\n".encode() for line in lines], select.PIPE_BUF)
+        for entry in self._others:
+            with contextlib.suppress(BlockingIOError):
+                for piece in pieces:
+                    os.write(entry, piece)
+
+    def hear(self) -> list[str]:
+        """Return what others have said since."""
+        try:
+            return os.read(self._mine, PIPE_BYTES).decode().splitlines()
+        except BlockingIOError:
+            return []
+
+    def listen(self, hear: Callable[[], None]) -> None:
+        """Have `hear` called whenever something has been said."""
+        if self._others:
+            self.hear()  # what a process with this number before did not live to hear
+            asyncio.get_running_loop().add_reader(self._mine, hear)
+
+    def close(self) -> None:
+        if self._others:
+            asyncio.get_running_loop().remove_reader(self._mine)
 
 
 class Health:
     """The state of each volume, kept by name."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, peers: Peers | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         self.states: dict[str, State] = {}
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
+        self._peers = peers or Peers()
         self._clock = clock
         self._next_write = dict[str, float]()
+        self._heard_s = clock()  # when another process said what it probes
 
     def is_down(self, name: str) -> bool:
         return self.states.get(name, State.DOWN) is State.DOWN
 
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
-        after = self.states[name] = STATE_AFTER[before or State.DOWN][event]
-        if before is State.DOWN:
-            # Whether it takes writes again is asked at the next probe.
-            self._next_write.pop(name, None)
+        after = STATE_AFTER[before or State.DOWN][event]
         if after is not before:
+            self._set(name, after)
             level = logging.INFO if after is State.UP else logging.WARNING
             log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
+            self._peers.tell([self._describe(name)])
+
+    def _set(self, name: str, state: State) -> None:
+        if self.states.get(name) is State.DOWN and state is not State.DOWN:
+            # Whether it takes writes again is asked at the next probe.
+            self._next_write.pop(name, None)
+        self.states[name] = state
 
     def note_slow(self, name: str, is_slow: bool) -> None:
-        if is_slow:
+        if is_slow and name not in self.slow:
             self.slow.add(name)
-            log.info("volume %s is slow, small blobs go to others first", name)
-        elif name in self.slow:
+            log.info("volume %s is slow, others come first", name)
+        elif not is_slow and name in self.slow:
             self.slow.discard(name)
             log.info("volume %s answers again", name)
+        else:
+            return
+        self._peers.tell([self._describe(name)])
+
+    def forget(self, name: str) -> None:
+        """Hear that a volume is configured no longer."""
+        self.states.pop(name, None)
+        self.slow.discard(name)
+
+    def _describe(self, name: str) -> str:
+        state = self.states.get(name, State.DOWN)
+        return f"{name} {state.value} {'slow' if name in self.slow else 'swift'}"
+
+    def _hear(self, names: Collection[str]) -> None:
+        """Take over what other processes have found out of the volumes `names`."""
+        for line in self._peers.hear():
+            if line == PROBED:
+                self._heard_s = self._clock()
+                continue
+            name, state, pace = line.split()
+            if name in names:
+                self._set(name, State(state))
+                (self.slow.add if pace == "slow" else self.slow.discard)(name)
+
+    @property
+    def _is_prober(self) -> bool:
+        """Whether this process probes: the first does, and others while nobody is heard to."""
+        return self._peers.is_first or self._clock() - self._heard_s > PROBER_SILENT_S
 
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down,
@@ -5051,19 +5163,30 @@ class Health:
         try:
             await client.probe(write)
         except VolumeError:
-            pass  # the client has told `notice`
+            return  # the client has told `notice`
         except Exception:
             log.exception("unexpected error in a probe of volume %s", name)
+            return
+        self.note_slow(name, False)  # as another process may have found it
 
-    async def run(self, clients: Callable[[], Iterable[VolumeClient]]) -> None:
-        """Probe all, for ever; a volume that hangs does not delay the others' probes."""
+    async def run(self, clients: Callable[[], Mapping[str, VolumeClient]]) -> None:
+        """Listen to other processes and probe all volumes, for ever; one that hangs does not delay
+        the others' probes."""
         running: dict[str, asyncio.Task[None]] = {}
-        async with asyncio.TaskGroup() as group:
-            while True:
-                for client in clients():
-                    if (last := running.get(client.volume.name)) is None or last.done():
-                        running[client.volume.name] = group.create_task(self.probe(client))
-                await asyncio.sleep(1.0)
+        self._heard_s = self._clock()
+        self._peers.listen(lambda: self._hear(clients()))
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    if self._is_prober:
+                        self._peers.tell([*map(self._describe, clients()), PROBED])
+                        for name, client in clients().items():
+                            last = running.get(name)
+                            if last is None or last.done():
+                                running[name] = group.create_task(self.probe(client))
+                    await asyncio.sleep(PROBE_EVERY_S)
+        finally:
+            self._peers.close()
 
 
 # == Metrics ======================================================================================
@@ -5114,7 +5237,8 @@ class Metrics:
         self._requests = dict[tuple[str, int], tuple[str, str]]()
         # A predecessor in this region may have died: go on where it was.
         self._cells = dict(self._samples(self._region))
-        self._doubles[self._cell("mkv_http_requests_in_flight")] = 0.0
+        self._in_flight = self._cell("mkv_http_requests_in_flight")
+        self._doubles[self._in_flight] = 0.0
 
     def _samples(self, region: int) -> Iterator[tuple[str, int]]:
         for offset in range(region, region + REGION, CELL):
@@ -5154,6 +5278,9 @@ class Metrics:
             f'{name}_bucket{{{labels},le="{bound}"}}' for bound in (*map(float, bounds), "+Inf")
         ]
         return [self._cell(one) for one in (*names, f"{name}_sum{{{labels}}}")]
+
+    def count_in_flight(self, change: int) -> None:
+        self._doubles[self._in_flight] += change
 
     def count_request(self, method: str, status: int, seconds: float) -> None:
         """Count a request that has been answered."""
@@ -5254,6 +5381,7 @@ def join_lines(lines: Iterable[bytes], size: int) -> list[bytes]:
 ACCESS_LOG_S = 0.005
 ACCESS_LOG_PIECES = 256  # that wait for a disk that is full, some 1 MB
 PLAIN = re.compile(r"[!#-~]+").fullmatch  # what needs no quotes in a log line
+PLAIN_LINE = re.compile(r"[!#-~ ]+").fullmatch
 
 
 def format_time(at_s: float) -> str:
@@ -5273,12 +5401,15 @@ def format_json(at_s: float, level: str, message: str, facts: Mapping[str, Any])
 
 def format_text(at_s: float, level: str, message: str, facts: Mapping[str, Any]) -> str:
     """Return a line of the log as text with key=value; what clients send is escaped."""
-    line = f"{format_time(at_s)} {level} {message}"
+    start = f"{format_time(at_s)} {level} {message}"
+    line = "".join([f" {name}={value}" for name, value in facts.items()])
+    if line.count(" ") == len(facts) and PLAIN_LINE(line) and "= " not in f"{line} ":
+        return start + line
     for name, value in facts.items():
         if type(value) is str and not PLAIN(value):
             value = json.dumps(value)
-        line += f" {name}={value}"
-    return line
+        start += f" {name}={value}"
+    return start
 
 
 def log_access(facts: dict[str, Any]) -> None:
@@ -5400,7 +5531,9 @@ class Write:
         finally:
             self._abandon()
         if len(self.done) > replicas:  # two at once
-            self.done = list(self._view.ring.place(self._draft.key, replicas, self.done))
+            self.done = list(
+                self._view.ring.place(self._draft.key, replicas, self.done.__contains__)
+            )
         return self._make_record(digest)
 
     def _plan_small(self) -> tuple[str, ...]:
@@ -5569,8 +5702,13 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
-    def __init__(self, config: Config, metrics: Metrics | None = None, role: str = SERVER) -> None:
-        self.metrics, self.health, self._role = metrics or Metrics(), Health(), role
+    def __init__(
+        self, config: Config, metrics: Metrics | None = None, role: str = SERVER,
+        peers: Peers | None = None,
+    ) -> None:  # fmt: skip
+        self.metrics = metrics or Metrics()
+        self.health = Health(peers)
+        self._role = role
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(
             config.db, lambda kind, size: observe(f'kind="{kind}"', size), role, config.lease
@@ -5587,7 +5725,7 @@ class Store:
 
     def count_in_flight(self, change: int) -> None:
         self.in_flight += change
-        self.metrics.add("mkv_http_requests_in_flight", change)
+        self.metrics.count_in_flight(change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
@@ -5624,7 +5762,7 @@ class Store:
         ConfigError."""
         await self.index.open()
         await self._meet(self.view.clients.values())
-        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients.values()))]
+        self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients))]
         try:
             await self.index.renew()
         except IndexFailed as error:  # a full disk: reads go on
@@ -5660,7 +5798,7 @@ class Store:
         for client in {*old.clients.values()} - {*new.clients.values()}:
             client.close()
         for name in old.clients.keys() - new.clients.keys():
-            self.health.states.pop(name, None)
+            self.health.forget(name)
         names = [spec.name for spec in fields(config)]
         changed = [name for name in names if getattr(config, name) != getattr(old.config, name)]
         refused = [
@@ -5683,7 +5821,8 @@ class Store:
         config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
-        name = choose_replica(known, self.health.states, random.getrandbits(16))
+        health = self.health
+        name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
         if name is None:
             raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
         url = clients[name].volume.public_url + record.path
@@ -6077,19 +6216,22 @@ class Call:
     """One request on its way: its handlers, and what the log says of it. From `begin` to `finish`
     it is under way."""
 
+    path = ""
+    query = ""
+    key = ""
+    who = ""
+    volumes: tuple[str, ...] = ()
+    size = 0
+    trace = ""
+
     def __init__(self, store: Store, request: Request) -> None:
         self.store = store
         self.request = request
-        given = request.headers.get("x-request-id", "")
+        headers = request.headers
+        given = headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else draw_request_id()
-        trace = request.headers.get("traceparent", "")
-        self.trace = trace if TRACEPARENT.fullmatch(trace) else ""
-        self.path = ""
-        self.query = ""
-        self.key = ""
-        self.who = ""
-        self.volumes: tuple[str, ...] = ()
-        self.size = 0
+        if TRACEPARENT.fullmatch(headers.get("traceparent", "")):
+            self.trace = headers["traceparent"]
         self._began = time.perf_counter()
         store.count_in_flight(1)
 
@@ -6136,9 +6278,6 @@ class Call:
             shown = request.headers.get("authorization")
             self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
         return handler
-
-    def look_up(self) -> asyncio.Future[Record | None]:
-        return self.store.index.get(self.key)
 
     def read(self, found: Record | None) -> Response:
         """Answer a GET or HEAD of a key."""
@@ -6267,7 +6406,7 @@ def check_method(method: str, allowed: Iterable[str]) -> None:
 
 
 async def read_key(call: Call) -> Response:
-    return call.read(await call.look_up())
+    return call.read(await call.store.index.get(call.key))
 
 
 Handler = Callable[[Call], Awaitable[Response]]
@@ -6522,15 +6661,17 @@ class Lane(asyncio.Protocol):
             self._respond(call, explain_all(error, call.id))
             return
         if handler is read_key:  # by a callback: a task would cost more than all the rest
-            call.look_up().add_done_callback(partial(self._found, call))
+            self._store.index.ask(call.key, partial(self._found, call))
         else:
             self._lanes.start(self._work(call, handler))
 
-    def _found(self, call: Call, lookup: asyncio.Future[Record | None]) -> None:
+    def _found(self, call: Call, found: Record | Exception | None) -> None:
         """Do what read_key does after its lookup."""
         try:
-            response = call.read(lookup.result())
-        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(found, Exception):
+                raise found
+            response = call.read(found)
+        except Exception as error:
             response = explain_all(error, call.id)
         self._respond(call, response)
 
@@ -6842,7 +6983,9 @@ async def expect_nothing(request: web.Request) -> None:
     sent."""
 
 
-def create_app(config: Config, *, metrics: Metrics | None = None) -> web.Application:
+def create_app(
+    config: Config, *, metrics: Metrics | None = None, peers: Peers | None = None
+) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
     to another one:
 
@@ -6856,7 +6999,7 @@ def create_app(config: Config, *, metrics: Metrics | None = None) -> web.Applica
             ready = (
                 config if config.volumes else await stack.enter_async_context(run_embedded(config))
             )
-            app[STORE] = Store(ready, metrics)
+            app[STORE] = Store(ready, metrics, peers=peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
             yield
@@ -7482,10 +7625,12 @@ async def serve_store(
     metrics: Metrics,
     number: int,
     embedded: bool,
+    peers: Peers | None = None,
 ) -> None:
     """Serve the store on `listener` until a signal, then let the requests under way finish.
     Process 0 greets."""
-    app, loop = create_app(config, metrics=metrics), asyncio.get_running_loop()
+    app = create_app(config, metrics=metrics, peers=peers)
+    loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     store, manager = app[STORE], cast(web.Server, runner.server)
@@ -7534,6 +7679,7 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     parent_r, parent_w = os.pipe()
     sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
     shared = mmap.mmap(-1, config.workers * REGION)
+    pipes = open_pipes(config.workers)
     children = dict[int, int]()
     stopping = False
     code = 0
@@ -7549,7 +7695,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             async with run_embedded(config, sockets):
                 return await wait_for_stop()
         ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
-        await serve_store(ours, listener, reread, Metrics(shared, number), number, bool(sockets))
+        peers = Peers(pipes, number)
+        metrics = Metrics(shared, number)
+        await serve_store(ours, listener, reread, metrics, number, bool(sockets), peers)
 
     def start(number: int) -> None:
         if pid := os.fork():

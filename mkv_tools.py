@@ -97,7 +97,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
@@ -328,7 +328,7 @@ def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgeme
     if others:
         detail = tell_apart(record, others.values())
         cases.append(Case("contradicting sidecars", " ".join(others), path, record.key, detail))
-    return replace(record, volumes=tuple(volumes)), cases
+    return record._replace(volumes=tuple(volumes)), cases
 
 
 def name_unusable(version: Version, read: Sidecars) -> Case:
@@ -359,7 +359,7 @@ class Move:
 
     @property
     def after(self) -> Record:
-        return replace(self.record, volumes=tuple(sorted(self.keep + self.copy)))
+        return self.record._replace(volumes=tuple(sorted(self.keep + self.copy)))
 
 
 def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]) -> Move | None:
@@ -392,8 +392,11 @@ def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]
 def plan_more(record: Record, sources: Names, ring: Ring, replicas: int, states: States) -> Move:
     """Make up for the replicas that a record lacks, from `sources` to where a PUT would write
     now."""
-    usable = [v for v in ring.zones if states.get(v) is State.UP or v in record.volumes]
-    target = ring.place(record.key, replicas, usable)
+
+    def fits(volume: str) -> bool:
+        return states.get(volume) is State.UP or volume in record.volumes
+
+    target = ring.place(record.key, replicas, fits)
     more = [v for v in target if v not in record.volumes]
     copy = tuple(more[: replicas - len(record.volumes)])
     alive = tuple(v for v in sources if states.get(v, State.DOWN) is not State.DOWN)
@@ -1351,11 +1354,11 @@ class Rebuild:
         volumes: with all."""
         (old,) = await self._old.get_many([record.key]) if self._old else [None]
         if old is None or old.version != record.version:
-            return replace(record, volumes=())
+            return record._replace(volumes=())
         if not set(record.volumes).issuperset(old.volumes):
             return record
         standing = tuple(volume for volume in record.volumes if volume not in dead)
-        return replace(record, volumes=standing or record.volumes)
+        return record._replace(volumes=standing or record.volumes)
 
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1711,7 +1714,7 @@ class Verify:
         for (volume, record), sidecar in zip(
             doubtful, await read_sidecars(self._mover.clients, places), strict=True
         ):
-            if isinstance(sidecar, str) or replace(sidecar, volumes=record.volumes) != record:
+            if isinstance(sidecar, str) or sidecar._replace(volumes=record.volumes) != record:
                 faults[record][volume] = "bad sidecar"
         if self._deep:
             doubtful += [
