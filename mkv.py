@@ -2544,16 +2544,23 @@ class PostgresSession(Session):
             **given, autocommit=True, cursor_factory=psycopg.RawCursor, prepare_threshold=0
         )
         self._db.prepared_max = 300
+        # For as long as the connection lasts: all goes out together, and `sync` is one round trip.
+        # To leave it sends a Flush after the Sync, and by that stops PostgreSQL's clock for those
+        # who stand still in a transaction.
+        self._stack = contextlib.ExitStack()
+        self._pipeline = self._stack.enter_context(self._db.pipeline())
         # Numbers go as text of no type, which the columns give them: else each size of a number
         # were another statement to prepare.
         self._db.adapters.register_dumper(int, self._engine.dumper)
         self._db.adapters.register_dumper(float, self._engine.dumper)
         settings = SETTINGS | {"search_path": self._engine.schema}
         settings["default_transaction_read_only"] = "on" if self._readonly else "off"
-        for name, value in settings.items():
-            self._queue.append(("SELECT set_config(?1, ?2, false)", (name, value)))
         names = "current_setting('synchronous_commit'), current_setting('server_encoding')"
-        ((commits, encoding, is_replica),) = self.select(f"SELECT {names}, pg_is_in_recovery()")
+        query = f"SELECT {names}, pg_is_in_recovery()"
+        for i in range(len(settings)):
+            query += f", set_config(?{2 * i + 1}, ?{2 * i + 2}, false)"
+        values = list(chain.from_iterable(settings.items()))
+        ((commits, encoding, is_replica, *_),) = self.select(query, values)
         if commits == "off":
             raise IndexDamaged("synchronous_commit is off: what is acknowledged could be lost")
         if encoding != "UTF8":
@@ -2573,22 +2580,24 @@ class PostgresSession(Session):
 
     def close(self) -> None:
         self._db.close()
+        with contextlib.suppress(self._engine.psycopg.Error):
+            self._stack.close()
 
-    def _execute(self, query: str, values: Sequence[Any] = ()) -> Any:
+    def _send(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """Send a query; return the cursor, which has its rows after the next sync."""
         return self._db.execute(in_postgres(query), values)
 
-    def _drain(self) -> None:
-        """Send all that is to be run, in one round trip."""
+    def _send_queue(self) -> None:
         queue = self._queue
         self._queue = []
-        with self._db.pipeline():
-            for query, values in queue:
-                self._execute(query, values)
+        for query, values in queue:
+            self._send(query, values)
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        if self._queue:
-            self._drain()
-        rows: list[Row] = self._execute(query, values).fetchall()
+        self._send_queue()
+        cursor = self._send(query, values)
+        self._pipeline.sync()
+        rows: list[Row] = cursor.fetchall()
         return rows
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
@@ -2632,12 +2641,12 @@ class PostgresSession(Session):
     ) -> Turn:
         """Each transaction renews the lease: that costs nothing here."""
         self.is_unsure = False
-        with self._db.pipeline():
-            self._execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-            turn = self._execute(TAKE_TURN)
-            renewed = self._execute(RENEW, (owner, lease_s))
-            records = [self._execute(*query) for query in self._look_up_queries(keys)]
-            pending = [self._execute(*query) for query in pending_queries(stems)]
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        turn = self._send(TAKE_TURN)
+        renewed = self._send(RENEW, (owner, lease_s))
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        self._pipeline.sync()
         self._at_ns = time.monotonic_ns()
         turns = turn.fetchall()
         if not turns:
@@ -2655,24 +2664,27 @@ class PostgresSession(Session):
         )
 
     def commit(self) -> None:
-        self.run("COMMIT")
+        self._send_queue()
         self.is_unsure = True
-        self._drain()
+        self._send("COMMIT")
+        self._pipeline.sync()
         self._seen = self._turn
 
     def roll_back(self) -> None:
         self._queue.clear()
         psycopg = self._engine.psycopg
+        with contextlib.suppress(psycopg.Error):
+            self._pipeline.sync()  # with what is left of the answers
         try:
-            self._execute("ROLLBACK")
+            self._send("ROLLBACK")
+            self._pipeline.sync()
         except psycopg.Error:
-            if not self.is_lost:
-                self.close()
+            self.close()
 
     def read_seq(self, owner: int) -> int | None:
-        self._execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
         try:
-            self._execute(TAKE_TURN)
+            self._send(TAKE_TURN)
             rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
         finally:
             self.roll_back()
@@ -2748,8 +2760,7 @@ class PostgresEngine(Engine):
                 raise IndexDamaged(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
             if wrong := cast(PostgresSession, session).find_wrong_order():
                 raise IndexDamaged(f"{wrong}: it must be C, the order of bytes")
-            session.run("COMMIT")
-            session.select("SELECT 1")
+            session.commit()
         except Exception:
             session.roll_back()
             raise
@@ -2802,9 +2813,8 @@ class PostgresEngine(Engine):
 
     def remove(self) -> None:
         def drop(session: PostgresSession) -> None:
-            session.select("SELECT 1")
             session.run(f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
-            session.select("SELECT 1")
+            session.commit()
 
         self._run_alone(drop)
 
@@ -3717,6 +3727,8 @@ class Writer:
         paths = set[str]().union(*(one.paths for one in mutations))
         deadline_s = math.inf
         while True:
+            if session.is_lost:
+                session.reopen()
             answers = list[Any]()
             tx = self._tx or Transaction(session, self._lease)
             self._tx = None  # unless all goes well: what it remembers may not be so
@@ -3729,8 +3741,9 @@ class Writer:
                         answers.append(error)
                 tx.commit()
             except Exception:
+                is_lost = session.is_lost
                 session.roll_back()
-                if not session.is_lost:
+                if not is_lost or time.monotonic() > deadline_s:
                     raise
             else:
                 self._tx = tx
@@ -7531,6 +7544,7 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # of connections that broke we hear
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
 
 

@@ -52,6 +52,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -2520,6 +2521,164 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(
         start = page["next"]
     stack.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# -- PostgreSQL --
+
+
+class Scissors:
+    """A way to a port that is cut at the pieces of data that are named, before, after or in the
+    middle of them."""
+
+    def __init__(self, port: int, chance: random.Random) -> None:
+        self._port = port
+        self._chance = chance
+        self.left = -1  # pieces until the next cut; below 0: none
+        self.cuts = 0
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._join, args=(near,), daemon=True).start()
+
+    def _join(self, near: socket.socket) -> None:
+        with near, socket.create_connection(("127.0.0.1", self._port)) as far:
+            back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
+            back.start()
+            self._pass_on(near, far)
+            back.join()
+
+    def _is_cut(self) -> bool:
+        with self._lock:
+            self.left -= self.left >= 0
+            if self.left != 0:
+                return False
+            self.cuts += 1
+            self.left = self._chance.choice([-1, -1, self._chance.randrange(1, 8)])
+            return True
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if self._is_cut():
+                    target.sendall(data[: self._chance.choice([0, len(data) // 2, len(data)])])
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@on_postgres
+async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
+    index: mkv.Index, db: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 cuts, at any piece of what is sent and received: in turns, reads, changes, commits and
+    their answers, and in new connections, too."""
+    monkeypatch.setattr(mkv, "RECONNECT_EVERY_S", 0.01)
+    chance = random.Random(5)
+    scissors = Scissors(postgres.port, chance)
+    cut = mkv.Index(db.replace(str(postgres.port), str(scissors.port)))
+    await cut.open()
+    answers = Counter[str]()
+    number = 0
+    while scissors.cuts < 200:
+        scissors.left = chance.randrange(1, 6)
+        keys = [f"k{number + i}" for i in range(4)]
+        number += 4
+        writes = [cut.write(partial(claim_and_commit, record=make_record(k)), [k]) for k in keys]
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        scissors.left = -1
+        for key, outcome in zip(keys, outcomes, strict=True):
+            told = type(outcome).__name__
+            answers[told] += 1
+            is_there = await index.get(key) is not None
+            assert (outcome is True and is_there) or (told == "IndexFailed" and not is_there), told
+    assert answers["bool"] > 0.9 * number, answers
+    assert (await index.totals())[mkv.ALL_KEYS][0] == answers["bool"]
+    await cut.close()
+    scissors.close()
+
+
+@on_postgres
+@pytest.mark.parametrize("came_about", [True, False])
+async def test_commit_whose_answer_is_lost_while_another_is_under_way(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch, came_about: bool
+) -> None:
+    """The database has not seen that the connection broke, and carries the commit out later: who
+    asks waits for that."""
+    commit = mkv.PostgresSession.commit
+    backends, pipelines = list[Any](), list[Any]()
+
+    def lose(session: mkv.PostgresSession) -> None:
+        if backends:
+            return commit(session)
+        backends.append(session._db)
+        pipelines.append((session._pipeline, session._stack))
+        session.is_unsure = True
+        session._send_queue()
+        session._pipeline.sync()
+        session._connect()  # the old connection lives on, with its turn
+        session.close()
+
+        def end() -> None:
+            eventually(lambda: postgres_waits(index), 20)
+            backends[0].execute("COMMIT" if came_about else "ROLLBACK")
+            pipelines[0][0].sync()
+            backends[0].close()
+
+        threading.Thread(target=end, daemon=True).start()
+        raise psycopg.OperationalError("the connection is lost")
+
+    await index.renew()
+    monkeypatch.setattr(mkv.PostgresSession, "commit", lose)
+    record = make_record("k")
+    assert await put(index, record) is True
+    assert await index.get("k") == record and (await index.totals())[mkv.ALL_KEYS] == (1, 5)
+
+
+def postgres_waits(index: mkv.Index) -> bool:
+    """Whether somebody waits for a lock there."""
+    query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with psycopg.connect(**index.engine.parameters) as db:
+        return bool(db.execute(query).fetchall())
+
+
+@on_postgres
+async def test_commit_whose_outcome_is_not_to_be_found_out_is_told_so(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """504: it may have happened or not."""
+    monkeypatch.setattr(mkv, "RECONNECT_S", 0.3)
+    commit = mkv.PostgresSession.commit
+
+    def lose(session: mkv.PostgresSession) -> None:
+        commit(session)
+        session.close()
+        session.is_unsure = True
+        monkeypatch.setattr(mkv.PostgresSession, "reopen", refuse)
+        raise psycopg.OperationalError("the connection is lost")
+
+    def refuse(session: mkv.PostgresSession) -> None:
+        raise psycopg.OperationalError("connection refused")
+
+    await index.renew()
+    with monkeypatch.context() as patch:
+        patch.setattr(mkv.PostgresSession, "commit", lose)
+        with pytest.raises(mkv.IndexUnsure, match="not known") as caught:
+            await put(index, make_record("k"))
+    assert caught.value.status == 504
+    monkeypatch.undo()
+    assert await index.get("k") == make_record("k")
+    assert await put(index, make_record("k", 2)) is False  # by a new connection
 
 
 # == Volume client ================================================================================
@@ -6466,6 +6625,249 @@ def test_systemd_is_told(start: Callable[..., Program], tmp_path: Path) -> None:
         while heard[-1] != b"STOPPING=1":
             heard.append(notify.recv(1000))
         assert server.process.wait(20) == 0
+
+
+# == Several servers, one index ==================================================================
+# In PostgreSQL: any of the servers may die, and so may the database.
+
+
+class Fleet:
+    """Servers with the same volumes and the same index, in the schema of a test."""
+
+    def __init__(self, folder: Path, cluster: Postgres, stack: contextlib.ExitStack) -> None:
+        self.folder, self.cluster, self._stack = folder, cluster, stack
+        self.schema = f"t{random.getrandbits(40):x}"
+        self.db = cluster.url(self.schema)
+        self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(3)]
+        self.servers: list[Program] = []
+        stack.callback(cluster.ask, f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
+
+    def begin(self, *flags: str, db: str = "", lease_s: float = 2.0) -> Program:
+        settings = ["--garbage-delay", "0", "--list-rate", "0", "--volume-timeout", "5"]
+        settings += ["--lease", str(lease_s), "--db", db or self.db, "--no-access-log"]
+        for volume in self.volumes:
+            settings += ["--volume", f"{volume.folder.name}={volume.url}"]
+        server = Program(self.folder / f"server{len(self.servers)}", *settings, *flags)
+        self.servers.append(server)
+        self._stack.callback(server.stop, signal.SIGKILL)
+        return server
+
+    def ask(self, query: str) -> list[Any]:
+        return self.cluster.ask(query, self.schema)
+
+    def count(self, state: str) -> int:
+        return int(self.ask(f"SELECT count(*) FROM pending WHERE state = '{state}'")[0][0])
+
+    def owners(self) -> int:
+        return int(self.ask("SELECT count(*) FROM owner WHERE role <> 'gone'")[0][0])
+
+    def check_totals(self) -> None:
+        """They are those of the records."""
+        ((count, size),) = self.ask("SELECT count(*), coalesce(sum(size), 0)::bigint FROM record")
+        assert self.ask("SELECT blobs, bytes FROM total WHERE name = ''") == [(count, size)]
+        for volume in self.volumes:
+            name = volume.folder.name
+            query = f"""SELECT count(*), coalesce(sum(size), 0)::bigint FROM record
+                WHERE '{name}' = ANY(string_to_array(volumes, ' '))"""
+            total = self.ask(f"SELECT blobs, bytes FROM total WHERE name = '{name}'")
+            assert total == self.ask(query)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, postgres: Postgres) -> Iterator[Fleet]:
+    with contextlib.ExitStack() as stack:
+        yield Fleet(tmp_path, postgres, stack)
+
+
+def etag_of(body: bytes) -> str:
+    return f'"{hashlib.sha256(body).hexdigest()}"'
+
+
+def read_through(url: str) -> tuple[str, bytes]:
+    """Follow the redirect; return ETag and bytes."""
+    while True:
+        status, headers, _ = ask(url)
+        assert status == 302, status
+        status, _, body = ask(headers["location"])
+        if status == 200:  # else it was replaced meanwhile
+            return headers["etag"], body
+
+
+def test_two_servers_lose_no_update(fleet: Fleet) -> None:
+    """Compare-and-swap by both: each 204 counts; absent keys are created once; totals are
+    right."""
+    urls = [fleet.begin().url for _ in range(2)]
+    assert ask(urls[0] + "/counter", "PUT", b"0")[0] == 201
+
+    def count(number: int) -> int:
+        done = 0
+        url = urls[number % 2] + "/counter"
+        while done < 15:
+            etag, body = read_through(url)
+            status = ask(url, "PUT", b"%d" % (int(body) + 1), If_Match=etag)[0]
+            assert status in (204, 412, 503), status
+            done += status == 204
+        return done
+
+    def create(number: int) -> list[str]:
+        keys = [f"new{i}" for i in range(40)]
+        asked = [(k, ask(f"{urls[number % 2]}/{k}", "PUT", b"x", If_None_Match="*")) for k in keys]
+        return [key for key, answer in asked if answer[0] == 201]
+
+    with ThreadPoolExecutor(12) as pool:
+        counts = [pool.submit(count, number) for number in range(6)]
+        created = [pool.submit(create, number) for number in range(6)]
+        assert sum(one.result() for one in counts) == 90
+        keys = Counter(key for one in created for key in one.result())
+    assert read_through(urls[1] + "/counter")[1] == b"90"
+    assert keys == {f"new{i}": 1 for i in range(40)}
+    fleet.check_totals()
+
+
+def test_server_that_is_killed_is_cleared_up_after_by_another(fleet: Fleet) -> None:
+    """Within a lease its claims are garbage, which another server collects; that one never stops
+    serving, and nothing that was acknowledged is lost."""
+    first, second = fleet.begin(), fleet.begin()  # the first one leads
+    stop, acknowledged = threading.Event(), list[tuple[str, bytes]]()
+
+    def write(number: int) -> None:
+        i = 0
+        while not stop.is_set():
+            i += 1
+            key, body = f"k{number}-{i}", b"%d" % i * 1000
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if ask(f"{first.url}/{key}", "PUT", body)[0] == 201:
+                    acknowledged.append((key, body))
+
+    with under_load(second.url) as (failures, _), ThreadPoolExecutor(8) as pool:
+        for number in range(8):
+            pool.submit(write, number)
+        eventually(lambda: len(acknowledged) > 100)
+        owners = fleet.owners()
+        first.stop(signal.SIGKILL)
+        stop.set()
+        claims = "SELECT count(*) FROM pending WHERE owner = (SELECT min(id) FROM owner)"
+        eventually(lambda: fleet.ask(claims)[0][0] == 0)
+        eventually(lambda: fleet.owners() == owners - 1)
+    assert not failures
+    assert ask(second.url + "/k0-1", "DELETE")[0] == 204
+    acknowledged.remove(("k0-1", b"1" * 1000))
+    eventually(lambda: fleet.count("garbage") == 0)  # the second one leads now
+    for key, body in acknowledged:
+        assert read_through(f"{second.url}/{key}") == (etag_of(body), body)
+    fleet.check_totals()
+
+
+def test_server_that_was_paused_for_longer_than_its_lease_commits_nothing_stale(
+    fleet: Fleet,
+) -> None:
+    """It is stopped between claims and commits. Awake again, it goes on by itself, under another
+    number."""
+    paused, other = fleet.begin(), fleet.begin()
+    large = b"x" * 3_000_000
+
+    def upload(number: int) -> int:
+        def body() -> Iterator[bytes]:
+            for start in range(0, len(large), 100_000):
+                if start == 1_000_000:
+                    ready.release()
+                    resume.wait(60)
+                yield large[start : start + 100_000]
+
+        size = str(len(large))
+        return ask(f"{paused.url}/k{number}", "PUT", body(), Content_Length=size)[0]
+
+    ready, resume = threading.Semaphore(0), threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(upload, number) for number in range(4)]
+        for _ in answers:
+            assert ready.acquire(timeout=60)
+        assert ask(f"{paused.url}/early", "PUT", b"x")[0] == 201
+        ((before,),) = fleet.ask("SELECT max(id) FROM owner")
+        paused.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: fleet.owners() == 1)
+        assert ask(f"{other.url}/k0", "PUT", b"later", If_None_Match="*")[0] == 201
+        assert ask(f"{other.url}/k0", "DELETE")[0] == 204
+        paused.process.send_signal(signal.SIGCONT)
+        resume.set()
+        assert {answer.result() for answer in answers} == {503}
+    for number in range(4):
+        assert ask(f"{other.url}/k{number}")[0] == 404
+    assert ask(f"{paused.url}/k0", "PUT", large)[0] == 201
+    assert read_through(f"{other.url}/k0")[1] == large
+    ((after,),) = fleet.ask("SELECT max(id) FROM owner WHERE role <> 'gone'")
+    assert after > before
+    fleet.check_totals()
+
+
+def test_server_that_stands_still_in_a_transaction_loses_its_turn(fleet: Fleet) -> None:
+    """The others wait for a few seconds, no longer."""
+    paused, other = fleet.begin(lease_s=15.0), fleet.begin(lease_s=15.0)
+    busy = """SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction'
+        AND query LIKE '%pending%' AND datname = 'postgres'"""
+    with under_load(paused.url):
+        for _ in range(200):
+            paused.process.send_signal(signal.SIGSTOP)
+            if fleet.ask(busy):
+                break
+            paused.process.send_signal(signal.SIGCONT)
+            time.sleep(random.random() / 50)  # so that it is stopped at any moment
+        else:
+            raise AssertionError("it was never stopped in a transaction")
+        assert ask(f"{other.url}/k", "PUT", b"x")[0] == 201
+        paused.process.send_signal(signal.SIGCONT)
+        eventually(lambda: try_ask(f"{paused.url}/k", "PUT", b"x") == 204)
+
+
+def write_on(
+    url: str, stop: threading.Event, number: int
+) -> tuple[dict[str, bytes], Counter[int]]:
+    """PUT until told to stop; return what was acknowledged last of each key, and the answers.
+    A key that something else was said of is left alone from then on."""
+    known, answers, left = dict[str, bytes](), Counter[int](), set[str]()
+    i = 0
+    while not stop.is_set():
+        i += 1
+        key, body = f"w{number}-{i % 500}", b"%d" % i
+        if key in left:
+            continue
+        status = try_ask(f"{url}/{key}", "PUT", body)
+        answers[status] += 1
+        if status in (201, 204):
+            known[key] = body
+        elif status in (0, 504):  # it may have happened
+            left.add(key)
+            known.pop(key, None)
+    return known, answers
+
+
+def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> None:
+    """Clients see a pause, or 503 with Retry-After; nobody has to restart a server."""
+    with postgres_in("killed") as cluster, contextlib.ExitStack() as stack:
+        fleet = Fleet(tmp_path, cluster, stack)
+        urls = [fleet.begin().url, fleet.begin("--workers", "2").url]
+        stop = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(write_on, urls[n % 2], stop, n) for n in range(8)]
+            for _ in range(3):
+                eventually(lambda: all(try_ask(f"{url}/-/readyz") == 200 for url in urls))
+                time.sleep(0.5)  # under load
+                cluster.kill()
+                for url in urls:
+                    status, headers, _ = ask(f"{url}/w0-1")
+                    assert status == 503 and headers["retry-after"]
+                    assert try_ask(f"{url}/-/readyz") == 503
+                cluster.begin()
+            eventually(lambda: all(try_ask(f"{url}/probe", "PUT", b"x") < 300 for url in urls))
+            stop.set()
+            results = [one.result() for one in work]
+        answers = sum((answers for _, answers in results), Counter[int]())
+        assert answers.keys() <= {201, 204, 503, 504} and answers[201] > 100, answers
+        for known, _ in results:
+            for key, body in known.items():
+                assert read_through(f"{urls[0]}/{key}")[1] == body
+        fleet.check_totals()
+        eventually(lambda: fleet.count("claimed") == 0)
 
 
 # == Tools: fixtures ==============================================================================
