@@ -103,6 +103,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -114,22 +115,54 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, assert_never, cast
-from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
+from typing import (
+    IO,
+    Any,
+    ClassVar,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    Self,
+    TypeVar,
+    assert_never,
+    cast,
+)
+from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
-from aiohttp import ClientError, HttpVersion10, HttpVersion11, StreamReader, web
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientHandlerType,
+    ClientOSError,
+    ClientRequest,
+    ClientResponse,
+    ClientSession,
+    ClientTimeout,
+    ConnectionTimeoutError,
+    DummyCookieJar,
+    HttpVersion10,
+    HttpVersion11,
+    ServerDisconnectedError,
+    StreamReader,
+    TCPConnector,
+    web,
+)
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL as AnyURL
 
 __version__ = "1.0.0"
-__all__ = ["Config", "ConfigError", "MkvError", "Ring", "Token", "Volume", "create_app"]
+__all__ = [
+    "Blob", "Client", "Config", "ConfigError", "MkvError", "Ring", "Stored", "Token", "Volume",
+    "create_app",
+]  # fmt: skip
 
 log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
@@ -189,7 +222,8 @@ class VolumeError(Unavailable):
 
     def __init__(self, volume: str, detail: str, sent: int = 1) -> None:
         super().__init__(f"volume {volume}: {detail}")
-        self.volume, self.sent = volume, sent
+        self.volume = volume
+        self.sent = sent
 
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
 class VolumeTimeout(VolumeError):
@@ -207,6 +241,7 @@ class VolumeBlameless(VolumeError): """The request failed, which says nothing of
 URL = re.compile(
     r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::([1-9][0-9]{0,4}))?(?:/[!-~]*)?"
 )
+ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 POSTGRES = re.compile(r"postgres(ql)?://")
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
@@ -234,9 +269,12 @@ class Checked:
     at once."""
 
     def __post_init__(self) -> None:
-        faults, wrong_type = list[str](), False
+        faults = list[str]()
+        wrong_type = False
         for spec in fields(self):
-            kind, given, bounds = type(spec.default), getattr(self, spec.name), spec.metadata
+            kind = type(spec.default)
+            given = getattr(self, spec.name)
+            bounds = spec.metadata
             if kind is float and type(given) is int:  # a whole number is taken for a float
                 self._set(spec.name, given := float(given))
             if type(given) is not kind and bounds:
@@ -374,6 +412,13 @@ class Config(Checked):
         "", "signs redirects, so that volumes serve nobody without one", secret=True
     )
     link_ttl: float = setting(3600.0, "s that a signed redirect is valid", 1, 1e9)
+    read: str = setting(
+        "redirect",
+        "redirect: readers are sent to a volume; accel: an nginx in front reads for them",
+    )
+    cors_origins: str = setting(
+        "", "origins of browser applications, with blanks between them; * for all (none: no CORS)"
+    )
     insecure: bool = setting(False, "listen beyond loopback without any token")
     tokens: tuple[Token, ...] = ()
     anonymous: Token | None = None
@@ -391,7 +436,8 @@ class Config(Checked):
                 f"replicas: {self.min_replicas} needed for a PUT, but only {writable} "
                 "volume(s) take new blobs"
             )
-        names, urls = [v.name for v in self.volumes], [v.url for v in self.volumes]
+        names = [v.name for v in self.volumes]
+        urls = [v.url for v in self.volumes]
         unique = {
             "volume: name": names,
             "volume: url": urls,
@@ -402,6 +448,11 @@ class Config(Checked):
                 yield f"{what} {', '.join(twice)} is given twice"
         if self.log_format not in ("text", "json"):
             yield f"log_format: must be text or json, not {self.log_format!r}"
+        if self.read not in ("redirect", "accel"):
+            yield f"read: must be redirect or accel, not {self.read!r}"
+        for origin in self.cors_origins.split():
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                yield f"cors_origins: must be * or http(s)://host[:port], not {origin!r}"
         for secret in ("volume_secret", "link_secret"):
             if not SECRET.fullmatch(getattr(self, secret)):
                 yield (
@@ -450,7 +501,8 @@ def parse_config(
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([f"{place}: {error}"]) from None
-    flags, faults = dict(flags or {}), list[str]()
+    flags = dict(flags or {})
+    faults = list[str]()
 
     def build(kind: type[T], given: object, where: str, **fixed: object) -> list[T]:
         """Return [kind(**given, **fixed)], or [] and note the faults."""
@@ -477,7 +529,8 @@ def parse_config(
         built = (build(kind, one, f"{place}: {singular}[{i}].") for i, one in enumerate(listed, 1))
         return tuple(thing for things in built for thing in things)
 
-    volumes, tokens = build_all(Volume, "volume"), build_all(Token, "token")
+    volumes = build_all(Volume, "volume")
+    tokens = build_all(Token, "token")
     rule = table.pop("anonymous", None)
     rules = (
         []
@@ -517,7 +570,8 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
     nothing."""
     name, separator, url = flag.partition("=")
     if not separator or "/" in name:
-        name, url = flag.rstrip("/").partition("://")[2].replace("/", "-"), flag
+        name = flag.rstrip("/").partition("://")[2].replace("/", "-")
+        url = flag
     return {"name": name, "url": url}
 
 
@@ -557,6 +611,9 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
+ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
+NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
+MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
 MAX_MEDIA_TYPE = 255  # bytes with parameters; what an earlier version wrote may have more
 MEDIA_TYPES = {ext: media_type for media_type, ext in EXTENSIONS.items()} | {
@@ -669,6 +726,30 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
         most = f"at most {MAX_MEDIA_TYPE} printable ASCII characters"
         raise BadRequest(f"Content-Type is no media type of {most}")
     return content_type, EXTENSIONS.get(content_type.partition(";")[0].strip().lower(), "")
+
+
+@lru_cache(4096)  # every redirect asks
+def name_query(key: str) -> str:
+    """Return the query of a link that names the download: by the key's last part, without what no
+    file name may hold; "" if that leaves none."""
+    name = key[key.rfind("/") + 1 :]
+    name = NOT_IN_NAME.sub("_", name)
+    if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
+        return ""
+    return f"?name={quote(name, safe='')}"
+
+
+def disposition_of(query: str) -> str:
+    """Return the Content-Disposition that a link asks for, as nginx.conf does: "" for none. What
+    is in the link stays encoded, so no header can be made of it."""
+    name = re.search(r"(?:^|&)name=([^&]*)", query, re.IGNORECASE)
+    if name is None or not ENCODED_NAME.fullmatch(name[1]):
+        return ""
+    download = re.search(r"(?:^|&)download=([^&]*)", query, re.IGNORECASE)
+    kind = "attachment" if download and download[1] else "inline"
+    if "%" in name[1]:
+        return f"{kind}; filename*=UTF-8''{name[1]}"  # RFC 8187
+    return f'{kind}; filename="{name[1]}"'
 
 
 def after_prefix(prefix: str) -> str | None:
@@ -790,6 +871,11 @@ class Record(NamedTuple):
     def modified_s(self) -> float:
         """When it was written, in Unix seconds, by the clock of the index server."""
         return version_ns(self.version) / 1e9
+
+    @property
+    def modified(self) -> str:
+        """The same, as HTTP writes it."""
+        return formatdate(self.modified_s, usegmt=True)
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -1053,6 +1139,19 @@ def explain_refusal(
         if refusing and len(alive & ring.zones.keys()) >= needed
         else Unavailable(detail)
     )
+
+
+RANGE = re.compile(r"bytes=[0-9, -]{1,500}")
+
+
+def decide_range(headers: Mapping[str, str], record: Record) -> str:
+    """Return the Range that a volume is to be asked for, "" for all of the blob: If-Range (RFC
+    9110, 13.1.5) is decided here, since no volume knows the ETag."""
+    part = headers.get("range", "")
+    known = headers.get("if-range", record.etag)
+    if not RANGE.fullmatch(part) or known not in (record.etag, record.modified):
+        return ""
+    return part
 
 
 def choose_replica(
@@ -1412,11 +1511,33 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
     return (tokens - 1, 0.0) if tokens >= 1 else (tokens, (1 - tokens) / rate)
 
 
+@lru_cache(4096)  # for half of link_ttl the same link is asked for
 def sign_link(path: str, secret: str, expires_s: int) -> str:
     """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
     to all three."""
     digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
+
+
+def link_expiry(now_s: float, ttl_s: float) -> int:
+    """Return when a link made now expires, in Unix seconds: rounded, so that the same link is made
+    for half of `ttl_s` and caches know it again. It is good for at least the other half."""
+    step_s = int(ttl_s / 2) or 1
+    latest_s = int(now_s + ttl_s)
+    return latest_s - latest_s % step_s
+
+
+def decide_cors(origins: str, origin: str, exposed: str) -> dict[str, str]:
+    """Return the headers (CORS, fetch.spec.whatwg.org) that let a page of `origin` see an answer,
+    if it is among `origins`. No cookie counts here, so all may be told with *."""
+    listed = origins.split()
+    if "*" in listed:
+        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": exposed}
+    headers = {"Vary": "Origin"} if listed else {}
+    if origin in listed:
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = exposed
+    return headers
 
 
 class ListQuery(NamedTuple):
@@ -1677,7 +1798,7 @@ def encode_response_head(
     status: int, headers: Mapping[str, str], date: str, is_last: bool
 ) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
-    lines = [f"HTTP/1.1 {status} {REASONS[status]}"]
+    lines = [STATUS_LINES[status]]
     for name, value in headers.items():
         lines.append(f"{name}: {value}")
     lines.append(f"Date: {date}")
@@ -1691,6 +1812,7 @@ def encode_response_head(
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
 class AnswerReader:
@@ -3499,7 +3621,7 @@ def list_keys(session: Session, query: ListQuery) -> bytes:
                 break
             keys.append(entry)
     page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
-    page += f'"next": {json.dumps(following)}}}'
+    page += f'"next": {json.dumps(following)}}}\n'
     return page.encode()
 
 
@@ -4480,8 +4602,11 @@ class Patience:
     its buffer is free."""
 
     def __init__(self, wire: Wire, timeout_s: float) -> None:
-        self._wire, self._timeout_s, self._taken = wire, timeout_s, -1
-        self._loop, self._deadline = asyncio.get_running_loop(), asyncio.timeout(None)
+        self._wire = wire
+        self._timeout_s = timeout_s
+        self._taken = -1
+        self._loop = asyncio.get_running_loop()
+        self._deadline = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._deadline.__aenter__()
@@ -4527,7 +4652,8 @@ class VolumeClient:
         self._tell_slow = hear_slow
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
-        self._host, self._base = parts.hostname or "", parts.path
+        self._host = parts.hostname or ""
+        self._base = parts.path
         self._port = parts.port or (443 if self._ssl else 80)
         self._head = f"Host: {parts.netloc}\r\n" + (
             f"Mkv-Volume-Secret: {secret}\r\n" if secret else ""
@@ -5169,7 +5295,8 @@ class Health:
     async def probe(self, client: VolumeClient) -> None:
         """Probe one volume: whether it answers, and now and then, and whenever it was down,
         whether it writes."""
-        name, now = client.volume.name, self._clock()
+        name = client.volume.name
+        now = self._clock()
         write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
         if write:
             self._next_write[name] = now + WRITE_PROBE_EVERY_S
@@ -5712,6 +5839,21 @@ async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[byte
     return bytes(held), True
 
 
+def no_replica(record: Record) -> Unavailable:
+    return Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
+
+
+def find_unconfigured(
+    totals: Mapping[str, tuple[int, int]], configured: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return the volumes that records name and the configuration does not, with what is there."""
+    return [
+        {"name": name, "blobs": blobs, "bytes": size}
+        for name, (blobs, size) in sorted(totals.items())
+        if blobs and name not in configured and name not in (ALL_KEYS, GARBAGE)
+    ]
+
+
 class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
@@ -5722,6 +5864,7 @@ class Store:
         self.metrics = metrics or Metrics()
         self.health = Health(peers)
         self._role = role
+        self._is_first = peers is None or peers.is_first  # of the processes of a server
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(
             config.db, lambda kind, size: observe(f'kind="{kind}"', size), role, config.lease
@@ -5783,6 +5926,7 @@ class Store:
         self._tasks.append(asyncio.create_task(self.index.renew_for_ever()))
         if self._role == SERVER:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
+        await self._name_unconfigured()
 
     async def _meet(self, clients: Iterable[VolumeClient]) -> None:
         """Probe volumes that are new. One that does not answer soon counts as down until it
@@ -5821,6 +5965,20 @@ class Store:
         ]
         more = f"; needs a restart: {', '.join(refused)}" if refused else ""
         log.info("configuration reloaded, changed: %s%s", ", ".join(changed) or "nothing", more)
+        await self._name_unconfigured()
+
+    async def _name_unconfigured(self) -> None:
+        """Say in the log which volumes records name that nobody can read from."""
+        if self._role != SERVER or not self._is_first:
+            return  # one process is enough
+        try:
+            totals = await self.index.totals()
+        except IndexFailed as error:
+            log.error("%s", error)
+            return
+        words = "the index names volume %s, which is not configured: %d blobs, %d bytes are there"
+        for one in find_unconfigured(totals, self.view.clients):
+            log.warning(words, one["name"], one["blobs"], one["bytes"])
 
     # -- what clients ask for --
 
@@ -5831,19 +5989,38 @@ class Store:
 
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
-        config = self.view.config
         clients = self.view.clients
         known = [name for name in record.volumes if name in clients]
         health = self.health
         name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
         if name is None:
-            raise Unavailable(f"no volume that holds this key is up: {', '.join(record.volumes)}")
-        url = clients[name].volume.public_url + record.path
+            raise no_replica(record)
+        return self._link(clients[name].volume.public_url, record)
+
+    def locate_inside(self, record: Record) -> tuple[str, str]:
+        """Return the URL from which a proxy can read the blob now, and one to try after that, on
+        another volume if there is one; raises Unavailable."""
+        clients = self.view.clients
+        names = [name for name in record.volumes if name in clients]
+        random.shuffle(names)
+        names.sort(key=lambda name: (self.health.is_down(name), name in self.health.slow))
+        if not names or self.health.is_down(names[0]):
+            raise no_replica(record)
+        links = [self._link(clients[name].volume.url, record) for name in names]
+        return links[0], links[1 % len(links)]
+
+    def _link(self, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume at `base`, signed and with the download's
+        name."""
+        config = self.view.config
+        url = base + record.path
         if config.link_secret:
-            # The volume checks the path that it is asked for, so that of public_url counts.
+            # The volume checks the path that it is asked for, so that of `base` counts.
             path = "/" + url.split("/", 3)[3]
-            url += sign_link(path, config.link_secret, int(time.time() + config.link_ttl))
-        return url
+            expires_s = link_expiry(time.time(), config.link_ttl)
+            url += sign_link(path, config.link_secret, expires_s)
+            return url + name_query(record.key).replace("?", "&")
+        return url + name_query(record.key)
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str
@@ -6068,6 +6245,7 @@ class Store:
             "bytes": size,
             "garbage": garbage,
             "volumes": volumes,
+            "unconfigured": find_unconfigured(totals, self.view.clients),
         }
 
     async def render_metrics(self) -> str:
@@ -6158,6 +6336,9 @@ TRACEPARENT = re.compile(  # by the W3C
 )
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
+JSON_TYPE = "application/json; charset=utf-8"
+LINK_TYPE = "text/uri-list"  # RFC 2483; who accepts just that gets the link instead of a redirect
+HEALTH_CHECKS = ("/-/livez", "/-/readyz")  # asked every few seconds: no line while all is well
 MAX_SIZE = 2**62  # bytes of a blob; nginx has 63 bits for a Content-Length, aiohttp's parser 64
 
 
@@ -6197,7 +6378,7 @@ def explain(error: MkvError, request_id: str) -> Response:
     """Render an error as problem details (RFC 9457)."""
     detail = json.dumps(str(error))
     body = f'{{"title": "{error.title}", "status": {error.status}, "detail": {detail}, '
-    body += f'"request_id": "{request_id}"}}'
+    body += f'"request_id": "{request_id}"}}\n'
     headers = {
         **error.headers,
         "Content-Type": "application/problem+json",
@@ -6232,6 +6413,7 @@ class Call:
     path = ""
     query = ""
     key = ""
+    prefix = ""  # of a list
     who = ""
     volumes: tuple[str, ...] = ()
     size = 0
@@ -6278,8 +6460,12 @@ class Call:
         found = ON_PATH.get(self.path)
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
-            check_method(method, ("GET", "HEAD"))
-            scope = parse_list_query(self.query).prefix if operation == "list" else ""
+            check_method(method, ON_REPORT)
+            if method == "OPTIONS":
+                return Call.tell_options
+            if operation == "list":
+                self.prefix = parse_list_query(self.query).prefix
+            scope = self.prefix
         else:
             check_method(method, ON_KEY)
             handler, operation = ON_KEY[method]
@@ -6297,18 +6483,42 @@ class Call:
         record, verdict = judge_read(found, parse_conditions(self.request.headers))
         self.volumes = record.volumes
         headers = {"ETag": record.etag, "Mkv-Volumes": ",".join(record.volumes)}
+        accel = self.store.view.config.read == "accel"
+        if accel:  # who reads sees the blob at the URL of the key, where another may come
+            headers["Cache-Control"] = "private, no-cache"
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            headers["Location"] = self.store.locate(record)
+            if accel:
+                return self._let_proxy_read(record, headers)
+            link = self.store.locate(record)
+            if self.request.headers.get("accept") == LINK_TYPE:
+                headers["Content-Type"] = LINK_TYPE
+                return Response(200, headers, f"{link}\r\n".encode())
+            headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
         headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = formatdate(record.modified_s, usegmt=True)
+        headers["Last-Modified"] = record.modified
+        if accel:
+            headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
             f"sha-256=:{base64.b64encode(bytes.fromhex(record.digest)).decode()}:"
         )
         return Response(200, headers)
+
+    def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
+        """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
+        if self.request.headers.get("accept") == LINK_TYPE:
+            headers["Content-Type"] = LINK_TYPE
+            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
+        link, other = self.store.locate_inside(record)
+        headers["Location"] = link
+        headers["Mkv-Other"] = other
+        headers["X-Accel-Redirect"] = "@mkv_volume"
+        headers["Mkv-Range"] = decide_range(self.request.headers, record)
+        headers["Last-Modified"] = record.modified
+        return Response(302, headers)
 
     async def put(self) -> Response:
         store = self.store
@@ -6364,7 +6574,7 @@ class Call:
         self.store.limit_lists(self.request.peer, time.monotonic())
         body = await self.store.list(parse_list_query(self.query))
         self.size = len(body)
-        return Response(200, {"Content-Type": "application/json; charset=utf-8"}, body)
+        return Response(200, {"Content-Type": JSON_TYPE}, body)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -6375,23 +6585,42 @@ class Call:
                 await self.store.check_ready()
                 return Response(200, plain, b"ready\n")
             case "/-/status":
-                status = json.dumps(await self.store.status()).encode()
-                return Response(200, {"Content-Type": "application/json; charset=utf-8"}, status)
+                status = json.dumps(await self.store.status()) + "\n"
+                return Response(200, {"Content-Type": JSON_TYPE}, status.encode())
         body = (await self.store.render_metrics()).encode()
         return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, body)
+
+    async def tell_options(self) -> Response:
+        """Answer OPTIONS, which a browser sends before what a page of another origin asks for.
+        That needs no token: a browser shows none then."""
+        allowed = ", ".join(sorted(ON_REPORT if self.path in ON_PATH else ON_KEY))
+        headers = {"Allow": allowed}
+        origins = self.store.view.config.cors_origins
+        told = decide_cors(origins, self.request.headers.get("origin", ""), RESPONSE_HEADERS)
+        if "Access-Control-Allow-Origin" in told:
+            headers["Access-Control-Allow-Methods"] = allowed
+            headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
+            headers["Access-Control-Max-Age"] = "7200"  # s; Chromium keeps it no longer
+        return Response(204, headers)
 
     def finish(self, response: Response) -> Response:
         """Complete the answer; count the request and write its line."""
         store = self.store
+        config = store.view.config
         seconds = time.perf_counter() - self._began
         method = self.request.method
         store.count_in_flight(-1)
         response.headers["X-Request-ID"] = self.id
         response.headers["Server"] = "mkv"
+        response.headers.setdefault("Cache-Control", "no-store")  # it may change any time
+        if config.cors_origins:
+            origin = self.request.headers.get("origin", "")
+            response.headers |= decide_cors(config.cors_origins, origin, RESPONSE_HEADERS)
         store.metrics.count_request(
             method if method in METHODS else "other", response.status, seconds
         )
-        if store.view.config.access_log:
+        is_health_check = response.status == 200 and self.path in HEALTH_CHECKS
+        if config.access_log and not is_health_check:
             store.note_access(self.describe(response.status, seconds))
         return response
 
@@ -6402,6 +6631,8 @@ class Call:
             "key": self.key or self.path,
             "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
         }  # fmt: skip
+        if self.prefix:
+            facts["prefix"] = self.prefix
         if self.volumes:
             facts["volumes"] = ",".join(self.volumes)
         if self.who:
@@ -6428,10 +6659,18 @@ ON_PATH: Mapping[str, Route] = {
     "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
     "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
 }  # fmt: skip
+ON_REPORT = ("GET", "HEAD", "OPTIONS")
 ON_KEY: Mapping[str, Route] = {
     "GET": (read_key, "read"), "HEAD": (read_key, "read"), "PUT": (Call.put, "write"),
-    "DELETE": (Call.delete, "delete"),
+    "DELETE": (Call.delete, "delete"), "OPTIONS": (Call.tell_options, ""),
 }  # fmt: skip
+# What browser applications of other origins may send, and see.
+REQUEST_HEADERS = (
+    "Accept, Authorization, Content-Digest, Content-MD5, Content-Type, If-Match, "
+    "If-Modified-Since, If-None-Match, If-Unmodified-Since, Range, Repr-Digest, traceparent, "
+    "X-Request-ID"
+)
+RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 
 
 # == Lane =========================================================================================
@@ -6972,11 +7211,13 @@ async def dispatch(request: web.Request) -> web.StreamResponse:
 async def answer_without_path(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer what aiohttp's router has no handler for: a target that is no path, such as that of
-    OPTIONS *."""
+    """Answer what aiohttp's router has no handler for: a target that is no path."""
     try:
         return await handler(request)
     except web.HTTPException as error:
+        if request.method == "OPTIONS" and request.raw_path == "*":  # of the server as a whole
+            allowed = ", ".join(sorted(ON_KEY))
+            return to_web(Response(204, {"Allow": allowed, "Server": "mkv"}))
         return refuse(BadRequest(f"this target is no path: {error.reason}"))
 
 
@@ -7009,9 +7250,9 @@ def create_app(
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            ready = (
-                config if config.volumes else await stack.enter_async_context(run_embedded(config))
-            )
+            ready = config
+            if not config.volumes:
+                ready = await stack.enter_async_context(run_embedded(config))
             app[STORE] = Store(ready, metrics, peers=peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
@@ -7028,7 +7269,9 @@ class Connection(web.RequestHandler):
     rendered as ours."""
 
     def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config, self._opened, self._client = config, opened, ""
+        self._config = config
+        self._opened = opened
+        self._client = ""
         self.has_asked = False  # for anything: the headers of a request have come
         self._received = 0  # bytes
         self._before = 0  # of these, with the answer before
@@ -7147,7 +7390,8 @@ class Connection(web.RequestHandler):
 
     def _watch_reader(self) -> None:
         if self.transport is not None:
-            loop, left = asyncio.get_running_loop(), count_untaken(self.transport)
+            loop = asyncio.get_running_loop()
+            left = count_untaken(self.transport)
             wait_s = self._config.send_timeout
             self._reader_check = loop.call_later(wait_s, self._check_reader, left)
 
@@ -7178,7 +7422,8 @@ class Connection(web.RequestHandler):
         self._malformed = True
         if status >= 500:
             log.error("unexpected error outside of a handler", exc_info=exc)
-        error, detail = MkvError(), (message or "malformed HTTP").partition("\n")[0]
+        error = MkvError()
+        detail = (message or "malformed HTTP").partition("\n")[0]
         if "Content-Length overflow" in detail:
             error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
         elif status < 500:
@@ -7217,8 +7462,18 @@ WRITE_SIZE = 1024 * 1024  # bytes handed to a thread at once
 LISTING_BYTES = 16 * 1024 * 1024  # of one folder, some 88,000 files; a volume has 65,536 folders
 BODY_PATIENCE = 2  # times body_timeout: the index server is the first to give up a client
 EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is itself a client
+VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+# A path names one version, so what is there never changes; it is for whoever got the link.
+FOR_EVER = "private, max-age=31536000, immutable"
+IS_BLOB = re.compile(r"/[0-9a-f]{64}-[0-9a-f]{20}(?!\.(?:key|del)\Z)(?:\.[a-z0-9]{1,8})?")
+# For `cors_origins`. Whoever has a link may read by it, from wherever: it holds no cookie.
+VOLUME_CORS = {
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Expose-Headers": "*",
+}
 BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
@@ -7246,6 +7501,17 @@ class StoredFile(web.FileResponse):
         return await super().prepare(request.clone(headers=headers))
 
 
+def headers_of_blob(path: str, query: str) -> dict[str, str]:
+    """Return what nginx.conf adds to a file that is read: how long to keep it, and its name."""
+    headers = dict[str, str]()
+    if IS_BLOB.fullmatch(path, path.rfind("/")):
+        headers["Cache-Control"] = FOR_EVER
+    disposition = disposition_of(query)
+    if disposition:
+        headers["Content-Disposition"] = disposition
+    return headers
+
+
 class EmbeddedVolume:
     """Serves `folder`: PUT, DELETE, GET with Range, HEAD, listings as nginx's autoindex JSON."""
 
@@ -7267,8 +7533,10 @@ class EmbeddedVolume:
         try:
             raw_path, query = split_target(request.raw_path)
             path = unquote_to_bytes(raw_path.encode("utf-8", "surrogateescape")).decode()
+            if request.method == "OPTIONS":
+                return web.Response(status=204, headers={"Allow": VOLUME_METHODS})
             self._admit(request, path, query)
-            return await self._act(request, path, self._locate(path))
+            return await self._act(request, path, query, self._locate(path))
         except (MkvError, UnicodeDecodeError, *CUT_SHORT) as error:
             return web.Response(status=getattr(error, "status", 400), text=f"{error}\n")
         except web.HTTPException as error:
@@ -7326,7 +7594,9 @@ class EmbeddedVolume:
         except RuntimeError:  # links that lead to each other
             return False
 
-    async def _act(self, request: web.Request, path: str, file: Path) -> web.StreamResponse:
+    async def _act(
+        self, request: web.Request, path: str, query: str, file: Path
+    ) -> web.StreamResponse:
         folder = path.endswith("/")
         match request.method:
             case "PUT" if folder:
@@ -7350,7 +7620,8 @@ class EmbeddedVolume:
                 if not await asyncio.to_thread(file.is_file):
                     raise NotFound("not found")
                 media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
-                return StoredFile(file, headers={"Content-Type": media_type})
+                headers = headers_of_blob(path, query) | {"Content-Type": media_type}
+                return StoredFile(file, headers=headers)
         raise web.HTTPMethodNotAllowed(
             request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
         )
@@ -7459,59 +7730,997 @@ def look_at(entry: os.DirEntry[str]) -> os.stat_result | None:
     return None
 
 
-async def harden(request: web.BaseRequest, response: web.StreamResponse) -> None:
+async def harden(
+    more: Mapping[str, str], request: web.BaseRequest, response: web.StreamResponse
+) -> None:
     """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
-    response.headers.update(SAFETY)
+    response.headers.update(more)
     response.headers.pop("ETag", None)
 
 
-Stop = Callable[[], Awaitable[None]]
-
-
-async def serve_volume(folder: Path, listener: socket.socket, config: Config) -> Stop:
-    """Serve `folder` until what is returned is called."""
-    patience_s = BODY_PATIENCE * config.body_timeout
-    volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
-    app = web.Application()
-    app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
-    app.on_response_prepare.append(harden)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=5)
-    await runner.setup()
-    loop, manager = asyncio.get_running_loop(), cast(web.Server, runner.server)
-    manager.request_factory = partial(make_request, manager.request_factory)
-    connect = partial(Connection, config, defaultdict[str, int](int), manager)
-    server = await loop.create_server(connect, sock=listener, backlog=1024)
-
-    async def stop() -> None:
-        server.close()
-        await runner.cleanup()
-
-    return stop
-
-
-def embedded_volumes(listeners: Collection[socket.socket]) -> tuple[Volume, ...]:
-    ports = [listener.getsockname()[1] for listener in listeners]
-    return tuple(
-        Volume(name=f"volume{i}", url=f"http://127.0.0.1:{port}")
-        for i, port in enumerate(ports, 1)
-    )
+def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
+    """Return `config` with embedded volumes under config.data in it, and for each its folder and a
+    socket that listens for it."""
+    folders = dict[Path, socket.socket]()
+    volumes = list[Volume]()
+    for number in range(1, EMBEDDED_VOLUMES + 1):
+        name = f"volume{number}"
+        listener = listen("127.0.0.1", 0)
+        folders[Path(config.data, name)] = listener
+        volumes.append(Volume(name=name, url=f"http://127.0.0.1:{listener.getsockname()[1]}"))
+    return replace(config, volumes=tuple(volumes)), folders
 
 
 @contextlib.asynccontextmanager
-async def run_embedded(
-    config: Config, listeners: Collection[socket.socket] = ()
-) -> AsyncIterator[Config]:
-    """Run the embedded volumes under config.data; yield the configuration with them in it."""
-    listeners = listeners or [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
-    volumes = embedded_volumes(listeners)
-    stops = list[Stop]()
-    ours = replace(config, max_connections=EMBEDDED_CONNECTIONS)
+async def serve_volumes(
+    folders: Mapping[Path, socket.socket], config: Config, max_connections: int
+) -> AsyncIterator[None]:
+    """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
+    config = replace(config, max_connections=max_connections)
+    patience_s = BODY_PATIENCE * config.body_timeout
+    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
+    loop = asyncio.get_running_loop()
+    runners = list[web.AppRunner]()
+    servers = list[asyncio.Server]()
     try:
-        for volume, listener in zip(volumes, listeners, strict=True):
-            stops.append(await serve_volume(Path(config.data, volume.name), listener, ours))
-        yield replace(config, volumes=volumes)
+        for folder, listener in folders.items():
+            volume = EmbeddedVolume(folder, config.volume_secret, config.link_secret, patience_s)
+            app = web.Application()
+            app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
+            app.on_response_prepare.append(partial(harden, more))
+            runners.append(web.AppRunner(app, access_log=None, shutdown_timeout=5))
+            await runners[-1].setup()
+            manager = cast(web.Server, runners[-1].server)
+            manager.request_factory = partial(make_request, manager.request_factory)
+            connect = partial(Connection, config, defaultdict[str, int](int), manager)
+            servers.append(await loop.create_server(connect, sock=listener, backlog=1024))
+        yield
     finally:
-        await asyncio.gather(*(stop() for stop in stops))
+        for server in servers:
+            server.close()
+        await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+
+@contextlib.asynccontextmanager
+async def run_embedded(config: Config) -> AsyncIterator[Config]:
+    """Run the embedded volumes under config.data; yield the configuration with them in it."""
+    ready, folders = embed_volumes(config)
+    async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
+        yield ready
+
+
+# == Client =======================================================================================
+# For programs that use a store, on aiohttp's client. What the README asks of every client it does
+# by itself: it keeps its connections, follows redirects without showing a volume its token, asks
+# again when a volume dies or a blob has moved, goes on by Range where it was, tries again what was
+# refused for now, and checks every digest.
+#
+# A write that got no answer may have been carried out. Where repeating it could do harm (it has a
+# condition, or its bytes are gone) the caller decides: Unanswered.
+
+PATIENCE_S = 30.0  # for how long what fails for now is tried again
+NO_PROGRESS_S = 30.0  # after which the other side is given up
+IDLE_S = 45.0  # of a kept connection; less than keepalive_timeout
+FIRST_PAUSE_S = 0.05  # before the second attempt; then twice as long each time
+LONGEST_PAUSE_S = 2.0
+ASK_AROUND = 16  # redirects to find another replica than a bad one
+PIECE_BYTES = 64 * 1024  # of a body that is sent, at once
+FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
+KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
+SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
+PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
+CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19})")
+
+
+class Unreachable(Unavailable):
+    """Nobody answers, or the connection broke off. `sent`: the request may have arrived."""
+
+    def __init__(self, detail: str, sent: bool) -> None:
+        super().__init__(detail)
+        self.headers = {}  # nobody has said when to try again
+        self.sent = sent
+
+
+class Unanswered(MkvError):
+    """A write got no answer: it may have been carried out, or may be yet."""
+
+
+class Changed(PreconditionFailed):
+    """The key was replaced or deleted while it was read."""
+
+
+class Corrupt(MkvError):
+    """Bytes have not the digest that they should have, whatever volume they are read from."""
+
+
+class Strange(MkvError):
+    """Something was answered that no mkv answers."""
+
+
+REFUSALS: Mapping[int, type[MkvError]] = {
+    kind.status: kind
+    for kind in (
+        BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, SlowBody,
+        PreconditionFailed, TooLarge, UnsupportedEncoding, WrongDigest, TooManyRequests,
+        UnknownCoding, Unavailable, Unfinished, Full,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """What the index says of a key; or a common prefix in a list (`is_prefix`), of which there is
+    only the name, in `key`."""
+
+    key: str
+    size: int = 0  # bytes
+    digest: str = ""  # SHA-256 in hex
+    content_type: str = ""
+    modified_s: float = 0.0  # Unix time
+    volumes: tuple[str, ...] = ()  # a list does not say
+    is_prefix: bool = False
+
+    @property
+    def etag(self) -> str:
+        """What `if_match` takes."""
+        return f'"{self.digest}"'
+
+
+class Stored(NamedTuple):
+    """What became of a PUT."""
+
+    digest: str  # SHA-256 in hex
+    is_new: bool  # there was no such key before
+
+    @property
+    def etag(self) -> str:
+        """What `if_match` takes."""
+        return f'"{self.digest}"'
+
+
+Data = bytes | bytearray | memoryview | os.PathLike[str] | IO[bytes] | AsyncIterable[bytes]
+Hear = Callable[[int], None]  # of bytes that have come, or were sent
+
+
+def hear_nothing(_: int) -> None:
+    pass
+
+
+class Client:
+    """A store, for programs.
+
+        async with Client("http://127.0.0.1:3000", token="...") as store:
+            await store.put("photos/cat.png", Path("cat.png"))
+            data = await store.get("photos/cat.png")
+            async for blob in store.list("photos/"):
+                print(blob.key, blob.size)
+
+    Keys are strings, any that the store takes; the client encodes them. All may be called many
+    times at once. What fails for now (503, 429, nobody answers, a volume dies) is tried again,
+    with pauses, or when `Retry-After` says, until it has failed for `patience_s` seconds; what
+    makes no progress for `timeout_s` has failed. What fails for good raises the MkvError that the
+    answer names, with its detail (NotFound, PreconditionFailed, Forbidden, Full, ...), or one of
+    Unreachable, Unanswered, Changed, Corrupt, Strange.
+
+    `token` is the secret; no volume ever sees it. Connections are kept until the client is closed:
+    one to the server and one to each volume if one thing is asked after the other, else as many
+    as are needed. A Client belongs to one event loop."""
+
+    def __init__(
+        self, url: str, *, token: str = "",
+        patience_s: float = PATIENCE_S, timeout_s: float = NO_PROGRESS_S,
+    ) -> None:  # fmt: skip
+        if not URL.fullmatch(url):
+            raise ConfigError([f"url: must be http(s)://host[:port][/path], not {url!r}"])
+        self.url = url.rstrip("/")
+        self.patience_s = patience_s
+        self._timeout_s = timeout_s
+        self._credentials = {"Authorization": f"Bearer {token}"} if token else {}
+        self._session: ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        self._session = ClientSession(
+            connector=TCPConnector(limit=0, keepalive_timeout=IDLE_S),
+            timeout=ClientTimeout(sock_connect=self._timeout_s, sock_read=self._timeout_s),
+            headers={"Accept-Encoding": "identity", "User-Agent": f"mkv/{__version__}"},
+            skip_auto_headers=("Content-Type",),  # the server knows better
+            cookie_jar=DummyCookieJar(),
+            auto_decompress=False,
+            middlewares=(send_once,),
+        )
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections. May be called twice."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    # -- what programs ask for --
+
+    async def put(
+        self, key: str, data: Data, *, content_type: str | None = None,
+        if_match: str | None = None, if_none_match: str | None = None,
+        hear: Hear = hear_nothing,
+    ) -> Stored:  # fmt: skip
+        """Store `data` under `key`: bytes, a path, an open binary file (from where it is on), or
+        an async iterator of bytes. Durable when it returns.
+
+        Without a `content_type` the key's ending decides. `if_none_match="*"` only creates,
+        `if_match=blob.etag` only replaces just that: else PreconditionFailed.
+
+        The digest is sent where it can be known before (bytes, and files that can be read twice),
+        and what was stored is compared with what was sent in any case: Corrupt. What can be read
+        twice is sent again if need be, but under a condition only if it cannot have been carried
+        out: else Unanswered. If it is sent again without one, `is_new` may be False though it was
+        this call that made the key. `hear` is told how many bytes were sent, as they are, and a
+        negative number if they are sent again."""
+        headers = dict[str, str]()
+        for name, value in (
+            ("Content-Type", content_type),
+            ("If-Match", if_match),
+            ("If-None-Match", if_none_match),
+        ):
+            if value is not None:
+                headers[name] = value
+        source = await open_source(data)
+        try:
+            return await self._put(key, source, headers, hear)
+        finally:
+            await source.close()
+
+    async def get(self, key: str) -> bytes:
+        """Return the whole blob, in memory, its digest checked. If a replica is bad another one is
+        read; Corrupt if none is good."""
+        retries = Retries(self.patience_s)
+        avoid = set[str]()
+        while True:
+            download = Download(self, key, hasher=Hasher({}), avoid=avoid)
+            try:
+                return b"".join([piece async for piece in download.read()])
+            except Corrupt:
+                if not download.sources:
+                    raise
+                avoid |= download.sources
+            except Changed as error:
+                await retries.pause(error)
+
+    async def stream(
+        self, key: str, start: int = 0, end: int | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield the blob, or its bytes from `start` to before `end`, in pieces. What lies beyond
+        its end is not there, as in a slice.
+
+        All pieces are of one version, over however many connections; if that is gone before all
+        were read, Changed. After the last piece of a whole blob its digest is checked: Corrupt
+        says that what was yielded is wrong. Whoever may stop early had better close it:
+        `async with contextlib.aclosing(store.stream(key)) as pieces`."""
+        if start < 0 or (end is not None and end < 0):
+            raise ValueError("start and end count from the beginning")
+        hasher = Hasher({}) if start == 0 and end is None else None
+        download = Download(self, key, start, end, hasher=hasher)
+        async with contextlib.aclosing(download.read()) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def get_to(
+        self, key: str, path: str | os.PathLike[str], *, hear: Hear = hear_nothing
+    ) -> Blob:
+        """Download into the file `path`, which appears, or is replaced, whole, checked and synced,
+        or not at all; return what it is.
+
+        What was cut off, even by a kill, goes on where it was, the next time: until it is whole it
+        is kept beside, in `.mkv-*.part`. One download into a file at a time, else Unavailable.
+        `hear` is told how many bytes have come, as they do, first how many had come before, and a
+        negative number if they have to come again."""
+        retries = Retries(self.patience_s)
+        avoid = set[str]()
+        while True:
+            blob = await self.head(key)
+            part = PartFile(Path(path), blob)
+            try:
+                await in_thread(part.open)
+                await self._fill(part, avoid, hear)
+                await in_thread(part.finish)
+                return blob
+            except Corrupt:
+                await in_thread(part.clear)
+                if part.is_fresh and not part.sources:
+                    raise
+                if part.is_fresh:  # else what was there before may be to blame
+                    avoid.update(part.sources)
+                hear(-part.heard)
+            except Changed as error:
+                hear(-part.heard)
+                await retries.pause(error)
+            finally:
+                part.close()
+
+    async def head(self, key: str) -> Blob:
+        """Return what the index says of the key; raises NotFound."""
+        headers, _ = await self._ask("HEAD", target_of(key))
+        try:
+            return Blob(
+                key=key,
+                size=int(headers["Content-Length"]),
+                digest=digest_of(headers["ETag"]),
+                content_type=headers["Content-Type"],
+                modified_s=parsedate_to_datetime(headers["Last-Modified"]).timestamp(),
+                volumes=tuple(headers["Mkv-Volumes"].split(",")),
+            )
+        except (KeyError, ValueError) as error:
+            raise Strange(f"the answer to HEAD of {key!r} lacks something: {error!r}") from None
+
+    async def delete(self, key: str, *, if_match: str | None = None) -> None:
+        """Delete the key; raises NotFound, PreconditionFailed. It is asked for until it is certain
+        that nothing brings the key back. If one request got no answer and the next finds nothing,
+        it is deleted; with `if_match` a request that gets no answer is Unanswered."""
+        headers = {"If-Match": if_match} if if_match is not None else {}
+        retries = Retries(self.patience_s)
+        doubt = False  # whether it may have been carried out
+        while True:
+            try:
+                await self._ask_once("DELETE", target_of(key), headers)
+                return
+            except NotFound:
+                if doubt:
+                    return
+                raise
+            except Unfinished as error:
+                doubt = True
+                await retries.pause(error)
+            except Unavailable as error:
+                doubt = doubt or may_have_arrived(error)
+                if doubt and headers:
+                    raise Unanswered(str(error)) from error
+                await retries.pause(error, doubt)
+
+    async def list(
+        self, prefix: str = "", delimiter: str = "", start: str = ""
+    ) -> AsyncGenerator[Blob, None]:
+        """Yield all keys that begin with `prefix`, from `start` on, in the order of their bytes,
+        over all pages, each as it is when its page is read. With `delimiter` all keys that share
+        what comes before it after the prefix are one, with `is_prefix`."""
+        following: str | None = start
+        while following is not None:
+            query = {"prefix": prefix, "delimiter": delimiter, "start": following}
+            _, body = await self._ask("GET", target_of_list(query))
+            try:
+                found, following = read_page(body, following)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise Strange(f"what was answered is no list: {error!r}") from None
+            for blob in found:
+                yield blob
+
+    async def status(self) -> dict[str, Any]:
+        """Return what /-/status says."""
+        _, body = await self._ask("GET", "/-/status")
+        try:
+            return dict(json.loads(body))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Strange(f"what was answered is no status: {error!r}") from None
+
+    # -- requests --
+
+    @contextlib.asynccontextmanager
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], **options: Any
+    ) -> AsyncIterator[ClientResponse]:
+        """Send one request, once, following no redirect; raises Unreachable."""
+        if self._session is None:
+            raise RuntimeError("a Client is used within `async with`")
+        with told_plainly(f"{method} {url.partition('?')[0]}"):
+            request = self._session.request(
+                method,
+                AnyURL(url, encoded=True),
+                headers=headers,
+                allow_redirects=False,
+                **options,
+            )
+            async with request as response:
+                yield response
+
+    @contextlib.asynccontextmanager
+    async def send_to_server(
+        self, method: str, target: str, headers: Mapping[str, str], **options: Any
+    ) -> AsyncIterator[ClientResponse]:
+        """Do the same with the token."""
+        headers = {**headers, **self._credentials}
+        async with self.send(method, self.url + target, headers, **options) as response:
+            yield response
+
+    async def _ask_once(
+        self, method: str, target: str, headers: Mapping[str, str] = {}
+    ) -> tuple[Mapping[str, str], bytes]:
+        """Return headers and body of a good answer; raises the MkvError that it names."""
+        async with self.send_to_server(method, target, headers) as response:
+            body = await read_body(response)
+        if response.status not in (200, 204):
+            raise error_of(response, body)
+        return response.headers, body
+
+    async def _ask(self, method: str, target: str) -> tuple[Mapping[str, str], bytes]:
+        """Do the same with patience, for what changes nothing."""
+        retries = Retries(self.patience_s)
+        while True:
+            try:
+                return await self._ask_once(method, target)
+            except (Unavailable, TooManyRequests) as error:
+                await retries.pause(error)
+
+    async def _put(
+        self, key: str, source: Source, headers: Mapping[str, str], hear: Hear
+    ) -> Stored:
+        is_bound = not headers.keys().isdisjoint(("If-Match", "If-None-Match"))
+        retries = Retries(self.patience_s)
+        doubt = False  # whether it may have been carried out
+        while True:
+            try:
+                return await self._put_once(key, source, headers, is_bound, hear)
+            except Unavailable as error:
+                doubt = doubt or may_have_arrived(error)
+                is_over = (is_bound and doubt) or not await source.rewind()
+                if is_over and doubt:
+                    raise Unanswered(str(error)) from error
+                if is_over:
+                    raise
+                await retries.pause(error, doubt)
+            except MkvError as error:
+                if doubt:
+                    raise Unanswered(f"{error}; an attempt before had no answer") from error
+                raise
+
+    async def _put_once(
+        self, key: str, source: Source, headers: Mapping[str, str], is_bound: bool, hear: Hear
+    ) -> Stored:
+        given = dict(headers)
+        if source.digest:
+            encoded = base64.b64encode(bytes.fromhex(source.digest)).decode()
+            given["Repr-Digest"] = f"sha-256=:{encoded}:"
+        if source.size is not None:
+            given["Content-Length"] = str(source.size)
+        # Who is asked for the body knows that it was not sent before; else that is not worth a
+        # round trip.
+        asks = is_bound or source.size is None or source.size > SMALL_BLOB
+        last_s = self._timeout_s + KERNEL_BYTES / SLOWEST_LINK
+        options = {"timeout": ClientTimeout(sock_connect=self._timeout_s, sock_read=last_s)}
+        feed = Feed(source, self._timeout_s, hear)
+        try:
+            async with (
+                feed.patience,
+                self.send_to_server(
+                    "PUT", target_of(key), given, data=feed.pieces(), expect100=asks, **options
+                ) as response,
+            ):
+                feed.patience.reschedule(None)
+                body = await read_body(response)
+        except (Unreachable, TimeoutError) as error:
+            hear(-feed.heard)
+            if feed.failure is not None:
+                raise feed.failure from None
+            sent = not asks or feed.has_begun
+            why = str(error) or f"PUT {key!r}: no progress in {self._timeout_s:g} s"
+            raise Unreachable(why, sent and may_have_arrived(error)) from None
+        if response.status not in (201, 204):
+            hear(-feed.heard)
+            raise error_of(response, body)
+        stored = Stored(digest_of_answer(response), response.status == 201)
+        if stored.digest != (source.digest or feed.digest):
+            raise Corrupt(f"what is stored under {key!r} is not what was sent")
+        return stored
+
+    async def _fill(self, part: PartFile, avoid: set[str], hear: Hear) -> None:
+        """Read what the file lacks."""
+        blob = part.blob
+        part.heard = part.size
+        hear(part.size)
+        download = Download(
+            self, blob.key, part.size, etag=blob.etag, size=blob.size, hasher=part.hasher,
+            avoid=avoid,
+        )  # fmt: skip
+        part.sources = download.sources
+        held = bytearray()
+        async with contextlib.aclosing(download.read()) as pieces:
+            async for piece in pieces:
+                hear(len(piece))
+                part.heard += len(piece)
+                held += piece
+                if len(held) >= FILE_BYTES:
+                    await in_thread(part.write, bytes(held))
+                    held.clear()
+        await in_thread(part.write, bytes(held))
+
+
+async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
+    """Keep aiohttp from sending a request again by itself, as it does with PUT and DELETE when a
+    connection breaks: under a condition the second time says that the first did not happen."""
+    try:
+        return await handler(request)
+    except ClientConnectorError:
+        raise
+    except (ClientOSError, ServerDisconnectedError) as error:
+        raise Unreachable(f"{request.method} {request.url.path}: {error}", sent=True) from None
+
+
+@contextlib.contextmanager
+def told_plainly(what: str) -> Iterator[None]:
+    """Raise Unreachable for whatever can happen to a connection."""
+    try:
+        yield
+    except (ClientConnectorError, ConnectionTimeoutError) as error:
+        raise Unreachable(f"{what}: {error}", sent=False) from None
+    except (ClientError, OSError, EOFError, TimeoutError) as error:
+        raise Unreachable(f"{what}: {error or type(error).__name__}", sent=True) from None
+
+
+def may_have_arrived(error: Exception) -> bool:
+    """Whether what failed so may have been carried out: a server that says no has done nothing."""
+    if isinstance(error, Unreachable):
+        return error.sent
+    return isinstance(error, TimeoutError)
+
+
+async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """Run `work` on a thread. It runs to its end even if whoever awaits it is cancelled, and that
+    one waits: so nobody closes the files that it uses."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def target_of(key: str) -> str:
+    return "/" + quote(check_key(key), safe="")
+
+
+def target_of_list(query: Mapping[str, str]) -> str:
+    try:
+        return "/?" + urlencode({name: value for name, value in query.items() if value})
+    except UnicodeEncodeError:
+        raise BadRequest("the prefix is not valid UTF-8") from None
+
+
+def digest_of(etag: str) -> str:
+    """Return the digest that an ETag is; raises ValueError."""
+    if not re.fullmatch('"[0-9a-f]{64}"', etag):
+        raise ValueError(f"{etag} is no ETag of mkv")
+    return etag[1:-1]
+
+
+def digest_of_answer(response: ClientResponse) -> str:
+    try:
+        return digest_of(response.headers["ETag"])
+    except (KeyError, ValueError) as error:
+        raise Strange(f"{response.method} {response.url.path}: no digest, {error!r}") from None
+
+
+async def read_body(response: ClientResponse) -> bytes:
+    """Return an answer of the server itself, whose size is bounded."""
+    body = bytearray()
+    while piece := await response.content.readany():
+        body += piece
+        if len(body) > PAGE_BYTES:
+            raise Strange("what is answered does not end")
+    return bytes(body)
+
+
+def error_of(response: ClientResponse, body: bytes) -> MkvError:
+    """Return the error that an answer names."""
+    status = response.status
+    told = f"{response.method} {response.url.path} was answered {status}"
+    if response.content_type != "application/problem+json":
+        if status in (502, 503, 504):  # a proxy, which does not say how far it came
+            return Unreachable(told, sent=True)
+        return REFUSALS.get(status, Strange)(told)
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        problem = json.loads(body)  # HEAD has none
+        told = f"{problem['detail']} (request {problem['request_id']})"
+    wait = response.headers.get("Retry-After", "")
+    kind = REFUSALS.get(status, MkvError)
+    return kind(told, Retry_After=wait) if wait else kind(told)
+
+
+def read_page(body: bytes, start: str) -> tuple[list[Blob], str | None]:
+    """Read a page of a list: its keys and common prefixes in the order of their bytes, and where
+    the next begins. Raises many an error if it is none."""
+    page = json.loads(body)
+    found = [Blob(key=name, is_prefix=True) for name in page["prefixes"]]
+    for row in page["keys"]:
+        found.append(
+            Blob(
+                key=row["key"],
+                size=int(row["size"]),
+                digest=digest_of(row["etag"]),
+                content_type=row["content_type"],
+                modified_s=datetime.fromisoformat(row["modified"]).timestamp(),
+            )
+        )
+    following = page["next"]
+    if following is not None and following.encode() <= start.encode():
+        raise ValueError("the next page is not behind this one")
+    found.sort(key=lambda blob: blob.key.encode())
+    return found, following
+
+
+class Retries:
+    """Says when to try again what failed, and when to give up."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._deadline_s = 0.0
+        self._count = 0  # failures since there was progress
+
+    def note_progress(self) -> None:
+        self._count = 0
+
+    async def pause(self, error: MkvError, doubt: bool = False) -> None:
+        """Wait before the next attempt. If it is too late for that raise `error`; with `doubt`,
+        which says that it may have been carried out all the same, Unanswered."""
+        now_s = time.monotonic()
+        if not self._count:
+            self._deadline_s = now_s + self._patience_s
+        pause_s = min(FIRST_PAUSE_S * 2 ** min(self._count, 10), LONGEST_PAUSE_S) * random.uniform(
+            0.5, 1
+        )
+        pause_s = max(pause_s, read_retry_after(error.headers.get("Retry-After", "")))
+        if now_s + pause_s > self._deadline_s:
+            if doubt:
+                raise Unanswered(str(error)) from error
+            raise error
+        self._count += 1
+        await asyncio.sleep(pause_s)
+
+
+def read_retry_after(value: str) -> float:
+    """Return for how many seconds a server wants to be left alone (RFC 9110, 10.2.3)."""
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    with contextlib.suppress(ValueError, OverflowError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    return 0.0
+
+
+class Download:
+    """One version of a blob, or a part of it, that is read over as many connections as it takes.
+    `avoid` are URLs of bad replicas; `sources` become those that were read from."""
+
+    def __init__(
+        self, client: Client, key: str, start: int = 0, end: int | None = None, *,
+        etag: str = "", size: int | None = None,
+        hasher: Hasher | None = None, avoid: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self._client = client
+        self._key = key
+        self._at = start
+        self._end = end
+        self._etag = etag
+        self._size = size  # of the whole blob, once that is known
+        self._hasher = hasher  # if all of it will have been read
+        self._avoid = avoid
+        self.sources = set[str]()
+
+    async def read(self) -> AsyncGenerator[bytes, None]:
+        """Yield what is missing; raises Changed, and Corrupt at the end."""
+        retries = Retries(self._client.patience_s)
+        while not self._is_done():
+            try:
+                async with self._open() as response:
+                    if not self._check(response):
+                        break
+                    async for piece in response.content.iter_any():
+                        self._at += len(piece)
+                        if self._hasher:
+                            self._hasher.update(piece)
+                        retries.note_progress()
+                        yield piece
+            except Unavailable as error:
+                await retries.pause(error)
+        if self._hasher and self._hasher.finish() != digest_of(self._etag):
+            raise Corrupt(f"{self._key!r}: what was read has not the digest that it should have")
+
+    def _is_done(self) -> bool:
+        if self._end is not None and self._at >= self._end:
+            return True
+        return self._size is not None and self._at >= self._size
+
+    @contextlib.asynccontextmanager
+    async def _open(self) -> AsyncIterator[ClientResponse]:
+        """Begin an answer with what is missing; raises Unavailable if there is none now."""
+        headers = dict[str, str]()
+        if self._at or self._end is not None:
+            headers["Range"] = f"bytes={self._at}-{'' if self._end is None else self._end - 1}"
+        async with contextlib.AsyncExitStack() as stack:
+            response = await self._locate(stack, headers)
+            if response.status == 302:
+                url = response.headers["Location"]
+                self.sources.add(without_query(url))
+                await read_body(response)
+                response = await stack.enter_async_context(self._client.send("GET", url, headers))
+            yield response
+
+    async def _locate(
+        self, stack: contextlib.AsyncExitStack, headers: Mapping[str, str]
+    ) -> ClientResponse:
+        """Ask the server for it: it sends a redirect, or a proxy in front of it the blob."""
+        for _ in range(ASK_AROUND):
+            asking = self._client.send_to_server("GET", target_of(self._key), headers)
+            response = await stack.enter_async_context(asking)
+            if response.status not in (200, 206, 302, 416):
+                error = error_of(response, await read_body(response))
+                if isinstance(error, NotFound) and self._etag:
+                    raise Changed("the key was deleted while it was read")
+                raise error
+            url = response.headers.get("Location", "")
+            if response.status == 302 and not url:
+                raise Strange("a redirect leads nowhere")
+            await self._compare(response)
+            if without_query(url) not in self._avoid:
+                return response
+            await read_body(response)
+        raise Corrupt(f"{self._key!r}: no replica that can be read is good")
+
+    async def _compare(self, response: ClientResponse) -> None:
+        """Raise Changed unless it is still the version that was begun."""
+        etag = response.headers.get("ETag", "")
+        if not etag:  # a proxy does not pass it on
+            etag = (await self._client.head(self._key)).etag
+        if self._etag and etag != self._etag:
+            raise Changed("the key was replaced while it was read")
+        self._etag = etag
+
+    def _check(self, response: ClientResponse) -> bool:
+        """Return whether there is more, and it comes; raises Unreachable if something else does.
+        Of an empty file nginx sends all, whatever part was asked for."""
+        status = response.status
+        length = response.content_length
+        if status == 200 and length is not None:
+            part = (0, length, length)
+        elif found := CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "")):
+            part = (int(found[1] or 0), int(found[2] or -1) + 1, int(found[3]))
+        else:
+            part = (0, 0, 0)
+            status = 0
+        first, end, size = part
+        if status in (200, 416) and self._at >= size:
+            self._size = size
+            return False
+        wanted = size if self._end is None else min(size, self._end)
+        if status in (200, 206) and (first, end, length) == (self._at, wanted, end - first):
+            self._size = size
+            return True
+        told = f"GET {without_query(str(response.url))} was answered {response.status}"
+        raise Unreachable(told, sent=True)
+
+
+def without_query(url: str) -> str:
+    """Return a URL without what differs from one signed link to the next."""
+    return url.partition("?")[0]
+
+
+class PartFile:
+    """What has come of a blob, beside the file that it will become. For one download at a time; it
+    stays when that is cut off. All but `close` is for a thread."""
+
+    def __init__(self, target: Path, blob: Blob) -> None:
+        self.blob = blob
+        self.size = 0  # bytes that have come
+        self.heard = 0  # bytes that were told
+        self.is_fresh = True  # nothing of it is from an earlier download
+        self.sources: Collection[str] = ()
+        self.hasher = Hasher({})
+        self._target = target
+        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+        self._all = f".mkv-{name}-*.part"  # of all blobs that were to become this file
+        self._path = target.parent / f".mkv-{name}-{blob.digest[:16]}.part"
+        self._fd = -1
+
+    def open(self) -> None:
+        """Go on with what is there; raises Unavailable if another download does just that."""
+        while not self._lock():
+            pass
+        if os.fstat(self._fd).st_size > self.blob.size:
+            os.ftruncate(self._fd, 0)
+        while piece := os.read(self._fd, FILE_BYTES):
+            self.hasher.update(piece)
+        self.size = self.hasher.size
+        self.is_fresh = not self.size
+
+    def _lock(self) -> bool:
+        """Return whether the file that is now locked is still there under its name."""
+        self.close()
+        try:
+            self._fd = lock_file(str(self._path), exclusive=True)
+        except BlockingIOError:
+            raise Unavailable(f"another download into {self._target} is under way") from None
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
+        return False
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+        self.size += len(data)
+
+    def clear(self) -> None:
+        """Forget what has come: it is wrong."""
+        os.ftruncate(self._fd, 0)
+
+    def finish(self) -> None:
+        """Make it the file, for good; drop what is left of other blobs that were to become it."""
+        os.fsync(self._fd)
+        os.replace(self._path, self._target)
+        for other in self._target.parent.glob(self._all):
+            other.unlink(missing_ok=True)
+        sync_folder(self._target.parent)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Source:
+    """The bytes of a PUT. Of a flow, which comes once, nothing is known before."""
+
+    size: int | None = None
+    digest = ""  # SHA-256 in hex
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Yield all of it, from its beginning."""
+        raise NotImplementedError
+
+    async def rewind(self) -> bool:
+        """Return whether all of it can be sent, again or for the first time."""
+        return True
+
+    async def close(self) -> None:
+        pass
+
+
+class BytesSource(Source):
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.size = len(data)
+
+    async def prepare(self) -> None:
+        self.digest = await in_thread(lambda: hashlib.sha256(self._data).hexdigest())
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield self._data
+
+
+class FileSource(Source):
+    """A file that can be read twice; it is closed in the end if it is `ours`."""
+
+    def __init__(self, file: IO[bytes], ours: bool) -> None:
+        self._file = file
+        self._ours = ours
+
+    async def prepare(self) -> None:
+        await in_thread(self._look)
+
+    def _look(self) -> None:
+        self._start = self._file.tell()
+        hasher = Hasher({})
+        while piece := read_bytes(self._file, FILE_BYTES):
+            hasher.update(piece)
+        self.digest = hasher.finish()
+        self.size = hasher.size
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        await in_thread(self._file.seek, self._start)
+        left = self.size or 0
+        while left:
+            piece = await in_thread(read_bytes, self._file, min(left, FILE_BYTES))
+            if not piece:
+                raise OSError(errno.EIO, "the file has become shorter meanwhile")
+            left -= len(piece)
+            yield piece
+
+    async def close(self) -> None:
+        if self._ours:
+            await in_thread(self._file.close)
+
+
+class FlowSource(Source):
+    def __init__(self, flow: AsyncIterable[bytes], ours: IO[bytes] | None = None) -> None:
+        self._flow = flow
+        self._ours = ours
+        self._has_begun = False
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        self._has_begun = True
+        async for piece in self._flow:
+            yield bytes(piece)
+
+    async def rewind(self) -> bool:
+        return not self._has_begun
+
+    async def close(self) -> None:
+        if self._ours is not None:
+            await in_thread(self._ours.close)
+
+
+async def read_pipe(file: IO[bytes]) -> AsyncIterator[bytes]:
+    while piece := await in_thread(read_bytes, file, FILE_BYTES):
+        yield piece
+
+
+def read_bytes(file: IO[bytes], size: int) -> bytes:
+    piece = file.read(size)
+    if not isinstance(piece, bytes):
+        raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
+    return piece
+
+
+async def open_source(data: Data) -> Source:
+    """Make the source of a PUT; raises TypeError, OSError."""
+    if isinstance(data, bytes | bytearray | memoryview):
+        memory = BytesSource(bytes(data))
+        await memory.prepare()
+        return memory
+    if isinstance(data, AsyncIterable):
+        return FlowSource(data)
+    file: IO[bytes]
+    if isinstance(data, os.PathLike):
+        file = await in_thread(open, data, "rb")
+    elif hasattr(data, "read"):
+        file = data
+    else:
+        raise TypeError(f"data is bytes, a Path, a file or an async iterator, not {type(data)}")
+    ours = file is not data
+    try:
+        if not file.seekable():
+            return FlowSource(read_pipe(file), file if ours else None)
+        source = FileSource(file, ours)
+        await source.prepare()
+    except BaseException:
+        if ours:
+            file.close()
+        raise
+    return source
+
+
+class Feed:
+    """Hands the bytes of a PUT to aiohttp, and sees whether the server takes them. As long as the
+    source is waited for, nobody else is to blame."""
+
+    def __init__(self, source: Source, timeout_s: float, hear: Hear) -> None:
+        self._source = source
+        self._timeout_s = timeout_s
+        self._hear = hear
+        self._loop = asyncio.get_running_loop()
+        self.patience = asyncio.timeout(timeout_s)
+        self.has_begun = False
+        self.heard = 0  # bytes
+        self.failure: Exception | None = None  # of the source
+        self.digest = ""
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        self.has_begun = True
+        hasher = Hasher({})
+        try:
+            self.patience.reschedule(None)
+            async for data in self._source.pieces():
+                if not self._source.digest:
+                    hasher.update(data)
+                for at in range(0, len(data), PIECE_BYTES):
+                    piece = data[at : at + PIECE_BYTES]
+                    self.patience.reschedule(self._loop.time() + self._timeout_s)
+                    yield piece
+                    self._hear(len(piece))
+                    self.heard += len(piece)
+                self.patience.reschedule(None)
+        except Exception as error:
+            self.failure = error
+            raise
+        self.digest = hasher.finish()
 
 
 # == Command line =================================================================================
@@ -7545,7 +8754,6 @@ def set_up_logging(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # of connections that broke we hear
-    logging.raiseExceptions = False  # a log that cannot be written stops nothing
 
 
 def notify_systemd(message: str) -> None:
@@ -7605,9 +8813,23 @@ def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     url = f"http://{host}:{listener.getsockname()[1]}"
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
     volumes += f" (embedded, under {config.data})" if embedded else ""
-    trial = f"curl -LT README.md {url}/hello && curl -L {url}/hello"
+    trial = suggest_trial(config, url)
     db = hide_secrets(config.db) if is_postgres(config.db) else config.db
     return f"mkv is ready on {url} (index {db})\nvolumes: {volumes}\ntry: {trial}\n"
+
+
+def suggest_trial(config: Config, url: str) -> str:
+    """Return a command that stores a blob and reads it, as whoever may do both."""
+    rules = [rule for rule in (config.anonymous, *config.tokens) if rule is not None]
+    able = [rule for rule in rules if {"read", "write"}.issubset(rule.allow)]
+    if rules and not able:
+        return f"curl {url}/-/readyz (no token may both write and read)"
+    shown = ""
+    if able and able[0] is not config.anonymous:
+        shown = '-H "Authorization: Bearer $MKV_TOKEN" '
+    prefix = able[0].prefix if able else ""
+    target = f"{shown}{url}/{quote(prefix)}hello"
+    return f"curl -T README.md {target} && curl -L {target}"
 
 
 async def wait_for_stop(
@@ -7615,12 +8837,14 @@ async def wait_for_stop(
 ) -> None:
     """Print `greeting` once signals are heard; return at SIGTERM or SIGINT, a second one ends the
     process; `reload` at SIGHUP. Tells systemd of all that, and keeps its watchdog content."""
-    loop, signals = asyncio.get_running_loop(), asyncio.Queue[int]()
+    loop = asyncio.get_running_loop()
+    signals = asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
     print(greeting, end="", flush=True)
     notify_systemd("READY=1")
-    watchdog_s, stop = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None, False
+    watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
+    stop = False
     while not stop:
         with contextlib.suppress(TimeoutError):
             stop = await asyncio.wait_for(signals.get(), watchdog_s) != signal.SIGHUP
@@ -7647,7 +8871,8 @@ async def serve_store(
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    store, manager = app[STORE], cast(web.Server, runner.server)
+    store = app[STORE]
+    manager = cast(web.Server, runner.server)
     manager.request_factory = partial(make_request, manager.request_factory)
     entries = AccessLog(sys.stderr.fileno(), store.view.config.log_format == "json")
     store.note_access = entries.note
@@ -7691,7 +8916,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
     event loop: it only waits for signals."""
     # Nobody writes: its end of file tells the others that this process is gone.
     parent_r, parent_w = os.pipe()
-    sockets = [] if config.volumes else [listen("127.0.0.1", 0) for _ in range(EMBEDDED_VOLUMES)]
+    folders = dict[Path, socket.socket]()  # of embedded volumes
+    if not config.volumes:
+        config, folders = embed_volumes(config)
     shared = mmap.mmap(-1, config.workers * REGION)
     pipes = open_pipes(config.workers)
     children = dict[int, int]()
@@ -7706,12 +8933,11 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             os.environ.pop("NOTIFY_SOCKET", None)
         if number < 0:
             listener.close()  # whoever holds it keeps it listening
-            async with run_embedded(config, sockets):
+            async with serve_volumes(folders, config, EMBEDDED_CONNECTIONS):
                 return await wait_for_stop()
-        ours = replace(config, volumes=config.volumes or embedded_volumes(sockets))
         peers = Peers(pipes, number)
         metrics = Metrics(shared, number)
-        await serve_store(ours, listener, reread, metrics, number, bool(sockets), peers)
+        await serve_store(config, listener, reread, metrics, number, bool(folders), peers)
 
     def start(number: int) -> None:
         if pid := os.fork():
@@ -7722,20 +8948,23 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
         run(work(number))
 
-    for number in range(-1 if sockets else 0, config.workers):
+    for number in range(-1 if folders else 0, config.workers):
         start(number)
     while children:
-        heard, passed_on = signal.sigwait(watched), 0
+        heard = signal.sigwait(watched)
+        passed_on = 0
         if heard == signal.SIGHUP:
             passed_on = signal.SIGHUP
             with contextlib.suppress(ConfigError):  # the workers say what is wrong
                 config = reload_config(config, reread())
         elif heard != signal.SIGCHLD:
-            passed_on, stopping = signal.SIGKILL if stopping else signal.SIGTERM, True
+            passed_on = signal.SIGKILL if stopping else signal.SIGTERM
+            stopping = True
             listener.close()
         # One SIGCHLD may stand for several.
         while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            worker, status = children.pop(ended[0]), os.waitstatus_to_exitcode(ended[1])
+            worker = children.pop(ended[0])
+            status = os.waitstatus_to_exitcode(ended[1])
             if status == 2:  # it has said what is wrong with the configuration or the index
                 stopping = True
                 code = 2
@@ -7757,10 +8986,9 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
 async def serve_one_volume(config: Config, folder: str) -> None:
     """Serve an embedded volume on its own until a signal."""
     listener = listen(config.host, config.port)
-    stop = await serve_volume(Path(folder), listener, config)
     url = f"http://{config.host}:{listener.getsockname()[1]}"
-    await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
-    await stop()
+    async with serve_volumes({Path(folder): listener}, config, config.max_connections):
+        await wait_for_stop(f"mkv volume is ready on {url} (files in {folder})\n")
 
 
 def run(main: Awaitable[None]) -> NoReturn:
@@ -7787,15 +9015,17 @@ def run(main: Awaitable[None]) -> NoReturn:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser, names: Collection[str], defaults: Mapping[str, Any] = {}
+    parser: argparse.ArgumentParser, names: Collection[str],
+    defaults: Mapping[str, Any] = {}, abouts: Mapping[str, str] = {},
 ) -> None:  # fmt: skip
     """Give `parser` --config and a flag for each setting in `names`; flags not given are None. In
-    its help, `defaults` stand for Config's own."""
+    its help, `defaults` and `abouts` stand for Config's own."""
     parser.add_argument(
         "--config", metavar="FILE", default="", help="TOML file with the same names; flags beat it"
     )
     for spec in fields(Config):
-        flag, about = f"--{spec.name.replace('_', '-')}", spec.metadata.get("help", "")
+        flag = f"--{spec.name.replace('_', '-')}"
+        about = abouts.get(spec.name, spec.metadata.get("help", ""))
         if spec.name not in names:
             continue
         if spec.name == "volumes":
@@ -7813,14 +9043,27 @@ def add_settings(
 
 # Of the `volume` command. It has no tokens, so `insecure` means something else there: see below.
 VOLUME_DEFAULTS: dict[str, Any] = {"port": "3001", "insecure": True}
+VOLUME_ABOUTS = {
+    "insecure": "listen beyond loopback without a volume_secret",
+    "body_timeout": "as the index server has it; a body that comes no further gets twice as long",
+}
 VOLUME_SETTINGS = (
     "host", "port", "log_format", "insecure",
     "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
 )  # fmt: skip
 
 
+def open_standard_streams() -> None:
+    """Give those that were closed at the start to nobody else: a log would go into a socket, or
+    into the index."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
@@ -7833,13 +9076,15 @@ def main(arguments: list[str] | None = None) -> int:
         "volume", help="run one volume server, for machines without nginx"
     )
     volume.add_argument("folder", metavar="DIR", help="where its files are")
-    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS)
+    add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS, VOLUME_ABOUTS)
     flags = {
         name: value
         for name, value in vars(parser.parse_args(arguments)).items()
         if value is not None
     }
-    command, file, folder = flags.pop("command"), flags.pop("config", ""), flags.pop("folder", "")
+    command = flags.pop("command")
+    file = flags.pop("config", "")
+    folder = flags.pop("folder", "")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it is listened for
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
@@ -7858,7 +9103,8 @@ def main(arguments: list[str] | None = None) -> int:
                     ]
                 )
             run(serve_one_volume(config, folder))
-        listener, reread = listen(config.host, config.port), partial(load_config, file, flags)
+        listener = listen(config.host, config.port)
+        reread = partial(load_config, file, flags)
         announce_others(config.db)
         if config.workers > 1:
             return supervise(config, listener, reread)

@@ -80,6 +80,7 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -100,10 +101,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
-from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
+from aiohttp import ClientError, ClientSession, ClientTimeout
 
 # fmt: off
 # isort: off
@@ -111,10 +114,10 @@ from mkv import (
     ALL_KEYS, BROKEN_OFF, CLAIMS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG, LISTING_BYTES,
     MAX_SIDECAR_BYTES, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher,
     Index, IndexDamaged, IndexFailed, MkvError, NotFound, Pending, PendingState, Record,
-    Replacement, Ring, State, States, Store, Token, Transaction, Upload, Volume, VolumeClient,
+    Replacement, Ring, State, States, Store, Token, Transaction, URL, Upload, Volume, VolumeClient,
     VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings,
     after_prefix, decode_mark, decode_sidecar, encode_sidecar, load_config, media_type_of,
-    open_engine, parse_path, print_faults, run_embedded, sidecar_path, version_ns,
+    new_loop, open_engine, parse_path, print_faults, run_embedded, sidecar_path, version_ns,
 )
 # isort: on
 # fmt: on
@@ -1497,6 +1500,8 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         work = Rebalance(store, None if options.dry_run else mover, options.concurrency)
 
         def text() -> str:
+            if options.dry_run:
+                return f"{work.checked} keys, {work.moved} to be moved, {work.left.total()} left"
             speed = show_bytes(mover.bytes / report.seconds)
             copied = f"{show_bytes(mover.bytes)} copied, {speed}/s"
             return f"{work.moved} keys moved, {work.left.total()} left, {copied}"
@@ -1526,12 +1531,14 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         f"{a} -> {b}: {n} replicas, {show_bytes(size)}"
         for (a, b), (n, size) in sorted(work.pairs.items())
     ]
-    verb, rate = "to be moved" if options.dry_run else "moved", work.moved / report.seconds
-    report.lines.append(
-        f"{work.keys} keys, {work.moved} {verb}: {count} replicas, {show_bytes(size)} to copy, "
-        f"{work.dropped} to drop; "
-        f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
-    )
+    replicas = f"{count} replicas, {show_bytes(size)}"
+    if options.dry_run:
+        line = f"{work.moved} to be moved: {replicas} to copy, {work.dropped} to drop"
+    else:
+        rate = work.moved / report.seconds
+        speed = f"{rate:.0f} keys and {show_bytes(size / report.seconds)} a second"
+        line = f"{work.moved} moved: {replicas} copied, {work.dropped} dropped; {speed}"
+    report.lines.append(f"{work.keys} keys, {line}")
     for reason, count in work.left.items():
         report.lines.append(f"left {count}: {REASONS.get(reason, reason)}")
     report.code = 1 if work.left else 0
@@ -1640,7 +1647,7 @@ class Verify:
         )
         self.walk = Walk(mover.clients, report, self._fail)
         self.failed: set[str] = set()
-        self.keys = self.replicas = self.young = self.repaired = 0
+        self.keys = self.replicas = self.bytes = self.young = self.repaired = 0
 
     def _fail(self, error: VolumeError) -> None:
         if error.volume not in self.failed:
@@ -1692,6 +1699,7 @@ class Verify:
         found."""
         self.keys += len(records)
         self.replicas += sum(len(record.volumes) for record in records)
+        self.bytes += sum(record.size * len(record.volumes) for record in records)
         # Record -> volume -> what is wrong.
         faults: dict[Record, dict[str, str]] = defaultdict(dict)
         doubtful: list[Replica] = []
@@ -1863,10 +1871,7 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
         mover = Mover(store, options.limit_rate * 1e6, report)
         notes = Notes()
         work = Verify(store, mover, notes, report, options.deep)
-        text = "{0.keys} keys, {0.replicas} replicas, {1} read".format
-        progress = show_progress(
-            report, lambda: text(work, show_bytes(mover.bytes)), lambda: work.walk.done
-        )
+        progress = show_progress(report, lambda: tell_extent(work, mover), lambda: work.walk.done)
         try:
             async with progress:
                 await work.run(options.repair, options.grace)
@@ -1878,17 +1883,28 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     report.facts = {
         "keys": work.keys,
         "replicas": work.replicas,
+        "bytes": work.bytes,
         "bytes_read": mover.bytes,
         "young": work.young,
     }
     report.facts |= {"repaired": work.repaired, "left": left}
-    report.lines = [f"{work.keys} keys, {work.replicas} replicas, {show_bytes(mover.bytes)} read"]
-    report.lines[0] += f": {work.repaired} faults repaired, {left} left"
+    report.lines = [f"{tell_extent(work, mover)}: {tell_faults(work.repaired, left)}"]
     if work.young:
         report.lines.append(
             f"{work.young} files that no record names are younger than --grace: left alone"
         )
     report.code = 1 if left else 0
+
+
+def tell_extent(work: Verify, mover: Mover) -> str:
+    read = f", {show_bytes(mover.bytes)} read" if mover.bytes else ""
+    return f"{work.keys} keys, {work.replicas} replicas of {show_bytes(work.bytes)}{read}"
+
+
+def tell_faults(repaired: int, left: int) -> str:
+    if repaired:
+        return f"{repaired} faults repaired, {left} left"
+    return f"{left} faults" if left else "no faults"
 
 
 # == status, backup, forget, token ================================================================
@@ -1936,9 +1952,16 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
         row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
         report.lines.append(row + f"{v['share']:7.1%} {v['ideal']:7.1%}")
+    unconfigured = facts.get("unconfigured", [])  # an older server does not say
+    for v in unconfigured:
+        report.lines.append(
+            f"{v['name']:20} {'unknown':9} {v['blobs']:10} {show_bytes(v['bytes']):>10}  "
+            "the index names it, the configuration does not"
+        )
     waiting = f"{facts['garbage']} replicas wait to be deleted"
     report.lines.append(f"{facts['keys']} keys, {show_bytes(facts['bytes'])}; {waiting}")
-    report.facts, report.code = facts, 0 if all(v["state"] == "up" for v in volumes) else 1
+    report.facts = facts
+    report.code = 0 if all(v["state"] == "up" for v in volumes) and not unconfigured else 1
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
@@ -2023,155 +2046,433 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
 
 
 # == bench ========================================================================================
+# Several processes ask, each over kept connections: what is to be measured is the server. How much
+# of their time they were busy is in the report, since from some rate on they are the limit.
+
+BENCH_PROCESSES = max(1, (os.cpu_count() or 2) // 2)  # the other half is for the server
+BENCH_PHASES = ("PUT", "GET", "READ", "HEAD")  # and then DELETE
+BENCH_METHODS = {"READ": "GET"}  # if not as the phase is called
+BENCH_STATUSES = {"PUT": 201, "GET": 302, "READ": 302, "HEAD": 200, "DELETE": 204}
+BENCH_TIMEOUT_S = 60.0
+BENCH_BUSY = 0.9  # from here on the server may be able to do more
+GIVE_UP_AFTER = 100  # failures in a row
+TELL_EVERY_S = 0.2
+HEAD_BYTES = 64 * 1024
+LOCATION = re.compile(rb"\r\nlocation: *([^\r]*)", re.IGNORECASE)
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *([0-9]{1,15})\r", re.IGNORECASE)
 
 
 class Latencies:
     """Counts latencies in steps of 2 %, so that memory is bounded."""
 
     def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
+        self.counts: Counter[int] = Counter()
 
     def add(self, seconds: float) -> None:
-        self._counts[round(math.log(max(seconds, 1e-6), 1.02))] += 1
+        self.counts[round(math.log(max(seconds, 1e-6), 1.02))] += 1
 
     def quantile_ms(self, q: float) -> float:
-        rank, seen = q * self._counts.total(), 0
-        for step in sorted(self._counts):
-            seen += self._counts[step]
+        rank, seen = q * self.counts.total(), 0
+        for step in sorted(self.counts):
+            seen += self.counts[step]
             if seen >= rank:
                 return round(1000 * 1.02**step, 2)
         return 0.0
 
 
-class Bench:
-    """One run against one server: phases of equal requests, so many at a time."""
+class BenchPlan(NamedTuple):
+    """What one process of a bench is to do."""
 
-    def __init__(self, session: ClientSession, options: argparse.Namespace) -> None:
-        self._session, self._options = session, options
-        self.prefix = f"mkv-bench-{secrets.token_hex(4)}/"
-        self._base = f"{options.url.rstrip('/')}/{self.prefix}"
-        self._noise = random.randbytes(options.size)
-        self.written = self.done = 0
-        self.phase = ""
-        self.cut_off = False  # was not even let end what was under way: a second Ctrl-C
+    url: str  # of the server, with the prefix of the keys of this process
+    secret: str  # header line, or nothing
+    size: int  # bytes of a blob
+    concurrency: int
+    requests: int  # of a phase
+    duration_s: float  # of a phase, instead
+
+
+@dataclass
+class BenchPhase:
+    """What came of a phase, in one process or, added up, in all. Rates and latencies are of the
+    requests that succeeded."""
+
+    done: int = 0
+    seconds: float = 0.0
+    busy_s: float = 0.0  # CPU time of this side
+    errors: Counter[str] = field(default_factory=Counter)
+    latencies: Latencies = field(default_factory=Latencies)
+
+    def add(self, other: BenchPhase) -> None:
+        self.done += other.done
+        self.seconds = max(self.seconds, other.seconds)
+        self.busy_s += other.busy_s
+        self.errors += other.errors
+        self.latencies.counts += other.latencies.counts
+
+    def facts(self, size: int, processes: int) -> dict[str, Any]:
+        good = self.latencies.counts.total()
+        seconds = max(1e-6, self.seconds)
+        facts: dict[str, Any] = {"requests": self.done, "a_second": round(good / seconds, 1)}
+        facts["mb_a_second"] = round(good * size / 1e6 / seconds, 2)
+        for q in (50, 90, 99, 99.9):
+            facts[f"p{q:g}_ms"] = self.latencies.quantile_ms(q / 100)
+        facts["errors"] = self.errors.total()
+        facts["busy"] = round(self.busy_s / seconds / processes, 2)
+        return facts | {"why": self.errors}
+
+
+class BenchConnection:
+    """A kept connection to one server. aiohttp's client would cost more than the server."""
+
+    def __init__(self, host: str, port: int, is_tls: bool) -> None:
+        self._place = (host, port)
+        self._is_tls = is_tls
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, head: bytes, body: bytes) -> tuple[int, bytes, bytes]:
+        """Return status, Location and body of the answer; raises OSError, EOFError, ValueError,
+        TimeoutError."""
+        answered = False
+        try:
+            async with asyncio.timeout(BENCH_TIMEOUT_S):
+                if self._streams is None:
+                    self._streams = await asyncio.open_connection(
+                        *self._place, ssl=self._is_tls or None, limit=HEAD_BYTES
+                    )
+                reader, writer = self._streams
+                writer.write(head + body)
+                await writer.drain()
+                answer = await reader.readuntil(b"\r\n\r\n")
+                length = CONTENT_LENGTH.search(answer)
+                size = int(length[1]) if length and not head.startswith(b"HEAD ") else 0
+                content = await reader.readexactly(size)
+            answered = b"\r\nConnection: close\r\n" not in answer
+        except asyncio.LimitOverrunError:
+            raise ValueError("the head of the answer does not end") from None
+        finally:
+            if not answered:
+                self.close()
+        found = LOCATION.search(answer)
+        return int(answer[9:12]), found[1] if found else b"", content
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+            self._streams = None
+
+
+class BenchClient:
+    """One of the clients of a bench: makes one request after the other."""
+
+    def __init__(self, plan: BenchPlan) -> None:
+        self._plan = plan
+        self._noise = random.Random(plan.size).randbytes(plan.size)
+        self._connections = dict[str, BenchConnection]()  # by scheme, host and port
+        self._base = urlsplit(plan.url)
 
     def _body(self, i: int) -> bytes:
-        return (i.to_bytes(8, "big") + self._noise[8:])[: self._options.size]
+        return (i.to_bytes(8, "big") + self._noise[8:])[: self._plan.size]
 
-    async def _request(self, method: str, i: int) -> str:
+    async def request(self, phase: str, i: int) -> str:
         """Make one request; return what is wrong with its answer, or ""."""
-        good, data = (
-            {"PUT": 201, "DELETE": 204}.get(method, 200),
-            self._body(i) if method == "PUT" else None,
-        )
+        method = BENCH_METHODS.get(phase, phase)
+        sent = self._body(i) if phase == "PUT" else b""
+        lines = self._plan.secret
+        if phase == "PUT":
+            lines += f"Content-Length: {len(sent)}\r\n"
         try:
-            follow = method == "GET"
-            async with self._session.request(
-                method, f"{self._base}{i}", data=data, allow_redirects=follow
-            ) as response:
-                body = await response.read()
-        except (ClientError, TimeoutError, OSError) as error:
+            base = self._base
+            target = f"{base.path}{i}"
+            status, location, _ = await self._ask(base, method, target, lines, sent)
+            if status != BENCH_STATUSES[phase]:
+                return f"status {status}"
+            return await self._read(location, i) if phase == "READ" else ""
+        except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
             return type(error).__name__
-        wrong = "wrong bytes" if method == "GET" and body != self._body(i) else ""
-        return wrong if response.status == good else f"status {response.status}"
 
-    async def run(self, method: str) -> dict[str, Any]:
-        """Run one phase: --count requests, or as many as --duration allows; DELETE removes all
-        that was written. If it is cancelled, what is under way ends first: no PUT comes after
+    async def _read(self, location: bytes, i: int) -> str:
+        """Read the blob and compare it."""
+        url = urlsplit(location.decode())
+        target = url.path + (f"?{url.query}" if url.query else "")
+        status, _, body = await self._ask(url, "GET", target, "", b"")
+        if status != 200:
+            return f"status {status} of a volume"
+        return "" if body == self._body(i) else "wrong bytes"
+
+    async def _ask(
+        self, url: SplitResult, method: str, target: str, lines: str, body: bytes
+    ) -> tuple[int, bytes, bytes]:  # fmt: skip
+        place = f"{url.scheme}://{url.netloc}"
+        if place not in self._connections:
+            is_tls = url.scheme == "https"
+            port = url.port or (443 if is_tls else 80)
+            self._connections[place] = BenchConnection(url.hostname or "", port, is_tls)
+        head = f"{method} {target} HTTP/1.1\r\nHost: {url.netloc}\r\n{lines}\r\n".encode()
+        return await self._connections[place].ask(head, body)
+
+    def close(self) -> None:
+        for connection in self._connections.values():
+            connection.close()
+
+
+class BenchPart:
+    """The work of one process: a phase whenever it is told to. Counts go back now and then, a
+    BenchPhase at the end of each."""
+
+    def __init__(self, plan: BenchPlan, orders: Connection) -> None:
+        self._plan = plan
+        self._orders = orders
+        self._clients = [BenchClient(plan) for _ in range(plan.concurrency)]
+        self._written = 0
+        self._is_stopped = False
+        self._over = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Do what is ordered, until nobody can order anything more."""
+        asyncio.get_running_loop().add_reader(self._orders.fileno(), self._hear)
+        await self._over.wait()
+        for client in self._clients:
+            client.close()
+
+    def _hear(self) -> None:
+        try:
+            order = self._orders.recv()
+        except (EOFError, OSError):
+            self._over.set()
+            return
+        if order == "stop":
+            self._is_stopped = True
+        else:
+            self._is_stopped = False
+            self._task = asyncio.create_task(self._run(order))
+
+    async def _run(self, phase: str) -> None:
+        """Run one phase: so many requests, or as many as its time allows; DELETE removes all that
+        was written. When it is stopped, what is under way ends first: no PUT comes after
         DELETE."""
-        options, latencies, errors = self._options, Latencies(), Counter[str]()
-        self.phase, self.done, began = method, 0, time.perf_counter()
-        timed, count = (
-            options.duration and method != "DELETE",
-            options.count if method == "PUT" else self.written,
-        )
-        ended = False
+        plan = self._plan
+        result = BenchPhase()
+        began = time.perf_counter()
+        cpu_s = time.process_time()
+        told_s = began
+        failed = 0  # in a row
+        timed = plan.duration_s and phase != "DELETE"
+        count = plan.requests if phase == "PUT" else self._written
 
         def goes_on() -> bool:
-            if ended:
+            if self._is_stopped or failed >= GIVE_UP_AFTER:
                 return False
-            return time.perf_counter() - began < options.duration if timed else self.done < count
+            return time.perf_counter() - began < plan.duration_s if timed else result.done < count
 
-        async def work() -> None:
+        async def work(client: BenchClient) -> None:
+            nonlocal failed, told_s
             while goes_on():
-                i = self.done if method == "PUT" else self.done % max(1, self.written)
-                self.done += 1
-                # Also what fails may be there.
-                self.written = self.done if method == "PUT" else self.written
+                i = result.done
+                result.done += 1
+                if phase == "PUT":
+                    self._written = result.done  # also what fails may be there
+                else:
+                    i %= max(1, self._written)
                 sent = time.perf_counter()
-                if wrong := await self._request(method, i):
-                    errors[wrong] += 1
-                latencies.add(time.perf_counter() - sent)
+                wrong = await client.request(phase, i)
+                now = time.perf_counter()
+                if wrong:
+                    result.errors[wrong] += 1
+                    failed += 1
+                else:
+                    result.latencies.add(now - sent)
+                    failed = 0
+                if now - told_s > TELL_EVERY_S:
+                    told_s = now
+                    self._orders.send(result.done)
 
-        workers = [asyncio.create_task(work()) for _ in range(options.concurrency)]
+        await asyncio.gather(*map(work, self._clients))
+        result.seconds = time.perf_counter() - began
+        result.busy_s = time.process_time() - cpu_s
+        self._orders.send(result)
+
+
+def run_bench_part(plan: BenchPlan, orders: Connection) -> None:
+    """Be one process of a bench. A Ctrl-C is for the first process to hear, which says stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    async def serve() -> None:
+        await BenchPart(plan, orders).serve()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(serve())
+
+
+class Bench:
+    """One run against one server, of several processes."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.prefix = f"mkv-bench-{secrets.token_hex(4)}/"
+        self.processes = min(options.processes, options.concurrency, options.count)
+        self.phase = ""
+        self.cut_off = False  # was not even let end what was under way: a second Ctrl-C
+        self._orders = list[Connection]()
+        self._done = list[int]()  # of each process
+
+    @property
+    def done(self) -> int:
+        """How many requests of this phase there were."""
+        return sum(self._done)
+
+    def start(self) -> None:
+        """Start the processes."""
+        options = self._options
+        secret = "".join(f"{name}: {text}\r\n" for name, text in authorization(options).items())
+        context = multiprocessing.get_context("spawn")
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process begins with
         try:
-            await asyncio.wait(workers)
+            for number in range(self.processes):
+                ours, theirs = context.Pipe()
+                plan = BenchPlan(
+                    f"{options.url.rstrip('/')}/{self.prefix}{number}/",
+                    secret,
+                    options.size,
+                    share(options.concurrency, number, self.processes),
+                    share(options.count, number, self.processes),
+                    options.duration,
+                )
+                context.Process(target=run_bench_part, args=(plan, theirs), daemon=True).start()
+                theirs.close()
+                self._orders.append(ours)
         finally:
-            ended = self.cut_off = True
-            await asyncio.gather(*workers)
+            signal.signal(signal.SIGINT, heard)
+
+    async def run(self, phase: str) -> BenchPhase:
+        """Run one phase. If it is cancelled, what is under way ends first."""
+        self.phase = phase
+        self._done = [0] * self.processes
+        for orders in self._orders:
+            orders.send(phase)
+        parts = asyncio.gather(*map(self._hear, range(self.processes)))
+        try:
+            await asyncio.shield(parts)
+        except asyncio.CancelledError:
+            self.cut_off = True
+            for orders in self._orders:
+                orders.send("stop")
+            await parts
             self.cut_off = False
-        seconds = max(1e-6, time.perf_counter() - began)
-        moved = self.done * options.size / 1e6 if method in ("PUT", "GET") else 0.0
-        facts: dict[str, Any] = {"requests": self.done, "a_second": round(self.done / seconds, 1)}
-        facts |= {
-            "mb_a_second": round(moved / seconds, 2),
-            "errors": errors.total(),
-            "why": errors,
-        }
-        return facts | {f"p{q:g}_ms": latencies.quantile_ms(q / 100) for q in (50, 90, 99, 99.9)}
+            raise
+        total = BenchPhase()
+        for part in parts.result():
+            total.add(part)
+        return total
+
+    async def _hear(self, number: int) -> BenchPhase:
+        """Listen to a process until its phase is over."""
+        loop = asyncio.get_running_loop()
+        orders = self._orders[number]
+        over = loop.create_future()
+
+        def hear() -> None:
+            try:
+                said = orders.recv()
+            except (EOFError, OSError):
+                said = ToolError("a process of this bench has died")
+            if isinstance(said, int):
+                self._done[number] = said
+            elif not over.done():
+                over.set_result(said)
+
+        loop.add_reader(orders.fileno(), hear)
+        try:
+            result = await over
+        finally:
+            loop.remove_reader(orders.fileno())
+        if isinstance(result, ToolError):
+            raise result
+        assert isinstance(result, BenchPhase)
+        self._done[number] = result.done
+        return result
+
+    def close(self) -> None:
+        for orders in self._orders:
+            orders.close()
+
+
+def share(total: int, number: int, count: int) -> int:
+    """Return what number `number` of `count` has of a total that is dealt out."""
+    return total // count + (number < total % count)
 
 
 async def bench(config: Config, options: argparse.Namespace, report: Report) -> None:
-    """Measure PUT, GET (redirect followed, bytes verified), HEAD and DELETE; remove what was
-    written, come what may."""
-    results: dict[str, dict[str, Any]] = {}
-    connector, timeout = TCPConnector(limit=0), ClientTimeout(60)
-    async with ClientSession(
-        connector=connector, timeout=timeout, headers=authorization(options)
-    ) as session:
-        work = Bench(session, options)
-        report.interrupted = f"keys that begin with {work.prefix} may be left on the server"
+    """Measure PUT, GET (the redirect), READ (redirect followed, bytes verified), HEAD and DELETE;
+    remove what was written, come what may."""
+    if not URL.fullmatch(options.url):
+        raise ToolError(f"{options.url} is no http(s)://host[:port][/path]")
+    results: dict[str, BenchPhase] = {}
+    work = Bench(options)
+    report.interrupted = f"keys that begin with {work.prefix} may be left on the server"
+    left = True
+    phases = len(BENCH_PHASES) + 1
+    work.start()
+    try:
         async with show_progress(
-            report, lambda: f"{work.phase} {work.done}", lambda: len(results) / 4
+            report, lambda: f"{work.phase} {work.done}", lambda: len(results) / phases
         ):
             try:
-                for method in ("PUT", "GET", "HEAD"):
-                    results[method] = await work.run(method)
+                for phase in BENCH_PHASES:
+                    results[phase] = await work.run(phase)
+                    if not results[phase].latencies.counts:
+                        break  # the server is dead
             finally:
                 if not work.cut_off:
-                    results["DELETE"] = await work.run("DELETE")
-                    left = results["DELETE"]["why"].keys() - {"status 404"}  # its PUT had failed
+                    removal = await work.run("DELETE")
+                    results["DELETE"] = removal
+                    # what had failed to be written is not there
+                    left = bool(removal.errors.keys() - {"status 404"})
                     if not left:
                         report.interrupted = "what was written is removed"
-    names = (
-        "requests",
-        "a_second",
-        "mb_a_second",
-        "p50_ms",
-        "p90_ms",
-        "p99_ms",
-        "p99.9_ms",
-        "errors",
-    )
-    report.lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
-    report.lines += [
-        f"{method:6}" + "".join(f"{r[name]:12}" for name in names) for method, r in results.items()
-    ]
-    report.lines += [
-        f"{method}: {count} x {why}"
-        for method, r in results.items()
-        for why, count in r["why"].items()
-    ]
+    finally:
+        work.close()
+    facts = {
+        phase: result.facts(options.size if phase in ("PUT", "READ") else 0, work.processes)
+        for phase, result in results.items()
+    }
+    report.lines = describe_bench(facts, work.processes)
     if left:
         report.lines.append(f"keys that begin with {work.prefix} may be left on the server")
-    report.facts = {"size": options.size, "concurrency": options.concurrency, **results}
-    report.facts["prefix"] = work.prefix
-    report.code = 1 if any(r["errors"] for r in results.values()) else 0
+    report.facts = {"size": options.size, "concurrency": options.concurrency, **facts}
+    report.facts |= {"prefix": work.prefix, "processes": work.processes}
+    report.code = 1 if any(one["errors"] for one in facts.values()) else 0
+
+
+def describe_bench(facts: Mapping[str, Mapping[str, Any]], processes: int) -> list[str]:
+    """Return the table, what went wrong, and where this end was the limit."""
+    names = (
+        "requests", "a_second", "mb_a_second", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms",
+        "errors", "busy",
+    )  # fmt: skip
+    lines = [" " * 6 + "".join(f"{name:>12}" for name in names)]
+    for phase, row in facts.items():
+        lines.append(f"{phase:6}" + "".join(f"{row[name]:12}" for name in names))
+    for phase, row in facts.items():
+        lines += [f"{phase}: {count} x {why}" for why, count in row["why"].items()]
+    limited = [phase for phase, row in facts.items() if row["busy"] >= BENCH_BUSY]
+    if limited:
+        lines.append(
+            f"{', '.join(limited)}: the {processes} process(es) of this bench were the limit; the "
+            "server may do more (--processes)"
+        )
+    return lines
 
 
 # == Command line =================================================================================
 
-SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
+# What each command that reads the configuration has as flags; the others talk to a server only.
+ALL_SETTINGS = ("db", "data", "volumes", "replicas", "volume_timeout")
+SETTINGS: Mapping[str, Sequence[str]] = {
+    "rebuild": ALL_SETTINGS, "rebalance": ALL_SETTINGS, "verify": ALL_SETTINGS,
+    "status": ALL_SETTINGS, "backup": ("db", "data"),
+    "forget": ("db", "data", "volumes", "replicas"),
+}  # fmt: skip
 Command = Callable[[Config, argparse.Namespace, Report], Awaitable[None]]
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "rebuild": (rebuild, "Make the index anew from the volumes; the server must not run. The "
@@ -2184,7 +2485,8 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
                "backup, rebuild first."),
     "status": (status, "Show volumes and totals, from a running server or from index and "
                "volumes."),
-    "bench": (bench, "Measure a running server: PUT, GET, HEAD, DELETE."),
+    "bench": (bench, "Measure a running server: PUT, GET (the redirect), READ (with the blob, "
+              "which is compared), HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
     "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. "
                "Only for a disk that is lost or wiped: else a rebuild brings back what is dead "
@@ -2211,8 +2513,8 @@ def make_parser() -> argparse.ArgumentParser:
     make, add = partial(commands.add_parser, allow_abbrev=False), {}
     for name, (_, about) in COMMANDS.items():
         command = make(name, help=about.partition(".")[0], description=about)
-        if name != "token":
-            add_settings(command, SETTINGS)
+        if name in SETTINGS:
+            add_settings(command, SETTINGS[name])
         command.add_argument("--json", action="store_true", help="print one JSON object")
         add[name] = command.add_argument
     count, seconds = at_least(int, 1), at_least(float, 0)
@@ -2272,6 +2574,10 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="s for each kind, instead of --count",
     )
+    add["bench"](
+        "--processes", metavar="N", type=count, default=BENCH_PROCESSES,
+        help=f"that ask [{BENCH_PROCESSES}]",
+    )  # fmt: skip
     for name in ("status", "bench"):
         about = "holds the secret of a token [take it from $MKV_TOKEN]"
         add[name]("--token-file", metavar="FILE", default="", help=about)
@@ -2294,7 +2600,9 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     flags = {
-        n: v for n, v in vars(options).items() if n in (*SETTINGS, "volume") and v is not None
+        name: value
+        for name, value in vars(options).items()
+        if name in (*ALL_SETTINGS, "volume") and value is not None
     }
     config = load_config(getattr(options, "config", ""), flags)
     # For temporary tables.

@@ -58,7 +58,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 from unittest.mock import Mock
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import hypothesis
 import pytest
@@ -114,7 +114,9 @@ def free_port() -> int:
 class Nginx:
     """A real nginx volume from ./nginx.conf, with only the port and the folder replaced."""
 
-    def __init__(self, folder: Path, secrets: tuple[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
+    ) -> None:  # fmt: skip
         require_nginx()
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -130,6 +132,8 @@ class Nginx:
         if secrets:
             lines = f'set $volume_secret "{secrets[0]}";\nset $link_secret "{secrets[1]}";\n'
             (settings_folder / "mkv-secrets.conf").write_text(lines)
+        if cors:
+            (settings_folder / "mkv-secrets-cors.conf").write_text('set $cors_origin "*";\n')
         self.begin()
 
     def begin(self) -> None:
@@ -538,7 +542,7 @@ def make_compose_secrets(folder: Path) -> str:
         capture_output=True,
         text=True,
     )
-    (token,) = re.findall(r"^export TOKEN=(\S+)$", made.stdout, re.MULTILINE)
+    (token,) = re.findall(r"^export MKV_TOKEN=(\S+)$", made.stdout, re.MULTILINE)
     return token
 
 
@@ -600,6 +604,9 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("link_ttl = inf", "link_ttl: must be"),
         ("body_timeout = 60", "body_timeout: must be 0.1 to 50"),
         ("send_timeout = 0", "send_timeout: must be 0.1"),
+        ("read = 'proxy'", "read: must be redirect or accel"),
+        ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
+        ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -768,6 +775,35 @@ def test_extensions_are_those_of_nginx() -> None:
         assert ext in types[media_type].split() and ext != "key"
 
 
+@pytest.mark.parametrize(
+    ("key", "disposition"),
+    [
+        ("photos/cat.png", 'inline; filename="cat.png"'),
+        ("a/ü b.txt", "inline; filename*=UTF-8''%C3%BC%20b.txt"),
+        ('a/x"; y.txt', "inline; filename*=UTF-8''x%22%3B%20y.txt"),
+        ("a/x\r\nSet-Cookie: y", "inline; filename*=UTF-8''x__Set-Cookie%3A%20y"),
+        ("a/..\\x", 'inline; filename=".._x"'),
+        ("100%", "inline; filename*=UTF-8''100%25"),
+        ("a/", ""),
+        ("a/..", ""),
+        (".", ""),
+        ("ü" * 200, ""),
+    ],
+)
+def test_download_is_named_by_the_last_part_of_its_key(key: str, disposition: str) -> None:
+    query = mkv.name_query(key).removeprefix("?")
+    assert mkv.disposition_of(query) == disposition
+    kept = disposition and disposition.replace("inline", "attachment")
+    assert mkv.disposition_of(f"md5=x&{query}&download=1") == kept
+
+
+@given(KEYS)
+def test_name_of_a_download_comes_back_from_its_link(key: str) -> None:
+    name = unquote(mkv.name_query(key).removeprefix("?name="))
+    assert "/" not in name and min(name, default=" ") >= " "
+    assert name in ("", re.sub(r"[\x00-\x1f\x7f\\]", "_", key.rpartition("/")[2]))
+
+
 # == Ring =========================================================================================
 
 NAMES = st.lists(st.from_regex(r"[a-z]{1,8}", fullmatch=True), min_size=1, max_size=8, unique=True)
@@ -902,7 +938,7 @@ PURE_SECTIONS = (
 SECTIONS = (
     *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Index", "Volume client", "Health",
     "Metrics", "Store",
-    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Command line",
+    "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
     "asyncio",
@@ -4111,8 +4147,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ("PUT", "http://h/k?a=b", {}, b"x", 400),
         ("DELETE", "/k?.txt", {}, None, 400),
         ("DELETE", "/k?", {}, None, 400),
-        ("OPTIONS", "*", {"Expect": "something"}, None, 400),
-        ("OPTIONS", "*", {"Expect": "100-continue"}, None, 400),
         ("PUT", "/k", {"If-Match": "unquoted"}, b"x", 400),
         ("PUT", "/k", {"If-Match": '"x"'}, b"x", 412),
         ("PUT", "/k", {"Content-MD5": base64.b64encode(b"0" * 16).decode()}, b"x", 422),
@@ -4133,7 +4167,6 @@ def test_odd_key_is_just_a_key(store: Program, key: str) -> None:
         ),
         ("POST", "/k", {}, b"x", 405),
         ("PATCH", "/k", {}, b"x", 405),
-        ("OPTIONS", "*", {}, None, 400),
         ("POST", "/", {}, b"x", 405),
         ("PUT", "/-/livez", {}, b"x", 405),
         ("GET", "/?limit=0", {}, None, 400),
@@ -4300,9 +4333,12 @@ def test_target_that_cannot_be_read_is_400(parser: Program, target: bytes) -> No
 
 
 def test_options_star_gets_our_answer_whatever_it_expects(parser: Program) -> None:
-    for expected in (b"", b"Expect: something\r\n", b"Expect: 100-continue\r\n"):
+    for expected in (b"", b"Expect: 100-continue\r\n"):
         head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\n" + expected
-        check_problem(send_raw(parser.port, head + b"\r\n"), 400)
+        status, headers, _ = send_raw(parser.port, head + b"\r\n")
+        assert (status, headers["allow"]) == (204, "DELETE, GET, HEAD, OPTIONS, PUT")
+    head = b"OPTIONS * HTTP/1.1\r\nHost: h\r\nExpect: something\r\n"
+    check_problem(send_raw(parser.port, head + b"\r\n"), 400)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -4686,6 +4722,289 @@ def test_store_behaves_like_a_dict(store: Program) -> None:
     )
 
 
+# -- manners: caches, names, other origins --
+
+FOR_EVER = "private, max-age=31536000, immutable"
+
+
+def test_redirect_is_never_kept_and_the_blob_for_ever(store: Program) -> None:
+    url = store.url + "/manners/cat%20photo.png"
+    for status in (201, 204):
+        got, headers, _ = ask(url, "PUT", b"cat")
+        assert (got, headers["cache-control"]) == (status, "no-store")
+    _, headers, _ = ask(url)
+    assert headers["cache-control"] == "no-store"
+    link = headers["location"]
+    since = ask(link)[1]["last-modified"]
+    for status, sent in (
+        (200, {}),
+        (206, {"Range": "bytes=1-"}),
+        (304, {"If_Modified_Since": since}),
+    ):
+        got, headers, _ = ask(link, **sent)
+        assert (got, headers["cache-control"]) == (status, FOR_EVER)
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert ask(url, "HEAD")[1]["cache-control"] == "no-store"
+    assert ask(store.url + "/manners/none")[1]["cache-control"] == "no-store"
+
+
+def test_who_asks_for_the_link_gets_it(store: Program) -> None:
+    """A browser shows no page where a redirect goes, and sends no token for an image."""
+    assert ask(store.url + "/manners/link", "PUT", b"x")[0] == 201
+    status, headers, body = ask(store.url + "/manners/link", Accept="text/uri-list")
+    assert (status, headers["content-type"]) == (200, "text/uri-list")
+    assert "location" not in headers and ask(body.decode().strip())[2] == b"x"
+
+
+@pytest.mark.parametrize("path", ["/", "/-/status", "/none", "/?limit=x", "/-/nothing"])
+def test_json_ends_with_a_newline(store: Program, path: str) -> None:
+    body = ask(store.url + path)[2]
+    assert body.endswith(b"}\n") and json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", "GET, HEAD, OPTIONS"),
+        ("/?prefix=x", "GET, HEAD, OPTIONS"),
+        ("/-/metrics", "GET, HEAD, OPTIONS"),
+        ("/any/key", "DELETE, GET, HEAD, OPTIONS, PUT"),
+    ],
+)
+def test_options_says_what_is_allowed(store: Program, path: str, allowed: str) -> None:
+    for method, status in (("OPTIONS", 204), ("PATCH", 405)):
+        got, headers, _ = ask(store.url + path, method)
+        assert (got, headers["allow"]) == (status, allowed)
+    assert not any(name.startswith("access-control") for name in headers)
+
+
+APP = "https://app.example"
+PREFLIGHT = {"Access_Control_Request_Method": "PUT", "Access_Control_Request_Headers": "x"}
+
+
+def test_applications_of_listed_origins_may_see_answers(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", f"{APP} http://localhost:8080", config=TOKENS)
+    for method, path, token, status in (
+        ("OPTIONS", "/k", "", 204), ("PUT", "/k", "boss", 201), ("GET", "/k", "boss", 302),
+        ("HEAD", "/k", "boss", 200), ("GET", "/k", "", 401), ("GET", "/none", "boss", 404),
+        ("GET", "/", "boss", 200), ("DELETE", "/k", "boss", 204),
+    ):  # fmt: skip
+        got, headers, _ = ask(server.url + path, method, b"x", token, Origin=APP, **PREFLIGHT)
+        assert got == status and headers["access-control-allow-origin"] == APP
+        assert "ETag" in headers["access-control-expose-headers"] and headers["vary"] == "Origin"
+        assert (method == "OPTIONS") == ("access-control-allow-methods" in headers)
+        assert "access-control-allow-credentials" not in headers
+    for origin in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": ""}):
+        for method in ("OPTIONS", "GET"):
+            _, headers, _ = ask(server.url + "/k", method, token="boss", **PREFLIGHT, **origin)
+            assert headers["vary"] == "Origin"
+            assert not any(name.startswith("access-control") for name in headers)
+
+
+def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
+    server = start("--cors-origins", "*")
+    _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
+    assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
+    assert "Authorization" in headers["access-control-allow-headers"]
+
+
+# -- an nginx in front, which reads for those who cannot follow a redirect --
+
+
+class Front(NamedTuple):
+    url: str
+    program: Program
+    volumes: list[Nginx]
+
+    def remove_from(self, volume: Nginx) -> None:
+        """Remove all blobs of a volume."""
+        for name in volume.files():
+            if not name.endswith(".key"):
+                (volume.folder / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """The nginx that README.md gives, in front of a server with two volumes that want secrets."""
+    folder = tmp_path_factory.mktemp("front")
+    secrets = (VOLUME_SECRET, LINK_SECRET)
+    config = f'read = "accel"\nvolume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+    config += TOKENS + '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(folder / f"v{i}", secrets)) for i in range(2)]
+        rows = [f'[[volume]]\nname = "n{i}"\nurl = "{v.url}"\n' for i, v in enumerate(volumes)]
+        public = 'public_url = "http://127.0.0.1:1"\n'  # nobody is sent there
+        program = Program(folder / "index", config=config + "".join(row + public for row in rows))
+        stack.callback(program.stop, signal.SIGKILL)
+        url = stack.enter_context(run_front(folder / "front", program.port))
+        yield Front(url, program, volumes)
+
+
+@contextlib.contextmanager
+def run_front(folder: Path, port: int) -> Iterator[str]:
+    """Run README.md's nginx in front of the server on `port`; yield its URL."""
+    own = free_port()
+    (block,) = re.findall(
+        r"^```nginx\n(upstream mkv .*?)^```$", (HERE / "README.md").read_text(), re.M | re.S
+    )
+    assert "127.0.0.1:3000;" in block and "listen 127.0.0.1:8080;" in block
+    block = block.replace("127.0.0.1:3000;", f"127.0.0.1:{port};")
+    block = block.replace("listen 127.0.0.1:8080;", f"listen 127.0.0.1:{own};")
+    paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{one}_temp_path tmp-{one};\n" for one in paths)
+    folder.mkdir()
+    (folder / "nginx.conf").write_text(
+        "daemon off; user root; pid nginx.pid; error_log error.log;\nevents { }\n"
+        f"http {{ access_log off;\n{temporary}{block}}}\n"
+    )
+    command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{own}/-/livez"))
+        yield f"http://127.0.0.1:{own}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def test_reader_behind_nginx_gets_the_blob_at_the_url_of_its_key(front: Front) -> None:
+    blob = random.Random(5).randbytes(3_000_000)
+    url = front.url + "/photos/a%2Fcat%20photo.png"
+    assert ask(url, "PUT", blob)[0] == 201
+    status, headers, body = ask(url, Authorization="Bearer b-secret-3", Cookie="c=1")
+    assert (status, body) == (200, blob) and headers["content-type"] == "image/png"
+    assert headers["etag"] == f'"{hashlib.sha256(blob).hexdigest()}"'
+    assert headers["cache-control"] == "private, no-cache"  # another version may come
+    assert headers["content-disposition"] == "inline; filename*=UTF-8''cat%20photo.png"
+    assert headers["content-security-policy"] == "sandbox" and headers["mkv-volumes"] == "n0,n1"
+    assert headers.keys().isdisjoint(("location", "mkv-other", "mkv-range", "x-accel-redirect"))
+    about = ask(url, "HEAD")
+    for name in ("etag", "content-length", "content-type", "last-modified", "accept-ranges",
+                 "cache-control", "mkv-volumes"):  # fmt: skip
+        assert headers[name] == about[1][name], name
+    assert ask(url, Accept="text/uri-list")[2] == b"/photos/a%2Fcat%20photo.png\r\n"
+
+
+def test_reader_behind_nginx_asks_for_parts_and_under_conditions(front: Front) -> None:
+    url = front.url + "/parts.txt"
+    assert ask(url, "PUT", b"0123456789")[0] in (201, 204)
+    _, headers, _ = ask(url)
+    etag, modified = headers["etag"], headers["last-modified"]
+    part = {"Range": "bytes=2-3"}
+    old = "Thu, 01 Jan 1970 00:00:00 GMT"
+    for sent, expected in (
+        (part, (206, b"23")),
+        ({"Range": "bytes=-2"}, (206, b"89")),
+        ({"Range": "lines=2-3"}, (200, b"0123456789")),
+        (part | {"If_Range": etag}, (206, b"23")),
+        (part | {"If_Range": modified}, (206, b"23")),
+        (part | {"If_Range": '"other"'}, (200, b"0123456789")),
+        (part | {"If_Range": old}, (200, b"0123456789")),
+        ({"If_None_Match": etag}, (304, b"")),
+        ({"If_None_Match": '"other"'}, (200, b"0123456789")),
+        ({"If_Match": etag}, (200, b"0123456789")),
+        (part | {"If_Match": etag}, (206, b"23")),
+        ({"If_Match": '"other"'}, (412, None)),
+        ({"If_Modified_Since": modified}, (304, b"")),
+        ({"If_Modified_Since": old}, (200, b"0123456789")),
+        ({"If_Unmodified_Since": old}, (412, None)),
+        ({"Range": "bytes=20-"}, (416, None)),
+    ):
+        status, headers, body = ask(url, **sent)
+        assert (status, None if status > 400 else body) == expected, sent
+        assert status > 400 or (headers["etag"], headers["cache-control"]) == (
+            etag, "private, no-cache"
+        )  # fmt: skip
+    _, headers, body = ask(url, Range="bytes=0-1,4-5")
+    assert headers["content-type"].startswith("multipart/byteranges") and b"45" in body
+
+
+def test_what_the_server_says_goes_through_the_nginx_in_front(front: Front) -> None:
+    for i, key in enumerate(key for key in ODD_KEYS if not key.startswith((".", "a/..", "//"))):
+        target = quote(key, safe="")
+        assert ask(f"{front.url}/{target}", "PUT", b"%d" % i)[0] == 201
+        assert ask(f"{front.url}/{target}")[::2] == (200, b"%d" % i)
+        assert ask(f"{front.url}/{target}", "DELETE")[0] == 204
+    assert ask(front.url + "/none")[0] == 404 and ask(front.url + "/")[0] == 200
+    assert ask(front.url + "/none", token="unknown")[0] == 401
+    chunks = (b"x" * 50_000 for _ in range(20))
+    assert ask(front.url + "/chunked", "PUT", chunks)[0] == 201
+    assert ask(front.url + "/chunked")[2] == b"x" * 1_000_000
+    assert ask(front.url + "/chunked", "PUT", b"x", If_None_Match="*")[0] == 412
+
+
+def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
+    """Another nginx says what it was sent."""
+    seen = list[dict[str, str]]()
+
+    class Volume(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_response(200)
+            self.send_header("Content-Length", "1")
+            self.end_headers()
+            self.wfile.write(b"x")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Index(Volume):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("X-Accel-Redirect", "@mkv_volume")
+            self.send_header("Location", f"http://127.0.0.1:{servers[1].server_port}/x")
+            self.send_header("X-Request-ID", "id1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), one) for one in (Index, Volume)]
+    threads = [threading.Thread(target=one.serve_forever) for one in servers]
+    for thread in threads:
+        thread.start()
+    folder = front.program.folder.parent / "spy"
+    try:
+        with run_front(folder, servers[0].server_port) as url:
+            sent = {"Authorization": "Bearer x", "Cookie": "c", "If_Match": "y", "Range": "z"}
+            assert ask(url + "/k", **sent)[::2] == (200, b"x")
+    finally:
+        for server in servers:
+            server.shutdown()
+            server.server_close()
+        for thread in threads:
+            thread.join()
+    assert seen[-1].keys() == {"host", "x-request-id"} and seen[-1]["x-request-id"] == "id1"
+
+
+def test_nginx_in_front_reads_elsewhere_what_a_volume_has_not(front: Front) -> None:
+    """Whoever asks notices nothing: neither that a blob is lost nor that a volume has died."""
+    url = front.url + "/failover"
+    assert ask(url, "PUT", b"x" * 300_000)[0] == 201
+
+    def read_all() -> set[tuple[int, int]]:
+        answers = [ask(url) for _ in range(12)]
+        return {(status, len(body)) for status, _, body in answers}
+
+    front.remove_from(front.volumes[0])
+    assert read_all() == {(200, 300_000)}
+    assert ask(url, Range="bytes=5-9")[::2] == (206, b"xxxxx")
+    front.volumes[0].signal(signal.SIGKILL)
+    try:
+        assert read_all() == {(200, 300_000)}
+        front.remove_from(front.volumes[1])
+        status, headers, _ = ask(url)
+        assert (status, headers["retry-after"]) == (503, "2")
+    finally:
+        front.volumes[0].begin()
+        eventually(lambda: ask(url, "PUT", b"x")[0] == 204)
+
+
+def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
+    assert ask(front.url + "/direct", "PUT", b"x")[0] == 201
+    _, headers, _ = ask(front.program.url + "/direct")
+    assert ask(headers["location"])[2] == ask(headers["mkv-other"])[2] == b"x"
+    assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
+
+
 # == Faults =======================================================================================
 
 
@@ -4697,6 +5016,12 @@ def volumes3(tmp_path: Path) -> Iterator[list[Nginx]]:
 
 def flags_of(nginxes: Iterable[Nginx]) -> list[str]:
     return [flag for i, one in enumerate(nginxes) for flag in ("--volume", f"n{i}={one.url}")]
+
+
+def toml_of(nginxes: Iterable[Nginx]) -> str:
+    return "".join(
+        f'[[volume]]\nname = "n{i}"\nurl = "{one.url}"\n' for i, one in enumerate(nginxes)
+    )
 
 
 def get_body(url: str, token: str = "") -> bytes | None:
@@ -5189,6 +5514,32 @@ def test_server_started_again_announces_nobody(
         assert "another server" not in server.log()
 
 
+def test_volumes_that_the_index_names_and_nobody_configured_are_named(
+    start: Callable[..., Program], volumes3: list[Nginx], tmp_path: Path
+) -> None:
+    """At the start, at a reload, and by status; not while all are configured."""
+    flags = ["--data", str(tmp_path / "shared"), "--replicas", "3"]
+    first = start(*flags, *flags_of(volumes3))
+    assert ask(first.url + "/k", "PUT", b"12345")[0] == 201
+    assert json.loads(ask(first.url + "/-/status")[2])["unconfigured"] == []
+    first.stop()
+    words = "the index names volume n2, which is not configured: 1 blobs, 5 bytes are there"
+    assert "the index names" not in first.log()
+
+    two = toml_of(volumes3[:2])
+    second = start("--data", str(tmp_path / "shared"), config=two)
+    assert second.log().count(words) == 1
+    status = json.loads(ask(second.url + "/-/status")[2])
+    assert status["unconfigured"] == [{"name": "n2", "blobs": 1, "bytes": 5}]
+    second.config.write_text(toml_of(volumes3))
+    second.process.send_signal(signal.SIGHUP)
+    eventually(lambda: json.loads(ask(second.url + "/-/status")[2])["unconfigured"] == [])
+    assert second.log().count(words) == 1
+    second.config.write_text(two)
+    second.process.send_signal(signal.SIGHUP)
+    eventually(lambda: second.log().count(words) == 2)
+
+
 def test_redirect_goes_to_the_public_url(
     start: Callable[..., Program], volumes3: list[Nginx]
 ) -> None:
@@ -5244,6 +5595,34 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     for _ in range(10):
         eventually(lambda: try_ask(server.url + "/k") == 302)
     assert not (server.folder / "elsewhere.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "token"),
+    [
+        ("", ""),
+        ('[anonymous]\nallow = ["read", "write"]\nprefix = "a \'&/"\n', ""),
+        ("{tokens}", "writer"),
+        ('{tokens}[anonymous]\nallow = ["read"]\n', "writer"),
+        ("{tenant}", "tenant"),
+    ],
+)
+def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
+    tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
+    server = start(config=config.format(tokens=TOKENS, tenant=tenant))
+    trial = server.said.splitlines()[1].removeprefix("try: ")
+    (server.folder / "README.md").write_text("read me")
+    environ = {**os.environ, "MKV_TOKEN": SECRETS.get(token, "")}
+    said = subprocess.run(
+        ["bash", "-c", trial], cwd=server.folder, env=environ, capture_output=True, timeout=30
+    )
+    assert said.returncode == 0 and said.stdout == b"read me"
+    assert ("MKV_TOKEN" in trial) == bool(token)
+
+
+def test_greeting_asks_nobody_for_what_no_token_allows(start: Callable[..., Program]) -> None:
+    server = start(config=token_toml("reader", '["read"]'))
+    assert "readyz" in server.said and "-T" not in server.said
 
 
 def test_second_start_finds_the_data_again(start: Callable[..., Program]) -> None:
@@ -5357,6 +5736,74 @@ def test_every_answer_of_a_volume_keeps_browsers_from_running_it(volume: tuple[s
             headers["x-content-type-options"] == "nosniff"
             and headers["content-security-policy"] == "sandbox"
         )
+
+
+STEM = f"{'ab' * 32}-{'0' * 20}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        (STEM, True), (f"{STEM}.png", True), (f"{STEM}.key", False), (f"{STEM}.del", False),
+        (f"{STEM}.keys", True), ("x.png", False), (f"{STEM}.png.key", False), (f"x{STEM}", False),
+    ],
+)  # fmt: skip
+def test_only_blobs_are_kept_for_ever(volume: tuple[str, Path], name: str, kept: bool) -> None:
+    """Sidecars and marks change, and what is not there yet may come."""
+    url = f"{volume[0]}/aa/bb/{name}"
+    assert "cache-control" not in ask(url)[1]
+    for method, has_it in (("PUT", False), ("GET", kept), ("HEAD", kept), ("DELETE", False)):
+        assert ("cache-control" in ask(url, method, b"x")[1]) == has_it, method
+    assert "cache-control" not in ask(f"{volume[0]}/aa/bb/")[1]
+
+
+NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | st.lists(
+    st.sampled_from(["%0d%0a", "%0A", "%00", "Set-Cookie:x", '"', ";", "\\", "%22", "%", "a", "&",
+                     "&name=", "name=", "$arg_name", "NAME=b", "=", "''", "download=1", "?", "+"])
+).map("".join)  # fmt: skip
+
+
+@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+    """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
+    query = "name=" + "&name=".join(parts).replace("#", "")
+    with contextlib.suppress(FileExistsError):
+        (volume[1] / "aa").mkdir()
+    (volume[1] / "aa" / "x").write_bytes(b"x")
+    request = f"GET /aa/x?{query} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"
+    status, headers, _ = send_raw(int(volume[0].rpartition(":")[2]), request.encode())
+    expected = mkv.disposition_of(query)
+    assert status == 200 and headers.get("content-disposition", "") == expected
+    assert re.fullmatch(
+        r"""(inline|attachment); filename(="[\w.~-]+"|\*=UTF-8''[\w.~%-]+)|""", expected
+    )
+    assert headers.keys() <= {
+        "server", "date", "content-type", "content-length", "last-modified", "connection",
+        "accept-ranges", "x-content-type-options", "content-security-policy",
+        "content-disposition",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["nginx", "embedded"])
+def test_volume_lets_pages_read_if_told_to(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "nginx":
+            url = stack.enter_context(Nginx(tmp_path / "v", ("a", "b"), cors=True)).url
+        else:
+            (tmp_path / "mkv.toml").write_text(
+                'cors_origins = "*"\nvolume_secret = "a"\nlink_secret = "b"\n'
+            )
+            config = ["--config", str(tmp_path / "mkv.toml")]
+            url = stack.enter_context(one_volume(tmp_path / "v", *config))
+        assert ask(f"{url}/aa/x", "PUT", b"x", Mkv_Volume_Secret="a")[0] == 201
+        link = url + "/aa/x" + mkv.sign_link("/aa/x", "b", int(time.time()) + 60)
+        asked = [ask(link, Origin="null"), ask(link, "OPTIONS"), ask(f"{url}/aa/x")]
+        assert [status for status, _, _ in asked] == [200, 204, 403]
+        for _, headers, _ in asked:
+            assert headers["access-control-allow-origin"] == "*"
+            assert "Authorization" in headers["access-control-allow-headers"]
+        assert asked[1][1]["allow"] == "DELETE, GET, HEAD, OPTIONS, PUT"
 
 
 def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
@@ -5570,6 +6017,14 @@ def test_help_of_volume_names_its_own_port() -> None:
         assert f"picks a free one [{port}]" in " ".join(said.stdout.split())
 
 
+def test_help_of_volume_speaks_of_a_volume() -> None:
+    """It knows no tokens."""
+    said = subprocess.run(
+        [*SERVE[:2], "volume", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "without a volume_secret" in " ".join(said.split()) and "token" not in said
+
+
 def test_volume_lists_what_it_can_and_says_what_it_cannot(volume: tuple[str, Path]) -> None:
     """A link that leads nowhere, or in a circle, hides no other file."""
     url, folder = volume
@@ -5619,6 +6074,786 @@ def test_listing_of_an_embedded_volume_is_bounded(
     monkeypatch.setattr(mkv, "LISTING_BYTES", 1000)
     with pytest.raises(OSError, match="too many files"):
         mkv.list_folder(tmp_path)
+
+
+# == Client =======================================================================================
+
+
+class Script:
+    """A server that answers each request by the next of `answers`, whatever that is, and hangs up.
+    None: it hangs up without a word, b"": even before it has asked for the body."""
+
+    def __init__(self, *answers: bytes | None) -> None:
+        self._answers = deque(answers)
+        self.heads: list[bytes] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.heads.append(head)
+            answer = self._answers.popleft()
+            if answer != b"":
+                if b"100-continue" in head:
+                    writer.write(mkv.CONTINUE)
+                length = re.search(rb"Content-Length: ([0-9]+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
+                if b"chunked" in head:
+                    await reader.readuntil(b"0\r\n\r\n")
+                writer.write((answer or b"").replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+                await writer.drain()
+        writer.close()
+
+    def count(self, method: bytes) -> int:
+        return sum(head.startswith(method) for head in self.heads)
+
+
+def whole(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+DIGEST_OF_X = hashlib.sha256(b"x").hexdigest()
+STORED = f'HTTP/1.1 201 Created\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n\r\n'.encode()
+GONE = b"HTTP/1.1 204 No Content\r\n\r\n"
+
+
+def problem(status: int, wait: str = "") -> bytes:
+    body = json.dumps({"title": "t", "status": status, "detail": "why", "request_id": "id1"})
+    more = f"Retry-After: {wait}\r\n" if wait else ""
+    head = f"HTTP/1.1 {status} No\r\nContent-Type: application/problem+json\r\n{more}"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def flow(data: bytes, size: int = 70_000) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+
+
+def as_file(data: bytes, folder: Path) -> io.BufferedReader:
+    path = folder / "file"
+    path.write_bytes(b"before" + data)
+    file = path.open("rb")
+    file.seek(6)
+    return file
+
+
+def as_path(data: bytes, folder: Path) -> Path:
+    path = folder / "path"
+    path.write_bytes(data)
+    return path
+
+
+def as_pipe(data: bytes, folder: Path) -> io.BufferedReader:
+    read, write = os.pipe()
+
+    def fill() -> None:
+        with open(write, "wb") as end:
+            end.write(data)
+
+    threading.Thread(target=fill, daemon=True).start()
+    return open(read, "rb")
+
+
+@pytest.mark.parametrize("size", [0, 1, 65536, mkv.SMALL_BLOB + 1, 3_000_000])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data, _: data,
+        lambda data, _: bytearray(data),
+        lambda data, _: memoryview(data),
+        lambda data, _: flow(data),
+        as_file,
+        as_path,
+        as_pipe,
+    ],
+    ids=["bytes", "bytearray", "memoryview", "flow", "file", "path", "pipe"],
+)
+async def test_client_stores_whatever_it_is_given_and_reads_it_back(
+    store: Program, tmp_path: Path, make: Callable[..., Any], size: int
+) -> None:
+    data = random.Random(size).randbytes(size)
+    key = f"client/{make}-{size}.png"
+    async with mkv.Client(store.url) as client:
+        heard = list[int]()
+        given = make(data, tmp_path)
+        stored = await client.put(key, given, content_type="image/gif", hear=heard.append)
+        if hasattr(given, "close"):
+            given.close()
+        assert stored == (hashlib.sha256(data).hexdigest(), True) and sum(heard) == size
+        assert await client.get(key) == data
+        blob = await client.head(key)
+        assert (blob.size, blob.digest, blob.content_type) == (size, stored.digest, "image/gif")
+        assert len(blob.volumes) == 2 and abs(blob.modified_s - time.time()) < 60
+        told = await client.get_to(key, tmp_path / "back", hear=heard.append)
+        assert told == blob and (tmp_path / "back").read_bytes() == data
+        assert sum(heard) == 2 * size and not list(tmp_path.glob(".mkv-*"))
+        assert await client.put(key, b"", if_match=blob.etag) == (
+            hashlib.sha256(b"").hexdigest(),
+            False,
+        )
+        await client.delete(key)
+        for request in (client.get(key), client.head(key), client.delete(key)):
+            with pytest.raises(mkv.NotFound, match=r"no such key|was answered 404"):
+                await request
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+async def test_client_encodes_odd_keys(store: Program, key: str) -> None:
+    async with mkv.Client(store.url + "/") as client:
+        await client.put(key, key.encode())
+        assert await client.get(key) == key.encode()
+        assert [blob.key async for blob in client.list(key) if blob.key == key] == [key]
+        await client.delete(key)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 400_000])
+async def test_client_streams_slices(store: Program, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    ends = (0, 1, 10, size // 2, size, size + 1, 2 * size + 7)
+    async with mkv.Client(store.url) as client:
+        await client.put("slices", data)
+        for start, end in itertools.product(ends, (*ends, None)):
+            got = b"".join([piece async for piece in client.stream("slices", start, end)])
+            assert got == data[start:end], (start, end)
+        with pytest.raises(ValueError, match="from the beginning"):
+            await anext(client.stream("slices", -1))
+
+
+async def test_client_lists_all_pages(store: Program) -> None:
+    names = [f"page/{chance % 7}/{chance}é" for chance in range(1100)] + [
+        "page/\U0001f600",
+        "page/z",
+    ]
+    async with mkv.Client(store.url) as client:
+        waiting = list(names)
+
+        async def work() -> None:
+            while waiting:
+                name = waiting.pop()
+                await client.put(name, name.encode())
+
+        await asyncio.gather(*(work() for _ in range(32)))
+        found = [blob async for blob in client.list("page/")]
+        assert [blob.key for blob in found] == sorted(names, key=str.encode)
+        assert all(blob.size == len(blob.key.encode()) and blob.etag for blob in found)
+        assert found[3].digest == hashlib.sha256(found[3].key.encode()).hexdigest()
+        assert abs(found[3].modified_s - time.time()) < 600
+        short = [(blob.key, blob.is_prefix) async for blob in client.list("page/", "/")]
+        assert short == [(f"page/{i}/", True) for i in range(7)] + [
+            ("page/z", False),
+            ("page/\U0001f600", False),
+        ]
+        late = [blob.key async for blob in client.list("page/", start="page/6/")]
+        assert late == sorted([name for name in names if name >= "page/6/"], key=str.encode)
+
+
+async def test_client_raises_what_the_answer_names(start: Callable[..., Program]) -> None:
+    server = start("--max-blob-size", "1000", config=TOKENS)
+    async with mkv.Client(server.url) as nobody, mkv.Client(server.url, token="bad") as stranger:
+        for client in (nobody, stranger):
+            with pytest.raises(mkv.Unauthorized):
+                await client.get("k")
+    async with mkv.Client(server.url, token=SECRETS["writer"]) as client:
+        await client.put("k", b"x", if_none_match="*")
+        for request, kind in (
+            (client.put("k", b"y", if_none_match="*"), mkv.PreconditionFailed),
+            (client.put("k", b"y", if_match='"no"'), mkv.PreconditionFailed),
+            (client.put("k", bytes(1001)), mkv.TooLarge),
+            (client.put("k", flow(bytes(1001))), mkv.TooLarge),
+            (client.put("k", b"y", content_type="nothing"), mkv.BadRequest),
+            (client.put("-/k", b"y"), mkv.BadRequest),
+            (client.put("k\ud800", b"y"), mkv.BadRequest),
+            (client.delete("k", if_match='"no"'), mkv.PreconditionFailed),
+            (client.status(), mkv.Forbidden),
+            (anext(client.list()), mkv.Forbidden),
+            (anext(client.list("\ud800")), mkv.BadRequest),
+        ):
+            with pytest.raises(kind) as caught:
+                await request
+            assert len(str(caught.value)) > 10
+        assert await client.get("k") == b"x"
+    async with mkv.Client(server.url, token=SECRETS["boss"]) as client:
+        assert (await client.status())["keys"] == 1
+    with pytest.raises(mkv.ConfigError):
+        mkv.Client("ftp://host")
+    with pytest.raises(RuntimeError, match="async with"):
+        await client.get("k")
+
+
+@pytest.mark.parametrize("data", ["text", 5, None, [b"x"], io.StringIO("x")])
+async def test_client_refuses_what_has_no_bytes(store: Program, data: Any) -> None:
+    async with mkv.Client(store.url) as client:
+        with pytest.raises(TypeError):
+            await client.put("no-bytes", data)
+        with pytest.raises(mkv.NotFound):
+            await client.head("no-bytes")
+
+
+async def test_failure_of_what_is_sent_is_the_callers_and_stores_nothing(
+    store: Program, tmp_path: Path
+) -> None:
+    async def failing() -> AsyncIterator[bytes]:
+        yield bytes(1_000_000)
+        raise LookupError("mine")
+
+    path = tmp_path / "file"
+    path.write_bytes(bytes(mkv.FILE_BYTES + 1))
+    reads = mkv.FileSource.pieces
+
+    async def cut_short(source: mkv.FileSource) -> AsyncIterator[bytes]:
+        path.write_bytes(b"")  # after it was looked at
+        async for piece in reads(source):
+            yield piece
+
+    async def changed(source: mkv.FileSource) -> AsyncIterator[bytes]:
+        path.write_bytes(b"y" * (mkv.FILE_BYTES + 1))
+        async for piece in reads(source):
+            yield piece
+
+    async with mkv.Client(store.url) as client:
+        with pytest.raises(LookupError, match="mine"):
+            await client.put("fails", failing())
+        with pytest.raises(FileNotFoundError):
+            await client.put("fails", tmp_path / "none")
+        for act, kind in ((cut_short, OSError), (changed, mkv.WrongDigest)):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(kind):
+                patch.setattr(mkv.FileSource, "pieces", act)
+                await client.put("fails", path)
+            path.write_bytes(bytes(mkv.FILE_BYTES + 1))
+        with pytest.raises(mkv.NotFound):
+            await client.head("fails")
+
+
+# -- what fails --
+
+
+class Watching(mkv.Client):
+    """Notes where it sends what."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.sent: list[tuple[str, str, Mapping[str, str]]] = []
+
+    @contextlib.asynccontextmanager
+    async def send(
+        self, method: str, url: str, headers: Mapping[str, str], **options: Any
+    ) -> AsyncIterator[Any]:
+        self.sent.append((method, url, headers))
+        async with super().send(method, url, headers, **options) as response:
+            yield response
+
+    def reads(self) -> list[tuple[str, str]]:
+        """Return (URL, Range) of what was asked of volumes."""
+        return [(u, h.get("Range", "")) for _, u, h in self.sent if not u.startswith(self.url)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_client_goes_on_by_range_when_a_volume_dies(
+    start: Callable[..., Program], volumes3: list[Nginx], tmp_path: Path, number: int
+) -> None:
+    """Each blob survives its first volume's end in the middle of it, whichever way it is read."""
+    server = start(*flags_of(volumes3), "--volume-timeout", "1")
+    data = os.urandom(30_000_000)
+    async with Watching(server.url, timeout_s=2.0) as client:
+        await client.put("k", data)
+        blob = await client.head("k")
+        for way in ("stream", "get_to"):
+            client.sent.clear()
+            killed = list[Nginx]()
+
+            def kill(killed: list[Nginx] = killed) -> None:
+                if not killed:
+                    url = client.reads()[0][0]
+                    killed += [one for one in volumes3 if url.startswith(one.url)]
+                    killed[0].signal(number)
+
+            if way == "stream":
+                got = bytearray()
+                async for piece in client.stream("k"):
+                    got += piece
+                    kill()
+                assert got == data
+            else:
+                assert (
+                    await client.get_to("k", tmp_path / "f", hear=lambda n: n and kill()) == blob
+                )
+                assert (tmp_path / "f").read_bytes() == data
+            first, *_, last = client.reads()
+            assert first[1] == "" and re.fullmatch("bytes=[1-9][0-9]*-", last[1])
+            assert urlsplit(first[0]).port != urlsplit(last[0]).port
+            if number == signal.SIGSTOP:
+                killed[0].signal(signal.SIGCONT)
+            else:
+                killed[0].begin()
+            eventually(lambda: states_of(server) == {"up"})
+
+
+async def test_client_asks_again_when_the_volume_of_a_redirect_is_dead(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    server = start(*flags_of(volumes3), "--replicas", "3")
+    async with Watching(server.url) as client:
+        await asyncio.gather(*(client.put(f"k{i}", b"%d" % i) for i in range(30)))
+        volumes3[0].signal(signal.SIGKILL)
+        for i in range(30):
+            assert await client.get(f"k{i}") == b"%d" % i
+        assert any(url.startswith(volumes3[0].url) for url, _ in client.reads())
+
+
+async def test_client_says_that_a_key_has_changed_while_it_was_streamed(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    server = start(*flags_of(volumes3), "--replicas", "3", "--garbage-delay", "0")
+    for act in ("put", "delete"):
+        async with Watching(server.url) as client:
+            await client.put("k", bytes(30_000_000))
+            with pytest.raises(mkv.Changed):
+                async for _ in client.stream("k"):
+                    if len(client.reads()) == 1 and act:
+                        await (client.put("k", b"new") if act == "put" else client.delete("k"))
+                        act = ""
+                        url = client.reads()[0][0]
+                        (volume,) = [one for one in volumes3 if url.startswith(one.url)]
+                        volume.signal(signal.SIGKILL)
+                        volume.begin()
+        eventually(lambda: states_of(server) == {"up"})
+
+
+@pytest.mark.parametrize("cluster", ["nginx"], indirect=True)
+def test_client_reads_another_replica_if_one_is_bad(cluster: Cluster, tmp_path: Path) -> None:
+    data = os.urandom(LARGE)
+    cluster.put({"k": data})
+    files = [cluster.replica("k", number) for number in (0, 1)]
+
+    async def read(url: str) -> set[str]:
+        kinds = set[str]()
+        async with mkv.Client(url) as client:
+            for _ in range(10):
+                assert await client.get("k") == data
+                await client.get_to("k", tmp_path / "f")
+                assert (tmp_path / "f").read_bytes() == data
+                try:
+                    assert b"".join([piece async for piece in client.stream("k")]) == data
+                    kinds.add("good")
+                except mkv.Corrupt:  # what was yielded cannot be taken back
+                    kinds.add("bad")
+        return kinds
+
+    async def read_none(url: str) -> None:
+        async with mkv.Client(url) as client:
+            for request in (client.get("k"), client.get_to("k", tmp_path / "g")):
+                with pytest.raises(mkv.Corrupt):
+                    await request
+        assert not (tmp_path / "g").exists()
+
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        flip_bit(files[0])
+        assert asyncio.run(read(url)) == {"good", "bad"}
+        flip_bit(files[1])
+        asyncio.run(read_none(url))
+
+
+async def test_client_waits_for_volumes_within_its_patience(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    server = start(*flags_of(volumes3))
+    for volume in volumes3:
+        volume.signal(signal.SIGKILL)
+    eventually(lambda: states_of(server) == {"down"})
+    async with mkv.Client(server.url, patience_s=0.0) as client:
+        with pytest.raises(mkv.Unavailable, match="too few volumes"):
+            await client.put("k", b"x")
+    async with mkv.Client(server.url) as client:
+        puts = [
+            client.put(f"k{i}", data) for i, data in enumerate((b"x", bytes(LARGE), flow(b"x")))
+        ]
+        waiting = asyncio.gather(*puts)
+        await until(lambda: server.log().count("status=503") >= 4)
+        for volume in volumes3:
+            volume.begin()
+        assert [stored.is_new for stored in await waiting] == [True] * 3
+
+
+async def test_client_outlives_a_restart_of_the_server(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    flags = ("--data", str(tmp_path / "data"))
+    first = start(*flags)
+    async with mkv.Client(first.url) as client:
+        await client.put("k", b"x")
+        first.stop(signal.SIGKILL)
+        reading = asyncio.create_task(client.get("k"))
+        writing = asyncio.create_task(client.put("l", b"y", if_none_match="*"))
+        await asyncio.sleep(0)
+        again = await asyncio.to_thread(start, *flags, "--port", str(first.port))
+        assert await reading == b"x" and await writing and again.url == first.url
+
+
+async def test_write_without_an_answer_is_sent_again_only_if_that_does_no_harm() -> None:
+    async with Script(None, STORED) as script, mkv.Client(script.url) as client:
+        assert await client.put("k", b"x") == (DIGEST_OF_X, True)
+        assert script.count(b"PUT") == 2
+    for headers in ({"if_none_match": "*"}, {"if_match": '"a"'}):
+        async with Script(None, STORED) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Unanswered):
+                await client.put("k", b"x", **headers)
+            assert script.count(b"PUT") == 1
+    async with Script(None, STORED) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unanswered):
+            await client.put("k", flow(b"x"))  # which comes once
+        assert script.count(b"PUT") == 1
+
+
+async def test_write_whose_body_was_not_asked_for_was_not_carried_out() -> None:
+    for data in (b"x", flow(b"x")):
+        async with Script(b"", STORED) as script, mkv.Client(script.url) as client:
+            assert await client.put("k", data, if_none_match="*") == (DIGEST_OF_X, True)
+            assert script.count(b"PUT") == 2
+
+
+async def test_what_was_not_answered_once_stays_in_doubt() -> None:
+    """Whatever is said of later attempts: the first may have been carried out."""
+    for last in (problem(503), problem(507), problem(412)):
+        async with (
+            Script(None, last, last, last) as script,
+            mkv.Client(script.url, patience_s=0.3) as client,
+        ):
+            with pytest.raises(mkv.Unanswered):
+                await client.put("k", b"x")
+    async with Script(problem(507)) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Full, match="why"):
+            await client.put("k", b"x")
+
+
+async def test_delete_goes_on_until_it_is_certain() -> None:
+    for answers in ([GONE], [None, problem(404)], [problem(504), problem(504), problem(404)]):
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            await client.delete("k")
+            assert script.count(b"DELETE") == len(answers)
+    async with Script(problem(404)) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.NotFound):
+            await client.delete("k")
+    async with Script(None, GONE) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unanswered):
+            await client.delete("k", if_match='"a"')
+        assert script.count(b"DELETE") == 1
+    async with (
+        Script(problem(504), problem(504)) as script,
+        mkv.Client(script.url, patience_s=0.0) as client,
+    ):
+        with pytest.raises(mkv.Unfinished):
+            await client.delete("k")
+
+
+async def test_client_waits_as_long_as_it_is_told() -> None:
+    slept = list[float]()
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        await real(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkv.asyncio, "sleep", sleep)
+        answers = [problem(503, "7"), problem(429, "1"), problem(503, "none"), problem(404)]
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.NotFound):
+                await client.status()
+    assert slept[:2] == [7.0, 1.0] and 0 < slept[2] < 1 and len(slept) == 3
+    async with Script(problem(503, "31")) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unavailable):  # that is beyond its patience
+            await client.status()
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+async def test_what_a_proxy_says_is_no_answer_to_a_write(status: int) -> None:
+    page = (
+        f"HTTP/1.1 {status} No\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nno".encode()
+    )
+    async with Script(page, STORED) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unanswered):
+            await client.put("k", b"x", if_none_match="*")
+    async with Script(page, STORED) as script, mkv.Client(script.url) as client:
+        assert await client.put("k", b"x") == (DIGEST_OF_X, True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        whole(b"null"),
+        whole(b"[]"),
+        whole(b'{"keys": [], "prefixes": [], "next": ""}'),
+        whole(b'{"keys": [], "prefixes": [], "next": 0}'),
+        whole(b'{"keys": [7], "prefixes": [], "next": null}'),
+        whole(b"\xff"),
+        whole(b"[" * 100_000),
+        b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + b"8000\r\n%b\r\n" % bytes(32768) * 300,
+    ],
+)
+async def test_answer_of_no_mkv_is_strange(answer: bytes) -> None:
+    async with Script(answer, answer) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Strange):
+            await anext(client.list("p"))
+
+
+async def test_no_volume_sees_the_token() -> None:
+    found = 'HTTP/1.1 {}\r\nETag: "%s"\r\nContent-Length: {}\r\n{}\r\n' % DIGEST_OF_X  # noqa: UP031
+    async with Script(found.format("200 OK", 1, "").encode() + b"x") as volume:
+        redirect = found.format("302 Found", 0, f"Location: {volume.url}/blob?md5=a\r\n").encode()
+        async with Script(redirect) as script, mkv.Client(script.url, token="hush") as client:
+            assert await client.get("k") == b"x"
+            assert b"Authorization: Bearer hush\r\n" in script.heads[0]
+            assert b"hush" not in volume.heads[0]
+            assert b"GET /blob?md5=a HTTP/1.1" in volume.heads[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body"),
+    [
+        ("200 OK", "Content-Length: 5", b"01234"),
+        ("206 Partial Content", "Content-Length: 5\r\nContent-Range: bytes 0-4/10", b"01234"),
+        ("206 Partial Content", "Content-Length: 4\r\nContent-Range: bytes 5-9/10", b"5678"),
+        ("206 Partial Content", "Content-Length: 5", b"56789"),
+        ("416 No", "Content-Length: 0\r\nContent-Range: bytes */10", b""),
+        ("404 No", "Content-Length: 0", b""),
+        ("403 No", "Content-Length: 0", b""),
+        ("200 OK", "Transfer-Encoding: chunked", b"5\r\n56789\r\n0\r\n\r\n"),
+    ],
+)
+async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
+    status: str, headers: str, body: bytes
+) -> None:
+    good = b"HTTP/1.1 206 P\r\nContent-Length: 5\r\nContent-Range: bytes 5-9/10\r\n\r\n56789"
+    bad = f"HTTP/1.1 {status}\r\n{headers}\r\n\r\n".encode() + body
+    async with Script(bad, good) as volume:
+        redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
+        redirect += f"Location: {volume.url}/b\r\n\r\n"
+        async with Script(*[redirect.encode()] * 2) as script, mkv.Client(script.url) as client:
+            got = b"".join([piece async for piece in client.stream("k", 5)])
+            assert got == b"56789" and len(volume.heads) == 2
+
+
+async def test_server_that_hangs_is_given_up(start: Callable[..., Program]) -> None:
+    server = start()
+    async with mkv.Client(server.url, timeout_s=0.5, patience_s=0.1) as client:
+        await client.put("k", b"x")
+        server.process.send_signal(signal.SIGSTOP)
+        for request, kind in (
+            (client.get("k"), mkv.Unreachable),
+            (client.put("k", bytes(LARGE)), mkv.Unreachable),  # it was not asked for the body
+            (client.delete("k"), mkv.Unanswered),
+        ):
+            with pytest.raises(kind):
+                await request
+        server.process.send_signal(signal.SIGCONT)
+
+
+async def test_server_that_takes_no_more_of_a_body_is_given_up() -> None:
+    async def take_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(mkv.CONTINUE)
+        await gone.wait()
+        writer.transport.abort()
+
+    gone = asyncio.Event()
+    server = await asyncio.start_server(take_nothing, "127.0.0.1", 0, limit=1)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with mkv.Client(url, timeout_s=0.5, patience_s=0.1) as client:
+        with pytest.raises(mkv.Unanswered, match="no progress"):
+            await client.put("k", bytes(50_000_000))
+    gone.set()
+    server.close()
+
+
+async def test_slow_source_is_nobodys_fault(store: Program) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"a"
+        await asyncio.sleep(0.6)
+        yield b"b"
+
+    async with mkv.Client(store.url, timeout_s=0.3, patience_s=0.0) as client:
+        await client.put("slow", slow())
+        assert await client.get("slow") == b"ab"
+
+
+@pytest.fixture
+def cabled(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> Iterator[tuple[Program, list[Cable]]]:
+    """A server whose clients, and they alone, reach the volumes by cables."""
+    cables = [Cable(volume.port) for volume in volumes3]
+    toml = "".join(
+        f'[[volume]]\nname = "n{i}"\nurl = "{volume.url}"\npublic_url = "{cable.url}"\n'
+        for i, (volume, cable) in enumerate(zip(volumes3, cables, strict=True))
+    )
+    yield start("--replicas", "3", config=toml), cables
+    for cable in cables:
+        cable.close()
+
+
+async def test_client_keeps_one_connection_a_volume(cabled: tuple[Program, list[Cable]]) -> None:
+    server, cables = cabled
+    async with mkv.Client(server.url) as client:
+        for i in range(60):
+            await client.put(f"k{i}", b"%d" % i)
+            assert await client.get(f"k{i}") == b"%d" % i
+        assert [cable.accepted for cable in cables] == [1, 1, 1]
+        assert connections_held(server.port) == 1
+        await asyncio.gather(*(client.get("k1") for _ in range(20)))  # as many as are needed
+
+
+async def test_client_goes_on_when_connections_are_cut(
+    cabled: tuple[Program, list[Cable]], tmp_path: Path
+) -> None:
+    server, cables = cabled
+    data = os.urandom(20_000_000)
+    async with Watching(server.url) as client:
+        await client.put("k", data)
+        got = bytearray()
+        async for piece in client.stream("k", 1000):
+            if len(got) // 4_000_000 != (len(got) + len(piece)) // 4_000_000:
+                for cable in cables:
+                    cable.cut()
+            got += piece
+        assert got == data[1000:] and len(client.reads()) >= 4
+
+
+# -- downloads into a file --
+
+
+async def test_download_that_was_cut_off_goes_on_where_it_was(
+    cabled: tuple[Program, list[Cable]], tmp_path: Path
+) -> None:
+    server, _ = cabled
+    data, target, heard = os.urandom(30_000_000), tmp_path / "file", list[int]()
+    target.write_bytes(b"old")
+
+    def hear(count: int) -> None:
+        heard.append(count)
+        if sum(heard) > 10_000_000:
+            raise InterruptedError
+
+    async with mkv.Client(server.url) as client:
+        await client.put("k", data)
+        with pytest.raises(InterruptedError):
+            await client.get_to("k", target, hear=hear)
+        assert target.read_bytes() == b"old"
+        (part,) = tmp_path.glob(".mkv-*.part")
+        size = part.stat().st_size
+        assert 8_000_000 < size < 12_000_000
+        passed = list[int]()
+        await client.get_to("k", target, hear=passed.append)
+        assert passed[0] == size and sum(passed) == len(data) and target.read_bytes() == data
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
+
+
+async def test_part_of_another_version_is_not_gone_on_with(store: Program, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+
+    def stop(_: int) -> None:
+        raise InterruptedError
+
+    async with mkv.Client(store.url) as client:
+        for data in (os.urandom(3_000_000), os.urandom(3_000_000)):
+            await client.put("versions", data)
+            with pytest.raises(InterruptedError):
+                await client.get_to("versions", target, hear=stop)
+        assert len(list(tmp_path.glob(".mkv-*.part"))) == 2
+        await client.get_to("versions", target)
+        assert target.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "too long", "whole but wrong"])
+async def test_part_that_is_wrong_is_begun_anew(
+    store: Program, tmp_path: Path, damage: str
+) -> None:
+    data, target, heard = os.urandom(3_000_000), tmp_path / "file", list[int]()
+    async with mkv.Client(store.url) as client:
+        await client.put("damaged", data)
+        blob = await client.head("damaged")
+        part = mkv.PartFile(target, blob)._path
+        match damage:
+            case "flipped":
+                part.write_bytes(b"?" + data[1:2_000_000])
+            case "too long":
+                part.write_bytes(data + b"x")
+            case "whole but wrong":
+                part.write_bytes(bytes(len(data)))
+        await client.get_to("damaged", target, hear=heard.append)
+        assert target.read_bytes() == data and sum(heard) == len(data)
+        assert list(tmp_path.iterdir()) == [target]
+
+
+async def test_one_download_into_a_file_at_a_time(store: Program, tmp_path: Path) -> None:
+    data, target = os.urandom(3_000_000), tmp_path / "file"
+    async with mkv.Client(store.url) as client:
+        await client.put("twice", data)
+        part = mkv.PartFile(target, await client.head("twice"))
+        part.open()
+        with pytest.raises(mkv.Unavailable, match="is under way"):
+            await client.get_to("twice", target)
+        part.close()
+        await client.get_to("twice", target)
+        assert target.read_bytes() == data
+
+
+def test_killed_download_leaves_the_old_file_and_goes_on(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    server = start()
+    data, target = os.urandom(200_000_000), tmp_path / "file"
+    target.write_bytes(b"old")
+
+    async def put() -> None:
+        async with mkv.Client(server.url) as client:
+            await client.put("k", data)
+
+    asyncio.run(put())
+    program = f"""
+import asyncio, re, mkv
+async def main():
+    async with mkv.Client({server.url!r}) as client:
+        await client.get_to("k", {str(target)!r})
+    print(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1])
+asyncio.run(main())
+"""
+    line = [sys.executable, "-c", program]
+    process = subprocess.Popen(line, cwd=HERE)
+    eventually(
+        lambda: any(part.stat().st_size > 10_000_000 for part in tmp_path.glob(".mkv-*.part"))
+    )
+    process.kill()
+    process.wait()
+    (part,) = tmp_path.glob(".mkv-*.part")
+    assert target.read_bytes() == b"old" and part.stat().st_size < len(data)
+    peak_kb = int(subprocess.run(line, cwd=HERE, check=True, capture_output=True).stdout)
+    assert target.read_bytes() == data and not part.exists()
+    assert peak_kb < 120_000
+
+
+def test_readmes_client_works(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    readme = (HERE / "README.md").read_text()
+    (program,) = re.findall(r"^```python\n([^`]*mkv\.Client[^`]*)^```$", readme, re.MULTILINE)
+    (tmp_path / "photo.png").write_bytes(b"a photo")
+    assert program.count("http://127.0.0.1:3000") == 1
+    ended = subprocess.run(
+        [sys.executable, "-c", program.replace("http://127.0.0.1:3000", server.url)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "photos/cat.png 7 image/png" in ended.stdout
+    assert (tmp_path / "copy.png").read_bytes() == b"a photo"
 
 
 # == Embedding, packaging, documentation ==========================================================
@@ -5871,6 +7106,47 @@ def test_readme_names_what_the_code_has() -> None:
     assert statuses <= named
 
 
+def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
+    """Its very words, with other ports; the index is not that of the first trial."""
+    require_nginx()
+    readme = (HERE / "README.md").read_text()
+    by_hand = readme[readme.index("### By hand") : readme.index("### systemd")]
+    (script,) = re.findall(r"^```sh\n(.*?)^```$", by_hand, re.MULTILINE | re.DOTALL)
+    (stop,) = re.findall(r"`(kill [^`]+)`", by_hand)
+    ports = [str(free_port()) for _ in range(3)]
+    for n, port in enumerate(ports, 1):
+        script = script.replace(
+            f"--volume http://127.0.0.1:300{n}", f"--volume http://127.0.0.1:{port}"
+        )
+    script = script.replace("300$n", f"$(echo {' '.join(ports)} | cut -d' ' -f$n)")
+    script = re.sub(r"^apt-get .*\n", "", script, flags=re.MULTILINE)
+    script = script.replace(".venv/bin/python mkv.py serve", f"exec {' '.join(SERVE)} --port 0")
+    shutil.copy(HERE / "nginx.conf", tmp_path)
+    pids = list[int]()
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-ec", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=log
+        )
+    assert process.stdout
+    try:
+        url = process.stdout.readline().decode().split()[4]
+        eventually(lambda: len(list(tmp_path.glob("by-hand/vol*/.nginx.pid"))) == 3)
+        pids = [int(file.read_text()) for file in tmp_path.glob("by-hand/vol*/.nginx.pid")]
+        eventually(lambda: try_ask(url + "/k", "PUT", b"x") == 201)
+        assert (tmp_path / "by-hand" / "index.db").exists() and not (
+            tmp_path / "mkv-data"
+        ).exists()
+        subprocess.run(["bash", "-ec", stop], cwd=tmp_path, check=True)
+        eventually(lambda: not any(Path(f"/proc/{pid}/cwd").exists() for pid in pids))
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
     # The first that knows dockerfile_inline.
@@ -5960,18 +7236,17 @@ async def test_embedded_volume_syncs_the_file_and_each_new_folder_before_it_answ
     monkeypatch.setattr(os, "fsync", note)
     path = mkv.blob_path("k", "0" * 20, "")
     listener = mkv.listen("127.0.0.1", 0)
-    stop = await mkv.serve_volume(tmp_path / "v", listener, mkv.Config())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}{path}"
-    try:
-        async with ClientSession() as session:
-            for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
-                async with session.put(url, data=b"x") as answer:
-                    assert answer.status == status
-                temporary, *rest = synced
-                assert temporary.startswith(".tmp/") and rest == folders
-                synced.clear()
-    finally:
-        await stop()
+    async with (
+        mkv.serve_volumes({tmp_path / "v": listener}, mkv.Config(), 10),
+        ClientSession() as session,
+    ):
+        for status, folders in ((201, [path[1:6], path[1:3], "."]), (204, [path[1:6]])):
+            async with session.put(url, data=b"x") as answer:
+                assert answer.status == status
+            temporary, *rest = synced
+            assert temporary.startswith(".tmp/") and rest == folders
+            synced.clear()
 
 
 # == Fit for production: access, metrics, logs, reload, limits, shutdown ==========================
@@ -6116,7 +7391,7 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
     assert ask(link, Range="bytes=1-2")[::2] == (206, b"lp")
     assert ask(link, "HEAD")[0] == 200
     path, _, query = link.partition("?")
-    expires = int(query.rpartition("=")[2])
+    expires = int(dict(parse_qsl(query))["expires"])
     for bad in (
         path,  # no signature
         link.replace("md5=", "md5=A"),
@@ -6130,6 +7405,16 @@ def test_signed_link_opens_one_blob(private: Program) -> None:
         assert ask(url)[0] == 403, bad
     expired = mkv.sign_link(urlsplit(path).path, LINK_SECRET, int(time.time()) - 5)
     assert ask(path + expired)[0] == 410
+
+
+@given(st.floats(0, 2**32), st.floats(0, 1), st.floats(1, 1e6))
+def test_link_stays_the_same_for_half_its_time(now_s: float, part: float, ttl_s: float) -> None:
+    """So that a cache knows it again; and is never good for longer than link_ttl says."""
+    expires_s = mkv.link_expiry(now_s, ttl_s)
+    assert now_s + ttl_s / 2 - 2 <= expires_s <= now_s + ttl_s
+    began_s = expires_s - ttl_s  # the first moment at which it was made
+    later_s = began_s + 1 + part * max(0.0, ttl_s / 2 - 3)
+    assert ttl_s < 8 or mkv.link_expiry(later_s, ttl_s) == expires_s
 
 
 def test_volume_trusts_only_the_index_server(private: Program) -> None:
@@ -6231,6 +7516,21 @@ def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
 # -- logs --
 
 
+@pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2>&- <&-"])
+def test_log_that_cannot_be_written_stops_nothing(tmp_path: Path, log: str) -> None:
+    port = free_port()
+    command = f"exec {sys.executable} {HERE / 'mkv.py'} serve --port {port} --data d {log}"
+    process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: try_ask(f"http://127.0.0.1:{port}/k", "PUT", b"x") == 201)
+        assert try_ask(f"http://127.0.0.1:{port}/none") == 404
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "d" / "index.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_json_log_has_one_line_a_request(start: Callable[..., Program]) -> None:
     server = start("--log-format", "json")
     ask(server.url + "/a%0Ab%22", "PUT", b"12345", X_Request_ID="my-id.1")
@@ -6295,6 +7595,33 @@ def test_trace_that_is_none_goes_nowhere(
     puts = re.findall(r'trace=(\S+) "PUT', (folders[0] / ".access.log").read_text())
     assert Counter(puts) == {"-": 2 * len(bad), good: 2}
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
+
+
+@pytest.mark.parametrize("more", [{}, NOT_SIMPLE])
+def test_line_of_a_list_says_its_prefix(
+    start: Callable[..., Program], more: dict[str, str]
+) -> None:
+    server = start("--log-format", "json")
+    ask(server.url + "/?prefix=a%0A/&limit=1", X_Request_ID="lister", **more)
+    ask(server.url + "/", X_Request_ID="other", **more)
+    eventually(lambda: "lister" in server.log() and "other" in server.log())
+    lines = {line.get("id"): line for line in map(json.loads, server.log().splitlines())}
+    assert lines["lister"]["key"] == "/" and lines["lister"]["prefix"] == "a\n/"
+    assert "prefix" not in lines["other"]
+
+
+@pytest.mark.parametrize("more", [{}, NOT_SIMPLE])
+def test_health_checks_are_logged_only_if_they_fail(
+    start: Callable[..., Program], volumes3: list[Nginx], more: dict[str, str]
+) -> None:
+    server = start(*flags_of(volumes3))
+    for path in ("livez", "readyz", "status"):
+        assert ask(f"{server.url}/-/{path}", X_Request_ID=f"well-{path}", **more)[0] == 200
+    for volume in volumes3:
+        volume.signal(signal.SIGKILL)
+    eventually(lambda: ask(server.url + "/-/readyz", X_Request_ID="ill", **more)[0] == 503)
+    eventually(lambda: "id=ill" in server.log())
+    assert re.findall(r"id=(well-\w+)", server.log()) == ["well-status"]
 
 
 @given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"") + b"\n")))
@@ -6977,7 +8304,8 @@ class Cluster:
     def tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
         """Run a tool in this process; return exit code, summary and standard error."""
         out, err = io.StringIO(), io.StringIO()
-        line = [command, "--config", str(self.file), "--json", *map(str, arguments)]
+        config = ["--config", str(self.file)] if command in mkv_tools.SETTINGS else []
+        line = [command, *config, "--json", *map(str, arguments)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = mkv_tools.main(line)
         return code, json.loads(out.getvalue() or "{}"), err.getvalue()
@@ -6987,8 +8315,7 @@ class Cluster:
             sys.executable,
             HERE / "mkv_tools.py",
             command,
-            "--config",
-            self.file,
+            *(["--config", self.file] if command in mkv_tools.SETTINGS else []),
             "--json",
             *map(str, arguments),
         ]
@@ -9697,17 +11024,31 @@ def test_status_shows_the_same_from_server_and_index(cluster: Cluster) -> None:
     assert all(abs(v["ideal"] - 1 / 3) < 0.05 for v in facts["volumes"])
 
 
+@on_nginx
+def test_status_names_volumes_that_are_not_configured(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    assert cluster.tool("status")[0] == 0
+    cluster.configure("volume1", "volume2", replicas=2)
+    assert mkv_tools.main(["status", "--config", str(cluster.file)]) == 1
+    assert re.search(r"^volume3 +unknown +20 +20 B", capsys.readouterr().out, re.MULTILINE)
+    with cluster.serve() as (port, _):
+        code, facts, _ = cluster.tool("status", f"http://127.0.0.1:{port}")
+    assert code == 1 and facts["unconfigured"] == [{"name": "volume3", "blobs": 20, "bytes": 20}]
+
+
 def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
     with cluster.serve() as (port, _):
         code, facts, err = cluster.tool(
             "bench", f"http://127.0.0.1:{port}", "--count", 60, "--size", 3000
         )
         assert code == 0, (facts, err)
-        for method in ("PUT", "GET", "HEAD", "DELETE"):
-            assert facts[method]["requests"] == 60 and facts[method]["errors"] == 0
-            assert (
-                0 < facts[method]["p50_ms"] <= facts[method]["p99_ms"] <= facts[method]["p99.9_ms"]
-            )
+        for phase in ("PUT", "GET", "READ", "HEAD", "DELETE"):
+            assert facts[phase]["requests"] == 60 and facts[phase]["errors"] == 0
+            assert 0 < facts[phase]["p50_ms"] <= facts[phase]["p99_ms"]
+            assert 0 < facts[phase]["busy"] <= 1.1
         assert (
             cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
             == 0
@@ -9737,7 +11078,53 @@ def test_status_and_bench_take_their_secret_from_file_or_environment(
 @on_nginx
 def test_bench_says_what_went_wrong(cluster: Cluster) -> None:
     code, facts, _ = cluster.tool("bench", f"http://127.0.0.1:{free_port()}", "--count", 3)
-    assert code == 1 and facts["PUT"]["errors"] == 3
+    assert code == 1 and facts["PUT"]["errors"] == 3 and facts["PUT"]["a_second"] == 0
+    assert "GET" not in facts  # it is dead
+
+
+def test_bench_stops_at_a_server_that_is_dead() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    client = mkv_tools.BenchPlan(f"{url}/p/", "", 5, 2, 10**9, 0.0)
+    phases = list[mkv_tools.BenchPhase]()
+
+    class Orders:
+        send = phases.append
+
+    part = mkv_tools.BenchPart(client, Orders())  # type: ignore[arg-type]
+    asyncio.run(part._run("PUT"))
+    assert phases[0].errors.total() == phases[0].done <= mkv_tools.GIVE_UP_AFTER + 2
+
+
+@on_nginx
+def test_bench_of_several_processes_compares_what_it_reads(cluster: Cluster) -> None:
+    with cluster.serve() as (port, _):
+        clients = ("--concurrency", 6, "--processes", 3, "--duration", 0.5, "--size", 100)
+        code, facts, err = cluster.tool("bench", f"http://127.0.0.1:{port}", *clients)
+        assert code == 0 and facts["processes"] == 3, err
+        assert facts["READ"]["requests"] > 3 and facts["READ"]["mb_a_second"] > 0
+        assert cluster.tool("status", f"http://127.0.0.1:{port}")[1]["keys"] == 0
+
+
+def test_bench_tells_wrong_bytes_and_who_was_the_limit() -> None:
+    wrong = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+
+    async def compare(url: str) -> str:
+        client = mkv_tools.BenchClient(mkv_tools.BenchPlan(f"{url}/p/", "", 3, 1, 1, 0.0))
+        try:
+            return await client._read(f"{url}/blob".encode(), 0)
+        finally:
+            client.close()
+
+    def serve(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(wrong)
+
+    with fake_volume(serve) as url:
+        assert asyncio.run(compare(url)) == "wrong bytes"
+    phase = mkv_tools.BenchPhase(done=9, seconds=1.0, busy_s=1.9)
+    lines = mkv_tools.describe_bench({"GET": phase.facts(0, 2)}, 2)
+    assert "GET: the 2 process(es) of this bench were the limit" in lines[-1]
+    assert len(mkv_tools.describe_bench({"GET": phase.facts(0, 4)}, 4)) == 2
 
 
 @on_nginx
@@ -10024,8 +11411,58 @@ def test_report_for_people_is_short(cluster: Cluster, capsys: pytest.CaptureFixt
         cluster.replica(f"k{i}").unlink()
     assert mkv_tools.main(["verify", "--config", str(cluster.file)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "30 x missing" and "and 20 more" in lines[11] and "30 left" in lines[-1]
+    assert lines[0] == "30 x missing" and "and 20 more" in lines[11]
+    assert lines[-1] == "30 keys, 60 replicas of 60 B: 30 faults"
     assert len(cluster.tool("verify")[1]["cases"]) == 30
+
+
+def test_verify_says_what_it_covered_and_that_nothing_is_wrong(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.put({f"k{i}": bytes(100) for i in range(10)} | {"large": bytes(LARGE)})
+    size = 2 * (1000 + LARGE)
+    extent = f"11 keys, 22 replicas of {mkv_tools.show_bytes(size)}"
+    line = ["verify", "--config", str(cluster.file)]
+    assert mkv_tools.main(line) == 0
+    assert capsys.readouterr().out == f"{extent}: no faults\n"
+    code, facts, _ = cluster.tool("verify", "--deep")
+    assert (code, facts["bytes"], facts["bytes_read"]) == (0, size, size)
+    cluster.replica("large").unlink()
+    assert mkv_tools.main([*line, "--repair"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"{extent}, .* read: 1 faults repaired, 0 left", said)
+
+
+@on_nginx
+def test_dry_run_says_no_speed(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(50)})
+    cluster.start("volume4")
+    cluster.configure("volume1", "volume2", "volume3", "volume4", replicas=2)
+    line = ["rebalance", "--config", str(cluster.file)]
+    for more, says_speed in ((["--dry-run"], False), ([], True)):
+        assert mkv_tools.main([*line, *more]) == 0
+        assert ("a second" in capsys.readouterr().out) == says_speed
+
+
+def flags_in_help(*command: str) -> set[str]:
+    line = [sys.executable, HERE / command[0], *command[1:], "--help"]
+    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)) - {"--json", "--help"}
+
+
+def test_help_lists_only_flags_that_do_something_there() -> None:
+    volumes = {"--config", "--db", "--data", "--volume", "--replicas", "--volume-timeout"}
+    for command, flags in {
+        "rebuild": volumes | {"--allow-missing"},
+        "rebalance": volumes | {"--dry-run", "--concurrency", "--limit-rate"},
+        "verify": volumes | {"--deep", "--repair", "--grace", "--limit-rate"},
+        "status": volumes | {"--token-file"},
+        "bench": {"--size", "--concurrency", "--count", "--duration", "--token-file"},
+        "backup": {"--config", "--db", "--data"},
+        "forget": volumes - {"--volume-timeout"},
+        "token": {"--allow", "--prefix"},
+    }.items():
+        assert flags_in_help("mkv_tools.py", command) == flags, command
 
 
 def test_progress_is_plain_lines_off_a_terminal(
@@ -11186,6 +12623,7 @@ class Cable:
         self._ends = set[socket.socket]()
         self._volumes = set[socket.socket]()
         self._losing = set[socket.socket]()
+        self.accepted = 0  # connections so far
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -11194,6 +12632,7 @@ class Cable:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
+                self.accepted += 1
                 threading.Thread(target=self._join, args=(near,), daemon=True).start()
 
     def _join(self, near: socket.socket) -> None:
