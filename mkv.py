@@ -2793,23 +2793,16 @@ class PostgresSession(Session):
         self._seen = self._turn
 
     def roll_back(self) -> None:
+        """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
         self._queue.clear()
-        psycopg = self._engine.psycopg
-        with contextlib.suppress(psycopg.Error):
-            self._pipeline.sync()  # with what is left of the answers
-        try:
-            self._send("ROLLBACK")
-            self._pipeline.sync()
-        except psycopg.Error:
-            self.close()
+        self.close()
 
     def read_seq(self, owner: int) -> int | None:
         self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        try:
-            self._send(TAKE_TURN)
-            rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
-        finally:
-            self.roll_back()
+        self._send(TAKE_TURN)
+        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
+        self._send("COMMIT")
+        self._pipeline.sync()
         return rows[0][0] if rows else None
 
     @contextlib.contextmanager
@@ -3934,6 +3927,9 @@ class Index:
         self.engine.enter()
         self._has_entered = True
         await self.prepare()
+        query = "SELECT 1 FROM owner WHERE role = 'rebuilder' AND until > ?1"
+        if await self._read(lambda session: session.select(query, (session.read_clock(),))):
+            raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"])
 
     async def prepare(self) -> None:
         try:

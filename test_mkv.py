@@ -2180,7 +2180,7 @@ async def test_page_of_a_list_is_bounded_in_bytes(
     while start is not None:
         text = await index.list_page(mkv.ListQuery(start=start, delimiter=delimiter, limit=10000))
         page = json.loads(text)
-        assert text == json.dumps(page).encode() and len(text) <= mkv.LIST_BYTES
+        assert text == json.dumps(page).encode() + b"\n" and len(text) <= mkv.LIST_BYTES
         assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
         found, start = (
             [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]],
@@ -8229,6 +8229,8 @@ class Cluster:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.data, self.kind, self.secret = folder / "data", kind, ""
+        self.schema = ""  # of an index in PostgreSQL
+        self.postgres: Any = None
         self.file, self.db = folder / "mkv.toml", folder / "index.db"
         self.volumes: dict[str, Nginx] = {}
         self.ports: dict[str, int] = {}
@@ -11479,6 +11481,158 @@ def test_progress_is_plain_lines_off_a_terminal(
 
     asyncio.run(work())
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
+
+
+# == Tools: an index in PostgreSQL ===============================================================
+
+
+@pytest.fixture
+def shared(tmp_path: Path, postgres: Postgres) -> Iterator[Cluster]:
+    """Three nginx volumes, and an index in a schema of its own."""
+    require_nginx()
+    made = Cluster(tmp_path, "nginx")
+    schema = f"t{random.getrandbits(40):x}"
+    made.db = postgres.url(schema)  # type: ignore[assignment]
+    made.schema = schema
+    made.postgres = postgres
+    made.start("volume1", "volume2", "volume3")
+    made.configure("volume1", "volume2", "volume3", replicas=2)
+    yield made
+    made.stop()
+    query = f"SELECT nspname FROM pg_namespace WHERE nspname LIKE '{schema}%'"
+    for (name,) in postgres.ask(query):
+        postgres.ask(f"DROP SCHEMA {name} CASCADE")
+
+
+def rows_of(cluster: Cluster) -> list[Any]:
+    return cluster.postgres.ask("SELECT * FROM record ORDER BY key", cluster.schema)
+
+
+def test_tools_work_on_an_index_in_postgresql(shared: Cluster, tmp_path: Path) -> None:
+    shared.put({f"k{i}": b"%d" % i * 500 for i in range(60)})
+    assert shared.tool("verify", "--deep")[1]["left"] == 0
+    shared.configure("volume1", "volume2", "volume3", replicas=3)
+    assert shared.tool("rebalance")[1]["moved"] == 60
+    first = shared.use(lambda store: store.index.get("k1"))
+    (shared.data / "volume1" / first.path[1:]).write_bytes(b"rotten")
+    assert shared.tool("verify", "--deep", "--repair")[1]["repaired"] == 1
+    assert shared.tool("status")[1]["keys"] == 60
+    code, _, said = shared.tool("backup", tmp_path / "copy")
+    assert code == 2 and "pg_dump" in said
+    code, _, said = shared.tool("forget", "nobody")
+    assert code == 2 and "knows no volume" in said
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_rebuild_in_postgresql_gives_the_same_rows(shared: Cluster, is_lost: bool) -> None:
+    """I6: in one transaction, and the old index is kept."""
+    shared.use(lambda store: random_operations(store, 3, 480))
+    before = rows_of(shared)
+    if is_lost:
+        shared.collect()
+        shared.postgres.ask(f"DROP SCHEMA {shared.schema} CASCADE")
+    code, facts, _ = shared.tool("rebuild")
+    assert (code, facts["keys"], facts["found"]) == (0, len(before), {})
+    assert rows_of(shared) == before
+    kept = facts["old_index"]
+    assert bool(kept) is not is_lost
+    if kept:
+        query = "SELECT count(*) FROM record"
+        assert shared.postgres.ask(query, kept) == [(len(before),)]
+        assert shared.postgres.ask("SELECT closed FROM meta", kept) == [(True,)]
+    assert shared.tool("verify", "--grace", 0)[1]["left"] == 0
+
+
+def test_rebuild_in_postgresql_keeps_servers_away_and_they_it(shared: Cluster) -> None:
+    shared.configure("volume1", "volume2", "volume3", replicas=2, lease=2.0)
+    with shared.serve() as (port, _):
+        assert ask(f"http://127.0.0.1:{port}/k", "PUT", b"x")[0] == 201
+        code, _, said = shared.tool("rebuild")
+        assert code == 1 and "in use by a server" in said
+        assert ask(f"http://127.0.0.1:{port}/k")[0] == 302
+
+    async def rebuild() -> None:
+        work = mkv.Replacement(shared.config.db)
+        await work.open()
+        store = Store(shared.config)
+        with pytest.raises(mkv.ConfigError, match="is being rebuilt"):
+            await store.start()
+        await store.close()
+        await work.close()
+
+    asyncio.run(rebuild())
+
+
+async def test_server_that_slept_through_a_rebuild_sees_it(shared: Cluster) -> None:
+    """It remembers what it has read, and claims: neither is so in the new index."""
+    await asyncio.to_thread(shared.put, {f"k{i}": b"x" for i in range(9)})
+    sleeper = mkv.Index(shared.config.db, role=mkv.SERVER)
+    await sleeper.open()
+    record = make_record("asleep")
+    await sleeper.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED), ["asleep"])
+    await sleeper.write(lambda tx: tx.insert(make_record("lost", 1, ("volume1",))), ["lost"])
+    await let_leases_end(sleeper)
+    rebuild = shared.spawn("rebuild")
+    said = await asyncio.to_thread(rebuild.communicate)
+    assert rebuild.returncode == 1 and b"lost key" in said[0], said
+    assert await sleeper.get("lost") is None
+    with pytest.raises(mkv.Lost):
+        commit = partial(mkv.commit_put, record=record, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
+        await sleeper.write(commit, ["asleep"])
+    assert await put(sleeper, make_record("new")) is True
+    await sleeper.close()
+    assert {row[0] for row in rows_of(shared)} == {"new", *(f"k{i}" for i in range(9))}
+
+
+async def test_rebuild_that_lost_its_lease_changes_nothing(shared: Cluster) -> None:
+    """Servers may have written meanwhile."""
+    before = mkv.Index(shared.config.db)
+    await before.open()
+    await put(before, make_record("k"))
+    await before.close()
+    work = mkv.Replacement(shared.config.db)
+    await work.open()
+    shared.postgres.ask("UPDATE owner SET until = 0", shared.schema)
+    other = mkv.Index(shared.config.db)
+    await other.open()
+    await other.renew()
+    with pytest.raises(mkv.IndexFailed, match="lease"):
+        await work.finish(0, 0)
+    await work.close()
+    assert await other.get("k") == make_record("k")
+    await other.close()
+
+
+@pytest.mark.parametrize("way", ["to postgres", "to sqlite"])
+def test_index_moves_from_one_engine_to_the_other(
+    shared: Cluster, tmp_path: Path, way: str
+) -> None:
+    ends = [str(tmp_path / "index.db"), str(shared.db)]
+    if way == "to sqlite":
+        ends.reverse()
+    shared.configure("volume1", "volume2", "volume3", db=ends[0])
+    shared.use(lambda store: random_operations(store, 4, 480))
+
+    async def take(store: Store) -> tuple[list[Record], dict[str, tuple[int, int]], set[Any]]:
+        records = [record async for page in store.index.read_records() for record in page]
+        pending = [row async for page in store.index.read_pending() for row in page]
+        return records, await store.index.totals(), {(row.volume, row.path) for row in pending}
+
+    before = shared.use(take)
+    assert before[0] and before[2]
+    code, facts, said = shared.tool("move-index", *ends)
+    assert (code, facts["keys"]) == (0, len(before[0])), said
+    shared.configure("volume1", "volume2", "volume3", db=ends[1])
+    after = shared.use(take)
+    assert after[0] == before[0] and after[2] == before[2]
+    filled = [
+        {name: two for name, two in one.items() if any(two)} for one in (before[1], after[1])
+    ]
+    assert filled[0] == filled[1]
+    code, _, said = shared.tool("move-index", *ends)
+    assert code == 2 and "not empty" in said
+    shared.collect()
+    assert shared.tool("verify", "--grace", 0)[1]["left"] == 0
 
 
 # == Linearizability ==============================================================================
