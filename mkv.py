@@ -27,7 +27,8 @@ not answer, or may not have carried out a late write.
     HEAD /key     200 from the index alone   304 404 412
     DELETE /key   204                        404 412 503 504
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
-    GET /-/livez /-/readyz /-/status /-/metrics          (everywhere, with tokens: 401 403)
+    GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
+                                             (everywhere, with tokens: 401 403)
 
 Invariants (the tests cite them):
 
@@ -247,7 +248,7 @@ POSTGRES = re.compile(r"postgres(ql)?://")
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
-OPERATIONS = ("read", "write", "delete", "list", "admin")
+OPERATIONS = ("read", "write", "create", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
 # What a reload cannot change.
 RESTART_ONLY = ("host", "port", "data", "db", "workers", "lease", "log_format")
@@ -632,7 +633,8 @@ def check_key(key: str) -> str:
         raise BadRequest(f"a key has 1 to {MAX_KEY_BYTES} bytes and no NUL; this one has {size}")
     if key.startswith("-/"):
         raise BadRequest(
-            "keys that begin with -/ are refused: /-/ has only livez, readyz, status and metrics"
+            "keys that begin with -/ are refused: /-/ is the page, and has livez, readyz, status "
+            "and metrics"
         )
     return key
 
@@ -1307,6 +1309,12 @@ def is_unconditional(conditions: Conditions) -> bool:
         and conditions.if_none_match is None
         and conditions.unmodified_since_s is None
     )
+
+
+def only_if_absent(conditions: Conditions) -> Conditions:
+    """Return conditions that hold if these do and there is no such key. That is decided where all
+    races are, in the transaction of the commit."""
+    return conditions._replace(if_none_match=("*",))
 
 
 def lets_before(conditions: Conditions) -> bool:
@@ -5986,9 +5994,12 @@ class Store:
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
         clients = self.view.clients
-        known = [name for name in record.volumes if name in clients]
         health = self.health
-        name = choose_replica(known, health.states, random.getrandbits(16), health.slow)
+        turn = random.getrandbits(16)
+        name = choose_replica(record.volumes, health.states, turn, health.slow)
+        if name is not None and name not in clients:  # late news of one that is not configured now
+            known = [name for name in record.volumes if name in clients]
+            name = choose_replica(known, health.states, turn, health.slow)
         if name is None:
             raise no_replica(record)
         return self._link(clients[name].volume.public_url, record)
@@ -5997,10 +6008,11 @@ class Store:
         """Return the URL from which a proxy can read the blob now, and one to try after that, on
         another volume if there is one; raises Unavailable."""
         clients = self.view.clients
+        health = self.health
         names = [name for name in record.volumes if name in clients]
         random.shuffle(names)
-        names.sort(key=lambda name: (self.health.is_down(name), name in self.health.slow))
-        if not names or self.health.is_down(names[0]):
+        names.sort(key=lambda name: (health.is_down(name), name in health.slow))
+        if not names or health.is_down(names[0]):
             raise no_replica(record)
         links = [self._link(clients[name].volume.url, record) for name in names]
         return links[0], links[1 % len(links)]
@@ -6322,6 +6334,647 @@ class Store:
         return len(seen)
 
 
+# == Page =========================================================================================
+# What a browser shows at /-/: the state of the store, and its keys. One document without anything
+# from elsewhere. Nothing that comes from the store is ever taken for HTML: all of it is put there
+# as text, and the policy sent along lets no other script run. It talks to the API like any client.
+
+PAGE_STYLE = """
+:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b1f27; --dim: #626b7b;
+  --line: #dfe3ea; --accent: #2256c9; --good: #14804a; --warn: #9a6200; --bad: #c22f2f; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171c; --card: #1d2129; --text: #e7eaf0;
+  --dim: #9aa3b3; --line: #333a46; --accent: #82aaff; --good: #58c98b; --warn: #e3b04b;
+  --bad: #ff8080; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1rem;
+  padding: .6rem 1.2rem; background: var(--card); border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.2rem; margin: 0; letter-spacing: .02em; }
+h2 { font-size: 1rem; margin: 0 0 .6rem; }
+nav { display: flex; gap: .3rem; flex: 1; }
+nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-decoration: none; }
+nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
+main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
+.dim { color: var(--dim); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
+  padding: 1rem; margin-bottom: 1rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
+  margin-bottom: 1rem; }
+.tiles .card { margin: 0; }
+.figure { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: 2rem; }
+td svg { width: 4.5rem; height: 1.3rem; }
+td > span { display: inline-flex; align-items: center; gap: .5rem; vertical-align: middle; }
+.trend { white-space: nowrap; }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
+  vector-effect: non-scaling-stroke; }
+.bad polyline { stroke: var(--bad); }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-weight: 500; color: var(--dim); font-size: .85rem; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border-bottom: 0; }
+.number { text-align: right; white-space: nowrap; }
+.name { overflow-wrap: anywhere; min-width: 9rem; }
+.state { font-weight: 600; }
+.state > span::before { content: "\\25cf "; }
+.up { color: var(--good); } .readonly { color: var(--warn); } .down { color: var(--bad); }
+meter { width: 5rem; }
+button, .button, input { font: inherit; color: inherit; border: 1px solid var(--line);
+  border-radius: .5rem; padding: .4rem .8rem; background: var(--card); min-height: 2.4rem; }
+button, .button { cursor: pointer; }
+button:hover, .button:hover { border-color: var(--accent); }
+button.plain { border: 0; background: none; padding: .2rem 0; color: var(--accent);
+  text-align: left; overflow-wrap: anywhere; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--card); }
+button.danger { color: var(--bad); }
+:focus-visible, .button:focus-within { outline: 3px solid var(--accent); outline-offset: 2px; }
+.bar { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-bottom: .8rem; }
+.bar input { flex: 1; min-width: 10rem; }
+.actions { white-space: nowrap; text-align: right; }
+.button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
+#drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
+#uploads:not(:empty) { margin-bottom: .8rem; }
+.upload { display: grid; grid-template-columns: 1fr 8rem 9rem auto; gap: .6rem;
+  align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
+progress { width: 100%; accent-color: var(--accent); }
+#notice { position: fixed; inset: auto 1rem 1rem; margin: 0 auto; width: fit-content;
+  max-width: 92vw; background: var(--text); color: var(--back); padding: .6rem 1rem;
+  border-radius: .5rem; overflow-wrap: anywhere; }
+dialog { border: 1px solid var(--line); border-radius: .8rem; padding: 1.2rem; width: 38rem;
+  max-width: 94vw; background: var(--card); color: var(--text); }
+dialog::backdrop { background: #0008; }
+dialog img { display: block; max-width: 100%; max-height: 55vh; margin: 0 auto .8rem;
+  border-radius: .4rem; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: .2rem .8rem; margin: 0 0 1rem; }
+dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 44rem) {
+  main { padding: .7rem; }
+  #version { display: none; }
+  td > span { flex-wrap: wrap; justify-content: flex-end; min-width: 0; overflow-wrap: anywhere; }
+  thead { position: absolute; left: -99rem; }
+  tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tbody tr:last-child { border-bottom: 0; }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .15rem 0; }
+  td[data-label]::before { content: attr(data-label); color: var(--dim); }
+  .upload { grid-template-columns: 1fr auto; }
+}
+"""
+
+PAGE_BODY = """
+<header>
+  <h1>mkv</h1>
+  <nav aria-label="views"><a href="#state">State</a><a href="#keys=">Keys</a></nav>
+  <span id="version" class="dim"></span>
+  <button id="sign-in">Token</button>
+</header>
+<main>
+  <section id="state" aria-label="state" hidden>
+    <p id="silence" class="down" role="alert" hidden></p>
+    <div id="tiles" class="tiles"></div>
+    <div class="card">
+      <h2>Volumes</h2>
+      <table><thead><tr><th>name<th>state<th>zone<th class="number">share of bytes
+        <th class="number">bytes<th>growth<th class="number">blobs<th>requests/s<th>errors/s
+      </tr></thead><tbody id="volumes"></tbody></table>
+    </div>
+  </section>
+  <section id="keys" aria-label="keys" hidden>
+    <div class="card" id="drop">
+      <form class="bar" id="where">
+        <button type="button" id="upwards" aria-label="one folder up">&uarr;</button>
+        <input id="prefix" aria-label="prefix of the keys" placeholder="all keys"
+          autocomplete="off" autocapitalize="off" spellcheck="false">
+        <button>Show</button>
+        <label class="button">Upload<input type="file" id="files" multiple></label>
+      </form>
+      <div id="uploads" aria-live="polite"></div>
+      <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
+        <tbody id="list"></tbody></table>
+      <p id="empty" class="dim" hidden>No keys here. Drop files to upload them.</p>
+      <button id="more" hidden>More</button>
+    </div>
+  </section>
+</main>
+<dialog id="details" aria-label="a key"></dialog>
+<dialog id="sure" aria-label="delete a key"></dialog>
+<dialog id="token" aria-label="token">
+  <form id="token-form">
+    <h2>A token is needed</h2>
+    <p class="dim">It is kept until this tab is closed, and sent to this server only.</p>
+    <div class="bar"><input type="password" id="secret" aria-label="secret of the token"
+      autocomplete="off"><button class="main">Use it</button></div>
+  </form>
+</dialog>
+<div id="notice" role="status" hidden></div>
+<noscript>This page needs JavaScript.</noscript>
+"""
+
+PAGE_SCRIPT = r"""
+"use strict";
+const REFRESH_MS = 2000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
+const base = location.pathname.replace(/-\/$/, "");
+const at = id => document.getElementById(id);
+
+// -- making what is seen: text is only ever text --
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+// Whatever a key holds, it shows: control characters and those that turn text around, too.
+function show(text) {
+  const odd = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
+  return text.replace(odd, c => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+}
+
+function say(text) {
+  at("notice").textContent = text;
+  at("notice").hidden = false;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => { at("notice").hidden = true; }, 6000);
+}
+
+function bytes(count) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+  let unit = 0;
+  let value = Math.abs(count);
+  while (value >= 1024 && unit < units.length - 1) { value /= 1024; unit += 1; }
+  const digits = unit === 0 || value >= 100 ? 0 : 1;
+  return `${count < 0 ? "\u2212" : ""}${value.toFixed(digits)} ${units[unit]}`;
+}
+
+const count = value => value.toLocaleString("en");
+const rate = value => value >= 100 || value === 0 ? value.toFixed(0) : value.toFixed(1);
+
+function plot(values, label, write) {
+  const space = "http://www.w3.org/2000/svg";
+  const picture = document.createElementNS(space, "svg");
+  const line = document.createElementNS(space, "polyline");
+  const known = values.filter(value => value !== null);
+  const most = Math.max(...known, 0);
+  const least = Math.min(...known, 0);
+  const now = known.length ? known[known.length - 1] : 0;
+  picture.setAttribute("viewBox", "0 0 100 24");
+  picture.setAttribute("preserveAspectRatio", "none");
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", `${label}: now ${write(now)}, at most ${write(most)}`);
+  const step = 100 / (Math.max(known.length, SAMPLES / 4) - 1);
+  const points = known.map((value, i) => {
+    const x = 100 - (known.length - 1 - i) * step;
+    const y = 22 - 20 * (value - least) / (most - least || 1);
+    return `${x.toFixed(1)},${y.toFixed(1)}`;
+  });
+  line.setAttribute("points", points.join(" "));
+  picture.append(line);
+  return picture;
+}
+
+// -- talking to the server --
+
+function headers(more = {}) {
+  const secret = sessionStorage.getItem("mkv-token");
+  return secret ? { ...more, Authorization: `Bearer ${secret}` } : more;
+}
+
+// The whole key is one part of the path, so that no browser takes // or .. for something else.
+const url = key => base + encodeURIComponent(key);
+
+async function ask(path, options = {}) {
+  const asked = { redirect: "manual", cache: "no-store", ...options };
+  asked.headers = headers(options.headers);
+  const answer = await fetch(path, asked);
+  if (answer.status === 401) ask_for_token();
+  if (!answer.ok) {
+    const problem = await answer.json().catch(() => ({}));
+    const error = new Error(problem.detail || `the server answers ${answer.status}`);
+    error.status = answer.status;
+    throw error;
+  }
+  return answer;
+}
+
+function ask_for_token() {
+  if (!at("token").open) at("token").showModal();
+}
+
+at("sign-in").onclick = ask_for_token;
+at("token-form").onsubmit = event => {
+  event.preventDefault();
+  sessionStorage.setItem("mkv-token", at("secret").value.trim());
+  at("secret").value = "";
+  at("token").close();
+  route();
+};
+
+// -- state --
+
+const history_of = {};
+let before = null;
+let timer = 0;
+
+// Samples of a metric, as [labels, value].
+function read_metric(text, name) {
+  const found = [];
+  for (const line of text.split("\n")) {
+    if (!line.startsWith(name)) continue;
+    const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
+    if (own !== name) continue;
+    const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
+    found.push([Object.fromEntries(pairs.map(pair => [pair[1], pair[2]])), Number(value)]);
+  }
+  return found;
+}
+
+function total(samples, fits = () => true) {
+  const values = samples.filter(([labels]) => fits(labels)).map(([, value]) => value);
+  return values.reduce((sum, value) => sum + value, 0);
+}
+
+function remember(name, value) {
+  const values = history_of[name] = history_of[name] || [];
+  values.push(value);
+  if (values.length > SAMPLES) values.shift();
+  return values;
+}
+
+// What has grown a second since the time before; nothing if it has begun anew.
+function growth(now, name, is_counter = true) {
+  if (before === null || !(name in before.figures)) return null;
+  const change = now.figures[name] - before.figures[name];
+  const value = change / ((now.at - before.at) / 1000);
+  return is_counter && change < 0 ? null : value;
+}
+
+async function look() {
+  const [state, text] = await Promise.all([
+    ask(base + "-/status").then(answer => answer.json()),
+    ask(base + "-/metrics").then(answer => answer.text()),
+  ]);
+  const requests = read_metric(text, "mkv_http_requests_total");
+  const to_volumes = read_metric(text, "mkv_volume_requests_total");
+  const failures = read_metric(text, "mkv_volume_errors_total");
+  const figures = {
+    requests: total(requests),
+    errors: total(requests, labels => labels.status >= "500"),
+  };
+  for (const one of state.volumes) {
+    const its = labels => labels.volume === one.name;
+    figures["bytes " + one.name] = one.bytes;
+    figures["requests " + one.name] = total(to_volumes, its);
+    figures["errors " + one.name] = total(failures, its);
+  }
+  return { at: performance.now(), state, figures };
+}
+
+function tile(title, figure, values, write, kind = "") {
+  const number = make("div", { class: "figure" }, figure);
+  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title), number,
+    plot(values, title, write));
+}
+
+function cell(label, kind, ...children) {
+  return make("td", { "data-label": label, class: kind }, make("span", {}, ...children));
+}
+
+function volume_row(one, now, all_bytes, all_weight) {
+  const share = all_bytes ? one.bytes / all_bytes : 0;
+  const fair = all_weight ? one.weight / all_weight : 0;
+  const percent = value => `${(100 * value).toFixed(1)} %`;
+  const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
+  const grown = remember("bytes " + one.name, growth(now, "bytes " + one.name, false));
+  const asked = remember("requests " + one.name, growth(now, "requests " + one.name));
+  const failed = remember("errors " + one.name, growth(now, "errors " + one.name));
+  const last = values => values[values.length - 1] || 0;
+  const per_second = value => `${bytes(value)}/s`;
+  return make("tr", {},
+    cell("name", "name", show(one.name)),
+    cell("state", `state ${one.state}`, one.state),
+    cell("zone", "", show(one.zone || "\u2013")),
+    cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
+    cell("bytes", "number", bytes(one.bytes)),
+    cell("growth", "trend", plot(grown, "growth", per_second), per_second(last(grown))),
+    cell("blobs", "number", count(one.blobs)),
+    cell("requests/s", "trend", plot(asked, "requests a second", rate), rate(last(asked))),
+    cell("errors/s", last(failed) ? "trend bad" : "trend",
+      plot(failed, "errors a second", rate), rate(last(failed))));
+}
+
+function draw(now) {
+  const { state } = now;
+  const asked = remember("requests", growth(now, "requests"));
+  const failed = remember("errors", growth(now, "errors"));
+  const last = values => values[values.length - 1] || 0;
+  at("version").textContent = `version ${state.version}`;
+  at("tiles").replaceChildren(
+    tile("keys", count(state.keys), remember("keys", state.keys), count),
+    tile("bytes", bytes(state.bytes), remember("size", state.bytes), bytes),
+    tile("garbage", count(state.garbage), remember("garbage", state.garbage), count),
+    tile("requests/s", rate(last(asked)), asked, rate),
+    tile("errors/s", rate(last(failed)), failed, rate, last(failed) ? "bad" : ""),
+  );
+  const sum = name => state.volumes.reduce((so_far, one) => so_far + one[name], 0);
+  const rows = state.volumes.map(one => volume_row(one, now, sum("bytes"), sum("weight")));
+  at("volumes").replaceChildren(...rows);
+}
+
+async function watch() {
+  clearTimeout(timer);
+  if (at("state").hidden) return;
+  try {
+    if (!document.hidden) {
+      const now = await look();
+      draw(now);
+      before = now;
+      at("silence").hidden = true;
+    }
+  } catch (error) {
+    at("silence").textContent = `The server does not say how it is: ${error.message}`;
+    at("silence").hidden = false;
+    if (error.status === 401 || error.status === 403) return;  // until there is another token
+  }
+  clearTimeout(timer);
+  timer = setTimeout(watch, REFRESH_MS);
+}
+
+// -- keys --
+
+let prefix = "";
+let following = "";
+let generation = 0;
+
+function go_to(where) {
+  location.hash = "keys=" + encodeURIComponent(where);
+}
+
+function folder_row(name) {
+  const open = make("button", { class: "plain", onclick: () => go_to(name) },
+    make("bdi", {}, show(name.slice(prefix.length))));
+  return make("tr", { class: "folder" }, make("td", { class: "name", colspan: 5 }, open));
+}
+
+function key_row(one) {
+  const name = make("bdi", {}, show(one.key.slice(prefix.length) || one.key));
+  const open = make("button", { class: "plain", onclick: () => open_details(one) }, name);
+  const fetch_it = make("button", { onclick: () => download(one) }, "Download");
+  const remove = make("button", { class: "danger", onclick: () => ask_to_delete(one) }, "Delete");
+  for (const button of [fetch_it, remove]) {
+    button.setAttribute("aria-label", `${button.textContent} ${show(one.key)}`);
+  }
+  return make("tr", { class: "key" },
+    make("td", { class: "name" }, open),
+    cell("size", "number", bytes(one.size)),
+    cell("type", "name", show(one.content_type)),
+    cell("changed", "", new Date(one.modified).toLocaleString()),
+    make("td", { class: "actions" }, fetch_it, " ", remove));
+}
+
+async function list(start = "") {
+  const mine = ++generation;
+  const asked = new URLSearchParams({ prefix, delimiter: "/", limit: "200", start });
+  const query = asked.toString().replaceAll("+", "%20");
+  try {
+    const page = await (await ask(`${base}?${query}`)).json();
+    if (mine !== generation) return;
+    const rows = [...page.prefixes.map(folder_row), ...page.keys.map(key_row)];
+    if (start) at("list").append(...rows);
+    else at("list").replaceChildren(...rows);
+    following = page.next;
+    at("more").hidden = following === null;
+    at("empty").hidden = at("list").childElementCount > 0;
+  } catch (error) {
+    if (mine === generation && error.status !== 401) say(error.message);
+  }
+}
+
+at("more").onclick = () => list(following);
+at("where").onsubmit = event => {
+  event.preventDefault();
+  go_to(at("prefix").value);
+};
+at("upwards").onclick = () => go_to(prefix.replace(/[^/]*\/?$/, ""));
+
+// -- reading a key: no image and no download shows a token, so ask for the link first --
+
+async function link_to(one) {
+  if (one.key === "." || one.key === "..") throw new Error("no browser can ask for this key");
+  const answer = await ask(url(one.key), { headers: { Accept: "text/uri-list" } });
+  const link = new URL((await answer.text()).trim(), location.href);
+  if (link.origin !== location.origin || !sessionStorage.getItem("mkv-token")) return link.href;
+  const blob = await (await ask(link.href)).blob();
+  return URL.createObjectURL(blob);
+}
+
+async function download(one) {
+  try {
+    let link = await link_to(one);
+    if (!link.startsWith("blob:")) link += (link.includes("?") ? "&" : "?") + "download=1";
+    const name = one.key.slice(one.key.lastIndexOf("/") + 1);
+    make("a", { href: link, download: name }).click();
+    if (link.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(link), 60000);
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+async function open_details(one) {
+  const facts = make("dl");
+  const rows = { size: `${count(one.size)} bytes`, type: one.content_type,
+    changed: new Date(one.modified).toLocaleString(), "SHA-256": one.etag.slice(1, -1) };
+  for (const [name, value] of Object.entries(rows)) {
+    facts.append(make("dt", {}, name), make("dd", {}, show(value)));
+  }
+  const dialog = at("details");
+  const close = make("button", { onclick: () => dialog.close() }, "Close");
+  const fetch_it = make("button", { class: "main", onclick: () => download(one) }, "Download");
+  const remove = make("button", { class: "danger", onclick: () => ask_to_delete(one) }, "Delete");
+  const title = make("h2", { class: "name" }, make("bdi", {}, show(one.key)));
+  dialog.replaceChildren(title, facts, make("div", { class: "bar" }, fetch_it, remove, close));
+  dialog.showModal();
+  if (!one.content_type.startsWith("image/")) return;
+  try {
+    const image = make("img", { alt: show(one.key), src: await link_to(one) });
+    image.onerror = () => image.replaceWith("This image cannot be shown.");
+    title.after(image);
+  } catch (error) {
+    say(error.message);
+  }
+}
+
+function ask_to_delete(one) {
+  const dialog = at("sure");
+  const remove = async () => {
+    dialog.close();
+    at("details").close();
+    try {
+      await ask(url(one.key), { method: "DELETE", headers: { "If-Match": one.etag } });
+      say(`Deleted ${show(one.key)}`);
+    } catch (error) {
+      say(error.status === 412 ? "It has changed meanwhile, and stays." : error.message);
+    }
+    list();
+  };
+  dialog.replaceChildren(
+    make("h2", { class: "name" }, "Delete ", make("bdi", {}, show(one.key)), "?"),
+    make("p", { class: "dim" }, "It cannot be brought back."),
+    make("div", { class: "bar" },
+      make("button", { class: "danger", onclick: remove }, "Delete it"),
+      make("button", { autofocus: "", onclick: () => dialog.close() }, "Keep it")));
+  dialog.showModal();
+}
+
+// -- uploads --
+
+const waiting = [];
+let under_way = 0;
+
+function upload(files) {
+  for (const file of files) {
+    const key = prefix + file.name;
+    const row = make("div", { class: "upload" });
+    at("uploads").append(row);
+    waiting.push({ file, key, row, replaces: false });
+  }
+  start_uploads();
+}
+
+function start_uploads() {
+  while (waiting.length && under_way < UPLOADS_AT_ONCE) send(waiting.shift());
+}
+
+function send(job) {
+  const { file, key, row } = job;
+  const request = new XMLHttpRequest();
+  const label = `upload of ${show(key)}`;
+  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
+  const done = make("span", { class: "dim" }, "begins");
+  const button = make("button", {}, "Cancel");
+  button.onclick = () => request.abort();
+  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
+  under_way += 1;
+  request.open("PUT", url(key));
+  const sent = headers(job.replaces ? {} : { "If-None-Match": "*" });
+  for (const [name, value] of Object.entries(sent)) request.setRequestHeader(name, value);
+  request.upload.onprogress = event => {
+    bar.value = event.loaded;
+    done.textContent = `${bytes(event.loaded)} of ${bytes(file.size)}`;
+  };
+  request.onloadend = () => {
+    under_way -= 1;
+    end_upload(job, request, bar, done, button);
+    start_uploads();
+  };
+  request.send(file);
+}
+
+function end_upload(job, request, bar, done, button) {
+  button.textContent = "Close";
+  button.onclick = () => job.row.remove();
+  if (request.status === 201 || request.status === 204) {
+    bar.value = bar.max;
+    done.textContent = "stored";
+    setTimeout(button.onclick, 4000);
+    list();
+    return;
+  }
+  if (request.status === 401) ask_for_token();
+  if (request.status === 412) {
+    done.textContent = "is there already";
+    button.textContent = "Replace";
+    button.onclick = () => { waiting.push({ ...job, replaces: true }); start_uploads(); };
+    return;
+  }
+  done.textContent = request.status ? `refused with ${request.status}` : "cut off";
+  try { done.textContent = JSON.parse(request.responseText).detail; } catch { /* no reason */ }
+}
+
+at("files").onchange = event => {
+  upload([...event.target.files]);
+  event.target.value = "";
+};
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
+  at("drop").addEventListener(kind, event => {
+    event.preventDefault();
+    at("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+  });
+}
+at("drop").addEventListener("drop", event => {
+  const items = [...event.dataTransfer.items].filter(item => item.kind === "file");
+  const is_folder = item => Boolean(item.webkitGetAsEntry?.()?.isDirectory);
+  if (items.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
+  upload(items.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+});
+
+// -- which view --
+
+function route() {
+  const hash = location.hash.slice(1);
+  const shows_keys = hash.startsWith("keys=");
+  at("state").hidden = shows_keys;
+  at("keys").hidden = !shows_keys;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.hash.startsWith(shows_keys ? "#keys" : "#state")) {
+      link.setAttribute("aria-current", "page");
+    } else {
+      link.removeAttribute("aria-current");
+    }
+  }
+  if (!shows_keys) {
+    watch();
+    return;
+  }
+  try { prefix = decodeURIComponent(hash.slice("keys=".length)); } catch { prefix = ""; }
+  at("prefix").value = prefix;
+  at("upwards").disabled = prefix === "";
+  list();
+}
+
+addEventListener("hashchange", route);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) watch(); });
+route();
+"""
+
+
+def source_of(text: str) -> str:
+    """Return what a Content-Security-Policy calls a script or a style with this text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>mkv</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,"><style>{PAGE_STYLE}</style></head>
+<body>{PAGE_BODY}<script>{PAGE_SCRIPT}</script></body></html>
+""".encode()
+PAGE_POLICY = (
+    f"default-src 'none'; script-src {source_of(PAGE_SCRIPT)}; style-src {source_of(PAGE_STYLE)}; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; "
+    "img-src 'self' blob: data:"
+)
+
+
+def page_headers(volumes: Iterable[Volume]) -> dict[str, str]:
+    """Return what is sent with the page: images come from the volumes, nothing else from
+    anywhere."""
+    places = {"{0.scheme}://{0.netloc}".format(urlsplit(one.public_url)) for one in volumes}
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": " ".join([PAGE_POLICY, *sorted(places)]),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+    }
+
+
 # == Requests and responses =======================================================================
 # Handlers take a request value and return a response value, and know no server: what serves them
 # fills and renders these. Errors become answers in one place.
@@ -6411,6 +7064,7 @@ class Call:
     key = ""
     prefix = ""  # of a list
     who = ""
+    only_creates = False  # by whoever may not write keys that are there
     volumes: tuple[str, ...] = ()
     size = 0
     trace = ""
@@ -6471,7 +7125,13 @@ class Call:
         config = self.store.view.config
         if operation:
             shown = request.headers.get("authorization")
-            self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            try:
+                self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
+            except (Unauthorized, Forbidden):
+                if operation != "write":
+                    raise
+                self.who = authorize(config.tokens, config.anonymous, shown, "create", scope)
+                self.only_creates = True
         return handler
 
     def read(self, found: Record | None) -> Response:
@@ -6524,6 +7184,12 @@ class Call:
         store.uploads += 1
         try:
             record, created = await store.put(draft, self._read_body(), self.trail)
+        except PreconditionFailed:
+            if self.only_creates and self.request.headers.get("if-none-match") != "*":
+                # Not 412, which is for conditions that the client has set. It tells no more than
+                # that: whether those held would say something of a blob that it may not read.
+                raise Forbidden(f"{self.who} may only create keys that are not there") from None
+            raise
         finally:
             store.uploads -= 1
         self.volumes = record.volumes
@@ -6543,9 +7209,10 @@ class Call:
         if size and size > (limit or MAX_SIZE):
             raise TooLarge(f"a blob has at most {limit or MAX_SIZE} bytes")
         content_type, ext = media_type_of(headers.get("content-type"), self.key)
-        return Draft(
-            self.key, content_type, ext, size, parse_conditions(headers), parse_digests(headers)
-        )
+        conditions = parse_conditions(headers)
+        if self.only_creates:
+            conditions = only_if_absent(conditions)
+        return Draft(self.key, content_type, ext, size, conditions, parse_digests(headers))
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
@@ -6571,6 +7238,9 @@ class Call:
         body = await self.store.list(parse_list_query(self.query))
         self.size = len(body)
         return Response(200, {"Content-Type": JSON_TYPE}, body)
+
+    async def show_page(self) -> Response:
+        return Response(200, page_headers(self.store.view.config.volumes), PAGE)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -6654,6 +7324,7 @@ Route = tuple[Handler, str]  # and what a token must allow (none: open)
 ON_PATH: Mapping[str, Route] = {
     "/": (Call.list, "list"), "/-/livez": (Call.report, ""), "/-/readyz": (Call.report, ""),
     "/-/status": (Call.report, "admin"), "/-/metrics": (Call.report, "admin"),
+    "/-/": (Call.show_page, ""),
 }  # fmt: skip
 ON_REPORT = ("GET", "HEAD", "OPTIONS")
 ON_KEY: Mapping[str, Route] = {
@@ -7832,6 +8503,8 @@ class Corrupt(MkvError):
 class Strange(MkvError):
     """Something was answered that no mkv answers."""
 
+    title = "which no mkv answers"
+
 
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
@@ -8308,16 +8981,16 @@ async def read_body(response: ClientResponse) -> bytes:
 def error_of(response: ClientResponse, body: bytes) -> MkvError:
     """Return the error that an answer names."""
     status = response.status
-    told = f"{response.method} {response.url.path} was answered {status}"
+    kind = REFUSALS.get(status, MkvError if status >= 500 else Strange)
+    told = f"{response.method} {response.url.path} was answered {status} {kind.title}"
     if response.content_type != "application/problem+json":
         if status in (502, 503, 504):  # a proxy, which does not say how far it came
             return Unreachable(told, sent=True)
-        return REFUSALS.get(status, Strange)(told)
+        return kind(told)
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         problem = json.loads(body)  # HEAD has none
         told = f"{problem['detail']} (request {problem['request_id']})"
     wait = response.headers.get("Retry-After", "")
-    kind = REFUSALS.get(status, MkvError)
     return kind(told, Retry_After=wait) if wait else kind(told)
 
 
@@ -8500,7 +9173,8 @@ def without_query(url: str) -> str:
 
 class PartFile:
     """What has come of a blob, beside the file that it will become. For one download at a time; it
-    stays when that is cut off. All but `close` is for a thread."""
+    stays when that is cut off. If the key has another blob by then, the digest will tell, and all
+    is read anew. All but `close` is for a thread."""
 
     def __init__(self, target: Path, blob: Blob) -> None:
         self.blob = blob
@@ -8510,9 +9184,8 @@ class PartFile:
         self.sources: Collection[str] = ()
         self.hasher = Hasher({})
         self._target = target
-        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
-        self._all = f".mkv-{name}-*.part"  # of all blobs that were to become this file
-        self._path = target.parent / f".mkv-{name}-{blob.digest[:16]}.part"
+        name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]  # which may be too long
+        self._path = target.parent / f".mkv-{name}.part"
         self._fd = -1
 
     def open(self) -> None:
@@ -8548,11 +9221,9 @@ class PartFile:
         os.ftruncate(self._fd, 0)
 
     def finish(self) -> None:
-        """Make it the file, for good; drop what is left of other blobs that were to become it."""
+        """Make it the file, for good."""
         os.fsync(self._fd)
         os.replace(self._path, self._target)
-        for other in self._target.parent.glob(self._all):
-            other.unlink(missing_ok=True)
         sync_folder(self._target.parent)
 
     def close(self) -> None:
@@ -8794,7 +9465,7 @@ def announce_others(db: str) -> None:
         return  # that is what it is for
     try:
         Path(db).parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(f"{db}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(f"{os.path.realpath(db)}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError:
         return  # opening the index says what is wrong
     try:

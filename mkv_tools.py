@@ -1,5 +1,5 @@
-"""The operator's tools for mkv: rebuild, rebalance, verify, status, bench, backup, move-index,
-forget, token.
+"""The tools for mkv: rebuild, rebalance, verify, status, bench, backup, move-index, forget, token
+for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
 here is only what it takes to walk, compare, copy and report. Theory of operation:
@@ -60,8 +60,8 @@ After restoring a backup of the index, run rebuild, not verify --repair: to veri
 the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
 configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
 
-Reading order: plans (pure), reading volumes, moving replicas, running, then one section a tool,
-command line."""
+Reading order: plans (pure), reading volumes, moving replicas, running, tool after tool, command
+line."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ import random
 import re
 import secrets
 import sqlite3
+import stat
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import (
@@ -96,6 +97,7 @@ from collections.abc import (
     Callable,
     Collection,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -103,23 +105,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
-from aiohttp import ClientError, ClientSession, ClientTimeout
+from aiohttp import ClientResponse
 
 # fmt: off
 # isort: off
 from mkv import (
     ALL_KEYS, BROKEN_OFF, CLAIMS, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG, LISTING_BYTES,
-    MAX_SIDECAR_BYTES, OPERATIONS, SMALL_BLOB, STEM, TOOL, Answer, Config, ConfigError, Hasher,
-    Index, IndexDamaged, IndexFailed, MkvError, NotFound, Pending, PendingState, Record,
-    Replacement, Ring, State, States, Store, Token, Transaction, URL, Upload, Volume, VolumeClient,
-    VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected, WrongDigest, add_settings,
-    after_prefix, decode_mark, decode_sidecar, encode_sidecar, hide_secrets, is_postgres,
-    load_config, media_type_of, new_loop, open_engine, parse_path, print_faults, run_embedded,
+    MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S, SMALL_BLOB, STEM, TOOL, URL, Answer, Blob, Client,
+    Config, ConfigError, Corrupt, Forbidden, Full, Hasher, Index, IndexDamaged, IndexFailed,
+    MkvError, NotFound, Pending, PendingState, PreconditionFailed, Record, Replacement, Ring,
+    State, States, Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable,
+    Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected,
+    WrongDigest, add_settings, after_prefix, check_key, decode_mark, decode_sidecar,
+    encode_sidecar, hide_secrets, is_postgres, load_config, media_type_of, new_loop, open_engine,
+    parse_path, print_faults, run_embedded,
     sidecar_path, version_ns,
 )
 # isort: on
@@ -1024,6 +1029,7 @@ class Report:
             list[str](),
             0,
         )
+        self.is_silent = False  # its output has been written
         self.interrupted = "the store is consistent, and the same command goes on"  # after Ctrl-C
 
     @property
@@ -1921,26 +1927,11 @@ def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
     return {v.name: counts[v.name] / max(1, counts.total()) for v in volumes}
 
 
-async def fetch_status(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    url = f"{url.rstrip('/')}/-/status"
-    try:
-        async with (
-            ClientSession(timeout=ClientTimeout(30)) as session,
-            session.get(url, headers=headers) as response,
-        ):
-            if response.status != 200:
-                raise ToolError(
-                    f"{url} was answered {response.status}: {(await response.text())[:200]}"
-                )
-            return dict(await response.json())
-    except (ClientError, TimeoutError, ValueError) as error:
-        raise ToolError(f"{url}: {error or type(error).__name__}") from None
-
-
 async def status(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Show volumes and totals, from a running server or from the index and the volumes."""
     if options.url:
-        facts = await fetch_status(options.url, authorization(options))
+        async with open_client(options.url, options, patience_s=2.0) as client:
+            facts = await client.status()
     else:
         async with open_store(config) as store:
             facts = await store.status()
@@ -1969,7 +1960,17 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
 
 
 def authorization(options: argparse.Namespace) -> dict[str, str]:
-    """Return the header with the secret of --token-file or MKV_TOKEN: a command line is public."""
+    secret = read_token(options)
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
+def open_client(url: str, options: argparse.Namespace, patience_s: float = PATIENCE_S) -> Client:
+    return Client(url, token=read_token(options), patience_s=patience_s)
+
+
+def read_token(options: argparse.Namespace) -> str:
+    """Return the secret in --token-file or MKV_TOKEN, "" if there is none: a command line is
+    public."""
     place, text = "MKV_TOKEN", os.environ.get("MKV_TOKEN", "")
     if options.token_file:
         place = options.token_file
@@ -1977,7 +1978,7 @@ def authorization(options: argparse.Namespace) -> dict[str, str]:
     words = text.split()
     if len(words) > 1 or (options.token_file and not words):
         raise ToolError(f"{place} must hold one secret and nothing else")
-    return {"Authorization": f"Bearer {words[0]}"} if words else {}
+    return words[0] if words else ""
 
 
 async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -2097,6 +2098,543 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
         "[[token]]",
         *(f"{name} = {value}" for name, value in quoted.items() if made[name]),
     ]
+
+
+# == put, get, ls, rm, import =====================================================================
+# Copying, for people, over mkv's Client. Files, or keys, are gone through one after the other and
+# dealt with many at once, so memory grows neither with their number nor with their size. Each is
+# compared first: what has the same size and digest there already is left alone. What fails is
+# named, and the rest goes on, unless everything fails.
+
+FAILURES_IN_A_ROW = 50  # then nothing will succeed
+PART_NAME = re.compile(r"\.mkv-[0-9a-f]{32}\.part")  # of a download that was cut off
+AT_ONCE_BYTES = 1024 * 1024  # of a blob that import holds in memory
+IMPORT_PAGE = 1000
+IMPORT_ATTEMPTS = 3
+
+
+class Local(NamedTuple):
+    """A file here, and the key that it is, or becomes."""
+
+    path: Path
+    key: str
+    size: int
+
+
+class Copying:
+    """What put, get, rm and import have in common: counts, and how far they are."""
+
+    def __init__(self, report: Report, verb: str) -> None:
+        self._report = report
+        self._verb = verb  # what is done with a key: "copied"
+        self.total = 0  # files or keys
+        self.total_bytes = 0
+        self.is_counted = False
+        self.done = Counter[str]()  # what became of them
+        self.bytes = 0  # that were moved
+        self.passed_bytes = 0  # of files that are done with
+        self._failures = 0
+
+    def hear(self, count: int) -> None:
+        self.bytes += count
+
+    def count(self, size: int) -> None:
+        self.total += 1
+        self.total_bytes += size
+
+    def end(self, became: str, size: int = 0) -> None:
+        self.done[became] += 1
+        self.passed_bytes += size
+        self._failures = 0
+
+    def fail(self, key: str, path: str, error: Exception | str, size: int = 0) -> None:
+        """Note that one could not be dealt with; raises ToolError if no other will be."""
+        self.done["failed"] += 1
+        self.passed_bytes += size
+        detail = str(error) or type(error).__name__
+        self._report.add(Case("failed", "", path, key, detail))
+        self._failures += 1
+        if isinstance(error, Unauthorized | Forbidden | Full):
+            raise ToolError(f"{key or path}: {detail}")
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise ToolError(f"{self._failures} failures in a row, the last one: {detail}")
+
+    def share(self) -> float:
+        """Return how much is done, 0 until all is counted."""
+        if not self.is_counted:
+            return 0.0
+        if not self.total_bytes:
+            return min(1.0, self.done.total() / max(1, self.total))
+        return min(1.0, self.passed_bytes / self.total_bytes)
+
+    def text(self) -> str:
+        speed = f"{show_bytes(self.bytes / self._report.seconds)}/s"
+        known = f" of {self.total}" if self.is_counted else ""
+        size = f", {show_bytes(self.passed_bytes)} of {show_bytes(self.total_bytes)}"
+        size = size if self.is_counted and self.total_bytes else ""
+        return f"{self.done.total()}{known} done{size}, {show_bytes(self.bytes)} moved, {speed}"
+
+    def finish(self) -> None:
+        """Say in the report what was done."""
+        failed = self.done["failed"]
+        facts = {"bytes": self.bytes, "failed": failed} | dict(self.done)
+        words = []
+        for became in (self._verb, "same", "there", "skipped", "failed"):
+            if self.done[became] or became == self._verb:
+                words.append(f"{self.done[became]} {BECAME.get(became, became)}")
+        speed = f"{show_bytes(self.bytes / self._report.seconds)}/s"
+        moved = f"; {show_bytes(self.bytes)}, {speed}" if self.bytes else ""
+        self._report.facts = {self._verb: 0} | facts
+        self._report.lines = [", ".join(words) + moved]
+        self._report.code = 1 if failed or self.done["skipped"] else 0
+
+
+BECAME = {"same": "the same already", "there": "there already, not compared"}  # for people
+
+
+async def work_through(
+    items: AsyncIterator[T], act: Callable[[T], Awaitable[None]], at_once: int
+) -> None:
+    """Act on each item, some at once; if one raises, end the others."""
+    lock = asyncio.Lock()
+
+    async def work() -> None:
+        while True:
+            async with lock:
+                try:
+                    item = await anext(items)
+                except StopAsyncIteration:
+                    return
+            await act(item)
+
+    workers = [asyncio.create_task(work()) for _ in range(at_once)]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def counting(copying: Copying, sizes: AsyncIterator[int]) -> AsyncIterator[None]:
+    """Meanwhile find out how much there is, for the progress."""
+
+    async def count() -> None:
+        async for size in sizes:
+            copying.count(size)
+        copying.is_counted = True
+
+    task = asyncio.create_task(count())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)  # whoever copies meets the same error
+
+
+async def each(found: Iterator[T], at_once: int = 256) -> AsyncIterator[T]:
+    """Yield what an iterator that waits for disks gives, from a thread."""
+    while batch := await asyncio.to_thread(lambda: list(islice(found, at_once))):
+        for one in batch:
+            yield one
+
+
+def digest_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+async def is_same(path: Path, size: int, blob: Blob) -> bool:
+    """Whether a file of `size` bytes holds just that blob."""
+    return size == blob.size and await asyncio.to_thread(digest_file, path) == blob.digest
+
+
+# -- put --
+
+
+def walk_files(given: str, prefix: str) -> Iterator[Local | tuple[str, str]]:
+    """Yield the files at a path that was given, or (path, why it has no key). Of a folder the name
+    is part of the keys unless the path ends with a slash; links to folders are not followed."""
+    top = os.path.normpath(given)
+    base = (
+        ""
+        if given.endswith("/") or os.path.basename(top) in ("", ".", "..")
+        else (os.path.basename(top) + "/")
+    )
+    if not os.path.isdir(top):
+        yield look_at_file(top, prefix + os.path.basename(top))
+        return
+    waiting = [(top, prefix + base)]
+    while waiting:
+        folder, start = waiting.pop()
+        try:
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            yield folder, str(error)
+            continue
+        folders = []
+        for name in names:
+            path = os.path.join(folder, name)
+            if os.path.isdir(path) and os.path.islink(path):
+                yield path, "a link to a folder is not followed"
+            elif os.path.isdir(path):
+                folders.append((path, f"{start}{name}/"))
+            elif not PART_NAME.fullmatch(name):
+                yield look_at_file(path, start + name)
+        waiting += reversed(folders)
+
+
+def look_at_file(path: str, key: str) -> Local | tuple[str, str]:
+    try:
+        facts = os.stat(path)
+        if not stat.S_ISREG(facts.st_mode):
+            return path, "it is no file"
+        return Local(Path(path), check_key(key), facts.st_size)
+    except (OSError, MkvError) as error:
+        return path, str(error)
+
+
+def walk_all(paths: Iterable[str], prefix: str) -> Iterator[Local | tuple[str, str]]:
+    for path in paths:
+        yield from walk_files(path, prefix)
+
+
+async def put(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Store files and folders."""
+    copying = Copying(report, "copied")
+
+    async def act(found: Local | tuple[str, str]) -> None:
+        if not isinstance(found, Local):
+            copying.fail("", *found)
+            return
+        try:
+            copying.end(await put_file(client, found, copying), found.size)
+        except (MkvError, OSError, ValueError) as error:
+            copying.fail(found.key, str(found.path), error, found.size)
+
+    async def sizes() -> AsyncIterator[int]:
+        async for found in each(walk_all(options.paths, options.prefix)):
+            yield found.size if isinstance(found, Local) else 0
+
+    async with (
+        open_client(options.url, options) as client,
+        counting(copying, sizes()),
+        show_progress(report, copying.text, copying.share),
+    ):
+        found = each(walk_all(options.paths, options.prefix))
+        await work_through(found, act, options.concurrency)
+    copying.finish()
+
+
+async def put_file(client: Client, local: Local, copying: Copying) -> str:
+    """Store one file unless it is there; return what became of it. Who may only create cannot
+    look, and does not have to: that changes nothing."""
+    only_create = None
+    try:
+        blob = await client.head(local.key)
+        if await is_same(local.path, local.size, blob):
+            return "same"
+    except NotFound:
+        pass
+    except Forbidden:
+        only_create = "*"
+    try:
+        await client.put(local.key, local.path, if_none_match=only_create, hear=copying.hear)
+    except PreconditionFailed:
+        return "there"
+    return "copied"
+
+
+# -- get --
+
+
+def find_place(folder: Path, key: str) -> Path:
+    """Return the file that a key becomes below `folder`; raises ToolError for one that would lead
+    elsewhere, whatever it says and whatever links are there."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") or "\0" in part or PART_NAME.fullmatch(part) for part in parts):
+        raise ToolError("it cannot be the name of a file")
+    place = folder
+    for part in parts[:-1]:
+        place = place / part
+        if place.is_symlink():
+            raise ToolError(f"{place} is a link")
+    return place / parts[-1]
+
+
+async def get(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Fetch keys, or all that begin with a prefix."""
+    copying = Copying(report, "copied")
+    keys, out = options.keys, options.output
+    prefix = keys[0] if len(keys) == 1 and (not keys[0] or keys[0].endswith("/")) else None
+    if prefix is not None and not out:
+        raise ConfigError(["-o: say into which folder the keys that begin so are to go"])
+    if out == "-":
+        await write_out(keys, options, report)
+        return
+    into_folder = prefix is not None or len(keys) > 1 or not out or os.path.isdir(out)
+    folder = Path(out or ".")
+    taken = set[Path]()  # by keys that were given one by one
+
+    async def act(blob: Blob) -> None:
+        try:
+            if prefix is not None:
+                path = find_place(folder, blob.key[len(prefix) :])
+            elif into_folder:
+                path = find_place(folder, blob.key.rpartition("/")[2])
+                if path in taken:
+                    raise ToolError(f"another key becomes {path}")
+                taken.add(path)
+            else:
+                path = folder
+            copying.end(await get_file(client, blob, path, copying), blob.size)
+        except (MkvError, OSError, ToolError, ValueError) as error:
+            copying.fail(blob.key, "", error, blob.size)
+
+    async def blobs(count: bool) -> AsyncIterator[Blob]:
+        if prefix is not None:
+            async for blob in client.list(prefix):
+                yield blob
+            return
+        for key in keys:
+            try:
+                yield await client.head(key)
+            except MkvError as error:
+                if not count:
+                    copying.fail(key, "", error)
+
+    async def sizes() -> AsyncIterator[int]:
+        async for blob in blobs(count=True):
+            yield blob.size
+
+    if into_folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    async with (
+        open_client(options.url, options) as client,
+        counting(copying, sizes()),
+        show_progress(report, copying.text, copying.share),
+    ):
+        await work_through(blobs(count=False), act, options.concurrency)
+    copying.finish()
+
+
+async def get_file(client: Client, blob: Blob, path: Path, copying: Copying) -> str:
+    """Fetch one key unless it is there; return what became of it."""
+    size = path.stat().st_size if path.is_file() and not path.is_symlink() else -1
+    if await is_same(path, size, blob):
+        return "same"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    await client.get_to(blob.key, path, hear=copying.hear)
+    return "copied"
+
+
+async def write_out(keys: Sequence[str], options: argparse.Namespace, report: Report) -> None:
+    """Write blobs to standard output, one after the other."""
+    report.is_silent = True
+    async with open_client(options.url, options) as client:
+        for key in keys:
+            async for piece in client.stream(key):
+                sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
+
+
+# -- ls, rm --
+
+
+async def ls(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """List keys, a line each."""
+    report.is_silent = True
+    async with open_client(options.url, options) as client:
+        async for blob in client.list(options.prefix):
+            when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(blob.modified_s))
+            if options.json:
+                facts = {"key": blob.key, "size": blob.size, "digest": blob.digest}
+                line = json.dumps(facts | {"content_type": blob.content_type, "modified": when})
+            elif options.long:
+                line = f"{blob.size:15} {when} {show_text(blob.content_type):25} "
+                line += show_text(blob.key)
+            else:
+                line = show_text(blob.key)
+            print(line)
+
+
+async def rm(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Delete keys, or all that begin with a prefix."""
+    copying = Copying(report, "deleted")
+    if (options.prefix is None) == (not options.keys):
+        raise ConfigError(["rm: takes either keys or --prefix"])
+
+    async def keys() -> AsyncIterator[str]:
+        for key in options.keys:
+            yield key
+        if options.prefix is not None:
+            async for blob in client.list(options.prefix):
+                yield blob.key
+
+    async def act(key: str) -> None:
+        try:
+            await client.delete(key)
+            copying.end("deleted")
+        except MkvError as error:
+            if isinstance(error, NotFound) and options.prefix is not None:
+                copying.end("skipped")
+            else:
+                copying.fail(key, "", error)
+
+    async with open_client(options.url, options) as client:
+        if options.prefix is not None and not options.yes:
+            count = size = 0
+            async for blob in client.list(options.prefix):
+                count += 1
+                size += blob.size
+            told = f"{count} keys of {show_bytes(size)} begin with {json.dumps(options.prefix)}"
+            raise ConfigError([f"rm: {told}: say --yes to delete them"])
+        async with show_progress(report, copying.text, copying.share):
+            await work_through(keys(), act, options.concurrency)
+    copying.finish()
+
+
+# -- import --
+
+
+class Original:
+    """A store of the Go original, minikeyvalue: its lists, `GET /prefix?list&start=&limit=` with
+    {"keys": [...], "next": ""}, where keys begin with a slash; its redirects; its Content-Md5,
+    which is in hex."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def _ask(self, target: str) -> bytes:
+        for attempt in range(IMPORT_ATTEMPTS):
+            try:
+                async with self._client.send("GET", self._client.url + target, {}) as response:
+                    body = await response.read()
+                    if response.status == 200:
+                        return body
+                    raise ToolError(f"{self._client.url}{target} was answered {response.status}")
+            except Unreachable:
+                if attempt + 1 == IMPORT_ATTEMPTS:
+                    raise
+                await asyncio.sleep(1)
+        raise AssertionError
+
+    async def keys(self, prefix: str) -> AsyncIterator[str]:
+        """Yield all keys that begin with `prefix`, without their first slash."""
+        start = ""
+        while True:
+            query = f"list&limit={IMPORT_PAGE}" + (f"&start={quote(start)}" if start else "")
+            body = await self._ask(f"/{quote(prefix)}?{query}")
+            try:
+                page = json.loads(body)
+                names = [name.removeprefix("/") for name in page["keys"]]
+                following = page["next"]
+                if following and following.encode() <= start.encode():
+                    raise ValueError("the next page is not behind this one")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ToolError(f"{self._client.url} lists no keys: {error!r}") from None
+            for name in names:
+                yield name
+            if not following:
+                return
+            start = following
+
+    @contextlib.asynccontextmanager
+    async def open(self, key: str) -> AsyncIterator[Incoming]:
+        """Begin to read a key; raises NotFound, Unreachable."""
+        async with contextlib.AsyncExitStack() as stack:
+            url = f"{self._client.url}/{quote(key)}"
+            response = await stack.enter_async_context(self._client.send("GET", url, {}))
+            md5 = response.headers.get("Content-Md5", "")
+            if response.status == 302:
+                await response.read()
+                url = response.headers["Location"]
+                response = await stack.enter_async_context(self._client.send("GET", url, {}))
+            if response.status == 404:
+                raise NotFound(f"{url} was answered 404")
+            if response.status != 200:
+                raise Unreachable(f"{url} was answered {response.status}", sent=True)
+            yield Incoming(response, md5)
+
+
+class Incoming:
+    """A blob that is read from the original."""
+
+    def __init__(self, response: ClientResponse, md5: str) -> None:
+        self._response = response
+        self._md5 = md5
+        self.size = response.content_length
+
+    async def read(self) -> AsyncIterator[bytes]:
+        """Yield its pieces; raises Corrupt at the end if they are not what the original says."""
+        hasher = hashlib.md5(usedforsecurity=False)
+        async for piece in self._response.content.iter_any():
+            hasher.update(piece)
+            yield piece
+        if self._md5 and hasher.hexdigest() != self._md5:
+            raise Corrupt("its bytes have not the MD5 that the original says")
+
+
+async def import_store(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Copy all keys of a minikeyvalue."""
+    copying = Copying(report, "copied")
+
+    async def act(key: str) -> None:
+        for attempt in range(IMPORT_ATTEMPTS):
+            try:
+                became, size = await import_key(original, client, key, options.by_size, copying)
+                copying.end(became, size)
+                return
+            except (Unavailable, Unanswered) as error:
+                if attempt + 1 == IMPORT_ATTEMPTS:
+                    copying.fail(key, "", error)
+                await asyncio.sleep(1)
+            except MkvError as error:
+                copying.fail(key, "", error)
+                return
+
+    async def sizes() -> AsyncIterator[int]:
+        async for _ in original.keys(options.prefix):
+            yield 0
+
+    async with Client(options.source) as reader, open_client(options.url, options) as client:
+        original = Original(reader)
+        async with counting(copying, sizes()), show_progress(report, copying.text, copying.share):
+            await work_through(original.keys(options.prefix), act, options.concurrency)
+    copying.finish()
+
+
+async def import_key(
+    original: Original, client: Client, key: str, by_size: bool, copying: Copying
+) -> tuple[str, int]:
+    """Copy one key unless it is there; return what became of it, and its bytes. What is small, or
+    has the same size there, is read as a whole first, or only for its digest."""
+    check_key(key)
+    blob = None
+    with contextlib.suppress(NotFound):
+        blob = await client.head(key)
+    async with original.open(key) as incoming:
+        size = incoming.size or 0
+        if blob is not None and incoming.size == blob.size:
+            if by_size:
+                return "same", size
+            hasher = Hasher({})
+            async for piece in incoming.read():
+                hasher.update(piece)
+            if hasher.finish() == blob.digest:
+                return "same", size
+        elif incoming.size is not None and size <= AT_ONCE_BYTES:
+            held = b"".join([piece async for piece in incoming.read()])
+            await client.put(key, held, hear=copying.hear)
+            return "copied", size
+        else:
+            await client.put(key, incoming.read(), hear=copying.hear)
+            return "copied", size
+    async with original.open(key) as incoming:  # of the same size, but other bytes
+        await client.put(key, incoming.read(), hear=copying.hear)
+        return "copied", size
 
 
 # == bench ========================================================================================
@@ -2539,6 +3077,16 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
                "backup, rebuild first."),
     "status": (status, "Show volumes and totals, from a running server or from index and "
                "volumes."),
+    "put": (put, "Store files and folders, many at once. What is there already, by size and "
+            "digest, is left alone: so the same command goes on, and copies what has "
+            "changed. A folder's name is part of the keys unless its path ends with a slash."),
+    "get": (get, "Fetch keys, or all that begin with a prefix (one that ends with a slash, or an "
+            "empty one) into a folder, many at once. What is here already is left alone, what was "
+            "cut off goes on. Nothing is written outside of the folder, whatever keys say."),
+    "ls": (ls, "List the keys that begin with a prefix. --json: an object a line."),
+    "rm": (rm, "Delete keys, or with --prefix and --yes all that begin so."),
+    "import": (import_store, "Copy a whole store of minikeyvalue, the Go original, while it runs. "
+               "Run it again to go on, or to fetch what has come since."),
     "bench": (bench, "Measure a running server: PUT, GET (the redirect), READ (with the blob, "
               "which is compared), HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
@@ -2634,7 +3182,25 @@ def make_parser() -> argparse.ArgumentParser:
         "--processes", metavar="N", type=count, default=BENCH_PROCESSES,
         help=f"that ask [{BENCH_PROCESSES}]",
     )  # fmt: skip
-    for name in ("status", "bench"):
+    add["import"]("source", metavar="URL-OF-MINIKEYVALUE", help="of the Go original's server")
+    for name in ("put", "get", "ls", "rm", "import"):
+        add[name]("url", metavar="URL", help="of the server")
+    for name in ("put", "get", "rm", "import"):
+        add[name]("--concurrency", metavar="N", type=count, default=16, help="keys at once [16]")
+    add["put"]("paths", metavar="PATH", nargs="+", help="a file or a folder")
+    add["put"]("--prefix", default="", help="what the keys begin with")
+    add["get"]("keys", metavar="KEY", nargs="+", help="a key, or a PREFIX/")
+    about = "a file or a folder [the last part of the key, here]; - for standard output"
+    add["get"]("-o", "--output", metavar="FILE", default="", help=about)
+    add["ls"]("prefix", metavar="PREFIX", nargs="?", default="", help="[all keys]")
+    add["ls"]("-l", "--long", action="store_true", help="with size, time and type")
+    add["rm"]("keys", metavar="KEY", nargs="*", help="a key")
+    add["rm"]("--prefix", metavar="P", help="all keys that begin so")
+    add["rm"]("--yes", action="store_true", help="really")
+    add["import"]("--prefix", default="", help="only keys that begin so")
+    about = "take keys of the same size for the same, and do not read them to compare"
+    add["import"]("--by-size", action="store_true", help=about)
+    for name in ("status", "bench", "put", "get", "ls", "rm", "import"):
         about = "holds the secret of a token [take it from $MKV_TOKEN]"
         add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
@@ -2690,13 +3256,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_faults(error)
         return 2
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ToolError, MkvError, OSError) as error:
         print(f"mkv: {show_text(str(error))}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"mkv: interrupted; {report.interrupted}", file=sys.stderr)
         return 1
-    print(report.as_json() if options.json else report.as_text())
+    if not report.is_silent:
+        print(report.as_json() if options.json else report.as_text())
     return report.code
 
 

@@ -16,6 +16,7 @@ import enum
 import errno
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import io
 import itertools
@@ -39,6 +40,7 @@ import threading
 import time
 import traceback
 import tracemalloc
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -937,7 +939,7 @@ PURE_SECTIONS = (
 )  # fmt: skip
 SECTIONS = (
     *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Index", "Volume client", "Health",
-    "Metrics", "Store",
+    "Metrics", "Store", "Page",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -5005,6 +5007,292 @@ def test_who_asks_the_server_itself_is_redirected(front: Front) -> None:
     assert urlsplit(headers["location"]).port != urlsplit(headers["mkv-other"]).port
 
 
+# == Page: in a real browser, and what is sent with it ============================================
+
+
+def test_page_is_one_document_whose_policy_lets_only_its_own_script_run(store: Program) -> None:
+    status, headers, body = ask(store.url + "/-/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    policy = dict(
+        part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";")
+    )
+    for tag, which in (("script", "script-src"), ("style", "style-src")):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", body.decode(), re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[which] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+    places = policy["img-src"].split()
+    urls = {one["public_url"] for one in json.loads(ask(store.url + "/-/status")[2])["volumes"]}
+    assert set(places) == {"'self'", "blob:", "data:", *urls}
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"]
+    assert not re.search(
+        r"""innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|(src|href)=["']?(http|//)""",
+        body.decode(),
+    )
+    assert ask(store.url + "/-/", "HEAD")[0] == 200 and ask(store.url + "/-/", "PUT")[0] == 405
+
+
+def make_png(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    rows = b"".join(b"\0" + random.Random(y).randbytes(3 * width) for y in range(height))
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def require_chromium() -> str:
+    """Return Chromium's path; skip, but fail in CI, where it is missing, or playwright is."""
+    path = shutil.which("chromium")
+    found = path is not None and importlib.util.find_spec("playwright") is not None
+    if not found or path is None:
+        assert not os.environ.get("CI"), "CI must have chromium and playwright"
+        pytest.skip("chromium, or playwright to drive it, is not installed")
+    return path
+
+
+@pytest.fixture(scope="class")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests of the page. It ends with them: while playwright runs, no other
+    event loop can in this thread."""
+    path = require_chromium()
+    sync_api = importlib.import_module("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []
+        one = playwright.chromium.launch(executable_path=path, args=options)
+        yield one
+        one.close()
+
+
+@pytest.fixture(scope="class")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A server with its own volumes, for the tests of the page."""
+    program = Program(tmp_path_factory.mktemp("shop"))
+    yield program
+    program.stop(signal.SIGKILL)
+
+
+class Tab:
+    """A tab of its own, at the page; fails at the end if a script there failed or was refused."""
+
+    def __init__(self, browser: Any, url: str, view: str = "", **options: Any) -> None:
+        self.context = browser.new_context(accept_downloads=True, **options)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(20_000)  # ms
+        self.faults = list[str]()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", self._hear)
+        self.page.on("dialog", lambda dialog: self.faults.append(dialog.message))
+        self.page.goto(f"{url}/-/{view}")
+
+    def _hear(self, message: Any) -> None:
+        if "Content Security Policy" in message.text or "TrustedScript" in message.text:
+            self.faults.append(message.text)
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def sign_in(self, token: str) -> None:
+        self.page.get_by_label("secret of the token").fill(SECRETS[token])
+        self.page.keyboard.press("Enter")
+
+    def show(self, prefix: str) -> None:
+        self.page.get_by_label("prefix of the keys").fill(prefix)
+        self.button("Show").click()
+
+    def upload(self, name: str, blob: bytes) -> None:
+        file = {"name": name, "mimeType": "", "buffer": blob}
+        self.page.set_input_files("#files", [file])
+
+    def download(self, key: str) -> tuple[str, bytes]:
+        """Return what the browser would name the file, and what is in it."""
+        with self.page.expect_download() as under_way:
+            self.button(f"Download {key}").click()
+        return under_way.value.suggested_filename, under_way.value.path().read_bytes()
+
+    def delete(self, key: str) -> None:
+        self.button(f"Delete {key}").click()
+        self.button("Delete it").click()
+        self.button(f"Delete {key}").wait_for(state="detached")
+
+    def wait_for_image(self) -> None:
+        width = "document.querySelector('#details img')?.naturalWidth"
+        eventually(lambda: self.page.evaluate(width) == 40)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.context.close()
+        assert kind is not None or not self.faults
+
+
+KEYS_VIEW = "#keys="
+
+
+class TestPage:
+    def test_upload_preview_download_delete(
+        self, browser: Any, start: Callable[..., Program], guarded: str
+    ) -> None:
+        """With tokens, and volumes that want signed links."""
+        server = start(config=guarded + TOKENS)
+        blob = make_png(40, 30)
+        with Tab(browser, server.url, KEYS_VIEW) as tab:
+            tab.sign_in("boss")
+            tab.show("my photos/")
+            tab.upload("ü 1.png", blob)
+            tab.button("my photos/ü 1.png"[10:]).click()
+            tab.wait_for_image()
+            tab.page.keyboard.press("Escape")
+            assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
+            target = f"{server.url}/{quote('my photos/ü 1.png')}"
+            assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            tab.delete("my photos/ü 1.png")
+            assert ask(target, token="boss")[0] == 404
+            kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
+            assert kept == [["mkv-token"], []] and tab.context.cookies() == []
+        with Tab(browser, server.url, KEYS_VIEW) as tab:  # another tab knows no token
+            tab.page.get_by_label("secret of the token").wait_for()
+
+    def test_files_are_dropped_and_replace_nothing_unasked(
+        self, browser: Any, shop: Program
+    ) -> None:
+        prefix = f"drop-{random.getrandbits(32):x}/"
+        assert ask(f"{shop.url}/{prefix}a.txt", "PUT", b"old")[0] == 201
+        with Tab(browser, shop.url, KEYS_VIEW + quote(prefix, safe="")) as tab:
+            made = tab.page.evaluate_handle(
+                "() => { const all = new DataTransfer();"
+                " for (const name of ['a.txt', 'b.txt']) all.items.add(new File(['new'], name));"
+                " return all; }"
+            )
+            tab.page.dispatch_event("#drop", "drop", {"dataTransfer": made})
+            tab.button("b.txt").wait_for()
+            replace_it = tab.button("Replace")
+            replace_it.wait_for()
+            assert read_back(shop, prefix + "a.txt") == b"old"
+            replace_it.click()
+            replace_it.wait_for(state="detached")
+            eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+
+    def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
+        space = f"evil-{random.getrandbits(32):x}"
+        names = [
+            "<img src=x onerror=alert(1)>", "<script>alert(2)<\\script>", "javascript:alert(3)",
+            "'\"`${alert(4)}", "\u202egnp.exe", "a\nb", "&lt;b&gt;", "%2e%2e", "#x?y",
+        ]  # fmt: skip
+        page = b"<script>alert(5)</script>"
+        for name in names:
+            target = f"{shop.url}/{quote(space + name, safe='')}"
+            assert ask(target, "PUT", page, Content_Type="text/html")[0] == 201
+        with Tab(browser, shop.url, KEYS_VIEW) as tab:
+            tab.show(space)
+            tab.button(names[0]).wait_for()
+            shown = tab.page.locator("#list .key .name button").all_inner_texts()
+            told = {one.replace("\u202e", "\\u202e").replace("\n", "\\u000a") for one in names}
+            assert set(shown) == told
+            tab.button(names[0]).click()
+            assert tab.page.locator("#details h2").inner_text() == space + names[0]
+            tab.page.keyboard.press("Escape")
+            for name in names[:2]:
+                assert tab.download(space + name)[1] == page
+                tab.delete(space + name)
+            ran = tab.page.evaluate(
+                "() => { const one = document.createElement('script');"
+                " try { one.textContent = 'document.title = 1'; document.body.append(one); }"
+                " catch (error) { return 'refused'; } return document.title; }"
+            )
+            assert ran == "refused" and tab.faults
+            tab.faults.clear()  # that was this
+
+    def test_volume_that_dies_is_shown_and_read_past(
+        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        with contextlib.ExitStack() as stack:
+            volumes = [stack.enter_context(Nginx(tmp_path / f"v{i}")) for i in range(3)]
+            server = start(*flags_of(volumes), "--replicas", "3")
+            assert ask(server.url + "/k.txt", "PUT", b"alive")[0] == 201
+            tab = stack.enter_context(Tab(browser, server.url))
+            tab.page.locator("td.up").nth(2).wait_for()
+            volumes[1].signal(signal.SIGKILL)
+            tab.page.locator("td.down").wait_for()
+            assert tab.page.locator("td.up").count() == 2
+            assert tab.page.locator("#tiles .figure").first.inner_text() == "1"
+            tab.page.get_by_role("link", name="Keys").click()
+            assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
+            server.stop()
+            tab.page.get_by_role("link", name="State").click()
+            tab.page.get_by_role("alert").wait_for()
+
+    def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
+        folder = f"phone-{random.getrandbits(32):x}"
+        assert ask(f"{shop.url}/{folder}/{'long' * 50}.txt", "PUT", b"x")[0] == 201
+        with Tab(browser, shop.url, viewport={"width": 360, "height": 640}) as tab:
+            tab.page.locator("td.up").first.wait_for()
+            fits = "document.documentElement.scrollWidth <= innerWidth"
+            assert tab.page.evaluate(fits)
+            for key in ("Tab", "Tab", "Enter"):
+                tab.page.keyboard.press(key)
+            tab.page.get_by_label("prefix of the keys").focus()
+            tab.page.keyboard.type(folder)
+            tab.page.keyboard.press("Enter")
+            tab.button("/").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{'long' * 50}.txt").focus()
+            assert tab.page.evaluate(fits)
+            tab.page.keyboard.press("Enter")
+            tab.page.locator("#details[open]").wait_for()
+            assert tab.page.evaluate(fits)
+            tab.page.keyboard.press("Escape")
+            tab.page.locator("#details[open]").wait_for(state="detached")
+
+    def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
+        blob = make_png(40, 30)
+        with Tab(browser, front.url, KEYS_VIEW) as tab:
+            for is_signed_in in (False, True):
+                if is_signed_in:
+                    tab.button("Token").click()
+                    tab.sign_in("boss")
+                name = f"{is_signed_in}-{random.getrandbits(32):x}.png"
+                tab.upload(name, blob)
+                tab.button(name).click()
+                tab.wait_for_image()
+                tab.page.keyboard.press("Escape")
+                assert tab.download(name) == (name, blob)
+
+    def test_application_of_another_origin_uses_the_store(
+        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        """As README.md says: its origin is listed, and the volumes let pages read."""
+        secrets = (VOLUME_SECRET, LINK_SECRET)
+        with contextlib.ExitStack() as stack:
+            volume = stack.enter_context(Nginx(tmp_path / "v", secrets, cors=True))
+            app = start()  # any server will do for an origin
+            config = f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
+            flags = ["--cors-origins", app.url, "--volume", volume.url, "--replicas", "1"]
+            server = start(*flags, config=config + TOKENS)
+            page = stack.enter_context(Tab(browser, app.url)).page
+            page.goto(app.url + "/-/livez")  # without a policy
+            use = """async ([url, secret]) => {
+                const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "text/plain"};
+                const put = await fetch(url, {method: "PUT", body: "hello", headers});
+                const get = await fetch(url, {headers: {...headers, Range: "bytes=0-3"}});
+                const text = await get.text();
+                const gone = await fetch(url, {method: "DELETE", headers});
+                const etag = put.headers.get("ETag") !== null;
+                return [put.status, etag, get.status, text, gone.status];
+            }"""
+            sent = [server.url + "/k", SECRETS["boss"]]
+            assert page.evaluate(use, sent) == [201, True, 206, "hell", 204]
+            other = app.url.replace(
+                "127.0.0.1", "localhost"
+            )  # another origin, which is not listed
+            page.goto(other + "/-/livez")
+            with pytest.raises(Exception, match="Failed to fetch"):
+                page.evaluate(use, sent)
+
+
 # == Faults =======================================================================================
 
 
@@ -5503,6 +5791,14 @@ def test_second_server_on_the_same_index_is_announced(
     first.stop()
     assert words in start(*flags).log()  # the second still runs
     second.stop()
+
+
+def test_second_server_is_announced_whatever_name_the_index_has(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    start("--db", str(tmp_path / "index.db"))
+    (tmp_path / "other.db").symlink_to("index.db")
+    assert "another server has the index" in start("--db", str(tmp_path / "other.db")).log()
 
 
 def test_server_started_again_announces_nobody(
@@ -6618,10 +6914,20 @@ async def test_no_volume_sees_the_token() -> None:
             assert b"GET /blob?md5=a HTTP/1.1" in volume.heads[0]
 
 
+async def test_blob_is_taken_as_it_is_whatever_coding_is_claimed() -> None:
+    coded = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx"
+    async with Script(coded) as volume:
+        redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
+        redirect += f"Location: {volume.url}/b\r\n\r\n"
+        async with Script(redirect.encode()) as script, mkv.Client(script.url) as client:
+            assert await client.get("k") == b"x"
+            assert b"Accept-Encoding: identity\r\n" in volume.heads[0]
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "body"),
     [
-        ("200 OK", "Content-Length: 5", b"01234"),
+        ("200 OK", "Content-Length: 10", b"0123456789"),
         ("206 Partial Content", "Content-Length: 5\r\nContent-Range: bytes 0-4/10", b"01234"),
         ("206 Partial Content", "Content-Length: 4\r\nContent-Range: bytes 5-9/10", b"5678"),
         ("206 Partial Content", "Content-Length: 5", b"56789"),
@@ -6728,6 +7034,35 @@ async def test_client_goes_on_when_connections_are_cut(
         assert got == data[1000:] and len(client.reads()) >= 4
 
 
+async def test_client_reads_through_an_nginx_in_front(front: Front, tmp_path: Path) -> None:
+    """Which sends the blob itself, and no redirect."""
+    data = os.urandom(3_000_000)
+    async with Watching(front.url) as client:
+        await client.put("front", data)
+        assert await client.get("front") == data and client.reads() == []
+        for start, end in ((0, 10), (5, None), (2_999_999, 3_000_005), (3_000_000, None)):
+            got = b"".join([piece async for piece in client.stream("front", start, end)])
+            assert got == data[start:end]
+        await client.get_to("front", tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == data
+        await client.delete("front")
+        with pytest.raises(mkv.NotFound):
+            await client.get("front")
+
+
+async def test_client_of_a_store_in_another_application(
+    tmp_path: Path, aiohttp_server: Any
+) -> None:
+    outer = web.Application()
+    outer.add_subapp("/blobs/", mkv.create_app(mkv.Config(data=str(tmp_path / "data"))))
+    server = await aiohttp_server(outer)
+    async with mkv.Client(f"http://127.0.0.1:{server.port}/blobs") as client:
+        for key in ODD_KEYS:
+            await client.put(key, key.encode())
+            assert await client.get(key) == key.encode()
+        assert [blob.key async for blob in client.list()] == sorted(ODD_KEYS, key=str.encode)
+
+
 # -- downloads into a file --
 
 
@@ -6757,20 +7092,24 @@ async def test_download_that_was_cut_off_goes_on_where_it_was(
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
 
 
-async def test_part_of_another_version_is_not_gone_on_with(store: Program, tmp_path: Path) -> None:
-    target = tmp_path / "file"
+async def test_part_of_another_version_is_begun_anew(store: Program, tmp_path: Path) -> None:
+    target, heard = tmp_path / "file", list[int]()
 
-    def stop(_: int) -> None:
-        raise InterruptedError
+    def hear(count: int) -> None:
+        heard.append(count)
+        if 2_000_000 < sum(heard) < 3_000_000:
+            raise InterruptedError
 
     async with mkv.Client(store.url) as client:
-        for data in (os.urandom(3_000_000), os.urandom(3_000_000)):
-            await client.put("versions", data)
-            with pytest.raises(InterruptedError):
-                await client.get_to("versions", target, hear=stop)
-        assert len(list(tmp_path.glob(".mkv-*.part"))) == 2
-        await client.get_to("versions", target)
-        assert target.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
+        await client.put("versions", os.urandom(3_000_000))
+        with pytest.raises(InterruptedError):
+            await client.get_to("versions", target, hear=hear)
+        data = os.urandom(3_000_000)
+        await client.put("versions", data)
+        heard.clear()
+        await client.get_to("versions", target, hear=heard.append)
+        assert heard[0] > 1_000_000 and min(heard) < 0 and sum(heard) == len(data)
+        assert target.read_bytes() == data and list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "too long", "whole but wrong"])
@@ -7256,6 +7595,7 @@ SECRETS = {
     "writer": "w-secret-2",
     "boss": "b-secret-3",
     "tenant": "t-secret-4",
+    "adder": "a-secret-5",
 }
 VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
 EVERYTHING = '["read", "write", "delete", "list", "admin"]'
@@ -7329,6 +7669,208 @@ def access_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]
     assert ask(program.url + "/k", "PUT", b"x", "boss")[0] == 201
     yield program
     program.stop(signal.SIGKILL)
+
+
+# -- tokens that can only add --
+
+ONLY_ADDS = token_toml("adder", '["create"]', "backup/") + token_toml(
+    "boss", EVERYTHING.replace("[", '["create", ')
+)
+
+
+@pytest.fixture(params=["lane", "aiohttp"])
+def adding(
+    request: pytest.FixtureRequest, start: Callable[..., Program], guarded: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Program:  # fmt: skip
+    """A server on nginx volumes that want their secrets, with backup/k there."""
+    if request.param == "aiohttp":
+        monkeypatch.setitem(MORE_HEADERS, "Connection", "keep-alive, x")
+    server = start(config=guarded + ONLY_ADDS)
+    assert ask(server.url + "/backup/k", "PUT", b"old", "boss")[0] == 201
+    return server
+
+
+OLD = f'"{hashlib.sha256(b"old").hexdigest()}"'
+LATER, EARLIER = "Fri, 01 Jan 2100 00:00:00 GMT", "Sat, 01 Jan 2000 00:00:00 GMT"
+
+
+@pytest.mark.parametrize("body", [b"new", b"old", b"", bytes(400_000), None])
+def test_token_that_only_creates_replaces_nothing_whatever_it_sends(
+    adding: Program, body: bytes | None
+) -> None:
+    url = adding.url + "/backup/k"
+    for headers in (
+        {}, {"If_Match": OLD}, {"If_Match": "*"}, {"If_Match": '"no"'}, {"If_None_Match": '"no"'},
+        {"If_None_Match": OLD}, {"If_Match": OLD, "If_None_Match": '"no"'},
+        {"If_Unmodified_Since": LATER}, {"If_Unmodified_Since": EARLIER},
+        {"X_HTTP_Method_Override": "DELETE"}, {"Expect": "100-continue"},
+        {"Mkv_Volume_Secret": VOLUME_SECRET},
+    ):  # fmt: skip
+        sent = iter([b"in ", b"chunks"]) if body is None else body
+        status, _, said = ask(url, "PUT", sent, "adder", **headers)
+        assert status == 403 and b"may only create" in said, headers  # the same for all
+    for if_none_match in ("*", " *"):
+        assert ask(url, "PUT", b"new", "adder", If_None_Match=if_none_match)[0] == 412
+    other_spellings = ("/backup%2Fk", "/%62ackup/k", "/backup/%6B")
+    for path in other_spellings:
+        assert ask(adding.url + path, "PUT", b"new", "adder")[0] == 403
+    assert get_body(url, "boss") == b"old"
+
+
+def test_token_that_only_creates_may_do_nothing_else(adding: Program) -> None:
+    for method, path in (
+        ("GET", "/backup/k"), ("HEAD", "/backup/k"), ("DELETE", "/backup/k"),
+        ("DELETE", "/backup/none"), ("GET", "/?prefix=backup/"), ("GET", "/"),
+        ("GET", "/-/status"), ("GET", "/-/metrics"), ("PUT", "/other"), ("PUT", "/backup"),
+        ("PUT", "/backu"), ("PUT", "/Backup/x"), ("PUT", "//backup/x"),
+    ):  # fmt: skip
+        for headers in ({}, {"If_Match": OLD}, {"If_None_Match": "*"}):
+            body = b"x" if method == "PUT" else None
+            assert ask(adding.url + path, method, body, "adder", **headers)[0] == 403, path
+    for method in ("POST", "PATCH", "COPY", "MOVE", "MKCOL"):
+        assert ask(adding.url + "/backup/k", method, b"x", "adder")[0] in (400, 405)
+    location = ask(adding.url + "/backup/k", token="boss")[1]["location"]
+    volume, path = location.split("?")[0], urlsplit(location).path
+    for method in ("PUT", "DELETE"):  # not even with a link that it has got hold of
+        for target in (volume, location, volume[: volume.index(path)] + mkv.sidecar_path(path)):
+            assert ask(target, method, b"x" if method == "PUT" else None, "adder")[0] == 403
+    assert get_body(adding.url + "/backup/k", "boss") == b"old"
+
+
+def test_token_that_only_creates_creates(adding: Program) -> None:
+    for i, headers in enumerate(({}, {"If_None_Match": "*"}, {"If_None_Match": '"a"'})):
+        url = f"{adding.url}/backup/new{i}"
+        assert ask(url, "PUT", b"new", "adder", **headers)[0] == 201
+        assert get_body(url, "boss") == b"new"
+        assert ask(url, "PUT", b"newer", "adder", **headers)[0] in (403, 412)
+    assert ask(adding.url + "/backup/m", "PUT", b"x", "adder", If_Match="*")[0] == 403
+    wrong = {"Repr_Digest": WRONG_DIGEST["Repr-Digest"]}
+    assert ask(adding.url + "/backup/m", "PUT", b"x", "adder", **wrong)[0] == 422
+    assert ask(adding.url + "/backup/k", "DELETE", token="boss")[0] == 204
+    assert ask(adding.url + "/backup/k", "PUT", b"again", "adder")[0] == 201
+
+
+def test_write_is_more_than_create_and_anybody_may_be_let_add(
+    start: Callable[..., Program],
+) -> None:
+    both = token_toml("boss", '["read", "create", "write"]')
+    server = start(config=both + '[anonymous]\nallow = ["create"]\nprefix = "inbox/"\n')
+    assert ask(server.url + "/inbox/k", "PUT", b"one")[0] == 201
+    assert ask(server.url + "/inbox/k", "PUT", b"two")[0] == 403
+    assert ask(server.url + "/k", "PUT", b"one")[0] == 401
+    assert ask(server.url + "/inbox/k", "PUT", b"two", "boss")[0] == 204
+    assert ask(server.url + "/inbox/k", "PUT", b"x", "no-such-secret")[0] == 401
+    assert get_body(server.url + "/inbox/k", "boss") == b"two"
+
+
+@pytest.mark.parametrize("size", [10, 400_000])
+def test_only_one_of_many_that_may_only_create_wins(adding: Program, size: int) -> None:
+    bodies = [bytes([i]) * size for i in range(8)]
+    for round_number in range(5):
+        url = f"{adding.url}/backup/race{round_number}"
+        with ThreadPoolExecutor(8) as pool:
+            puts = [pool.submit(ask, url, "PUT", body, "adder") for body in bodies]
+        statuses = [put.result()[0] for put in puts]
+        assert sorted(statuses)[0] == 201 and set(sorted(statuses)[1:]) <= {403, 503}
+        assert get_body(url, "boss") == bodies[statuses.index(201)]
+
+
+def send_half(server: Program, key: str, body: bytes) -> socket.socket:
+    """Begin a PUT of `body`, as the one who only creates, and send half of it."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    head = f"PUT /{key} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {SECRETS['adder']}\r\n"
+    more = "".join(f"{name}: {value}\r\n" for name, value in MORE_HEADERS.items())
+    connection.sendall(f"{head}{more}Content-Length: {len(body)}\r\n\r\n".encode())
+    connection.sendall(body[: len(body) // 2])
+    return connection
+
+
+@pytest.mark.parametrize("size", [1000, 400_000])
+@pytest.mark.parametrize("acts", ["PUT", "PUT DELETE PUT", "PUT PUT"])
+def test_creation_that_began_before_the_key_was_there_does_not_replace_it(
+    adding: Program, size: int, acts: str
+) -> None:
+    url, late = adding.url + "/backup/late", bytes(size)
+    before = adding.log().count("backup/late")
+    with send_half(adding, "backup/late", late) as connection:
+        for number, act in enumerate(acts.split()):
+            body = b"%d" % number if act == "PUT" else None
+            assert ask(url, act, body, "boss")[0] in (201, 204)
+        connection.sendall(late[size // 2 :])
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 403 and before == 0
+    assert get_body(url, "boss") == b"%d" % (len(acts.split()) - 1)
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_rebuild_brings_nothing_of_a_refused_creation(
+    adding: Program, tmp_path: Path, index: str
+) -> None:
+    """Nor does a kill of the server in the middle of one."""
+    url = adding.url + "/backup/"
+    late = bytes(400_000)
+    with send_half(adding, "backup/late", late) as connection:
+        assert ask(url + "late", "PUT", b"late", "boss")[0] == 201
+        connection.sendall(late[200_000:])
+        assert connection.recv(999).startswith(b"HTTP/1.1 403")
+    for body in (b"new", late):
+        assert ask(url + "k", "PUT", body, "adder")[0] == 403
+    with send_half(adding, "backup/k2", late):
+        assert ask(url + "k2", "PUT", b"k2", "boss")[0] == 201
+        adding.stop(signal.SIGKILL)
+    db = adding.folder / "mkv-data" / "index.db"
+    with contextlib.closing(sqlite3.connect(db)) as opened:
+        before = opened.execute("SELECT * FROM record ORDER BY key").fetchall()
+    if index == "lost":
+        for file in db.parent.glob("index.db*"):
+            file.unlink()
+    line = ["rebuild", "--config", str(adding.config), "--db", str(db), "--json"]
+    assert mkv_tools.main(line) == 0
+    with contextlib.closing(sqlite3.connect(db)) as opened:
+        assert opened.execute("SELECT * FROM record ORDER BY key").fetchall() == before
+    assert [row[0] for row in before] == ["backup/k", "backup/k2", "backup/late"]
+
+
+def test_volume_that_is_down_lets_no_creation_replace(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    """A key whose volumes are all away is there, though nobody can read it."""
+    server = start(*flags_of(volumes3), config=ONLY_ADDS, env={"NO": "1"})
+    url = server.url + "/backup/k"
+    assert ask(url, "PUT", b"old", "boss")[0] == 201
+    names = ask(url, "HEAD", token="boss")[1]["mkv-volumes"].split(",")
+    away = [volume for i, volume in enumerate(volumes3) if f"n{i}" in names]
+    for volume in away:
+        volume.signal(signal.SIGKILL)
+    eventually(lambda: ask(url, token="boss")[0] == 503)
+    assert ask(url, "PUT", b"new", "adder")[0] == 403
+    for volume in away:
+        volume.begin()
+    eventually(lambda: get_body(url, "boss") == b"old")
+
+
+def test_backup_with_a_token_that_only_creates(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on where it was, and the tool says what it could not compare."""
+    cluster.file.write_text(cluster.file.read_text() + "\n" + ONLY_ADDS)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a").write_bytes(b"a")
+    monkeypatch.setenv("MKV_TOKEN", SECRETS["adder"])
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        line = ("put", url, f"{source}/", "--prefix", "backup/")
+        assert cluster.tool(*line)[1]["copied"] == 1
+        (source / "a").write_bytes(b"encrypted by whoever took the machine over")
+        (source / "b").write_bytes(b"b")
+        code, facts, _ = cluster.tool(*line)
+        assert (code, facts["copied"], facts["there"]) == (0, 1, 1)
+        code, _, err = cluster.tool("rm", url, "backup/a")
+        assert code == 1 and "may only create" in err
+        assert get_body(f"{url}/backup/a", "boss") == b"a"
 
 
 def test_anonymous_rule_opens_what_it_names(start: Callable[..., Program]) -> None:
@@ -7811,7 +8353,7 @@ def read_slowly(client: socket.socket) -> bytes:
     while piece := client.recv(16384):
         pieces.append(piece)
         time.sleep(0.004)
-        if pieces[-1].endswith(b"}"):
+        if pieces[-1].endswith(b"}\n"):
             break
     return b"".join(pieces)
 
@@ -9306,6 +9848,7 @@ def test_slow_volumes_do_not_help_each_other(
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, which would find out at once
+        store.health.slow.clear()  # as the first ones may have found under load
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: len(slow) == 3)  # one after the other was asked to help
@@ -11449,7 +11992,10 @@ def test_dry_run_says_no_speed(cluster: Cluster, capsys: pytest.CaptureFixture[s
 def flags_in_help(*command: str) -> set[str]:
     line = [sys.executable, HERE / command[0], *command[1:], "--help"]
     said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    return set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", said, re.MULTILINE)) - {"--json", "--help"}
+    return set(re.findall(r"^  (?:-\w[^,]*, )?(--[a-z-]+)", said, re.MULTILINE)) - {
+        "--json",
+        "--help",
+    }
 
 
 def test_help_lists_only_flags_that_do_something_there() -> None:
@@ -11459,7 +12005,19 @@ def test_help_lists_only_flags_that_do_something_there() -> None:
         "rebalance": volumes | {"--dry-run", "--concurrency", "--limit-rate"},
         "verify": volumes | {"--deep", "--repair", "--grace", "--limit-rate"},
         "status": volumes | {"--token-file"},
-        "bench": {"--size", "--concurrency", "--count", "--duration", "--token-file"},
+        "put": {"--prefix", "--concurrency", "--token-file"},
+        "get": {"--output", "--concurrency", "--token-file"},
+        "ls": {"--long", "--token-file"},
+        "rm": {"--prefix", "--yes", "--concurrency", "--token-file"},
+        "import": {"--prefix", "--by-size", "--concurrency", "--token-file"},
+        "bench": {
+            "--size",
+            "--concurrency",
+            "--count",
+            "--duration",
+            "--processes",
+            "--token-file",
+        },
         "backup": {"--config", "--db", "--data"},
         "forget": volumes - {"--volume-timeout"},
         "token": {"--allow", "--prefix"},
@@ -11483,7 +12041,7 @@ def test_progress_is_plain_lines_off_a_terminal(
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
 
 
-# == Tools: an index in PostgreSQL ===============================================================
+# == Tools: an index in PostgreSQL ================================================================
 
 
 @pytest.fixture
@@ -11633,6 +12191,504 @@ def test_index_moves_from_one_engine_to_the_other(
     assert code == 2 and "not empty" in said
     shared.collect()
     assert shared.tool("verify", "--grace", 0)[1]["left"] == 0
+
+
+# == Tools: put, get, ls, rm, import ==============================================================
+
+
+def digests_below(folder: Path) -> dict[str, bytes]:
+    """Return what is in a folder, by path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+ODD_NAMES = (
+    "a?b",
+    "a#b",
+    "100%",
+    "%41",
+    "a b",
+    "line\nbreak",
+    "ü",
+    "\U0001f600",
+    "-x",
+    "a\\b",
+    "'\"",
+)
+
+
+def make_tree(folder: Path) -> dict[str, bytes]:
+    """Fill a folder with files of odd names and several sizes; return path -> bytes."""
+    for number, name in enumerate(ODD_NAMES):
+        for path in (folder / name, folder / "sub" / name / "deep"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                path.write_bytes(random.Random(number).randbytes(number * 3000))
+    (folder / "empty").touch()
+    (folder / "large").write_bytes(os.urandom(LARGE))
+    return digests_below(folder)
+
+
+@pytest.fixture
+def served(cluster: Cluster) -> Iterator[str]:
+    with cluster.serve() as (port, _):
+        yield f"http://127.0.0.1:{port}"
+
+
+@on_nginx
+def test_folder_comes_back_as_it_was(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    files = make_tree(source)
+    code, facts, err = cluster.tool("put", served, f"{source}/", "--prefix", "p/")
+    assert (code, facts["copied"], facts["bytes"]) == (
+        0,
+        len(files),
+        sum(map(len, files.values())),
+    )
+    page = json.loads(ask(f"{served}/?limit=10000")[2])
+    assert {row["key"] for row in page["keys"]} == {f"p/{path}" for path in files}
+    code, facts, err = cluster.tool("get", served, "p/", "-o", back)
+    assert (code, facts["copied"]) == (0, len(files)), err
+    assert digests_below(back) == files
+
+    assert cluster.tool("put", served, source)[1]["copied"] == len(files)  # with its name
+    assert json.loads(ask(f"{served}/?prefix=source/&limit=9999")[2])["keys"][0]["key"] == (
+        "source/" + min(files, key=str.encode)
+    )
+
+
+@on_nginx
+def test_copying_again_copies_only_what_is_missing_or_differs(
+    cluster: Cluster, served: str, tmp_path: Path
+) -> None:
+    source, back = tmp_path / "source", tmp_path / "back"
+    files = make_tree(source)
+    for command in (["put", served, f"{source}/"], ["get", served, "", "-o", back]):
+        assert cluster.tool(*command)[1]["copied"] == len(files)
+        code, facts, _ = cluster.tool(*command)
+        assert (code, facts["copied"], facts["same"], facts["bytes"]) == (0, 0, len(files), 0)
+    (source / "large").write_bytes(os.urandom(LARGE))  # as large as before
+    (source / "new").write_bytes(b"new")
+    (source / "empty").write_bytes(b"no more")
+    for command in (["put", served, f"{source}/"], ["get", served, "", "-o", back]):
+        code, facts, _ = cluster.tool(*command)
+        assert (code, facts["copied"], facts["same"]) == (0, 3, len(files) - 2)
+    assert digests_below(back) == digests_below(source)
+
+
+@on_nginx
+def test_what_has_no_key_is_named_and_the_rest_is_stored(
+    cluster: Cluster, served: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    (source / "folder").mkdir(parents=True)
+    (source / "good").write_bytes(b"x")
+    (source / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"x")
+    os.mkfifo(source / "pipe")
+    (source / "nowhere").symlink_to("not there")
+    (source / "link").symlink_to("good")
+    (source / "elsewhere").symlink_to("/etc")
+    long = source.joinpath(*["d" * 200] * 6)
+    long.mkdir(parents=True)
+    (long / "file").touch()
+    code, facts, _ = cluster.tool("put", served, f"{source}/", tmp_path / "missing")
+    failed = {Path(case["path"]).name: case["detail"] for case in facts["cases"]}
+    assert code == 1 and facts["copied"] == 2 and facts["failed"] == 6
+    assert "UTF-8" in failed.pop("not-utf8-\udcff") and "link to a folder" in failed.pop(
+        "elsewhere"
+    )
+    assert "no file" in failed.pop("pipe") and "1024 bytes" in failed.pop("file")
+    assert failed.keys() == {"nowhere", "missing"}
+    keys = [row["key"] for row in json.loads(ask(served + "/")[2])["keys"]]
+    assert keys == ["good", "link"]
+
+
+EVIL_KEYS = (
+    "p/../outside", "p/a/../../outside", "p//etc/passwd", "p/./x", "p/a//b", "p/..", "p/", "p/a/",
+    "p/link/owned", "p/" + "n" * 300, "p/.mkv-0123456789abcdef0123456789abcdef.part",
+)  # fmt: skip
+
+
+@on_nginx
+def test_no_key_leads_out_of_the_folder(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    for key in (*EVIL_KEYS, "p/good", "p/file", "p/file/below"):
+        assert ask(f"{served}/{quote(key, safe='')}", "PUT", b"evil")[0] == 201
+    (tmp_path / "outside-folder").mkdir()
+    folder = tmp_path / "nest" / "folder"
+    folder.mkdir(parents=True)
+    (folder / "link").symlink_to(tmp_path / "outside-folder")
+    (tmp_path / "victim").write_bytes(b"victim")
+    (folder / "good").symlink_to(tmp_path / "victim")  # is replaced itself
+    before = digests_below(tmp_path / "outside-folder"), sorted(os.listdir(tmp_path / "nest"))
+    code, facts, _ = cluster.tool("get", served, "p/", "-o", folder)
+    assert code == 1 and facts["copied"] == 2 and facts["failed"] == len(EVIL_KEYS) + 1
+    named = {case["key"] for case in facts["cases"]}
+    assert named >= set(EVIL_KEYS) and named & {"p/file", "p/file/below"}
+    assert before == (
+        digests_below(tmp_path / "outside-folder"), sorted(os.listdir(tmp_path / "nest"))
+    )  # fmt: skip
+    assert (tmp_path / "victim").read_bytes() == b"victim"
+    assert (folder / "good").read_bytes() == b"evil" and not (folder / "good").is_symlink()
+    assert not (tmp_path / "outside").exists() and not (tmp_path / "nest" / "outside").exists()
+
+
+@on_nginx
+def test_single_keys_go_where_they_are_told(
+    cluster: Cluster, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for key in ("a/one", "two"):
+        assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
+    assert cluster.tool("get", served, "a/one", "two")[0] == 0
+    assert cluster.tool("get", served, "a/one", "-o", "file")[0] == 0
+    (tmp_path / "folder").mkdir()
+    assert cluster.tool("get", served, "a/one", "two", "-o", "folder")[0] == 0
+    for path in ("one", "file", "folder/one"):
+        assert Path(path).read_bytes() == b"a/one"
+    assert Path("two").read_bytes() == Path("folder/two").read_bytes() == b"two"
+    code, facts, _ = cluster.tool("get", served, "two", "none")
+    assert (code, facts["same"], facts["failed"]) == (1, 1, 1)
+    assert cluster.tool("get", served, "a/")[0] == 2  # into which folder?
+    line = [sys.executable, HERE / "mkv_tools.py", "get", served, "a/one", "two", "-o", "-"]
+    assert subprocess.run(line, check=True, capture_output=True).stdout == b"a/onetwo"
+
+
+@on_nginx
+def test_ls_and_rm(cluster: Cluster, served: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("a/1", "a/2", "b", "c", f"nasty{NASTY}"):
+        assert ask(f"{served}/{quote(key, safe='')}", "PUT", key.encode())[0] == 201
+
+    def tool(*line: str) -> tuple[int, list[str]]:
+        code = mkv_tools.main(line)
+        return code, capsys.readouterr().out.splitlines()
+
+    assert tool("ls", served, "a/") == (0, ["a/1", "a/2"])
+    (row,) = tool("ls", served, "b", "-l")[1]
+    assert re.fullmatch(r" +1 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ application/octet-stream +b", row)
+    (row,) = tool("ls", served, "b", "--json")[1]
+    assert json.loads(row)["digest"] == hashlib.sha256(b"b").hexdigest()
+    assert all(one.isprintable() for line in tool("ls", served)[1] for one in line)
+    assert tool("rm", served, "b", "c")[0] == 0 and tool("ls", served, "b")[1] == []
+    assert tool("rm", served, "b")[0] == 1
+    assert tool("rm", served)[0] == tool("rm", served, "b", "--prefix", "a/")[0] == 2
+    assert mkv_tools.main(["rm", served, "--prefix", "a/"]) == 2
+    assert "2 keys of 6 B begin with" in capsys.readouterr().err
+    assert tool("ls", served, "a/")[1] == ["a/1", "a/2"]
+    assert tool("rm", served, "--prefix", "a/", "--yes")[0] == 0
+    assert tool("ls", served, "a/")[1] == [] and len(tool("ls", served)[1]) == 1
+
+
+def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> None:
+    server = start()
+    for i in range(50):
+        ask(f"{server.url}/{i:0900}", "PUT", b"")
+    line = f"{sys.executable} {HERE}/mkv_tools.py ls {server.url} --json"
+    ended = subprocess.run(
+        ["bash", "-c", f"{line} | head -1"], capture_output=True, timeout=60, check=True
+    )
+    assert ended.stdout.count(b"\n") == 1 and ended.stderr == b""
+
+
+@on_nginx
+def test_copying_takes_its_token_from_file_or_environment(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.file.write_text(cluster.file.read_text() + "\n" + TOKENS)
+    (tmp_path / "secret").write_text(SECRETS["boss"] + "\n")
+    (tmp_path / "file").write_bytes(b"x")
+    with cluster.serve() as (port, _):
+        url = f"http://127.0.0.1:{port}"
+        code, _, err = cluster.tool("put", url, tmp_path / "file")
+        assert code == 1 and "401 Unauthorized" in err
+        assert (
+            cluster.tool("put", url, tmp_path / "file", "--token-file", tmp_path / "secret")[0]
+            == 0
+        )
+        monkeypatch.setenv("MKV_TOKEN", SECRETS["boss"])
+        assert cluster.tool("get", url, "file", "-o", tmp_path / "back")[0] == 0
+        monkeypatch.setenv("MKV_TOKEN", SECRETS["reader"])
+        code, _, err = cluster.tool("rm", url, "file")
+        assert code == 1 and "reader may only read" in err
+
+
+@on_nginx
+def test_copying_goes_on_when_a_volume_dies_and_stops_when_the_server_does(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(300):
+        (source / f"{i}").write_bytes(os.urandom(50_000))
+    with cluster.serve() as (port, server):
+        url = f"http://127.0.0.1:{port}"
+        process = cluster.spawn("put", url, f"{source}/", "--concurrency", "4")
+        eventually(lambda: cluster.files("volume1"))
+        cluster.stop("volume1")
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and json.loads(out)["copied"] == 300
+        process = cluster.spawn("get", url, "", "-o", tmp_path / "back", "--concurrency", "4")
+        eventually(lambda: (tmp_path / "back").is_dir() and any((tmp_path / "back").iterdir()))
+        cluster.start("volume1")
+        cluster.stop("volume2")
+        process.communicate(timeout=60)
+        assert process.returncode == 0 and digests_below(tmp_path / "back") == digests_below(
+            source
+        )
+        server.kill()
+        server.wait()
+    for name, value in (("PATIENCE_S", 0.2), ("FAILURES_IN_A_ROW", 5)):
+        monkeypatch.setattr(mkv_tools, name, value)
+    monkeypatch.setattr(mkv_tools.open_client, "__defaults__", (0.2,))
+    code, _, err = cluster.tool("put", url, f"{source}/")
+    assert code == 1 and "5 failures in a row" in err and "Cannot connect" in err
+
+
+def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    source, back = tmp_path / "source", tmp_path / "back"
+    source.mkdir()
+    for i in range(400):
+        (source / f"{i}").write_bytes(os.urandom(20_000))
+
+    def run(*line: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, HERE / "mkv_tools.py", *map(str, line), "--json"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    commands: tuple[tuple[tuple[object, ...], Callable[[], int]], ...] = (
+        (("put", server.url, f"{source}/"), lambda: server.log().count("method=PUT")),
+        (("get", server.url, "", "-o", back), lambda: len(list(back.glob("*")))),
+    )
+    for command, how_many in commands:
+        process = run(*command)
+        eventually(lambda how_many=how_many: how_many() > 40)
+        process.kill()
+        process.communicate()
+        before = how_many()
+        out, _ = run(*command).communicate(timeout=120)
+        facts = json.loads(out)
+        assert facts["same"] > 20 and facts["copied"] + facts["same"] == 400 and before < 400
+    assert digests_below(back) == digests_below(source)
+
+
+def test_interrupted_copying_says_how_to_go_on(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    server = start()
+    (tmp_path / "source").mkdir()
+    for i in range(2000):
+        (tmp_path / "source" / f"{i}").write_bytes(b"x")
+    line = [sys.executable, HERE / "mkv_tools.py", "put", server.url, f"{tmp_path}/source"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    eventually(lambda: server.log().count("method=PUT") > 20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and out == b"" and b"the same command goes on" in err
+    assert b"Traceback" not in err
+
+
+@on_nginx
+def test_two_keys_do_not_become_one_file(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    for key in ("a/name", "b/name"):
+        assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
+    code, facts, _ = cluster.tool("get", served, "a/name", "b/name", "-o", tmp_path / "folder")
+    assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
+    assert (tmp_path / "folder" / "name").read_bytes() == b"a/name"
+
+
+def test_copying_shows_bytes_and_time_left(start: Callable[..., Program], tmp_path: Path) -> None:
+    copying = mkv_tools.Copying(mkv_tools.Report(False), "copied")
+    for size in (1000, 3000):
+        copying.count(size)
+    copying.hear(1000)
+    copying.end("copied", 1000)
+    assert copying.share() == 0.0 and "time" not in copying.text()  # there may be more
+    copying.is_counted = True
+    assert copying.share() == 0.25 and "1 of 2 done, 1.0 KB of 4.0 KB" in copying.text()
+    copying.fail("k", "", "why", 3000)
+    assert copying.share() == 1.0
+    copying.finish()
+
+
+def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    (tmp_path / "source").mkdir()
+    with open(tmp_path / "source" / "large", "wb") as file:
+        file.truncate(300_000_000)
+    for command in (
+        ["put", server.url, f"{tmp_path}/source/"],
+        ["get", server.url, "", "-o", str(tmp_path / "back")],
+    ):
+        line = [sys.executable, str(HERE / "mkv_tools.py"), *command]
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peak = 0
+        while process.poll() is None:
+            with contextlib.suppress(OSError, ValueError):
+                peak = max(peak, peak_memory(process.pid))
+            time.sleep(0.02)
+        assert process.returncode == 0 and 10_000_000 < peak < 150_000_000
+    assert (tmp_path / "back" / "large").stat().st_size == 300_000_000
+
+
+def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) -> None:
+    server = start()
+    readme = (HERE / "README.md").read_text()
+    (script,) = re.findall(r"^## Copying\n\n```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    script = re.sub(" +#.*", "", script.replace("http://127.0.0.1:3000", server.url))
+    script = script.replace(
+        ".venv/bin/python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py"
+    )
+    files = make_tree(tmp_path / "photos")
+    with Go({"/from": b"go"}) as original:
+        script = script.replace("http://127.0.0.1:3333", original.url)
+        subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, timeout=60)
+    assert digests_below(tmp_path / "restored") == files
+    assert [row["key"] for row in json.loads(ask(server.url + "/")[2])["keys"]] == ["from"]
+
+
+# -- import --
+
+
+class Go(ThreadingHTTPServer):
+    """A small minikeyvalue, as its README and server.go have it: lists with `?list`, keys with
+    their first slash, redirects to a volume, MD5 in hex, if it was told to keep that."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, blobs: Mapping[str, bytes]) -> None:
+        self.blobs = dict(blobs)
+        self.md5 = dict[str, str]()
+        self.asked = Counter[str]()
+        self.failing = 0  # requests that break off
+        self.volume = ThreadingHTTPServer(("127.0.0.1", 0), GoVolume)
+        self.volume.daemon_threads = True
+        self.volume.blobs = self.blobs  # type: ignore[attr-defined]
+        self.volume.asked = self.asked  # type: ignore[attr-defined]
+        super().__init__(("127.0.0.1", 0), GoMaster)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> Self:
+        for server in (self, self.volume):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in (self, self.volume):
+            server.shutdown()
+            server.server_close()
+
+
+class GoVolume(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        blob = self.server.blobs[bytes.fromhex(self.path[1:]).decode()]  # type: ignore[attr-defined]
+        self.server.asked["read"] += 1  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(blob)))
+        self.end_headers()
+        self.wfile.write(blob)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class GoMaster(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Go
+
+    def do_GET(self) -> None:
+        if self.server.failing:
+            self.server.failing -= 1
+            self.close_connection = True
+            return
+        parts = urlsplit(self.path)
+        key = unquote(parts.path)
+        if parts.query:
+            self.list_keys(key, parts.query)
+        elif key not in self.server.blobs:
+            self.answer(404)
+        else:
+            headers = {"Location": f"http://127.0.0.1:{self.server.volume.server_port}/"}
+            headers["Location"] += key.encode().hex()
+            headers["Content-Md5"] = self.server.md5.get(key, "")
+            self.answer(302, **{name: value for name, value in headers.items() if value})
+
+    def list_keys(self, prefix: str, query: str) -> None:
+        operation, _, rest = query.partition("&")
+        if operation != "list":
+            self.answer(403)
+            return
+        given = dict(parse_qsl(rest))
+        first, limit = given.get("start", prefix), int(given.get("limit", 0))
+        names = [name for name in self.server.blobs if name.startswith(prefix)]
+        names = sorted((n for n in names if n.encode() >= first.encode()), key=str.encode)
+        following = names[limit] if limit and len(names) > limit else ""
+        page = {"next": following, "keys": names[: limit or None]}
+        self.answer(200, json.dumps(page).encode())
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@on_nginx
+def test_whole_store_of_the_original_is_imported(
+    cluster: Cluster, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv_tools, "IMPORT_PAGE", 7)
+    blobs = {f"/k{i}": random.randbytes(i * 10) for i in range(1, 30)}
+    blobs |= {f"/odd/{name}": name.encode() for name in ODD_NAMES}
+    blobs |= {"/large": random.randbytes(3_000_000)}
+    with Go(blobs) as original:
+        original.md5 = {key: hashlib.md5(blob).hexdigest() for key, blob in blobs.items()}
+        original.failing = 2
+        code, facts, err = cluster.tool("import", original.url, served)
+        assert (code, facts["copied"]) == (0, len(blobs)), (facts, err)
+        for key, blob in blobs.items():
+            assert get_body(f"{served}/{quote(key[1:], safe='')}") == blob
+        original.blobs["/k5"] = b"z" * 50  # as long as before
+        original.blobs["/new"] = b"new"
+        del original.md5["/k5"]
+        reads = original.asked["read"]
+        facts = cluster.tool("import", original.url, served, "--by-size")[1]
+        assert (facts["copied"], facts["same"]) == (1, len(blobs))
+        facts = cluster.tool("import", original.url, served)[1]
+        assert (facts["copied"], facts["same"]) == (1, len(blobs)) and original.asked[
+            "read"
+        ] > reads
+        assert get_body(f"{served}/k5") == b"z" * 50
+        assert cluster.tool("import", original.url, served, "--prefix", "odd/")[1]["same"] == len(
+            ODD_NAMES
+        )
+
+
+@on_nginx
+@pytest.mark.parametrize("size", [100, 3_000_000])
+def test_import_stores_nothing_whose_md5_is_wrong(
+    cluster: Cluster, served: str, size: int
+) -> None:
+    with Go({"/bad": bytes(size), "/good": b"x"}) as original:
+        original.md5 = {"/bad": "0" * 32}
+        code, facts, _ = cluster.tool("import", original.url, served)
+        assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
+        (case,) = facts["cases"]
+        assert case["key"] == "bad" and "MD5" in case["detail"]
+        assert ask(f"{served}/bad")[0] == 404
+
+
+@on_nginx
+def test_import_from_what_is_no_minikeyvalue_says_so(cluster: Cluster, served: str) -> None:
+    for url in (served, f"http://127.0.0.1:{free_port()}"):
+        code, _, err = cluster.tool("import", url, served)
+        assert code == 1 and err.startswith("mkv: ") and err.count("\n") == 1
 
 
 # == Linearizability ==============================================================================
