@@ -2683,6 +2683,14 @@ class PostgresSession(Session):
         # were another statement to prepare.
         self._db.adapters.register_dumper(int, self._engine.dumper)
         self._db.adapters.register_dumper(float, self._engine.dumper)
+        try:
+            self._set_up()
+        except Exception:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        """Set what is good for this connection, and see what cannot be set."""
         settings = SETTINGS | {"search_path": self._engine.schema}
         settings["default_transaction_read_only"] = "on" if self._readonly else "off"
         names = "current_setting('synchronous_commit'), current_setting('server_encoding')"

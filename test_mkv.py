@@ -326,6 +326,7 @@ class Program:
         if not first.startswith("mkv is ready on "):
             self.stop(signal.SIGKILL)
             raise AssertionError((first, self.log()))
+        self.first = first
         self.url = first.split()[4]
         self.port = int(self.url.rpartition(":")[2])
         self.said = (
@@ -7491,10 +7492,13 @@ def test_compose_file_runs_what_is_in_the_repository() -> None:
     # The first that knows dockerfile_inline.
     assert "Compose 2.17" in (HERE / "README.md").read_text()
     services = compose["services"]
+    database = services.pop("postgres")
+    assert database["profiles"] == ["postgres"] == services["index2"]["profiles"]
+    assert database["read_only"] and database["user"] == "postgres" and "ports" not in database
     nginxes = [
         one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]
     ]
-    assert len(nginxes) == 3 and len(services) == 4
+    assert len(nginxes) == 3 and len(services) == 6
     for service in services.values():
         assert (
             service["read_only"] is True and service["healthcheck"]["test"] and service["restart"]
@@ -7518,6 +7522,15 @@ def test_readmes_secrets_for_compose_fit_together(tmp_path: Path) -> None:
         f"http://volume{n}:3001" for n in (1, 2, 3)
     ]
     assert f'"{config.volume_secret}"' in (folder / "mkv-secrets.conf").read_text()
+    (command,) = re.findall(
+        r"^sed -e .*mkv-postgres.toml$", (HERE / "README.md").read_text(), re.M
+    )
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path / "mkv")
+    shared = mkv.parse_config((folder / "mkv-postgres.toml").read_text())
+    assert mkv.hide_secrets(shared.db) == "postgresql://mkv@postgres/mkv"
+    assert [(one.url, one.public_url) for one in shared.volumes] == [
+        (f"{one.url}/pg", f"{one.public_url}/pg") for one in config.volumes
+    ]
 
 
 def has_docker_compose() -> bool:
@@ -8737,6 +8750,145 @@ def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> Non
                 assert read_through(f"{urls[0]}/{key}")[1] == body
         fleet.check_totals()
         eventually(lambda: fleet.count("claimed") == 0)
+
+
+async def refusal(db: str) -> str:
+    """Return why an index is refused at the start."""
+    index = mkv.Index(db)
+    with pytest.raises(mkv.ConfigError) as caught:
+        await index.open()
+    await index.close()
+    return str(caught.value)
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ('ALTER TABLE record ALTER key TYPE TEXT COLLATE "und-x-icu"', "record.key has the coll"),
+        ('ALTER TABLE pending ALTER path TYPE TEXT COLLATE "C.utf8"', "pending.path has the coll"),
+        ("UPDATE meta SET schema = 99", "its schema is 99"),
+    ],
+)
+async def test_postgresql_that_is_not_what_it_should_be_is_refused(
+    index: mkv.Index, db: str, postgres: Postgres, change: str, reason: str
+) -> None:
+    postgres.ask(change, index.engine.schema)
+    assert reason in await refusal(db)
+
+
+@on_postgres
+async def test_database_that_may_lose_what_it_acknowledges_is_refused(db: str) -> None:
+    assert "synchronous_commit" in await refusal(f"{db}&options=-csynchronous_commit%3Doff")
+
+
+@on_postgres
+async def test_database_in_another_encoding_is_refused(db: str, postgres: Postgres) -> None:
+    with contextlib.suppress(psycopg.errors.DuplicateDatabase):
+        words = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        postgres.ask(f"CREATE DATABASE latin {words}")
+    assert "LATIN1" in await refusal(db.replace("/postgres", "/latin"))
+
+
+@on_postgres
+async def test_read_replica_is_refused(db: str, tmp_path: Path) -> None:
+    with postgres_in("replica") as cluster:
+        cluster.kill()
+        Path(cluster.data, "standby.signal").touch()
+        shutil.chown(Path(cluster.data, "standby.signal"), cluster._user)
+        cluster.begin()
+        assert "read replica" in await refusal(cluster.url())
+
+
+@pytest.mark.parametrize(
+    "db",
+    [
+        "postgresql://mkv:geheim@127.0.0.1:1/store",
+        "postgresql://mkv@127.0.0.1:1/store?password=geheim",
+        "postgresql://mkv:geheim@127.0.0.1:none/store",
+        "postgresql://mkv:geheim@127.0.0.1:1/store?nonsense=1",
+        "postgresql://mkv:geheim%40%3F@127.0.0.1:1/store?schema=No",
+    ],
+)
+def test_password_of_the_database_is_shown_nowhere(tmp_path: Path, db: str) -> None:
+    pytest.importorskip("psycopg")
+    data = str(tmp_path / "data")
+    (tmp_path / "data" / "volume1").mkdir(parents=True)
+    for command in ([*SERVE, "--port", "0"], [*TOOLS, "status"], [*TOOLS, "rebuild"]):
+        line = [*command, "--db", db, "--data", data]
+        ended = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        said = ended.stdout + ended.stderr
+        assert ended.returncode in (1, 2) and "geheim" not in said and "Traceback" not in said
+        assert said.strip()
+
+
+TOOLS = [sys.executable, str(HERE / "mkv_tools.py")]
+
+
+def test_greeting_names_the_database_without_its_password(fleet: Fleet) -> None:
+    url = fleet.db.replace("mkv@", "mkv:geheim@")
+    server = fleet.begin(db=url)
+    assert f"127.0.0.1:{fleet.cluster.port}/postgres" in server.said + server.log() + server.first
+    assert "geheim" not in server.said + server.log() + server.first
+    assert b"geheim" not in ask(server.url + "/-/status")[2]
+
+
+def test_without_psycopg_the_fault_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('no such module')")
+    line = [*SERVE, "--port", "0", "--data", str(tmp_path / "data"), "--db", "postgresql://h/d"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=60, env=env)
+    assert ended.returncode == 2 and "mkv-store[postgres]" in ended.stderr
+
+
+def test_sqlite_never_imports_psycopg(tmp_path: Path) -> None:
+    code = "import mkv, sys; mkv.Index('i.db'); sys.exit('psycopg' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+def test_keys_are_shared_out_by_nginx_as_the_readme_says(tmp_path: Path) -> None:
+    """Several SQLite servers, each with a path of its own on the volumes; a key that a client
+    encodes in another way is the same key."""
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"```nginx\n(upstream index .*?)```", readme, re.DOTALL)
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(tmp_path / f"n{i}")) for i in range(2)]
+        ports = list[int]()
+        for name in ("one", "two"):
+            flags = [f"--volume=v{i}={one.url}/{name}" for i, one in enumerate(volumes)]
+            server = Program(tmp_path / name, *flags)
+            stack.callback(server.stop, signal.SIGKILL)
+            ports.append(server.port)
+        front = free_port()
+        for old, new in zip((3010, 3020, 3000), (*ports, front), strict=True):
+            assert f"127.0.0.1:{old};" in text
+            text = text.replace(f"127.0.0.1:{old};", f"127.0.0.1:{new};")
+        conf = tmp_path / "front.conf"
+        paths = "".join(
+            f"{p}_temp_path {tmp_path}; " for p in ("proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        paths += f"client_body_temp_path {tmp_path}; access_log off;"
+        outside = f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}"
+        conf.write_text(f"{outside} http {{ {paths} {text} }}")
+        command = ["nginx", "-c", str(conf), "-p", str(tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        stack.callback(process.wait, 20)
+        stack.callback(process.terminate)
+        url = f"http://127.0.0.1:{front}"
+        eventually(lambda: try_ask(url + "/-/livez") == 200)
+        keys = [f"k{i}/%C3%A9 {i}".replace(" ", "%20") for i in range(100)]
+        for key in keys:
+            assert ask(f"{url}/{key}", "PUT", key.encode())[0] == 201
+        for key in keys:
+            assert read_through(f"{url}/{key}")[1] == key.encode()
+            other = key.replace("/", "%2F").replace("%C3%A9", "%c3%a9").replace("k", "%6B")
+            assert read_through(f"{url}/{other}")[1] == key.encode()
+        counts = [
+            json.loads(ask(f"http://127.0.0.1:{port}/-/status")[2])["keys"] for port in ports
+        ]
+        assert sum(counts) == 100 and min(counts) > 10
+        for key in keys:
+            assert ask(f"{url}/{key}", "DELETE")[0] == 204
 
 
 # == Tools: fixtures ==============================================================================
