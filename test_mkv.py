@@ -3984,17 +3984,22 @@ def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
 # == HTTP: the same contract over embedded volumes and over real nginx ============================
 
 
-@pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp"])
+@pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp", "postgres"])
 def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Program]:
-    """A server with its own volumes, or nginx's, or whose clients are served by aiohttp."""
+    """A server with its own volumes, or nginx's, or whose clients are served by aiohttp, or whose
+    index is in PostgreSQL."""
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.ExitStack() as stack:
         flags = ["--garbage-delay", "0", "--list-rate", "0"]
         if request.param == "nginx":
             for i in range(3):
                 flags += ["--volume", f"n{i}={stack.enter_context(Nginx(folder / f'n{i}')).url}"]
+        if request.param == "postgres":
+            cluster = request.getfixturevalue("postgres")
+            flags += ["--db", cluster.url("contract")]
+            stack.callback(cluster.ask, "DROP SCHEMA contract CASCADE")
         if request.param == "aiohttp":
             stack.enter_context(pytest.MonkeyPatch.context()).setitem(
                 MORE_HEADERS, "Connection", "keep-alive, x"
@@ -5848,7 +5853,8 @@ def test_redirect_goes_to_the_public_url(
     assert ask(server.url + "/k.png", "PUT", b"x")[0] == 201
     location = ask(server.url + "/k.png")[1]["location"]
     assert re.fullmatch(
-        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png", location
+        r"https://files\.example:8443/disk[012]/../../[0-9a-f]{64}-[0-9a-f]{20}\.png\?name=k\.png",
+        location,
     )
 
 
@@ -13771,8 +13777,9 @@ class Site:
 
     WORKERS = 2
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, db: str = "") -> None:
         self.folder = folder
+        self.db = db or str(folder / "data" / "index.db")
         self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(4)]
         self.weights = [1.0] * len(self.volumes)
         self.garbage_delay_s = 1.0
@@ -13790,8 +13797,8 @@ class Site:
 
     def configuration(self) -> str:
         settings = {
-            "data": str(self.folder / "data"), "replicas": 2, "workers": self.WORKERS,
-            "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
+            "data": str(self.folder / "data"), "db": self.db, "replicas": 2,
+            "workers": self.WORKERS, "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
             "list_rate": 0.0, "access_log": False,
         }  # fmt: skip
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
@@ -13914,9 +13921,9 @@ patient = pytest.mark.timeout(2 * LONG_S + 600)
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, db: str) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
-        yield Site(tmp_path, stack)
+        yield Site(tmp_path, stack, db)
 
 
 def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
