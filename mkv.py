@@ -1,8 +1,8 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
-An index server (this module: aiohttp, SQLite) knows where each key lives; volume servers (stock
-nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain files. Whoever
-reads the bytes never passes through Python.
+An index server (this module: aiohttp, and SQLite or PostgreSQL) knows where each key lives; volume
+servers (stock nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain
+files. Whoever reads the bytes never passes through Python.
 
     PUT /key  -- body --> index server --> volume A   (blob, then .key sidecar)
                               |      '---> volume B
