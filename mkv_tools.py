@@ -40,9 +40,9 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
 8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
     find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
     moves at a time: INDEX.tools, or a lease), and makes garbage of what it has no use for, but not
-    of what was being made anew, where the record stands. Nothing is ever copied where garbage is due, since
-    the server may be deleting just there, nor where a DELETE was not answered and may come late:
-    rebalance waits a while for that, then leaves the key to a later run.
+    of what was being made anew, where the record stands. Nothing is ever copied where garbage is
+    due, since the server may be deleting just there, nor where a DELETE was not answered and may
+    come late: rebalance waits a while for that, then leaves the key to a later run.
 9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
     right, and that one or its copies stay. No place that a record names becomes garbage.
 10. verify notes the path of every record in a scratch database of its own, then walks the folders

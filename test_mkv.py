@@ -3960,6 +3960,35 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
     assert left_s == (None if doubt is None else pytest.approx(doubt, abs=30))
 
 
+@on_postgres
+async def test_put_that_ends_while_the_database_is_away_is_discarded_later(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit may still come about, so nothing is deleted until the index has been told."""
+    asked = list[bytes]()
+    with fake_volume(answering(lambda line: asked.append(line) or 201)) as url:
+        store = Store(
+            Config(db=db, volumes=(Volume(name="a", url=url),), replicas=1), None, "tool"
+        )
+        await store.start()
+        write = mkv.Index.write
+
+        def fail(index: mkv.Index, mutation: Any, *named: Any, **more: Any) -> Any:
+            if getattr(mutation, "func", None) in (mkv.commit_put, mkv.discard_put):
+                raise mkv.IndexFailed("it is away")
+            return write(index, mutation, *named, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mkv.Index, "write", fail)
+            with pytest.raises(mkv.IndexFailed):
+                await put_one(store, "k", b"x")
+        assert len(await all_claims(store.index)) == 1
+        assert not any(b".key" in line for line in asked if line.startswith(b"DELETE"))
+        await store._discard_late()
+        assert not await all_claims(store.index) and len(await all_garbage(store.index)) == 1
+        await store.close()
+
+
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
     """However many addresses they have; 10,000 of them take some 3 MB."""
     volumes = (Volume(name="a", url="http://127.0.0.1:1"),)
