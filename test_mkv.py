@@ -2183,7 +2183,7 @@ async def test_page_of_a_list_is_bounded_in_bytes(
     while start is not None:
         text = await index.list_page(mkv.ListQuery(start=start, delimiter=delimiter, limit=10000))
         page = json.loads(text)
-        assert text == json.dumps(page).encode() + b"\n" and len(text) <= mkv.LIST_BYTES
+        assert text == f"{json.dumps(page)}\n".encode() and len(text) <= mkv.LIST_BYTES
         assert page["next"] is None or len(text) > mkv.LIST_BYTES * 0.99
         found, start = (
             [*found, *(row["key"] for row in page["keys"]), *page["prefixes"]],
