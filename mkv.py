@@ -8433,6 +8433,7 @@ async def serve_volumes(
     """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
     config = replace(config, max_connections=max_connections)
     patience_s = BODY_PATIENCE * config.body_timeout
+    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
     loop = asyncio.get_running_loop()
     runners = list[web.AppRunner]()
     servers = list[asyncio.Server]()
