@@ -2648,6 +2648,28 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
 
 
 @on_postgres
+async def test_batch_is_two_round_trips_whatever_it_holds(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await index.renew()
+    trips, begins = list[int](), list[int]()
+    sync, begin = psycopg.Pipeline.sync, mkv.PostgresSession.begin
+    monkeypatch.setattr(psycopg.Pipeline, "sync", lambda self: trips.append(1) or sync(self))
+    monkeypatch.setattr(
+        mkv.PostgresSession, "begin", lambda self, *asked: begins.append(1) or begin(self, *asked)
+    )
+    records = [make_record(f"k{i}", 1, ("a", "b", f"v{i % 7}")) for i in range(300)]
+    await asyncio.gather(
+        *(index.write(partial(claim_and_commit, record=one), [one.key]) for one in records)
+    )
+    deletes = partial(mkv.commit_delete, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
+    await asyncio.gather(
+        *(index.write(partial(deletes, key=one.key), [one.key]) for one in records)
+    )
+    assert len(begins) <= 8 and len(trips) == 2 * len(begins)
+
+
+@on_postgres
 @pytest.mark.parametrize("came_about", [True, False])
 async def test_commit_whose_answer_is_lost_while_another_is_under_way(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch, came_about: bool
@@ -10193,7 +10215,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
                 ask(url, *rng.choice([("PUT", b"x" * rng.choice([1, 5000, LARGE])), ("DELETE",)]))
                 done.append(1)
 
-    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0, lease=2.0)
+    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0, lease=1.0)
     cut_off = 0
     for seed in range(3):
         done, stop = list[int](), threading.Event()
