@@ -3,7 +3,7 @@ tools.
 
 Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers
 as processes, kills by pid. I1 to I11 are the invariants of mkv.py's docstring. Tests that need
-nginx are skipped where it is missing, but not in CI.
+nginx or PostgreSQL are skipped where that is missing, but not in CI.
 """
 
 from __future__ import annotations
