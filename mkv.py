@@ -8484,7 +8484,7 @@ FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
 KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
 SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
 PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
-CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19})")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 
 class Unreachable(Unavailable):
@@ -8677,8 +8677,11 @@ class Client:
         `async with contextlib.aclosing(store.stream(key)) as pieces`."""
         if start < 0 or (end is not None and end < 0):
             raise ValueError("start and end count from the beginning")
-        hasher = Hasher({}) if start == 0 and end is None else None
-        download = Download(self, key, start, end, hasher=hasher)
+        if start == 0 and end is None:
+            download = Download(self, key, hasher=Hasher({}))
+        else:  # no digest would tell that a replica is too short
+            blob = await self.head(key)
+            download = Download(self, key, start, end, etag=blob.etag, size=blob.size)
         async with contextlib.aclosing(download.read()) as pieces:
             async for piece in pieces:
                 yield piece
@@ -9087,8 +9090,6 @@ class Download:
         while not self._is_done():
             try:
                 async with self._open() as response:
-                    if not self._check(response):
-                        break
                     async for piece in response.content.iter_any():
                         self._at += len(piece)
                         if self._hasher:
@@ -9118,6 +9119,7 @@ class Download:
                 self.sources.add(without_query(url))
                 await read_body(response)
                 response = await stack.enter_async_context(self._client.send("GET", url, headers))
+            self._check(response)
             yield response
 
     async def _locate(
@@ -9150,28 +9152,36 @@ class Download:
             raise Changed("the key was replaced while it was read")
         self._etag = etag
 
-    def _check(self, response: ClientResponse) -> bool:
-        """Return whether there is more, and it comes; raises Unreachable if something else does.
-        Of an empty file nginx sends all, whatever part was asked for."""
-        status = response.status
-        length = response.content_length
-        if status == 200 and length is not None:
-            part = (0, length, length)
-        elif found := CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "")):
-            part = (int(found[1] or 0), int(found[2] or -1) + 1, int(found[3]))
-        else:
-            part = (0, 0, 0)
-            status = 0
-        first, end, size = part
-        if status in (200, 416) and self._at >= size:
-            self._size = size
-            return False
-        wanted = size if self._end is None else min(size, self._end)
-        if status in (200, 206) and (first, end, length) == (self._at, wanted, end - first):
-            self._size = size
-            return True
+    def _check(self, response: ClientResponse) -> None:
+        """Raise Unreachable unless just what is missing comes."""
+        part = read_part(response)
+        if part is not None and self._size in (None, part.size):
+            self._size = part.size
+            end = part.size if self._end is None else min(self._end, part.size)
+            if (part.first, part.end) == (self._at, end):
+                return
         told = f"GET {without_query(str(response.url))} was answered {response.status}"
-        raise Unreachable(told, sent=True)
+        raise Unreachable(f"{told}, and not with what is missing", sent=True)
+
+
+class Part(NamedTuple):
+    """Which bytes of a blob an answer has."""
+
+    first: int
+    end: int
+    size: int  # of the whole blob
+
+
+def read_part(response: ClientResponse) -> Part | None:
+    """Return what the head of an answer says; None if it makes no sense."""
+    length = response.content_length
+    if length is not None and response.status == 200:
+        return Part(0, length, length)
+    found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if found is None or response.status != 206:
+        return None
+    part = Part(int(found[1]), int(found[2]) + 1, int(found[3]))
+    return part if part.end - part.first == length else None
 
 
 def without_query(url: str) -> str:

@@ -2550,7 +2550,7 @@ class Original:
             md5 = response.headers.get("Content-Md5", "")
             if response.status == 302:
                 await response.read()
-                url = response.headers["Location"]
+                url = response.headers.get("Location", "")
                 response = await stack.enter_async_context(self._client.send("GET", url, {}))
             if response.status == 404:
                 raise NotFound(f"{url} was answered 404")

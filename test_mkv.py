@@ -6579,6 +6579,8 @@ async def test_client_streams_slices(store: Program, size: int) -> None:
             assert got == data[start:end], (start, end)
         with pytest.raises(ValueError, match="from the beginning"):
             await anext(client.stream("slices", -1))
+        with pytest.raises(mkv.NotFound):
+            await anext(client.stream("no-slices", 5, 3))
 
 
 async def test_client_lists_all_pages(store: Program) -> None:
@@ -6989,6 +6991,9 @@ async def test_blob_is_taken_as_it_is_whatever_coding_is_claimed() -> None:
         ("206 Partial Content", "Content-Length: 5\r\nContent-Range: bytes 0-4/10", b"01234"),
         ("206 Partial Content", "Content-Length: 4\r\nContent-Range: bytes 5-9/10", b"5678"),
         ("206 Partial Content", "Content-Length: 5", b"56789"),
+        ("206 Partial Content", "Content-Length: 4\r\nContent-Range: bytes 5-8/9", b"5678"),
+        ("200 OK", "Content-Length: 4", b"0123"),  # of a replica that is too short
+        ("416 No", "Content-Length: 0\r\nContent-Range: bytes */4", b""),
         ("416 No", "Content-Length: 0\r\nContent-Range: bytes */10", b""),
         ("404 No", "Content-Length: 0", b""),
         ("403 No", "Content-Length: 0", b""),
@@ -7003,7 +7008,12 @@ async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
     async with Script(bad, good) as volume:
         redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
         redirect += f"Location: {volume.url}/b\r\n\r\n"
-        async with Script(*[redirect.encode()] * 2) as script, mkv.Client(script.url) as client:
+        about = (
+            f'HTTP/1.1 200 OK\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 10\r\nMkv-Volumes: a\r\n'
+        )
+        about += f"Content-Type: text/plain\r\nLast-Modified: {EARLIER}\r\n\r\n"
+        answers = [about.encode(), redirect.encode(), redirect.encode()]
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
             got = b"".join([piece async for piece in client.stream("k", 5)])
             assert got == b"56789" and len(volume.heads) == 2
 
@@ -12699,7 +12709,8 @@ def test_interrupted_copying_says_how_to_go_on(
 def test_two_keys_do_not_become_one_file(cluster: Cluster, served: str, tmp_path: Path) -> None:
     for key in ("a/name", "b/name"):
         assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
-    code, facts, _ = cluster.tool("get", served, "a/name", "b/name", "-o", tmp_path / "folder")
+    line = ("get", served, "a/name", "b/name", "-o", tmp_path / "folder", "--concurrency", "1")
+    code, facts, _ = cluster.tool(*line)
     assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
     assert (tmp_path / "folder" / "name").read_bytes() == b"a/name"
 
