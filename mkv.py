@@ -1,8 +1,8 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
-An index server (this module: aiohttp, SQLite) knows where each key lives; volume servers (stock
-nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain files. Whoever
-reads the bytes never passes through Python.
+An index server (this module: aiohttp, and SQLite or PostgreSQL) knows where each key lives; volume
+servers (stock nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain
+files. Whoever reads the bytes never passes through Python.
 
     PUT /key  -- body --> index server --> volume A   (blob, then .key sidecar)
                               |      '---> volume B
@@ -100,6 +100,7 @@ import termios
 import threading
 import time
 import tomllib
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
@@ -121,7 +122,7 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import (
     IO,
     Any,
@@ -243,12 +244,14 @@ URL = re.compile(
 )
 ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
+POSTGRES = re.compile(r"postgres(ql)?://")
+SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "create", "delete", "list", "admin")
 EMBEDDED_VOLUMES = 3
 # What a reload cannot change.
-RESTART_ONLY = ("host", "port", "data", "db", "workers", "log_format")
+RESTART_ONLY = ("host", "port", "data", "db", "workers", "lease", "log_format")
 
 
 def setting(
@@ -355,13 +358,18 @@ class Config(Checked):
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(3000, "port to listen on; 0 picks a free one", 0, 65535)
     data: str = setting("mkv-data", "folder of the index and of the embedded volumes")
-    db: str = setting("", "file of the index (default: index.db in the data folder)")
+    db: str = setting(
+        "", "file of the index (default: index.db in the data folder), or postgresql://... of one"
+    )
     volumes: tuple[Volume, ...] = ()
     replicas: int = setting(2, "volumes that hold each blob", 1, 32)
     min_replicas: int = setting(
         0, "volumes that must have a blob before a PUT succeeds (0: replicas)", 0, 32
     )
     workers: int = setting(1, "processes that serve", 1, 256)
+    lease: float = setting(
+        15.0, "s without a sign of life after which others clear up after a process", 1, 3600
+    )
     volume_timeout: float = setting(
         5.0, "s without progress after which a volume is given up", 0.1, 3600
     )
@@ -418,6 +426,8 @@ class Config(Checked):
 
     def _contradictions(self) -> Iterator[str]:
         self._set("db", self.db or f"{self.data}/index.db")
+        if is_postgres(self.db) and not SCHEMA_NAME.fullmatch(split_schema(self.db)[1]):
+            yield "db: schema must be 1 to 40 of a-z 0-9 _, and begin with no digit"
         self._set("min_replicas", self.min_replicas or self.replicas)
         if self.min_replicas > self.replicas:
             yield f"min_replicas: {self.min_replicas} is more than replicas ({self.replicas})"
@@ -459,6 +469,28 @@ class Config(Checked):
             yield (
                 f"host: {self.host} is reachable from outside; set up a [[token]] or say insecure"
             )
+
+
+def is_postgres(db: str) -> bool:
+    return POSTGRES.match(db) is not None
+
+
+def split_schema(db: str) -> tuple[str, str]:
+    """Return a URL of PostgreSQL as libpq takes it, and the schema that it names, or mkv."""
+    url, _, query = db.partition("?")
+    options = [option for option in query.split("&") if option]
+    ours = [option for option in options if option.startswith("schema=")]
+    others = "&".join(option for option in options if option not in ours)
+    schema = ours[-1].partition("=")[2] if ours else "mkv"
+    return (f"{url}?{others}" if others else url), schema
+
+
+def hide_secrets(db: str) -> str:
+    """Return what may be shown of a URL of PostgreSQL: no password, and none of its options."""
+    scheme, _, rest = db.partition("://")
+    user, at, place = rest.rpartition("@")
+    user = user.partition(":")[0]
+    return f"{scheme}://{user}{at}{place.partition('?')[0]}"
 
 
 def parse_config(
@@ -1885,29 +1917,24 @@ class AnswerReader:
         return piece or (b"" if self._chunks.done else None)
 
 
-# == Index ========================================================================================
-# SQLite behind threads: one connection writes, a few read, each opened on the thread that uses it.
-# Calls that wait while a thread works are handed to it together, so that they share one hop, and
-# mutations one transaction.
+# == Engine =======================================================================================
+# What holds the index. There are two engines, and what they do in different ways is here and in
+# the next two sections: a Session is one connection, for one thread; an Engine opens sessions, and
+# keeps others away. All else is one text of SQL, with parameters ?1, ?2 and so on.
 #
 # What is on a volume and in no record is in `pending`. A claim is there before the first byte is
 # written, and goes in the transaction that commits the record. So what a crash leaves on the
-# volumes is known: when the process of that number starts again, its claims become garbage, and no
-# rebuild brings back what was never acknowledged.
+# volumes is known.
 #
-# Times in `pending` are of the index's own clock, which runs with the machine's monotonic clock: a
-# step of the wall clock neither hastens nor delays a deletion. After a boot of the machine it goes
-# on from the wall clock.
+# Whoever claims is an owner: a row that says until when it is alive, and is renewed long before.
+# Anybody may end the lease of one that is late: then its claims become garbage, and no rebuild
+# brings back what was never acknowledged. If it lives after all, its next commit finds that.
 #
-# Mutations that wait are one batch and one transaction: what they say that they will ask for is
-# read with two queries, they are carried out on what is in memory, and at the end all is written
-# with a few statements. So a batch costs a few steps of SQLite, whatever it holds.
-#
-# The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
-# (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
-# error of SQLite leaves this section: another engine could be behind that face.
+# Times in `pending` and `owner` are of the index's own clock. SQLite's runs with the machine's
+# monotonic clock: a step of the wall clock neither hastens nor delays a deletion; after a boot it
+# goes on from the wall clock. PostgreSQL's is the clock of its machine.
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RECORDS = """
 CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL,
     size INTEGER NOT NULL,
@@ -1922,19 +1949,11 @@ CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT N
     PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 CREATE INDEX pending_due ON pending (volume, due) WHERE due IS NOT NULL;
 CREATE INDEX pending_since ON pending (since) WHERE state = 'garbage';
-CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
-INSERT INTO clock VALUES ('', 0);
 """
-FROM_1_TO_2 = """
-INSERT INTO pending
-    SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
-INSERT OR IGNORE INTO pending
-    SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
-DROP TABLE garbage;
-DROP TABLE claim;
+OWNERS = """
+CREATE TABLE owner (id INTEGER PRIMARY KEY, role TEXT NOT NULL, until REAL NOT NULL,
+    seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
-STEPS = {0: RECORDS + PENDING, 1: PENDING + FROM_1_TO_2}  # from a schema to this one
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 FIELDS = 7
 PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent"
@@ -1943,20 +1962,7 @@ PENDING_TEXTS = {state: state.value for state in PendingState}
 Row = tuple[Any, ...]
 KEY_STEM = STEM - 20  # as key_stem
 PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
-NO_ROWS = set[Row]()
-REMEMBERED = 6000  # records, keys and paths, from one transaction to the next
-ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
-TOOL = -1  # owner of the claims of mkv_tools.py; others are numbers of workers
 WRITERS_S = 30.0  # for other processes that write
-BATCH = 1000  # calls in one hop: bounds how long the others wait
-LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
-# Of these for all but the entries: `next` may have 6 bytes for each of a key.
-LIST_FRAME = 8 * 1024
-RECORD_PAGE = 1000  # of all records, for a tool
-PENDING_PAGE = 10_000
-FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
-INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
-TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
 
 class IndexFailed(Unavailable):
@@ -1971,11 +1977,9 @@ class IndexDamaged(IndexFailed):
     """It is no index, one of another schema, or a damaged one."""
 
 
-def explain_sqlite(error: Exception) -> Exception:
-    """Return what goes out of this section for an error: those of SQLite stay inside."""
-    if isinstance(error, sqlite3.OperationalError):  # busy, out of space, no permission
-        return IndexFailed(str(error))
-    return IndexDamaged(str(error)) if isinstance(error, sqlite3.Error) else error
+class IndexUnsure(Unfinished):
+    """The connection to the index broke in a commit, and there was no other in time to ask what
+    has become of it."""
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
@@ -2017,8 +2021,11 @@ def rows_of_pending(pending: Iterable[Pending]) -> set[Row]:
 @lru_cache(64)
 def placeholders(width: int, count: int) -> str:
     """Return SQL for `count` rows of `width` parameters."""
-    one = ",".join("?" * width)
-    return ",".join([f"({one})"] * count)
+    rows = []
+    for i in range(count):
+        numbers = range(i * width + 1, (i + 1) * width + 1)
+        rows.append("(" + ",".join(f"?{number}" for number in numbers) + ")")
+    return ",".join(rows)
 
 
 def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
@@ -2030,16 +2037,223 @@ def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
             start += size
 
 
-def run_on_rows(db: sqlite3.Connection, before: str, rows: list[Row], after: str = "") -> None:
-    """Run a statement on many rows in few steps of SQLite: each step gives up the GIL, and a busy
-    event loop is slow to return it."""
-    for piece in in_pieces(rows):
-        values = placeholders(len(piece[0]), len(piece))
-        db.execute(before + values + after, list(chain.from_iterable(piece)))
+def fill_up(keys: list[str]) -> list[str]:
+    """Repeat the last of up to PIECES[0] keys until there are as many as one of the sizes."""
+    size = PIECES[0]
+    while size >= 2 * len(keys):
+        size //= 2
+    return keys + keys[-1:] * (size - len(keys))
+
+
+def end_of_stem(stem: str) -> str:
+    """Return the first string after all paths of the key that `stem` is of."""
+    end = after_prefix(stem) if len(stem) == KEY_STEM else None
+    return end or f"{stem}\1"  # what is shorter is a path of nobody's
+
+
+class Turn(NamedTuple):
+    """What a transaction finds when its turn has come."""
+
+    now_s: float  # by the index's own clock
+    is_next: bool  # nobody else has written since this session did
+    seq: int | None  # of the owner that begins it; None if its lease has ended
+    records: dict[str, Record]  # of the keys that were asked for
+    pending: list[Row]  # on the paths below the stems that were asked for
+
+
+class Session(ABC):
+    """One connection to the index. It belongs to the thread that opened it, and raises the errors
+    of its engine: see Engine.explain."""
+
+    is_lost = False  # it broke: `reopen` it
+    is_unsure = False  # and that in a commit: see `read_seq`
+
+    @abstractmethod
+    def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
+        """Return all rows of a query."""
+
+    @abstractmethod
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Run a statement, at the latest when something is selected or committed."""
+
+    @abstractmethod
+    def look_up(self, keys: list[str]) -> dict[str, Record]:
+        """Return the records of `keys`."""
+
+    @abstractmethod
+    def scan(self, start: str, end: str | None) -> Iterator[Row]:
+        """Yield the records from the key `start` to before `end`, few more than are taken."""
+
+    @abstractmethod
+    def read_clock(self) -> float:
+        """Return the time by the index's own clock, in seconds."""
+
+    @abstractmethod
+    def begin(
+        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+    ) -> Turn:
+        """Begin a transaction that writes, once no other does: until its end, none will. Renew
+        the owner's lease (one that has ended stays so), if asked to, and look up what is named."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Carry out all that was run; return when it is on disk."""
+
+    @abstractmethod
+    def roll_back(self) -> None:
+        """End a transaction in which something failed, as if it had never begun; never raises."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """May be called twice."""
+
+    def reopen(self) -> None:
+        """Connect again."""
+        raise NotImplementedError
+
+    def read_seq(self, owner: int) -> int | None:
+        """Return the number of the last transaction that `owner` has committed, None if nothing is
+        known of it. None of its is under way then."""
+        raise NotImplementedError
+
+    def time_ns(self) -> int:
+        """Return the time of the wall, for versions."""
+        return time.time_ns()
+
+    def find_damage(self) -> str:
+        """Return what is wrong with the index, or ""."""
+        return ""
+
+    @contextlib.contextmanager
+    def beside(self, other: Engine) -> Iterator[str]:
+        """Meanwhile the tables of the index `other` can be read by names that begin with what is
+        yielded."""
+        raise NotImplementedError
+
+    def run_on_rows(self, before: str, rows: list[Row], after: str = "") -> None:
+        """Run a statement on many rows, in few steps: in SQLite each step gives up the GIL, and a
+        busy event loop is slow to return it."""
+        for piece in in_pieces(rows):
+            values = placeholders(len(piece[0]), len(piece))
+            self.run(before + values + after, list(chain.from_iterable(piece)))
+
+    def read_pending(self, stems: Collection[str]) -> list[Row]:
+        """Return what is pending on the paths of some keys."""
+        found: list[Row] = []
+        for query, values in pending_queries(stems):
+            found += self.select(query, values)
+        return found
+
+
+def pending_queries(stems: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the queries for what is pending on the paths of some keys."""
+    for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
+        query = f"""WITH span AS (VALUES {placeholders(2, len(piece))})
+            SELECT {PENDING_COLUMNS} FROM span CROSS JOIN pending
+            WHERE path >= column1 AND path < column2"""
+        yield query, list(chain.from_iterable(piece))
+
+
+class Engine(ABC):
+    """Where one index is. What it does to keep others away ends with `release`."""
+
+    name: str  # for people, without any secret
+    # Others may be on other machines: a lease keeps them away, no lock; and a commit whose outcome
+    # was not heard may still come.
+    is_remote = False
+
+    @abstractmethod
+    def connect(self, readonly: bool) -> Session:
+        """Open a session on this thread."""
+
+    @abstractmethod
+    def explain(self, error: Exception) -> Exception:
+        """Return what goes out of the index for an error: those of the engine stay inside."""
+
+    @abstractmethod
+    def prepare(self, session: Session) -> None:
+        """Make the tables of a new index, bring an older one to this schema; raises what `explain`
+        turns into IndexDamaged if it cannot be used."""
+
+    @abstractmethod
+    def enter(self) -> None:
+        """Before the index is used: keep away who wants it alone; raises ConfigError."""
+
+    @abstractmethod
+    def enter_alone(self) -> None:
+        """Before the index is replaced: keep everybody away; raises Unavailable, OSError."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Let everybody in; may be called twice."""
+
+    @abstractmethod
+    def lock_tools(self) -> bool:
+        """Keep other tools that move replicas away, and return True if that is settled so; raises
+        Unavailable if there is one."""
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """Return whether there is an index; raises IndexFailed if that is not to be found out."""
+
+    @abstractmethod
+    def check_target(self, target: str) -> None:
+        """Raise ConfigError if a copy of the index may not be written to the file `target`."""
+
+    @abstractmethod
+    def copy_to(self, target: str, session: Session) -> int:
+        """Copy the index as it is at this moment to a file; return its number of keys."""
+
+    @abstractmethod
+    def beside(self) -> Engine:
+        """Return where a new index can be made that is to take the place of this one."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Leave nothing of an index that was not put in its place."""
+
+    @abstractmethod
+    def open_old(self, session: Session) -> str:
+        """Make an index that nobody else has open ready to be read; return what is wrong with it,
+        or ""."""
+
+    @abstractmethod
+    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
+        """Give the index `new` the place of this one, for good, if `owner` still keeps others
+        away; return the name under which this one is kept, if it is one to `keep`, or ""."""
+
+
+# == SQLite =======================================================================================
+# The index in one file, for the processes of one machine.
+
+FROM_1_TO_2 = """
+INSERT INTO pending
+    SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
+INSERT OR IGNORE INTO pending
+    SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
+DROP TABLE garbage;
+DROP TABLE claim;
+"""
+FROM_2_TO_3 = """
+INSERT INTO owner SELECT DISTINCT owner, 'server', 0, 0 FROM pending WHERE owner IS NOT NULL;
+"""
+CLOCK = """
+CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
+INSERT INTO clock VALUES ('', 0);
+"""
+# From a schema to this one. Until the third, owners were numbers, and nobody knew who lived.
+SQLITE_STEPS = {
+    0: RECORDS + PENDING + CLOCK + OWNERS,
+    1: PENDING + CLOCK + FROM_1_TO_2 + OWNERS + FROM_2_TO_3,
+    2: OWNERS + FROM_2_TO_3,
+}
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
+INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
 
 @lru_cache(16)
-def look_up_query(count: int) -> str:
+def joined_query(count: int) -> str:
     """Return the query for `count` keys. It answers in one row, and tells fields and records apart
     by NUL, which no key has."""
     fields = COLUMNS.replace(", ", "||char(0)||")
@@ -2047,45 +2261,786 @@ def look_up_query(count: int) -> str:
     return f"SELECT group_concat({fields}, char(0)) FROM record WHERE key IN ({keys})"
 
 
-def look_up(keys: list[str], db: sqlite3.Connection) -> dict[str, Record]:
-    """Return the records of `keys`, in one step of SQLite for many."""
-    found: dict[str, Record] = {}
-    for start in range(0, len(keys), PIECES[0]):
-        part = keys[start : start + PIECES[0]]
-        size = PIECES[0]
-        while size >= 2 * len(part):
-            size //= 2
-        part += part[-1:] * (size - len(part))  # each size is a statement that is prepared once
-        (text,) = db.execute(look_up_query(size), part).fetchone()
-        fields = text.split("\0") if text is not None else []
-        for i in range(0, len(fields), FIELDS):
-            found[fields[i]] = record_of_row(fields[i : i + FIELDS])
-    return found
+class SqliteSession(Session):
+    """A connection to the file `uri`."""
+
+    def __init__(self, uri: str) -> None:
+        self.db = sqlite3.connect(uri, uri=True, timeout=WRITERS_S, isolation_level=None)
+        # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
+        # would find that, and a rebuild would bring the key back (I4).
+        self.db.execute("PRAGMA synchronous = FULL")
+        self.db.execute("PRAGMA cache_size = -32768")
+        self._seen: int | None = None  # SQLite's data_version at the last turn
+        self._ahead_s = 0.0
+
+    def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
+        return self.db.execute(query, values).fetchall()
+
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        self.db.execute(statement, values)
+
+    def look_up(self, keys: list[str]) -> dict[str, Record]:
+        """In one step of SQLite for many."""
+        found: dict[str, Record] = {}
+        for start in range(0, len(keys), PIECES[0]):
+            part = fill_up(keys[start : start + PIECES[0]])
+            (text,) = self.db.execute(joined_query(len(part)), part).fetchone()
+            fields = text.split("\0") if text is not None else []
+            for i in range(0, len(fields), FIELDS):
+                found[fields[i]] = record_of_row(fields[i : i + FIELDS])
+        return found
+
+    def scan(self, start: str, end: str | None) -> Iterator[Row]:
+        bound = " AND key < ?2" if end else ""
+        query = f"SELECT {COLUMNS} FROM record WHERE key >= ?1{bound} ORDER BY key"
+        return self.db.execute(query, (start, end) if end else (start,))
+
+    def read_clock(self) -> float:
+        (ahead_s,) = self.db.execute("SELECT ahead FROM clock").fetchone()
+        return time.monotonic() + float(ahead_s)
+
+    def begin(
+        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+    ) -> Turn:
+        self.db.execute("BEGIN IMMEDIATE")
+        (seen,) = self.db.execute("PRAGMA data_version").fetchone()
+        is_next = seen == self._seen
+        if not is_next:
+            self._seen = seen
+            self._ahead_s = self.read_clock() - time.monotonic()
+        now_s = time.monotonic() + self._ahead_s
+        is_owner = True
+        if renew:
+            query = "UPDATE owner SET until = ?2 WHERE id = ?1 AND role <> 'gone'"
+            is_owner = self.db.execute(query, (owner, now_s + lease_s)).rowcount == 1
+        elif not is_next:
+            query = "SELECT 1 FROM owner WHERE id = ?1 AND role <> 'gone'"
+            is_owner = bool(self.select(query, (owner,)))
+        records = self.look_up(keys) if keys else {}
+        pending = self.read_pending(stems) if stems else []
+        return Turn(now_s, is_next, 0 if is_owner else None, records, pending)
+
+    def commit(self) -> None:
+        self.db.execute("COMMIT")
+
+    def roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self.db.rollback()
+
+    def close(self) -> None:
+        self.db.close()
+
+    def find_damage(self) -> str:
+        soundness = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        return "" if soundness == "ok" else soundness
+
+    @contextlib.contextmanager
+    def beside(self, other: Engine) -> Iterator[str]:
+        self.db.execute("ATTACH ? AS fresh", (cast(SqliteEngine, other).path,))
+        try:
+            yield "fresh"
+        finally:
+            self.db.execute("DETACH fresh")
 
 
-def end_of_stem(stem: str) -> str:
-    """Return the first string after all paths of the key that `stem` is of."""
-    end = after_prefix(stem) if len(stem) == KEY_STEM else None
-    return end or f"{stem}\0"  # what is shorter is a path of nobody's
+def prepare_sqlite(db: sqlite3.Connection) -> None:
+    """Make the tables of a new index, bring an older one to this schema, set the clock after a
+    boot; raises sqlite3.DatabaseError if it is of another schema."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # Of two processes that find it new, SQLite lets one not even wait.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+    with db:
+        db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (*SQLITE_STEPS, SCHEMA_VERSION):
+            raise sqlite3.DatabaseError(
+                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}"
+            )
+        if version not in (0, SCHEMA_VERSION):
+            keep_copy(db, version)
+        for statement in SQLITE_STEPS.get(version, "").split(";"):
+            db.execute(statement)
+        if version != SCHEMA_VERSION:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
+        latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
+        # A clock that was not set yet takes nothing back.
+        ahead = max(time.time(), latest) - time.monotonic()
+        db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
 
 
-def read_clock(db: sqlite3.Connection) -> float:
-    """Return the time by the index's own clock, in seconds."""
-    return time.monotonic() + float(db.execute("SELECT ahead FROM clock").fetchone()[0])
+def keep_copy(db: sqlite3.Connection, version: int) -> None:
+    """Copy an index of an older schema, which nobody else can change now, to a file of its own
+    beside it."""
+    path = db.execute("PRAGMA database_list").fetchone()[2]
+    if not path:
+        return  # in memory
+    target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
+    with (
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(target)) as copy,
+    ):
+        source.backup(copy)
+    words = "the index %s is brought from schema %d to %d; a copy is kept as %s"
+    log.warning(words, path, version, SCHEMA_VERSION, target)
+
+
+def lock_file(path: str, exclusive: bool) -> int:
+    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises
+    BlockingIOError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def explain_sqlite(error: Exception) -> Exception:
+    if isinstance(error, sqlite3.OperationalError):  # busy, out of space, no permission
+        return IndexFailed(str(error))
+    return IndexDamaged(str(error)) if isinstance(error, sqlite3.Error) else error
+
+
+class SqliteEngine(Engine):
+    """The index in the file at `path`. While it is used, that holds a shared lock on `path`.lock,
+    and whoever replaces it takes that alone."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self.path = path
+        self._locks: list[int] = []
+
+    def connect(self, readonly: bool) -> SqliteSession:
+        uri = Path(self.path).absolute().as_uri()
+        return SqliteSession(f"{uri}?mode={'ro' if readonly else 'rwc'}")
+
+    def explain(self, error: Exception) -> Exception:
+        return explain_sqlite(error)
+
+    def prepare(self, session: Session) -> None:
+        prepare_sqlite(cast(SqliteSession, session).db)
+
+    def _lock(self, suffix: str, exclusive: bool) -> None:
+        self._locks.append(lock_file(self.path + suffix, exclusive))
+
+    def enter(self) -> None:
+        try:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            self._lock(".lock", exclusive=False)
+        except BlockingIOError:
+            raise ConfigError([f"db: {self.path} is being rebuilt by mkv_tools.py"]) from None
+        except OSError as error:
+            raise ConfigError([f"db: {self.path}: {error}"]) from None
+
+    def enter_alone(self) -> None:
+        Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock(".lock", exclusive=True)
+        except BlockingIOError:
+            reason = f"{self.path} is in use by a server or a tool: stop that first"
+            raise Unavailable(reason) from None
+
+    def release(self) -> None:
+        for lock in self._locks:
+            os.close(lock)
+        self._locks.clear()
+
+    def lock_tools(self) -> bool:
+        try:
+            self._lock(".tools", exclusive=True)
+        except BlockingIOError:
+            raise Unavailable("another rebalance or verify --repair is running") from None
+        return True
+
+    def exists(self) -> bool:
+        return Path(self.path).is_file()
+
+    def check_target(self, target: str) -> None:
+        check_target(target, f"{target}.tmp", self.path)
+
+    def copy_to(self, target: str, session: Session) -> int:
+        """The file appears whole, checked and synced, or not at all."""
+        part = f"{target}.tmp"
+        try:
+            remove_index(part)
+            keys = copy_index(part, cast(SqliteSession, session).db)
+            put_file_in_place(part, target)
+        finally:
+            remove_index(part)
+        return keys
+
+    def beside(self) -> SqliteEngine:
+        return SqliteEngine(f"{self.path}.new")
+
+    def remove(self) -> None:
+        remove_index(self.path)
+
+    def open_old(self, session: Session) -> str:
+        """Bring the index's log into it, too."""
+        db = cast(SqliteSession, session).db
+        if not db.execute("PRAGMA user_version").fetchone()[0]:
+            return "it is empty"
+        prepare_sqlite(db)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+        return "" if soundness == "ok" else soundness
+
+    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
+        kept = keep_old_index(self.path) if keep else ""
+        put_file_in_place(cast(SqliteEngine, new).path, self.path)
+        return kept
+
+
+def copy_index(target: str, db: sqlite3.Connection) -> int:
+    """Copy the index as it is at this moment to `target`, and check the copy; return its number
+    of keys."""
+    with contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy)  # in one step: one snapshot, while writers go on
+        copy.execute("PRAGMA journal_mode = DELETE")
+        with copy:
+            # by the time that it is restored, what is claimed now may be committed
+            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
+        soundness = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if soundness != "ok":
+            raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
+        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
+
+
+# -- its files --
+
+
+def remove_index(path: str) -> None:
+    for suffix in INDEX_SUFFIXES:
+        Path(path + suffix).unlink(missing_ok=True)
+
+
+def put_file_in_place(file: str, target: str) -> None:
+    """Give `file` the name `target`, for good: it is synced before, and its folder after."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(file, target)
+    sync_folder(Path(target).absolute().parent)
+
+
+def keep_old_index(path: str) -> str:
+    """Give the index, and its log if that could not be brought in, a second, dated name; return
+    that."""
+    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
+    for suffix in ("", "-wal"):
+        if Path(path + suffix).exists():
+            try:
+                os.link(path + suffix, name + suffix)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path + suffix, name + suffix)
+    sync_folder(Path(path).absolute().parent)
+    for suffix in ("-wal", "-shm"):  # the log of the old one must never be applied to the new one
+        Path(path + suffix).unlink(missing_ok=True)
+    return name
+
+
+def files_of_index(path: str) -> set[str]:
+    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
+    suffixes = [*INDEX_SUFFIXES, *TOOL_SUFFIXES, *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
+
+
+def identify_file(path: str) -> set[tuple[int, int, str]]:
+    """Return what two paths to the same file share, wherever links lead: the file itself, which
+    may have several names; and its name in its folder, for a file that is not there yet."""
+    real = Path(os.path.realpath(path))
+    marks = set[tuple[int, int, str]]()
+    for place, name in ((real, ""), (real.parent, real.name)):
+        with contextlib.suppress(OSError):
+            facts = place.stat()
+            marks.add((facts.st_dev, facts.st_ino, name))
+    return marks
+
+
+def check_target(target: str, part: str, index: str) -> None:
+    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
+    `part`."""
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError([f"FILE: there is no folder {folder}"])
+    taken = set[tuple[int, int, str]]()
+    for path in files_of_index(index):
+        taken |= identify_file(path)
+    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
+        if not taken.isdisjoint(identify_file(path)):
+            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
+
+
+# == PostgreSQL ===================================================================================
+# The index on a database server, for index servers on any number of machines. It needs psycopg,
+# which is imported only then.
+#
+# A transaction that writes begins with an UPDATE of the one row of `meta`, its turn: that is what
+# BEGIN IMMEDIATE is to SQLite, at any isolation level, for absent keys too, and nobody can wait in
+# a ring. The turns are numbered, so a session knows whether somebody else wrote in between. It
+# is two round trips, whatever it holds: turn and reads; changes and commit.
+#
+# If the connection breaks in a commit, only the index knows what has become of it. Each
+# transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
+# the broken connection is over, and reads it.
+#
+# A session that stands still in a transaction loses its connection, and with that its turn.
+
+META = """
+CREATE TABLE meta (schema INTEGER NOT NULL, epoch INTEGER NOT NULL, turn INTEGER NOT NULL,
+    closed BOOLEAN NOT NULL);
+"""
+# What is written again and again needs room beside it, and its dead rows go soon.
+STORAGE = """
+ALTER TABLE meta SET (fillfactor = 10);
+ALTER TABLE owner SET (fillfactor = 10);
+ALTER TABLE total SET (fillfactor = 10);
+ALTER TABLE pending SET (autovacuum_vacuum_scale_factor = 0.02);
+"""
+IN_POSTGRES = {
+    "TEXT": 'TEXT COLLATE "C"',  # the order of bytes, whatever the database has
+    "INTEGER": "BIGINT",
+    "REAL": "DOUBLE PRECISION",
+    " STRICT, WITHOUT ROWID": "",
+}
+CONNECTING: Mapping[str, Any] = {  # unless the URL says otherwise
+    "connect_timeout": 5,
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # ms without an acknowledgement that break the connection
+    "application_name": "mkv",
+}  # fmt: skip
+SETTINGS = {
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": f"{WRITERS_S:.0f}s",
+    # Statements are prepared once, and each has one good plan, whatever the tables hold just now.
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "jit": "off",
+}
+NOW = "extract(epoch FROM clock_timestamp())::float8"
+TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING epoch, turn, {NOW}"
+RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
+    WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
+    FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
+    JOIN pg_class ON pg_class.oid = attrelid
+    WHERE relnamespace = to_regnamespace(?1) AND relkind = 'r' AND collname NOT IN ('C', 'POSIX')
+    ORDER BY 1 LIMIT 1"""
+
+
+def load_psycopg() -> ModuleType:
+    """Raises ConfigError."""
+    try:
+        import psycopg
+    except ImportError as error:
+        reason = f"PostgreSQL needs psycopg 3.2 (pip install 'mkv-store[postgres]'): {error}"
+        raise ConfigError([f"db: {reason}"]) from None
+    if not hasattr(psycopg, "RawCursor"):
+        raise ConfigError([f"db: PostgreSQL needs psycopg 3.2, not {psycopg.__version__}"])
+    return psycopg
+
+
+@lru_cache(500)
+def in_postgres(query: str) -> str:
+    """Return a query with PostgreSQL's parameters."""
+    return re.sub(r"\?([0-9])", r"$\1", query)
+
+
+class PostgresSession(Session):
+    """A connection to a database and one schema of it."""
+
+    def __init__(self, engine: PostgresEngine, readonly: bool) -> None:
+        self._engine = engine
+        self._readonly = readonly
+        self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
+        self._seen = (0, 0)  # epoch and number of the last turn that was committed
+        self._turn = (0, 0)
+        self._now_ns = 0  # at the beginning of this turn, by the clock of the database
+        self._at_ns = 0  # and by our own
+        self._connect()
+
+    def _connect(self) -> None:
+        psycopg = self._engine.psycopg
+        given = self._engine.parameters
+        self._db = psycopg.connect(
+            **given, autocommit=True, cursor_factory=psycopg.RawCursor, prepare_threshold=0
+        )
+        self._db.prepared_max = 300
+        # For as long as the connection lasts: all goes out together, and `sync` is one round trip.
+        # To leave it sends a Flush after the Sync, and by that stops PostgreSQL's clock for those
+        # who stand still in a transaction.
+        self._stack = contextlib.ExitStack()
+        self._pipeline = self._stack.enter_context(self._db.pipeline())
+        # Numbers go as text of no type, which the columns give them: else each size of a number
+        # were another statement to prepare.
+        self._db.adapters.register_dumper(int, self._engine.dumper)
+        self._db.adapters.register_dumper(float, self._engine.dumper)
+        try:
+            self._set_up()
+        except Exception:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        """Set what is good for this connection, and see what cannot be set."""
+        settings = SETTINGS | {"search_path": self._engine.schema}
+        settings["default_transaction_read_only"] = "on" if self._readonly else "off"
+        names = "current_setting('synchronous_commit'), current_setting('server_encoding')"
+        query = f"SELECT {names}, pg_is_in_recovery()"
+        for i in range(len(settings)):
+            query += f", set_config(?{2 * i + 1}, ?{2 * i + 2}, false)"
+        values = list(chain.from_iterable(settings.items()))
+        ((commits, encoding, is_replica, *_),) = self.select(query, values)
+        if commits == "off":
+            raise IndexDamaged("synchronous_commit is off: what is acknowledged could be lost")
+        if encoding != "UTF8":
+            raise IndexDamaged(f"the database's encoding is {encoding}, not UTF8")
+        if is_replica:
+            raise IndexDamaged("this is a read replica, which takes no writes")
+
+    @property
+    def is_lost(self) -> bool:  # type: ignore[override]
+        return bool(self._db.closed)
+
+    def reopen(self) -> None:
+        self.close()
+        self._queue.clear()
+        self._seen = (0, 0)
+        self._connect()
+
+    def close(self) -> None:
+        self._db.close()
+        with contextlib.suppress(self._engine.psycopg.Error):
+            self._stack.close()
+
+    def _send(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """Send a query; return the cursor, which has its rows after the next sync."""
+        return self._db.execute(in_postgres(query), values)
+
+    def _send_queue(self) -> None:
+        queue = self._queue
+        self._queue = []
+        for query, values in queue:
+            self._send(query, values)
+
+    def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
+        self._send_queue()
+        cursor = self._send(query, values)
+        self._pipeline.sync()
+        rows: list[Row] = cursor.fetchall()
+        return rows
+
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        self._queue.append((statement, values))
+
+    def look_up(self, keys: list[str]) -> dict[str, Record]:
+        found: dict[str, Record] = {}
+        for query, values in self._look_up_queries(keys):
+            found |= records_of_rows(self.select(query, values))
+        return found
+
+    def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
+        for start in range(0, len(keys), PIECES[0]):
+            part = fill_up(keys[start : start + PIECES[0]])
+            query = f"SELECT {COLUMNS} FROM record WHERE key IN {placeholders(len(part), 1)}"
+            yield query, part
+
+    def scan(self, start: str, end: str | None) -> Iterator[Row]:
+        bound = "AND key < ?3" if end else ""
+        sign, count = ">=", 16
+        while True:
+            query = (
+                f"SELECT {COLUMNS} FROM record WHERE key {sign} ?1 {bound} ORDER BY key LIMIT ?2"
+            )
+            rows = self.select(query, (start, count, end) if end else (start, count))
+            yield from rows
+            if len(rows) < count:
+                return
+            start = rows[-1][0]
+            sign, count = ">", min(1024, 4 * count)
+
+    def read_clock(self) -> float:
+        ((now_s,),) = self.select(f"SELECT {NOW}")
+        return float(now_s)
+
+    def time_ns(self) -> int:
+        return self._now_ns + time.monotonic_ns() - self._at_ns
+
+    def begin(
+        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+    ) -> Turn:
+        """Each transaction renews the lease: that costs nothing here."""
+        self.is_unsure = False
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        turn = self._send(TAKE_TURN)
+        renewed = self._send(RENEW, (owner, lease_s))
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        self._pipeline.sync()
+        self._at_ns = time.monotonic_ns()
+        turns = turn.fetchall()
+        if not turns:
+            raise IndexFailed("another index has just taken its place")
+        ((epoch, number, now_s),) = turns
+        self._now_ns = round(now_s * 1e9)
+        self._turn = (epoch, number)
+        seqs = renewed.fetchall()
+        return Turn(
+            now_s=now_s,
+            is_next=self._turn == (self._seen[0], self._seen[1] + 1),
+            seq=seqs[0][0] if seqs else None,
+            records=records_of_rows(row for one in records for row in one.fetchall()),
+            pending=[row for one in pending for row in one.fetchall()],
+        )
+
+    def commit(self) -> None:
+        self._send_queue()
+        self.is_unsure = True
+        self._send("COMMIT")
+        self._pipeline.sync()
+        self._seen = self._turn
+
+    def roll_back(self) -> None:
+        """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
+        self._queue.clear()
+        self.close()
+
+    def read_seq(self, owner: int) -> int | None:
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        self._send(TAKE_TURN)
+        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
+        self._send("COMMIT")
+        self._pipeline.sync()
+        return rows[0][0] if rows else None
+
+    @contextlib.contextmanager
+    def beside(self, other: Engine) -> Iterator[str]:
+        yield cast(PostgresEngine, other).schema
+
+    def find_wrong_order(self) -> str:
+        """Return the name and the collation of a column that is not in the order of bytes, or
+        ""."""
+        rows = self.select(WRONG_ORDER, (self._engine.schema,))
+        return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
+
+
+def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
+    return {row[0]: record_of_row(row) for row in rows}
+
+
+class PostgresEngine(Engine):
+    """The index in one schema of a database. Who uses it is known by its lease."""
+
+    is_remote = True
+
+    def __init__(self, db: str, schema: str = "") -> None:
+        self.psycopg = load_psycopg()
+        self._db = db
+        url, named = split_schema(db)
+        self.schema = schema or named
+        self.name = f"{hide_secrets(db)} (schema {self.schema})"
+        try:
+            given = self.psycopg.conninfo.conninfo_to_dict(url)
+        except self.psycopg.Error:  # which may show the password
+            raise ConfigError([f"db: {self.name}: libpq cannot read this URL"]) from None
+        self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
+        self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
+
+        class Untyped(self.psycopg.adapt.Dumper):  # type: ignore[name-defined, misc]
+            def dump(self, number: float) -> bytes:
+                return repr(number).encode()
+
+        self.dumper = Untyped
+
+    def connect(self, readonly: bool) -> PostgresSession:
+        return PostgresSession(self, readonly)
+
+    def explain(self, error: Exception) -> Exception:
+        psycopg = self.psycopg
+        if not isinstance(error, psycopg.Error):
+            return error
+        reason = " ".join(str(error).split())
+        for secret in self._secrets:
+            reason = reason.replace(secret, "***")
+        failures = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
+        if isinstance(error, failures):
+            return IndexFailed(reason)
+        return IndexDamaged(reason)
+
+    def prepare(self, session: Session) -> None:
+        session.run("BEGIN")
+        # of several that find it new
+        session.run("SELECT pg_advisory_xact_lock(hashtext('mkv ' || ?1))", (self.schema,))
+        try:
+            if not session.select(
+                "SELECT 1 WHERE to_regnamespace(?1) IS NOT NULL", (self.schema,)
+            ):
+                session.run(f"CREATE SCHEMA {self.schema}")
+            if not session.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"):
+                self._make_tables(session)
+            ((version,),) = session.select("SELECT schema FROM meta")
+            if version != SCHEMA_VERSION:
+                raise IndexDamaged(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
+            if wrong := cast(PostgresSession, session).find_wrong_order():
+                raise IndexDamaged(f"{wrong}: it must be C, the order of bytes")
+            session.commit()
+        except Exception:
+            session.roll_back()
+            raise
+
+    def _make_tables(self, session: Session) -> None:
+        tables = RECORDS + PENDING + OWNERS + META
+        for sqlite, postgres in IN_POSTGRES.items():
+            tables = tables.replace(sqlite, postgres)
+        for statement in (tables + STORAGE).split(";"):
+            if statement.strip():
+                session.run(statement)
+        session.run(
+            "INSERT INTO meta VALUES (?1, ?2, 0, false)", (SCHEMA_VERSION, random.getrandbits(62))
+        )
+
+    def enter(self) -> None:
+        """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
+
+    def enter_alone(self) -> None:
+        """The same: see Replacement."""
+
+    def release(self) -> None:
+        """The same."""
+
+    def lock_tools(self) -> bool:
+        return False
+
+    def exists(self) -> bool:
+        return self._run_alone(
+            lambda session: bool(session.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"))
+        )
+
+    def _run_alone(self, work: Callable[[PostgresSession], T]) -> T:
+        """Do `work` in a session of its own; raises IndexFailed."""
+        try:
+            with contextlib.closing(self.connect(False)) as session:
+                return work(session)
+        except Exception as error:
+            raise self.explain(error) from None
+
+    def check_target(self, target: str) -> None:
+        reason = f"an index in PostgreSQL is copied with: pg_dump -n {self.schema}"
+        raise ConfigError([f"FILE: {reason} (README.md, Beyond one index server)"])
+
+    def copy_to(self, target: str, session: Session) -> int:
+        raise NotImplementedError
+
+    def beside(self) -> PostgresEngine:
+        return PostgresEngine(self._db, f"{self.schema}_new")
+
+    def remove(self) -> None:
+        def drop(session: PostgresSession) -> None:
+            session.run(f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
+            session.commit()
+
+        self._run_alone(drop)
+
+    def open_old(self, session: Session) -> str:
+        self.prepare(session)
+        return ""
+
+    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
+        """In one transaction, and only if `owner`, who rebuilds, has not lost its lease: then
+        servers may have written. Whoever waits for a turn of the old index is told that it is
+        closed."""
+        kept = f"{self.schema}_{time.strftime('%Y%m%dt%H%M%S')}_{random.getrandbits(16):04x}"
+
+        def swap(session: PostgresSession) -> None:
+            session.run("BEGIN ISOLATION LEVEL READ COMMITTED")
+            query = "SELECT 1 FROM owner WHERE id = ?1 AND role = 'rebuilder'"
+            session.run(TAKE_TURN)
+            if not session.select(query, (owner,)):
+                raise IndexFailed("the lease of this rebuild has ended: run it again")
+            session.run("UPDATE meta SET closed = true")
+            if keep:
+                session.run(f"ALTER SCHEMA {self.schema} RENAME TO {kept}")
+            else:
+                session.run(f"DROP SCHEMA {self.schema} CASCADE")
+            session.run(f"ALTER SCHEMA {cast(PostgresEngine, new).schema} RENAME TO {self.schema}")
+            session.commit()
+
+        self._run_alone(swap)
+        return kept if keep else ""
+
+
+# == Index ========================================================================================
+# The engine behind threads: one session writes, a few read, each opened on the thread that uses
+# it. Calls that wait while a thread works are handed to it together, so that they share one hop,
+# and mutations one transaction.
+#
+# Mutations that wait are one batch and one transaction: what they say that they will ask for is
+# read with two queries, they are carried out on what is in memory, and at the end all is written
+# with a few statements. So a batch costs a few steps of SQLite, or two round trips to PostgreSQL,
+# whatever it holds.
+#
+# The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
+# (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
+# error of an engine leaves these sections.
+
+NO_ROWS = set[Row]()
+REMEMBERED = 6000  # records, keys and paths, from one transaction to the next
+ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
+# What an owner is. One that moves replicas wants no other such one, one that rebuilds nobody; gone
+# is one whose lease has ended.
+SERVER, TOOL, MOVER, REBUILDER, GONE = "server", "tool", "mover", "rebuilder", "gone"
+RENEWALS = 3  # of a lease, before it would end
+LONGEST_LEASE_S = 3600.0
+GONE_S = 86400.0  # how long it is remembered who is gone, for who wakes up and asks
+BATCH = 1000  # calls in one hop: bounds how long the others wait
+LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
+# Of these for all but the entries: `next` may have 6 bytes for each of a key.
+LIST_FRAME = 8 * 1024
+RECORD_PAGE = 1000  # of all records, for a tool
+PENDING_PAGE = 10_000
+FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
+
+
+def open_engine(db: str) -> Engine:
+    """Return the engine of the index `db`; raises ConfigError."""
+    return PostgresEngine(db) if is_postgres(db) else SqliteEngine(db)
+
+
+@dataclass(slots=True, kw_only=True)
+class Lease:
+    """Who this process is to the index, and since when that holds."""
+
+    role: str = TOOL
+    seconds: float = 15.0
+    owner: int = 0  # the number of its row; 0: it has none yet
+    seq: int = 0  # of its last transaction, where the engine counts them
+    renewed_s: float = -math.inf  # by the monotonic clock
+
+    def is_due(self) -> bool:
+        return time.monotonic() > self.renewed_s + self.seconds / RENEWALS
 
 
 class Transaction:
     """What a mutation may do: the records, what is pending, and with both, always, the totals.
 
     It works on what it has read, in memory; `flush` writes it. What it has read it remembers for
-    the next transaction, unless another connection has written in between: most of what a commit
-    asks for is what its claim has written.
+    the next transaction, unless somebody else has written in between: most of what a commit asks
+    for is what its claim has written.
     """
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-        self._seen: int | None = None  # SQLite's data_version when this was read:
-        self._ahead_s = 0.0
+    def __init__(self, session: Session, lease: Lease | None = None) -> None:
+        self._session = session
+        self.lease = lease or Lease()
+        self.is_alone = True  # nobody else has written before this turn
+        self._renewed_s = 0.0  # when this turn began to renew the lease, if it did
         self._records = dict[str, Record | None]()
         self._pending = dict[str, dict[Place, Pending]]()  # stem of a key -> all of the key
         self._rows = dict[str, set[Row]]()  # path -> what is stored, or is one of `_claims`
@@ -2097,43 +3052,73 @@ class Transaction:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
         self.now_s = 0.0
-        self.begin()
 
-    def begin(self) -> None:
-        """Forget what may have changed since, and look at the clock."""
-        (seen,) = self._db.execute("PRAGMA data_version").fetchone()
+    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
+        """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
+        from the last turn."""
         known = len(self._records) + len(self._pending) + len(self._rows)
-        if seen != self._seen or known > REMEMBERED:
-            self._records.clear()
-            self._pending.clear()
-            self._rows.clear()
-            self._seen = seen
-            self._ahead_s = read_clock(self._db) - time.monotonic()
-        self.now_s = time.monotonic() + self._ahead_s
+        if known > REMEMBERED or not self.is_alone:
+            self._forget()
+        unknown, stems = self._find_unknown(keys, paths)
+        is_complete = not (self._records or self._pending or self._rows)
+        lease = self.lease
+        is_due = lease.is_due()
+        self._renewed_s = time.monotonic()
+        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        self.now_s = turn.now_s
+        self.is_alone = turn.is_next
+        if turn.is_next or is_complete:
+            self._take(unknown, turn.records, stems, turn.pending)
+        else:  # what was remembered may not be so
+            self._forget()
+            self.read_ahead(keys, paths)
+        if turn.seq is None:
+            self._register()
+        else:
+            lease.seq = turn.seq
+            self._renewed_s = self._renewed_s if is_due else lease.renewed_s
+        if is_due:
+            self._end_leases()
 
-    def read_ahead(self, keys: Iterable[str], paths: Iterable[str] = ()) -> None:
+    def commit(self) -> None:
+        """Write what has changed; return when it is on disk."""
+        self.flush()
+        self._session.commit()
+        self.lease.renewed_s = self._renewed_s
+
+    def _forget(self) -> None:
+        self._records.clear()
+        self._pending.clear()
+        self._rows.clear()
+
+    def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
+        unknown, stems = self._find_unknown(keys, paths)
+        records = self._session.look_up(unknown) if unknown else {}
+        self._take(unknown, records, stems, self._session.read_pending(stems) if stems else [])
+
+    def _find_unknown(
+        self, keys: Collection[str], paths: Iterable[str]
+    ) -> tuple[list[str], set[str]]:
         stems = {path[:KEY_STEM] for path in paths}
         stems.update(map(key_stem, keys))
-        stems = {stem for stem in stems if stem not in self._pending}
-        unknown = [key for key in keys if key not in self._records]
-        if unknown:
-            found = look_up(unknown, self._db)
-            for key in unknown:
-                self._records[key] = found.get(key)
-        if stems:
-            self._read_pending(stems)
+        return (
+            [key for key in keys if key not in self._records],
+            {stem for stem in stems if stem not in self._pending},
+        )
 
-    def _read_pending(self, stems: Collection[str]) -> None:
+    def _take(
+        self,
+        keys: Iterable[str],
+        records: Mapping[str, Record],
+        stems: Iterable[str],
+        rows: Iterable[Row],
+    ) -> None:
+        """Remember what was read of keys and stems."""
+        for key in keys:
+            self._records[key] = records.get(key)
         for stem in stems:
             self._pending[stem] = {}
-        for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
-            query = f"""WITH span AS (VALUES {placeholders(2, len(piece))})
-                SELECT {PENDING_COLUMNS} FROM span CROSS JOIN pending
-                WHERE path >= column1 AND path < column2"""
-            self._remember(self._db.execute(query, list(chain.from_iterable(piece))).fetchall())
-
-    def _remember(self, rows: Iterable[Row]) -> None:
         for row in rows:
             self._rows.setdefault(row[0], set()).add(row)
         for pending in pending_of_rows(rows):
@@ -2141,12 +3126,12 @@ class Transaction:
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
         if stem not in self._pending:
-            self._read_pending([stem])
+            self._take((), {}, [stem], self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
         if key not in self._records:
-            self._records[key] = look_up([key], self._db).get(key)
+            self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
 
     def insert(self, record: Record) -> None:
@@ -2176,8 +3161,8 @@ class Transaction:
 
     def _pending_of_many(self, start: str) -> dict[Place, Pending]:
         self.flush()
-        query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
-        rows = pending_of_rows(self._db.execute(query, (start, after_prefix(start))))
+        query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ?1 AND path < ?2"
+        rows = pending_of_rows(self._session.select(query, (start, after_prefix(start))))
         return {(row.volume, row.path): row for row in rows}
 
     def pending_of(self, key: str) -> dict[Place, Pending]:
@@ -2206,11 +3191,11 @@ class Transaction:
         self._touched.add(path)
 
     def flush(self) -> None:
-        """Write what has changed; the last act of every transaction."""
+        """Write what has changed."""
         if self._changed:
             self._write_records()
         if self._claims:
-            run_on_rows(self._db, "INSERT INTO pending VALUES ", self._claims)
+            self._session.run_on_rows("INSERT INTO pending VALUES ", self._claims)
             self._claims.clear()
         if self._touched:
             self._write_pending()
@@ -2226,8 +3211,8 @@ class Transaction:
                 size[name] += total[1]
         rows: list[Row] = [(name, count, size[name]) for name, count in blobs.items()]
         after = """ ON CONFLICT (name) DO UPDATE
-            SET blobs = blobs + excluded.blobs, bytes = bytes + excluded.bytes"""
-        run_on_rows(self._db, "INSERT INTO total VALUES ", rows, after)
+            SET blobs = total.blobs + excluded.blobs, bytes = total.bytes + excluded.bytes"""
+        self._session.run_on_rows("INSERT INTO total VALUES ", rows, after)
         self._totals.clear()
         self._garbage = 0
 
@@ -2240,8 +3225,8 @@ class Transaction:
                 gone.append((key,))
             else:
                 rows.append(row_of_record(record))
-        run_on_rows(self._db, "DELETE FROM record WHERE key IN (VALUES ", gone, ")")
-        run_on_rows(self._db, "INSERT OR REPLACE INTO record VALUES ", rows)
+        self._session.run_on_rows("DELETE FROM record WHERE key IN (VALUES ", gone, ")")
+        self._session.run_on_rows("INSERT INTO record VALUES ", rows, REPLACE_RECORD)
         self._changed.clear()
 
     def _write_pending(self) -> None:
@@ -2255,8 +3240,9 @@ class Transaction:
                 self._rows[path] = rows
             gone += [row[:2] for row in stored - rows]
             new += rows - stored
-        run_on_rows(self._db, "DELETE FROM pending WHERE (path, volume) IN (VALUES ", gone, ")")
-        run_on_rows(self._db, "INSERT INTO pending VALUES ", new)
+        delete = "DELETE FROM pending WHERE (path, volume) IN (VALUES "
+        self._session.run_on_rows(delete, gone, ")")
+        self._session.run_on_rows("INSERT INTO pending VALUES ", new)
         self._touched.clear()
 
     def draw_path(self, key: str, ext: str) -> str:
@@ -2267,20 +3253,21 @@ class Transaction:
         versions = [version_of(path) for _, path in pending]
         if current is not None:
             versions.append(current.version)
-        version = next_version(time.time_ns(), max(versions, default=None), random.getrandbits(16))
+        now_ns = self._session.time_ns()
+        version = next_version(now_ns, max(versions, default=None), random.getrandbits(16))
         return blob_path(key, version, ext)
 
-    def claim(self, path: str, volumes: Collection[str], owner: int, state: PendingState) -> None:
-        """Note that `owner` is about to write at `path`. What is in doubt stays so."""
+    def claim(self, path: str, volumes: Collection[str], state: PendingState) -> None:
+        """Note that this owner is about to write at `path`. What is in doubt stays so."""
         before = self.pending_below(path)
         if not before and path not in self._rows and state is not PendingState.REMAKING:
-            self._claim_new(path, volumes, owner, state)
+            self._claim_new(path, volumes, state)
             return
         if any(row.state is PendingState.OVERTAKEN for row in before.values()):
             state = PendingState.OVERTAKEN
         after = dict(before)
         for volume in volumes:
-            new = Pending(path, volume, state, owner)
+            new = Pending(path, volume, state, self.lease.owner)
             if state is PendingState.REMAKING:
                 new = new._replace(sent=2)  # one may be there
             old = before.get((volume, path))
@@ -2293,14 +3280,12 @@ class Transaction:
             after[volume, path] = new
         self.change(before, after)
 
-    def _claim_new(
-        self, path: str, volumes: Collection[str], owner: int, state: PendingState
-    ) -> None:  # fmt: skip
+    def _claim_new(self, path: str, volumes: Collection[str], state: PendingState) -> None:
         """Do the same for a path of which nothing is known: that is what each PUT begins with."""
         pending = self._pending_of_stem(path[:KEY_STEM])
         for volume in volumes:
-            pending[volume, path] = Pending(path, volume, state, owner)
-        claim = Pending(path, " ".join(sorted(volumes)), state, owner)
+            pending[volume, path] = Pending(path, volume, state, self.lease.owner)
+        claim = Pending(path, " ".join(sorted(volumes)), state, self.lease.owner)
         row = (*claim[:2], PENDING_TEXTS[state], *claim[3:])
         self._rows[path] = {row}
         self._claims.append(row)
@@ -2404,7 +3389,7 @@ class Transaction:
     def release_all_marks(self) -> None:
         self.flush()
         query = "SELECT DISTINCT path FROM pending WHERE state = 'mark'"
-        paths = [path for (path,) in self._db.execute(query)]
+        paths = [path for (path,) in self._session.select(query)]
         self.read_ahead((), paths)
         for path in paths:
             self._release_marks(path)
@@ -2440,17 +3425,103 @@ class Transaction:
             self.change(before, after)
             self._release_marks(path)
 
-    def release_claims(self, owner: int, workers: int) -> None:
-        """Make garbage of what `owner`, which has died, claimed, and whoever had a number that is
-        no worker's now. The volumes may still carry out what they were sent."""
+    # -- owners --
+
+    def _register(self) -> None:
+        """Become an owner, with a number that nobody had before; raises Unavailable if another one
+        does not allow that."""
+        lease = self.lease
+        self._check_others(lease.role)
+        ((number,),) = self._session.select("SELECT coalesce(max(id), 0) + 1 FROM owner")
+        if lease.owner:
+            log.warning("the lease of this process had ended: what it was writing is given up")
+        lease.owner = number
+        lease.seq = random.getrandbits(62)  # should this fail, another one gets the number
+        values = (number, lease.role, self.now_s + lease.seconds, lease.seq)
+        self._session.run("INSERT INTO owner VALUES (?1, ?2, ?3, ?4)", values)
+
+    def take_role(self, role: str, by_lock: bool = False) -> None:
+        """Be another owner from now on; raises Occupied if somebody is in the way, unless a lock
+        says that nobody can be."""
+        if not by_lock:
+            self._check_others(role)
+        self.lease.role = role
+        values = (self.lease.owner, role)
+        self._session.run("UPDATE owner SET role = ?2 WHERE id = ?1", values)
+
+    def _check_others(self, role: str) -> None:
+        query = "SELECT role, until FROM owner WHERE role <> 'gone' AND id <> ?1"
+        for other, until_s in self._session.select(query, (self.lease.owner,)):
+            if is_in_the_way(role, other) and self._is_alive(until_s):
+                raise Occupied(other, until_s)
+
+    def _is_alive(self, until_s: float) -> bool:
+        """Whether that is no lease that has ended, nor one that a clock has set which was
+        wrong."""
+        return self.now_s <= until_s <= self.now_s + LONGEST_LEASE_S
+
+    def _end_leases(self) -> None:
+        """End the leases of those that are late, and forget those that are gone for long, but for
+        the last: no number is given twice."""
+        query = "SELECT id, until FROM owner WHERE role <> 'gone'"
+        for number, until_s in self._session.select(query):
+            if not self._is_alive(until_s) and number != self.lease.owner:
+                self._end_lease(number)
+        forget = """DELETE FROM owner WHERE role = 'gone' AND until < ?1
+            AND id < (SELECT max(id) FROM owner)"""
+        self._session.run(forget, (self.now_s - GONE_S,))
+
+    def _end_lease(self, owner: int) -> None:
+        self.release_claims(owner)
+        values = (owner, self.now_s)
+        self._session.run("UPDATE owner SET role = 'gone', until = ?2 WHERE id = ?1", values)
+
+    def end_other_movers(self) -> None:
+        query = "SELECT id FROM owner WHERE role = 'mover' AND id <> ?1"
+        for (number,) in self._session.select(query, (self.lease.owner,)):
+            self._end_lease(number)
+
+    def retire(self) -> None:
+        """Give up the lease: the last act of an owner."""
+        self._end_lease(self.lease.owner)
+
+    def release_claims(self, owner: int) -> None:
+        """Make garbage of what `owner`, which has died, claimed. The volumes may still carry out
+        what they were sent."""
         self.flush()
-        query = "SELECT DISTINCT path FROM pending WHERE owner = ? OR owner >= ?"
-        paths = [path for (path,) in self._db.execute(query, (owner, workers))]
+        query = "SELECT DISTINCT path FROM pending WHERE owner = ?1"
+        paths = [path for (path,) in self._session.select(query, (owner,))]
         self.read_ahead((), paths)
         for path in paths:
             rows = self.pending_below(path).values()
             named = {row.volume for row in rows if row.state is PendingState.REMAKING}
             self.end_claims(path, named, {row.volume: BROKEN_OFF for row in rows})
+
+
+REPLACE_RECORD = """ ON CONFLICT (key) DO UPDATE SET version = excluded.version,
+    volumes = excluded.volumes, size = excluded.size, digest = excluded.digest,
+    content_type = excluded.content_type, ext = excluded.ext"""
+
+
+IN_THE_WAY = {
+    SERVER: "it is in use by a server: stop that first",
+    TOOL: "it is in use by a tool: stop that first",
+    MOVER: "another rebalance or verify --repair is running",
+    REBUILDER: "it is being rebuilt by mkv_tools.py",
+}
+
+
+class Occupied(IndexFailed):
+    """Another owner is in the way, at least until its lease ends."""
+
+    def __init__(self, role: str, until_s: float) -> None:
+        super().__init__(IN_THE_WAY[role])
+        self.until_s = until_s
+
+
+def is_in_the_way(role: str, other: str) -> bool:
+    """Whether an owner may not be what it wants because of another one."""
+    return REBUILDER in (role, other) or role == other == MOVER
 
 
 class Lost(Unavailable):
@@ -2534,7 +3605,7 @@ def discard_put(
     return after, current is not None and current.version > version_of(path)
 
 
-def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
+def list_keys(session: Session, query: ListQuery) -> bytes:
     """Return one page of keys and common prefixes, as JSON of at most LIST_BYTES: a range scan
     that seeks past each common prefix."""
     keys, prefixes = list[str](), list[str]()  # each as it is sent
@@ -2542,11 +3613,8 @@ def list_keys(db: sqlite3.Connection, query: ListQuery) -> bytes:
     start: str | None = max(query.prefix, query.start)
     following: str | None = None
     end = after_prefix(query.prefix)
-    sql = (
-        f"SELECT {COLUMNS} FROM record WHERE key >= ?{' AND key < ?' if end else ''} ORDER BY key"
-    )
     while start is not None and following is None:
-        rows = db.execute(sql, (start, end) if end else (start,))
+        rows = session.scan(start, end)
         start = None
         for record in map(record_of_row, rows):
             cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
@@ -2573,56 +3641,55 @@ def describe(record: Record) -> dict[str, Any]:
     return facts | {"content_type": record.content_type, "modified": when}
 
 
-def select_due(volume: str, db: sqlite3.Connection) -> list[Pending]:
+def select_due(volume: str, session: Session) -> list[Pending]:
     """Return some of what is due on a volume, the oldest first."""
     query = (
-        f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ? AND due <= ? ORDER BY due "
+        f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ?1 AND due <= ?2 ORDER BY due "
         "LIMIT 500"
     )
-    return pending_of_rows(db.execute(query, (volume, read_clock(db))))
+    return pending_of_rows(session.select(query, (volume, session.read_clock())))
 
 
-def select_pending_between(first: str, last: str, db: sqlite3.Connection) -> list[Pending]:
-    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ? AND path < ?"
-    return pending_of_rows(db.execute(query, (first, after_prefix(last))))
+def select_pending_between(first: str, last: str, session: Session) -> list[Pending]:
+    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ?1 AND path < ?2"
+    return pending_of_rows(session.select(query, (first, after_prefix(last))))
 
 
-def select_unclaimed(volume: str, db: sqlite3.Connection) -> list[Place]:
-    query = "SELECT volume, path FROM pending WHERE volume = ? AND owner IS NULL LIMIT ?"
-    return list(db.execute(query, (volume, FORGET_ROWS)))
+def select_unclaimed(volume: str, session: Session) -> list[Place]:
+    query = "SELECT volume, path FROM pending WHERE volume = ?1 AND owner IS NULL LIMIT ?2"
+    return session.select(query, (volume, FORGET_ROWS))
 
 
-def select_records(after: str, db: sqlite3.Connection) -> list[Record]:
-    query = f"SELECT {COLUMNS} FROM record WHERE key > ? ORDER BY key LIMIT ?"
-    return [record_of_row(row) for row in db.execute(query, (after, RECORD_PAGE))]
+def select_records(after: str, session: Session) -> list[Record]:
+    query = f"SELECT {COLUMNS} FROM record WHERE key > ?1 ORDER BY key LIMIT ?2"
+    return [record_of_row(row) for row in session.select(query, (after, RECORD_PAGE))]
 
 
-def select_pending(after: Place, db: sqlite3.Connection) -> list[Pending]:
+def select_pending(after: Place, session: Session) -> list[Pending]:
     """Return a page of all that is pending, in the order of paths."""
-    query = f"""SELECT {PENDING_COLUMNS} FROM pending WHERE (path, volume) > (?, ?)
-        ORDER BY path, volume LIMIT ?"""
+    query = f"""SELECT {PENDING_COLUMNS} FROM pending WHERE (path, volume) > (?1, ?2)
+        ORDER BY path, volume LIMIT ?3"""
     volume, path = after
-    return pending_of_rows(db.execute(query, (path, volume, PENDING_PAGE)))
+    return pending_of_rows(session.select(query, (path, volume, PENDING_PAGE)))
 
 
-def read_garbage_age(db: sqlite3.Connection) -> float:
+def read_garbage_age(session: Session) -> float:
     """Return for how many seconds the oldest garbage has waited, 0 if there is none."""
-    oldest = db.execute("SELECT min(since) FROM pending WHERE state = 'garbage'").fetchone()[0]
-    return max(0.0, read_clock(db) - oldest) if oldest is not None else 0.0
+    ((oldest,),) = session.select("SELECT min(since) FROM pending WHERE state = 'garbage'")
+    return max(0.0, session.read_clock() - oldest) if oldest is not None else 0.0
 
 
-def read_totals(db: sqlite3.Connection) -> dict[str, tuple[int, int]]:
+def read_totals(session: Session) -> dict[str, tuple[int, int]]:
     """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and
     GARBAGE."""
     return {
         name: (blobs, size)
-        for name, blobs, size in db.execute("SELECT name, blobs, bytes FROM total")
+        for name, blobs, size in session.select("SELECT name, blobs, bytes FROM total")
     }
 
 
-class SqliteThread:
-    """One thread and the connection that it opens on first use; nobody else touches that
-    connection.
+class IndexThread:
+    """One thread and the session that it opens on first use; nobody else touches that.
 
     `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe`
     hears how many. A call runs to its end even if whoever awaits it is cancelled. A hop goes
@@ -2631,15 +3698,16 @@ class SqliteThread:
 
     def __init__(
         self,
-        path: str,
+        engine: Engine,
         readonly: bool,
-        carry_out: Callable[[list[Any], sqlite3.Connection], list[Any]] = lambda *_: [],
+        carry_out: Callable[[list[Any], Session], list[Any]] = lambda *_: [],
         observe: Callable[[int], None] = lambda size: None,
     ) -> None:
-        self._uri = f"{Path(path).absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+        self._engine = engine
+        self._readonly = readonly
         self._carry_out = carry_out
         self._observe = observe
-        self._db: sqlite3.Connection | None = None
+        self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._jobs = queue.SimpleQueue[Job | None]()
         self._waiting: list[Question] = []
@@ -2653,24 +3721,24 @@ class SqliteThread:
             try:
                 result = self._run(work)
             except Exception as error:
-                result = explain_sqlite(error)
+                result = self._engine.explain(error)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(hear, result)
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._db is None:
-            self._db = sqlite3.connect(
-                self._uri, uri=True, timeout=WRITERS_S, isolation_level=None
-            )
-            # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
-            # would find that, and a rebuild would bring the key back (I4).
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA cache_size = -32768")
-        return work(self._db)
+    def _run(self, work: Callable[[Session], T]) -> T:
+        if self._session is None:
+            self._session = self._engine.connect(self._readonly)
+        try:
+            return work(self._session)
+        except Exception:
+            if not (self._session.is_lost and self._readonly):
+                raise
+        self._session.reopen()
+        return work(self._session)
 
     # -- on the loop --
 
-    def _put(self, work: Callable[[sqlite3.Connection], Any], hear: Callable[[Any], None]) -> None:
+    def _put(self, work: Callable[[Session], Any], hear: Callable[[Any], None]) -> None:
         if self._thread is None:
             loop = asyncio.get_running_loop()
             serve = partial(self._serve, loop)
@@ -2678,7 +3746,7 @@ class SqliteThread:
             self._thread.start()
         self._jobs.put((work, hear))
 
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def run(self, work: Callable[[Session], T]) -> T:
         """Do `work` on the thread; raises IndexFailed."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._put(work, partial(settle_future, future))
@@ -2716,18 +3784,18 @@ class SqliteThread:
     async def close(self) -> None:
         """Finish what is queued, then close. May be called twice."""
         while self._busy:
-            await self.run(lambda db: None)
+            await self.run(lambda session: None)
         if self._thread is None:
             return
-        if self._db is not None:
-            await self.run(sqlite3.Connection.close)
-            self._db = None
+        if self._session is not None:
+            await self.run(lambda session: session.close())
+            self._session = None
         self._jobs.put(None)
         self._thread.join()  # it has nothing left to do
         self._thread = None
 
 
-Job = tuple[Callable[[sqlite3.Connection], Any], Callable[[Any], None]]  # and who hears of it
+Job = tuple[Callable[[Session], Any], Callable[[Any], None]]  # and who hears of it
 Question = tuple[Any, Callable[[Any], None]]  # the same
 
 
@@ -2740,8 +3808,8 @@ def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-def get_all(keys: list[str], db: sqlite3.Connection) -> list[Record | None]:
-    found = look_up(keys, db)
+def get_all(keys: list[str], session: Session) -> list[Record | None]:
+    found = session.look_up(keys)
     return [found.get(key) for key in keys]
 
 
@@ -2756,156 +3824,206 @@ class Mutation(NamedTuple):
 class Writer:
     """Carries mutations out, many in one transaction. Lives on the thread that writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine, lease: Lease) -> None:
+        self._engine = engine
+        self._lease = lease
         self._tx: Transaction | None = None
 
-    def write_all(self, mutations: list[Mutation], db: sqlite3.Connection) -> list[Any]:
+    def write_all(self, mutations: list[Mutation], session: Session) -> list[Any]:
         """Carry all mutations out in one transaction; what one raises is its answer. If that is no
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
-        of its own. Raises sqlite3.OperationalError, such as a full disk, which is nobody's
-        fault."""
+        of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
-            return self._write_together(mutations, db)
-        except sqlite3.OperationalError:
-            raise
-        except Exception:
-            return [self._write_alone(mutation, db) for mutation in mutations]
+            return self._write_together(mutations, session)
+        except Exception as error:
+            reason = self._engine.explain(error)
+            is_damage = isinstance(reason, IndexDamaged)
+            if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
+                raise reason from None
+            return [self._write_alone(mutation, session) for mutation in mutations]
 
-    def _write_alone(self, mutation: Mutation, db: sqlite3.Connection) -> Any:
+    def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
         try:
-            return self._write_together([mutation], db)[0]
+            return self._write_together([mutation], session)[0]
         except StopIteration as error:
             return RuntimeError(repr(error))  # a future refuses the one itself
         except Exception as error:
-            return explain_sqlite(error)
+            return self._engine.explain(error)
 
-    def _write_together(self, mutations: list[Mutation], db: sqlite3.Connection) -> list[Any]:
-        answers = list[Any]()
-        tx = self._tx or Transaction(db)
-        self._tx = None  # unless all goes well: what it remembers may not be so
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            tx.begin()
-            keys = set[str]().union(*(one.keys for one in mutations))
-            paths = set[str]().union(*(one.paths for one in mutations))
-            tx.read_ahead(keys, paths)
-            for mutation in mutations:
-                try:
-                    answers.append(mutation.act(tx))
-                except (MkvError, Overtaken) as error:
-                    answers.append(error)
-            tx.flush()
-        self._tx = tx
-        return answers
+    def _write_together(self, mutations: list[Mutation], session: Session) -> list[Any]:
+        """Do so, and again where the connection breaks before the commit, or in one that has not
+        come about; raises IndexUnsure if that is not to be found out."""
+        keys = set[str]().union(*(one.keys for one in mutations))
+        paths = set[str]().union(*(one.paths for one in mutations))
+        deadline_s = math.inf
+        while True:
+            if session.is_lost:
+                session.reopen()
+            answers = list[Any]()
+            tx = self._tx or Transaction(session, self._lease)
+            self._tx = None  # unless all goes well: what it remembers may not be so
+            try:
+                tx.begin(keys, paths)
+                for mutation in mutations:
+                    try:
+                        answers.append(mutation.act(tx))
+                    except (MkvError, Overtaken) as error:
+                        answers.append(error)
+                tx.commit()
+            except Exception:
+                is_lost = session.is_lost
+                session.roll_back()
+                if not is_lost or time.monotonic() > deadline_s:
+                    raise
+            else:
+                self._tx = tx
+                return answers
+            deadline_s = min(deadline_s, time.monotonic() + RECONNECT_S)
+            if self._find_out(session, deadline_s):
+                return answers
 
-
-def prepare_index(db: sqlite3.Connection) -> None:
-    """Make the tables of a new index, bring an older one to this schema, set the clock after a
-    boot; raises sqlite3.DatabaseError if it is of another schema."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError as error:
-            # Of two processes that find it new, SQLite lets one not even wait.
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-    with db:
-        db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (*STEPS, SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(
-                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}"
-            )
-        if version not in (0, SCHEMA_VERSION):
-            keep_copy(db, version)
-        for statement in STEPS.get(version, "").split(";"):
-            db.execute(statement)
-        if version != SCHEMA_VERSION:
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
-        latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
-        # A clock that was not set yet takes nothing back.
-        ahead = max(time.time(), latest) - time.monotonic()
-        db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
-
-
-def keep_copy(db: sqlite3.Connection, version: int) -> None:
-    """Copy an index of an older schema, which nobody else can change now, to a file of its own
-    beside it."""
-    path = db.execute("PRAGMA database_list").fetchone()[2]
-    if not path:
-        return  # in memory
-    target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
-    with (
-        contextlib.closing(sqlite3.connect(path)) as source,
-        contextlib.closing(sqlite3.connect(target)) as copy,
-    ):
-        source.backup(copy)
-    words = "the index %s is brought from schema %d to %d; a copy is kept as %s"
-    log.warning(words, path, version, SCHEMA_VERSION, target)
+    def _find_out(self, session: Session, deadline_s: float) -> bool:
+        """Connect again; return whether the commit in which the connection broke, if it was in
+        one, has come about."""
+        is_unsure = session.is_unsure
+        reason = ""
+        while True:
+            try:
+                session.reopen()
+                if not is_unsure:
+                    return False
+                seq = session.read_seq(self._lease.owner)
+                return seq == self._lease.seq
+            except Exception as error:
+                if not session.is_lost and is_unsure:
+                    reason = str(error)
+                elif time.monotonic() > deadline_s:
+                    reason = str(self._engine.explain(error))
+                    if not is_unsure:
+                        raise
+            if reason:
+                raise IndexUnsure(f"whether that was done is not known: {reason}")
+            time.sleep(RECONNECT_EVERY_S)
 
 
-def lock_file(path: str, exclusive: bool) -> int:
-    """Lock `path`, which is made if missing, until the file descriptor returned is closed; raises
-    BlockingIOError."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+RECONNECT_S = 10.0  # how long a write waits for another connection in place of one that broke
+RECONNECT_EVERY_S = 0.1
 
 
 class Index:
-    """The SQLite index at `path`. Every await returns after the fact: a write is on disk (WAL,
-    synchronous=FULL). While open, it holds a shared lock on `path`.lock, so that rebuild, which
-    takes it alone, keeps away."""
+    """The index at `db`. Every await returns after the fact: a write is on disk. While it is
+    open, nobody can replace it. Who writes becomes an owner by that, with this `role` and for
+    `lease_s` at a time; `renew` has to be called often enough."""
 
     def __init__(
-        self, path: str, observe: Callable[[str, int], None] = lambda kind, size: None
+        self,
+        db: str | Engine,
+        observe: Callable[[str, int], None] = lambda kind, size: None,
+        role: str = TOOL,
+        lease_s: float = 15.0,
     ) -> None:
-        self.path = path
-        self._lock = -1
-        self._tools_lock = -1
-        self._writer = SqliteThread(path, False, Writer().write_all, partial(observe, "write"))
-        self._getter = SqliteThread(path, True, get_all, partial(observe, "get"))
-        self._readers = [SqliteThread(path, True), SqliteThread(path, True)]
-        self._listers = [SqliteThread(path, True), SqliteThread(path, True)]
+        self.engine = open_engine(db) if isinstance(db, str) else db
+        self._lease = Lease(role=role, seconds=lease_s)
+        self._has_entered = False
+        engine = self.engine
+        write_all = Writer(engine, self._lease).write_all
+        self._writer = IndexThread(engine, False, write_all, partial(observe, "write"))
+        self._getter = IndexThread(engine, True, get_all, partial(observe, "get"))
+        self._readers = [IndexThread(engine, True), IndexThread(engine, True)]
+        self._listers = [IndexThread(engine, True), IndexThread(engine, True)]
+
+    @property
+    def name(self) -> str:
+        """Return what people call it, without any secret."""
+        return self.engine.name
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
+        self.engine.enter()
+        self._has_entered = True
+        await self.prepare()
+        query = "SELECT 1 FROM owner WHERE role = 'rebuilder' AND until > ?1"
+        if await self._read(lambda session: session.select(query, (session.read_clock(),))):
+            raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"])
+
+    async def prepare(self) -> None:
         try:
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_file(f"{self.path}.lock", exclusive=False)
-            await self._writer.run(prepare_index)
-        except BlockingIOError:
-            raise ConfigError([f"db: {self.path} is being rebuilt by mkv_tools.py"]) from None
+            await self._writer.run(self.engine.prepare)
         except IndexFailed as error:
-            raise ConfigError([f"db: {self.path}: {error.reason}"]) from None
-        except OSError as error:
-            raise ConfigError([f"db: {self.path}: {error}"]) from None
+            if self.engine.is_remote and not isinstance(error, IndexDamaged):
+                raise  # it may answer later
+            raise ConfigError([f"db: {self.name}: {error.reason}"]) from None
 
-    def exists(self) -> bool:
-        return Path(self.path).is_file()
-
-    def lock_tools(self) -> None:
+    async def lock_tools(self) -> None:
         """Keep other tools that move replicas away until `close`; raises Unavailable if there is
         one."""
-        try:
-            self._tools_lock = lock_file(f"{self.path}.tools", exclusive=True)
-        except BlockingIOError:
-            raise Unavailable("another rebalance or verify --repair is running") from None
+        if self.engine.lock_tools():
+            await self.write(lambda tx: tx.take_role(MOVER, by_lock=True))
+        else:
+            await self.take_role(MOVER)
+
+    async def end_other_tools(self) -> None:
+        """Make garbage of what tools have claimed that had this lock before, and were killed, as
+        far as this one has not taken it over."""
+        await self.write(Transaction.end_other_movers)
+
+    async def take_role(self, role: str) -> None:
+        """Become an owner of another role; raises Occupied if somebody is in the way who is alive.
+        Who is not, is in the way until its lease ends."""
+        until_s = math.inf
+        while True:
+            try:
+                return await self.write(lambda tx: tx.take_role(role))
+            except Occupied as error:
+                if error.until_s > until_s:  # it was renewed meanwhile
+                    raise
+                until_s = error.until_s
+            await asyncio.sleep(self._lease.seconds / 20)
+
+    # -- the lease --
+
+    async def renew(self) -> None:
+        """Renew the lease, if it is time to, and end those of others that are late; raises
+        IndexFailed."""
+        if self._lease.is_due():
+            await self.write(lambda tx: None)
+
+    async def renew_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease.seconds / RENEWALS / 2)
+            try:
+                await self.renew()
+            except (IndexFailed, IndexUnsure) as error:
+                log.error("%s; the lease of this process is not renewed", error)
+
+    @property
+    def owner(self) -> int:
+        return self._lease.owner
+
+    def disown(self) -> None:
+        """Forget the lease: it ends by itself."""
+        self._lease.owner = 0
+
+    async def lead_until(self) -> float:
+        """Return until when, by the monotonic clock, this process alone may delete garbage: it is
+        the living server with the lowest number, and half of its lease is not over. No other will
+        be for as long as that: who comes new gets a higher number."""
+        query = "SELECT min(id) FROM owner WHERE role = 'server' AND until > ?1"
+        rows = await self._read(lambda session: session.select(query, (session.read_clock(),)))
+        if rows != [(self._lease.owner,)]:
+            return -math.inf
+        return self._lease.renewed_s + self._lease.seconds / 2
+
+    async def _retire(self) -> None:
+        with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
+            await self.write(Transaction.retire)
 
     async def _find_damage(self) -> str:
         """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed
         if it may be no damage."""
         try:
-            return await self._writer.run(open_old_index)
+            return await self._writer.run(self.engine.open_old)
         except IndexDamaged as error:
             return error.reason
 
@@ -2930,7 +4048,7 @@ class Index:
         undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(Mutation(mutation, keys, paths))
 
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def _read(self, query: Callable[[Session], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
         return await self._take_turn(self._readers).run(query)
 
@@ -2948,7 +4066,7 @@ class Index:
 
     async def now_s(self) -> float:
         """Return the time by the index's own clock."""
-        return await self._read(read_clock)
+        return await self._read(lambda session: session.read_clock())
 
     async def due_on(self, volume: str) -> list[Pending]:
         """Return some of what is to be deleted on a volume now, the oldest first."""
@@ -2978,69 +4096,69 @@ class Index:
 
     def check_target(self, target: str) -> None:
         """Raise ConfigError if a copy of the index may not be written to the file `target`."""
-        check_target(target, f"{target}.tmp", self.path)
+        self.engine.check_target(target)
 
     async def copy_to(self, target: str) -> int:
         """Copy the index as it is at this moment to a file, while others write; return its number
         of keys. The file appears whole, checked and synced, or not at all."""
-        part = f"{target}.tmp"
-        try:
-            remove_index(part)
-            keys = await self._read(partial(copy_index, part))
-            put_in_place(part, target)
-        finally:
-            remove_index(part)
-        return keys
+        return await self._read(partial(self.engine.copy_to, target))
 
     async def list_page(self, query: ListQuery) -> bytes:
         """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
-        return await self._take_turn(self._listers).run(lambda db: list_keys(db, query))
+        return await self._take_turn(self._listers).run(lambda session: list_keys(session, query))
 
-    def _take_turn(self, threads: list[SqliteThread]) -> SqliteThread:
+    def _take_turn(self, threads: list[IndexThread]) -> IndexThread:
         thread = threads.pop(0)
         threads.append(thread)
         return thread
 
     async def close(self) -> None:
-        """Finish what is queued, checkpoint (SQLite's last connection does), close. May be called
-        twice."""
+        """Finish what is queued, give up the lease, close. May be called twice."""
+        if self._lease.owner:
+            await self._retire()
+            self._lease.owner = 0
+        # SQLite's last connection checkpoints
         for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
-        for lock in (self._lock, self._tools_lock):
-            if lock >= 0:
-                os.close(lock)
-        self._lock = -1
-        self._tools_lock = -1
+        if self._has_entered:
+            self.engine.release()
 
 
 class Replacement:
-    """A new index that is made beside the one at `path`, and takes its place or is given up.
+    """A new index that is made beside the one at `db`, and takes its place or is given up.
 
     Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
     read; `damage` says what is wrong with it."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.new = Index(f"{path}.new")
+    def __init__(self, db: str) -> None:
+        self._engine = open_engine(db)
+        self.name = self._engine.name
+        self.new = Index(self._engine.beside())
         self.old: Index | None = None
         self.damage = ""
-        self._lock = -1
+        self._existed = False
+        self._is_alone = False
+        self._guard: Index | None = None  # who keeps others away by its lease
+        self._renewal: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Lock the index, look at the old one, begin the new one; raises MkvError or OSError."""
-        Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = lock_file(f"{self.path}.lock", exclusive=True)
-        except BlockingIOError:
-            reason = f"{self.path} is in use by a server or a tool: stop that first"
-            raise Unavailable(reason) from None
-        if Path(self.path).is_file():
-            self.old = Index(self.path)
+        """Keep others away, look at the old index, begin the new one; raises MkvError or
+        OSError."""
+        self._engine.enter_alone()
+        self._is_alone = True
+        self._existed = self._engine.exists()
+        if self._engine.is_remote:
+            self._guard = Index(self._engine, role=TOOL)
+            await self._guard.prepare()
+            await self._guard.take_role(REBUILDER)
+            self._renewal = asyncio.create_task(self._guard.renew_for_ever())
+        if self._existed:
+            self.old = self._guard or Index(self._engine)
             self.damage = await self.old._find_damage()
             if self.damage:
                 await self._close_old()
                 self.old = None
-        remove_index(self.new.path)
+        self.new.engine.remove()
         await self.new.open()
 
     async def lost(self) -> AsyncIterator[list[tuple[Record, bool]]]:
@@ -3048,7 +4166,7 @@ class Replacement:
         version of them, in pages."""
         after = ""
         while self.old is not None:
-            page = await self.old._writer.run(partial(select_lost, self.new.path, after))
+            page = await self.old._writer.run(partial(select_lost, self.new.engine, after))
             if not page:
                 return
             yield page
@@ -3061,135 +4179,53 @@ class Replacement:
         await self.new._read(partial(check_new_index, keys, size))
         await self.new.close()
         await self._close_old()
-        kept = keep_old_index(self.path) if Path(self.path).is_file() else ""
-        put_in_place(self.new.path, self.path)
+        owner = self._guard.owner if self._guard else 0
+        swap = partial(self._engine.put_in_place, self.new.engine, owner, self._existed)
+        kept = await asyncio.to_thread(swap)
+        if self._guard:
+            self._guard.disown()
         return kept
 
     async def _close_old(self) -> None:
-        if self.old is not None:
+        if self.old is not None and self.old is not self._guard:
             await self.old.close()
 
     async def close(self) -> None:
         """Leave nothing of a new index that was not put in place."""
         await self.new.close()
         await self._close_old()
-        if self._lock >= 0:
-            remove_index(self.new.path)
-            os.close(self._lock)
-            self._lock = -1
+        if self._is_alone:
+            self.new.engine.remove()
+        if self._renewal:
+            self._renewal.cancel()
+            await asyncio.wait([self._renewal])
+        if self._guard:
+            await self._guard.close()
+        if self._is_alone:
+            self._engine.release()
+            self._is_alone = False
 
 
-def open_old_index(db: sqlite3.Connection) -> str:
-    """Bring the old index's log into it; return what is wrong with it, or ""."""
-    if not db.execute("PRAGMA user_version").fetchone()[0]:
-        return "it is empty"
-    prepare_index(db)
-    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-    return "" if soundness == "ok" else soundness
-
-
-def select_lost(new: str, after: str, db: sqlite3.Connection) -> list[tuple[Record, bool]]:
-    """Return a page of the records that the index at `new` lacks or has in an older version, and
+def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record, bool]]:
+    """Return a page of the records that the index `new` lacks or has in an older version, and
     which of the two."""
-    query = f"""SELECT new.version IS NOT NULL, old.*
-        FROM (SELECT {COLUMNS} FROM main.record) AS old LEFT JOIN fresh.record AS new USING (key)
-        WHERE key > ? AND (new.version IS NULL OR new.version < old.version)
-        ORDER BY key LIMIT ?"""
-    db.execute("ATTACH ? AS fresh", (new,))
-    try:
-        rows = db.execute(query, (after, RECORD_PAGE)).fetchall()
-    finally:
-        db.execute("DETACH fresh")
+    with session.beside(new) as fresh:
+        query = f"""SELECT new.version IS NOT NULL, old.*
+            FROM record AS old LEFT JOIN {fresh}.record AS new ON new.key = old.key
+            WHERE old.key > ?1 AND (new.version IS NULL OR new.version < old.version)
+            ORDER BY old.key LIMIT ?2"""
+        rows = session.select(query, (after, RECORD_PAGE))
     return [(record_of_row(row), bool(older)) for older, *row in rows]
 
 
-def check_new_index(keys: int, size: int, db: sqlite3.Connection) -> None:
+def check_new_index(keys: int, size: int, session: Session) -> None:
     """Raise IndexFailed unless the new index is sound and holds what was read."""
-    soundness = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    rows = tuple(db.execute("SELECT count(*), coalesce(sum(size), 0) FROM record").fetchone())
-    if soundness != "ok" or rows != (keys, size) or read_totals(db).get(ALL_KEYS, (0, 0)) != rows:
-        found = f"{soundness}, {rows}"
+    damage = session.find_damage()
+    ((count, total),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
+    rows = (count, int(total))
+    if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
+        found = f"{damage or 'ok'}, {rows}"
         raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")
-
-
-def copy_index(target: str, db: sqlite3.Connection) -> int:
-    """Copy the index as it is at this moment to `target`, and check the copy; return its number
-    of keys."""
-    with contextlib.closing(sqlite3.connect(target)) as copy:
-        db.backup(copy)  # in one step: one snapshot, while writers go on
-        copy.execute("PRAGMA journal_mode = DELETE")
-        with copy:
-            # by the time that it is restored, what is claimed now may be committed
-            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
-        soundness = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if soundness != "ok":
-            raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
-        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
-
-
-# -- its files --
-
-
-def remove_index(path: str) -> None:
-    for suffix in INDEX_SUFFIXES:
-        Path(path + suffix).unlink(missing_ok=True)
-
-
-def put_in_place(file: str, target: str) -> None:
-    """Give `file` the name `target`, for good: it is synced before, and its folder after."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-    os.replace(file, target)
-    sync_folder(Path(target).absolute().parent)
-
-
-def keep_old_index(path: str) -> str:
-    """Give the index, and its log if that could not be brought in, a second, dated name; return
-    that."""
-    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
-    for suffix in ("", "-wal"):
-        if Path(path + suffix).exists():
-            try:
-                os.link(path + suffix, name + suffix)
-            except OSError:  # a file system without hard links
-                shutil.copy2(path + suffix, name + suffix)
-    sync_folder(Path(path).absolute().parent)
-    for suffix in ("-wal", "-shm"):  # the log of the old one must never be applied to the new one
-        Path(path + suffix).unlink(missing_ok=True)
-    return name
-
-
-def files_of_index(path: str) -> set[str]:
-    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
-    suffixes = [*INDEX_SUFFIXES, *TOOL_SUFFIXES, *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
-    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
-
-
-def identify_file(path: str) -> set[tuple[int, int, str]]:
-    """Return what two paths to the same file share, wherever links lead: the file itself, which
-    may have several names; and its name in its folder, for a file that is not there yet."""
-    real = Path(os.path.realpath(path))
-    marks = set[tuple[int, int, str]]()
-    for place, name in ((real, ""), (real.parent, real.name)):
-        with contextlib.suppress(OSError):
-            facts = place.stat()
-            marks.add((facts.st_dev, facts.st_ino, name))
-    return marks
-
-
-def check_target(target: str, part: str, index: str) -> None:
-    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
-    `part`."""
-    folder = Path(target).absolute().parent
-    if not folder.is_dir():
-        raise ConfigError([f"FILE: there is no folder {folder}"])
-    taken = set[tuple[int, int, str]]()
-    for path in files_of_index(index):
-        taken |= identify_file(path)
-    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
-        if not taken.isdisjoint(identify_file(path)):
-            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
 
 
 # == Volume client ================================================================================
@@ -4590,11 +5626,9 @@ class Hasher:
 class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
-    def __init__(
-        self, view: View, health: Health, draft: Draft, trail: str, index: Index, owner: int
-    ) -> None:
+    def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index) -> None:
         self._view, self._health, self._draft, self._trail = view, health, draft, trail
-        self._index, self._owner = index, owner
+        self._index = index
         self._hasher = Hasher(draft.digests)
         self.path = ""
         self.claimed = set[str]()  # where something of it may be
@@ -4627,9 +5661,7 @@ class Write:
         if not self.path:
             self.path = tx.draw_path(self._draft.key, self._draft.ext)
         bound = not is_unconditional(self._draft.conditions)
-        tx.claim(
-            self.path, names, self._owner, PendingState.BOUND if bound else PendingState.CLAIMED
-        )
+        tx.claim(self.path, names, PendingState.BOUND if bound else PendingState.CLAIMED)
 
     async def store_small(self, blob: bytes) -> Record:
         """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring
@@ -4838,20 +5870,25 @@ class Store:
     """The store of one process: index, volumes, health. Start it, use it, close it."""
 
     def __init__(
-        self, config: Config, metrics: Metrics | None = None, number: int = 0,
+        self, config: Config, metrics: Metrics | None = None, role: str = SERVER,
         peers: Peers | None = None,
     ) -> None:  # fmt: skip
         self.metrics = metrics or Metrics()
         self.health = Health(peers)
-        self._number = number
+        self._role = role
+        self._is_first = peers is None or peers.is_first  # of the processes of a server
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
-        self.index = Index(config.db, lambda kind, size: observe(f'kind="{kind}"', size))
+        self.index = Index(
+            config.db, lambda kind, size: observe(f'kind="{kind}"', size), role, config.lease
+        )
         self.stopping = False
         self.uploads = 0
         self.in_flight = 0
         self.note_access: Callable[[dict[str, Any]], None] = log_access
         self._tasks = list[asyncio.Task[None]]()
         self._list_tokens = dict[str, tuple[float, float]]()
+        # Key, path and doubts of PUTs whose end the index could not be told: for later.
+        self._undiscarded = list[tuple[str, str, Doubts]]()
         self.view = self._make_view(config, {})
 
     def count_in_flight(self, change: int) -> None:
@@ -4891,20 +5928,15 @@ class Store:
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises
         ConfigError."""
-        number, config = self._number, self.view.config
-        if number >= config.workers:
-            raise ConfigError([f"workers: {config.workers}, so there is no number {number}"])
         await self.index.open()
         await self._meet(self.view.clients.values())
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients))]
-        if number != TOOL:
-            try:
-                await self.index.write(lambda tx: tx.release_claims(number, config.workers))
-            except IndexFailed as error:  # a full disk: reads go on
-                log.error(
-                    "%s; what the last run left on the volumes waits for the next start", error
-                )
-        if number == 0:
+        try:
+            await self.index.renew()
+        except IndexFailed as error:  # a full disk: reads go on
+            log.error("%s; what the last run left on the volumes waits until it can", error)
+        self._tasks.append(asyncio.create_task(self.index.renew_for_ever()))
+        if self._role == SERVER:
             self._tasks.append(asyncio.create_task(self._collect_for_ever()))
         await self._name_unconfigured()
 
@@ -4949,7 +5981,7 @@ class Store:
 
     async def _name_unconfigured(self) -> None:
         """Say in the log which volumes records name that nobody can read from."""
-        if self._number != 0:
+        if self._role != SERVER or not self._is_first:
             return  # one process is enough
         try:
             totals = await self.index.totals()
@@ -5043,7 +6075,7 @@ class Store:
             write = self._begin_write(view, draft, trail)
 
     def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
-        return Write(view, self.health, draft, trail, self.index, self._number)
+        return Write(view, self.health, draft, trail, self.index)
 
     async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted
@@ -5051,7 +6083,10 @@ class Store:
         try:
             discard = partial(discard_put, key=key, path=write.path, doubts=write.doubts)
             rows, outlived = await self.index.write(discard, keys=[key])
-        except IndexFailed as error:
+        except (IndexFailed, IndexUnsure) as error:
+            if self.index.engine.is_remote:  # the commit that failed may still come
+                self._undiscarded.append((key, write.path, dict(write.doubts)))
+                return
             log.error("%s; deleting what was written for %r all the same", error, key)
             path = write.path
             current = await self.index.get(key)
@@ -5254,21 +6289,33 @@ class Store:
     async def _collect_for_ever(self) -> None:
         while True:
             try:
-                while await self.collect_garbage():
+                await self._discard_late()
+                while await self.collect_garbage(await self.index.lead_until()):
                     pass
             except Exception as error:
                 log.error("garbage waits: %s: %s", type(error).__name__, error)
             await asyncio.sleep(1.0)
 
-    async def collect_garbage(self) -> int:
+    async def _discard_late(self) -> None:
+        """Tell the index of the PUTs that were given up while it could not be reached."""
+        while self._undiscarded:
+            key, path, doubts = self._undiscarded[-1]
+            discard = partial(discard_put, key=key, path=path, doubts=doubts)
+            await self.index.write(discard, keys=[key])
+            self._undiscarded.pop()
+
+    async def collect_garbage(self, until_s: float = math.inf) -> int:
         """Delete what is due on every volume that is not down; return how many replicas. Can be
-        killed at any step."""
+        killed at any step. Nothing is deleted after `until_s` by the monotonic clock: then
+        somebody else may, and a tool may write to where this one would still delete."""
+        if time.monotonic() > until_s:
+            return 0
         alive = [
             client for name, client in self.view.clients.items() if not self.health.is_down(name)
         ]
-        return sum(await asyncio.gather(*map(self._collect_on, alive)))
+        return sum(await asyncio.gather(*(self._collect_on(one, until_s) for one in alive)))
 
-    async def _collect_on(self, client: VolumeClient) -> int:
+    async def _collect_on(self, client: VolumeClient, until_s: float) -> int:
         name = client.volume.name
         due = iter(await self.index.due_on(name))
         seen = dict[Pending, bool]()
@@ -5276,7 +6323,7 @@ class Store:
 
         async def collect() -> None:
             for row in due:
-                if self.health.is_down(name):
+                if self.health.is_down(name) or time.monotonic() > until_s:
                     return
                 try:
                     found = [(await client.delete([path]))[0] for path in paths_to_delete(row)]
@@ -6866,7 +7913,7 @@ async def expect_nothing(request: web.Request) -> None:
 
 
 def create_app(
-    config: Config, *, metrics: Metrics | None = None, number: int = 0, peers: Peers | None = None
+    config: Config, *, metrics: Metrics | None = None, peers: Peers | None = None
 ) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
     to another one:
@@ -6874,15 +7921,14 @@ def create_app(
         app.add_subapp("/blobs/", create_app(Config(db="index.db", volumes=(...))))
 
     Without volumes it runs embedded ones under config.data. Raises ConfigError at startup if the
-    index cannot be used. Processes that share an index: set config.workers to their count, give
-    each a `number`; 0 alone deletes garbage."""
+    index cannot be used. Any number of processes may share an index."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             ready = config
             if not config.volumes:
                 ready = await stack.enter_async_context(run_embedded(config))
-            app[STORE] = Store(ready, metrics, number, peers)
+            app[STORE] = Store(ready, metrics, peers=peers)
             stack.push_async_callback(app[STORE].close)
             await app[STORE].start()
             yield
@@ -8392,6 +9438,7 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # of connections that broke we hear
 
 
 def notify_systemd(message: str) -> None:
@@ -8432,6 +9479,8 @@ def print_faults(error: ConfigError) -> None:
 def announce_others(db: str) -> None:
     """Say so in the log if another server has this index. Its lock is held, and inherited by the
     workers, until all of this one is gone."""
+    if is_postgres(db):
+        return  # that is what it is for
     try:
         Path(db).parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(f"{os.path.realpath(db)}.serve", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -8450,7 +9499,8 @@ def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
     volumes += f" (embedded, under {config.data})" if embedded else ""
     trial = suggest_trial(config, url)
-    return f"mkv is ready on {url} (index {config.db})\nvolumes: {volumes}\ntry: {trial}\n"
+    db = hide_secrets(config.db) if is_postgres(config.db) else config.db
+    return f"mkv is ready on {url} (index {db})\nvolumes: {volumes}\ntry: {trial}\n"
 
 
 def suggest_trial(config: Config, url: str) -> str:
@@ -8502,7 +9552,7 @@ async def serve_store(
 ) -> None:
     """Serve the store on `listener` until a signal, then let the requests under way finish.
     Process 0 greets."""
-    app = create_app(config, metrics=metrics, number=number, peers=peers)
+    app = create_app(config, metrics=metrics, peers=peers)
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
@@ -8639,6 +9689,9 @@ def run(main: Awaitable[None]) -> NoReturn:
     except ConfigError as error:
         print_faults(error)
         code = 2
+    except IndexFailed as error:  # a database that does not answer
+        log.error("%s", error)
+        code = 1
     except Exception:
         log.exception("unexpected error")
         code = 1

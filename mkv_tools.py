@@ -1,5 +1,5 @@
-"""The tools for mkv: rebuild, rebalance, verify, status, bench, backup, forget, token for whoever
-runs a store; put, get, ls, rm, import for whoever uses one.
+"""The tools for mkv: rebuild, rebalance, verify, status, bench, backup, move-index, forget, token
+for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
 here is only what it takes to walk, compare, copy and report. Theory of operation:
@@ -12,7 +12,8 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
 2.  Reading. Listings, sidecars and small blobs are many and small: GETs are pipelined
     (VolumeClient.get). Each has a bound, whatever a volume sends: LISTING_BYTES for the folders
     that are read at once, MAX_SIDECAR_BYTES, SMALL_BLOB. Large blobs are streamed.
-3.  rebuild takes the index alone (INDEX.lock): no server and no other tool has it open. A folder
+3.  rebuild takes the index alone (INDEX.lock; in PostgreSQL by its lease): no server and no other
+    tool has it open. A folder
     is merged by itself: of each key the highest version with a sound sidecar and its blob beside
     it becomes the record, older versions become garbage. The result is a new file, INDEX.new,
     checked, then put in place with one rename; the old index stays as INDEX.<date>.
@@ -38,10 +39,10 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
     since it may yet be written here. The doubt ends when the tool says that it has written.
 8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
     find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
-    moves at a time: INDEX.tools), and makes garbage of what it has no use for, but not of what was
-    being made anew, where the record stands. Nothing is ever copied where garbage is due, since
-    the server may be deleting just there, nor where a DELETE was not answered and may come late:
-    rebalance waits a while for that, then leaves the key to a later run.
+    moves at a time: INDEX.tools, or a lease), and makes garbage of what it has no use for, but not
+    of what was being made anew, where the record stands. Nothing is ever copied where garbage is
+    due, since the server may be deleting just there, nor where a DELETE was not answered and may
+    come late: rebalance waits a while for that, then leaves the key to a later run.
 9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
     right, and that one or its copies stay. No place that a record names becomes garbage.
 10. verify notes the path of every record in a scratch database of its own, then walks the folders
@@ -122,7 +123,8 @@ from mkv import (
     State, States, Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable,
     Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected,
     WrongDigest, add_settings, after_prefix, check_key, decode_mark, decode_sidecar,
-    encode_sidecar, load_config, media_type_of, new_loop, parse_path, print_faults, run_embedded,
+    encode_sidecar, hide_secrets, is_postgres, load_config, media_type_of, new_loop, open_engine,
+    parse_path, print_faults, run_embedded,
     sidecar_path, version_ns,
 )
 # isort: on
@@ -735,8 +737,8 @@ def claim(tx: Transaction, move: Move) -> str:
     ):
         return "waiting"  # the server may be deleting there just now, or a DELETE may still come
     remade = set(record.volumes).intersection(move.copy)
-    tx.claim(record.path, remade, TOOL, PendingState.REMAKING)
-    tx.claim(record.path, set(move.copy) - remade, TOOL, PendingState.COPYING)
+    tx.claim(record.path, remade, PendingState.REMAKING)
+    tx.claim(record.path, set(move.copy) - remade, PendingState.COPYING)
     return ""
 
 
@@ -888,6 +890,8 @@ class Mover:
                 )(begun)
         finally:
             ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
+            for move in begun:
+                self._sent.pop(move.record.key, None)
         return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
 
     def _claim(self, moves: Sequence[Move], tx: Transaction) -> list[str]:
@@ -908,7 +912,7 @@ class Mover:
         results = []
         for move in moves:
             key = move.record.key
-            results.append(commit(tx, move, failed[key], delay_s, self._sent.pop(key, {})))
+            results.append(commit(tx, move, failed[key], delay_s, self._sent.get(key, {})))
         return results
 
     async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
@@ -1119,8 +1123,9 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
 
 def check_index(path: str) -> None:
     """Raise ConfigError if there is no index."""
-    if not Index(path).exists():
-        raise ConfigError([f"db: there is no index at {path} (rebuild can make one)"])
+    engine = open_engine(path)
+    if not engine.exists():
+        raise ConfigError([f"db: there is no index at {engine.name} (rebuild can make one)"])
 
 
 @contextlib.asynccontextmanager
@@ -1130,15 +1135,19 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
     check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
-        store = Store(config, number=TOOL)
+        store = Store(config, role=TOOL)
         stack.push_async_callback(store.close)
-        if moving:
-            store.index.lock_tools()
         await store.start()
-        yield store
         if moving:
-            # What nobody took over.
-            await store.index.write(lambda tx: tx.release_claims(TOOL, sys.maxsize))
+            await store.index.lock_tools()
+        try:
+            yield store
+        except BaseException:
+            if moving:
+                store.index.disown()  # what it has claimed is for the next run to take over
+            raise
+        if moving:
+            await store.index.end_other_tools()
 
 
 # == rebuild ======================================================================================
@@ -1252,11 +1261,7 @@ class Rebuild:
     ) -> None:
         for volume, path in garbage:
             tx.add_garbage(path, [volume])
-            self.garbage += 1
-        for record in records:
-            tx.insert(record)
-            self.keys += 1
-            self.bytes += record.size
+        insert_all(records, tx)
         for volume, path in alive:
             tx.keep(path, [volume])
 
@@ -1307,6 +1312,9 @@ class Rebuild:
         keys = [record.key for record in adopted.values()]
         paths = [path for _, path in (*dead, *alive)]
         await self._new.write(partial(self._write, adopted.values(), dead, alive), keys, paths)
+        self.garbage += len(dead)
+        self.keys += len(adopted)
+        self.bytes += sum(record.size for record in adopted.values())
         self._report.add(*cases)
 
     async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
@@ -1408,7 +1416,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         kept = await indexes.finish(work.keys, work.bytes)
     report.facts["old_index"], rate = kept, work.keys / report.seconds
     report.lines = [
-        f"{config.db} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a "
+        f"{indexes.name} rebuilt: {work.keys} keys, {show_bytes(work.bytes)}, {rate:.0f} keys a "
         "second"
     ]
     report.lines += [f"the old index is {kept}"] if kept else []
@@ -1985,6 +1993,56 @@ async def backup(config: Config, options: argparse.Namespace, report: Report) ->
         await index.close()
     report.facts = {"file": options.file, "keys": keys, "bytes": Path(options.file).stat().st_size}
     report.lines = [f"{options.file}: {keys} keys, {show_bytes(report.facts['bytes'])}"]
+
+
+async def move_index(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Copy an index to another engine, or another place, while nobody uses either; check the
+    copy."""
+    check_index(options.source)
+    source, target = Replacement(options.source), Replacement(options.target)
+    async with contextlib.AsyncExitStack() as stack:
+        for one in (source, target):
+            stack.push_async_callback(one.close)
+            await one.open()
+        if source.old is None:
+            raise ConfigError([f"FROM: {source.name}: {source.damage}"])
+        if target.damage or (target.old and (await target.old.totals()).get(ALL_KEYS, (0, 0))[0]):
+            raise ConfigError([f"TO: there is an index at {target.name}, and it is not empty"])
+        keys = size = 0
+        async for records in source.old.read_records():
+            named = [record.key for record in records]
+            await target.new.write(partial(insert_all, records), keys=named)
+            keys += len(records)
+            size += sum(record.size for record in records)
+        age_s = await target.new.now_s() - await source.old.now_s()
+        waiting = 0
+        async for pending in source.old.read_pending():
+            paths = [row.path for row in pending]
+            await target.new.write(partial(carry_over, pending, age_s), paths=paths)
+            waiting += len(pending)
+        await check_copy(source.old, target.new, waiting)
+        await target.finish(keys, size)
+    report.facts = {"keys": keys, "bytes": size, "pending": waiting}
+    report.lines = [f"{target.name}: {keys} keys, {show_bytes(size)}, and {waiting} rows pending"]
+    report.lines.append(f"{source.name} is as it was: let no server use it from now on")
+
+
+def insert_all(records: Iterable[Record], tx: Transaction) -> None:
+    for record in records:
+        tx.insert(record)
+
+
+async def check_copy(source: Index, target: Index, waiting: int) -> None:
+    """Raise ToolError unless two indexes have the same records, and as many rows pending."""
+    copies = target.read_records()
+    async for records in source.read_records():
+        if await anext(copies, []) != records:
+            raise ToolError("the copy is not the same: TO stays as it was")
+    count = 0
+    async for pending in target.read_pending():
+        count += len(pending)
+    if await anext(copies, []) or count != waiting:
+        raise ToolError("the copy has more, or less, than there was: TO stays as it was")
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -3032,6 +3090,8 @@ COMMANDS: Mapping[str, tuple[Command, str]] = {
     "bench": (bench, "Measure a running server: PUT, GET (the redirect), READ (with the blob, "
               "which is compared), HEAD, DELETE."),
     "backup": (backup, "Copy the index to a file, while the server runs."),
+    "move-index": (move_index, "Copy an index from one engine to the other, while no server and "
+                   "no tool uses either, and check the copy."),
     "forget": (forget, "Give up what waits to be deleted on a volume that will not come back. "
                "Only for a disk that is lost or wiped: else a rebuild brings back what is dead "
                "there."),
@@ -3168,6 +3228,9 @@ def make_parser() -> argparse.ArgumentParser:
         about = "holds the secret of a token [take it from $MKV_TOKEN]"
         add[name]("--token-file", metavar="FILE", default="", help=about)
     add["backup"]("file", metavar="FILE", help="where the copy goes; replaced if it is there")
+    about = "index: a file, or postgresql://..."
+    add["move-index"]("source", metavar="FROM", help=f"the {about}")
+    add["move-index"]("target", metavar="TO", help=f"where it goes, an {about}")
     add["forget"]("name", metavar="NAME", help="of the volume, which is no longer configured")
     add["token"]("name", metavar="NAME", help="who it is for")
     add["token"](
@@ -3191,14 +3254,15 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         if name in (*ALL_SETTINGS, "volume") and value is not None
     }
     config = load_config(getattr(options, "config", ""), flags)
-    # For temporary tables.
-    os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))
+    if not is_postgres(config.db):  # for temporary tables
+        os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))
+    db = hide_secrets(config.db) if is_postgres(config.db) else config.db
     try:
         await COMMANDS[options.command][0](config, options, report)
     except IndexDamaged as error:
-        raise ConfigError([f"db: {config.db}: {error.reason}"]) from None
+        raise ConfigError([f"db: {db}: {error.reason}"]) from None
     except IndexFailed as error:  # a full disk, say
-        raise ToolError(f"{config.db}: {error.reason}") from None
+        raise ToolError(f"{db}: {error.reason}") from None
     except sqlite3.Error as error:
         raise ToolError(f"the notes of verify: {error}") from None
 

@@ -3,7 +3,7 @@ tools.
 
 Whatever can be real is real: nginx from ./nginx.conf with only port and folder replaced, servers
 as processes, kills by pid. I1 to I11 are the invariants of mkv.py's docstring. Tests that need
-nginx are skipped where it is missing, but not in CI.
+nginx or PostgreSQL are skipped where that is missing, but not in CI.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -53,6 +54,7 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -71,6 +73,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from prometheus_client.parser import text_string_to_metric_families
 from yarl import URL
+
+with contextlib.suppress(ImportError):  # only for an index in PostgreSQL
+    import psycopg
 
 import mkv
 import mkv_tools
@@ -182,6 +187,122 @@ def nginx(tmp_path: Path) -> Iterator[Callable[..., str]]:
         yield begin
 
 
+def find_postgres() -> str:
+    """Return the folder with initdb and postgres, "" if there is none."""
+    beside = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
+    folders = [*beside, *sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    return next((str(one) for one in folders if (one / "postgres").exists()), "")
+
+
+class Postgres:
+    """A cluster of its own on a free port of loopback, as a user of its own where we are root,
+    which initdb refuses. It does not sync, since no test cuts the power; commits are all the same
+    in its log when they are answered."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        self.programs = find_postgres()
+        if not self.programs:
+            assert not os.environ.get("CI"), "CI must have PostgreSQL"
+            pytest.skip("PostgreSQL (initdb) is not installed")
+        if importlib.util.find_spec("psycopg") is None:
+            assert not os.environ.get("CI"), "CI must have psycopg"
+            pytest.skip("PostgreSQL needs psycopg, which is not installed")
+        self.folder = folder
+        self.port = free_port()
+        self.settings = settings
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(folder, self._user)
+        self.run("initdb", "-D", self.data, "-U", "mkv", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self.begin()
+
+    @property
+    def data(self) -> str:
+        return str(self.folder / "data")
+
+    def run(self, program: str, *arguments: str) -> None:
+        command = [f"{self.programs}/{program}", *arguments]
+        subprocess.run(command, check=True, user=self._user, cwd="/", capture_output=True)
+
+    def begin(self) -> None:
+        # After a kill the sockets of its children may hold the port for a moment.
+        Path(self.data, "postmaster.pid").unlink(missing_ok=True)
+        fixed = ["listen_addresses=127.0.0.1", f"unix_socket_directories={self.folder}"]
+        fixed += ["fsync=off", "max_connections=200", "shared_buffers=64MB"]
+        command = [f"{self.programs}/postgres", "-D", self.data, "-p", str(self.port)]
+        for setting in (*fixed, *self.settings):
+            command += ["-c", setting]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, user=self._user, cwd="/", stdout=log, stderr=log, start_new_session=True
+            )
+        eventually(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            return bool(self.ask("SELECT 1"))
+        except psycopg.Error:
+            return False
+
+    def ask(self, query: str, schema: str = "public") -> list[Any]:
+        options = f"-c search_path={schema}"
+        with psycopg.connect(self.url(), options=options, autocommit=True) as db:
+            cursor = db.execute(query)
+            return cursor.fetchall() if cursor.description else []
+
+    def url(self, schema: str = "") -> str:
+        named = f"?schema={schema}" if schema else ""
+        return f"postgresql://mkv@127.0.0.1:{self.port}/postgres{named}"
+
+    def kill(self) -> None:
+        """End the server and all of its backends at once, as a power cut would."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.kill()
+
+
+@contextlib.contextmanager
+def postgres_in(name: str, *settings: str) -> Iterator[Postgres]:
+    """Run a cluster in a folder that others than root may enter."""
+    folder = Path(tempfile.mkdtemp(prefix=f"mkv-{name}-"))
+    folder.chmod(0o755)
+    try:
+        with Postgres(folder, *settings) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One for all tests; each has a schema of its own."""
+    with postgres_in("tests") as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where an index may be, in each engine."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "index.db")
+        return
+    cluster = request.getfixturevalue("postgres")
+    schema = f"t{random.getrandbits(40):x}"
+    yield cluster.url(schema)
+    cluster.ask(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+# Where the other engine has nothing of the kind.
+on_sqlite = pytest.mark.parametrize("db", ["sqlite"], indirect=True)
+on_postgres = pytest.mark.parametrize("db", ["postgres"], indirect=True)
+
+
 class Program:
     """`python mkv.py ...` in a folder of its own, told to stop at the end, by pid."""
 
@@ -205,6 +326,7 @@ class Program:
         if not first.startswith("mkv is ready on "):
             self.stop(signal.SIGKILL)
             raise AssertionError((first, self.log()))
+        self.first = first
         self.url = first.split()[4]
         self.port = int(self.url.rpartition(":")[2])
         self.said = (
@@ -817,7 +939,8 @@ PURE_SECTIONS = (
     "Wire format",
 )  # fmt: skip
 SECTIONS = (
-    *PURE_SECTIONS, "Index", "Volume client", "Health", "Metrics", "Store", "Page",
+    *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Index", "Volume client", "Health",
+    "Metrics", "Store", "Page",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -838,7 +961,7 @@ def test_sections_have_one_order_and_policy_is_pure() -> None:
     source = (HERE / "mkv.py").read_text()
     assert tuple(re.findall(r"^# == (.*?) =+$", source, re.MULTILINE)) == SECTIONS
     start, end = (
-        source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Index")
+        source[: source.index(f"# == {name}")].count("\n") for name in ("Errors", "Engine")
     )
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name) and start < node.lineno < end:
@@ -1164,9 +1287,7 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
     rng.shuffle(moments)
     ended, paths, began = list[int](), dict[int, str](), dict[int, int]()
     answers, spans = dict[int, str](), dict[int, tuple[int, int]]()
-    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        tx = mkv.Transaction(db)
+    with in_memory() as tx:
         if state is not None:
             tx.insert(numbered(1, digest=state))
         for now, i in enumerate(moments):
@@ -1175,9 +1296,7 @@ def test_answers_to_overlapping_writes_have_an_order_and_are_lost_only_if_there_
             if i not in began:
                 began[i], paths[i] = now, tx.draw_path("k", "")
                 if method == "PUT":
-                    tx.claim(
-                        paths[i], ["a"], 0, CLAIMED if unconditional else mkv.PendingState.BOUND
-                    )
+                    tx.claim(paths[i], ["a"], CLAIMED if unconditional else mkv.PendingState.BOUND)
                 continue
             try:
                 if method == "DELETE":
@@ -1521,8 +1640,8 @@ def make_record(
 
 
 @pytest.fixture
-async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
-    index = mkv.Index(str(tmp_path / "index.db"))
+async def index(db: str) -> AsyncIterator[mkv.Index]:
+    index = mkv.Index(db)
     await index.open()
     yield index
     await index.close()
@@ -1530,12 +1649,33 @@ async def index(tmp_path: Path) -> AsyncIterator[mkv.Index]:
 
 
 @pytest.fixture
-def tx(tmp_path: Path) -> Iterator[mkv.Transaction]:
-    with contextlib.closing(sqlite3.connect(tmp_path / "i.db", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        transaction = mkv.Transaction(db)
+def tx(db: str) -> Iterator[mkv.Transaction]:
+    engine = mkv.open_engine(db)
+    with contextlib.closing(engine.connect(False)) as session:
+        engine.prepare(session)
+        transaction = begin_on(session)
         transaction.insert(R)
         yield transaction
+
+
+@contextlib.contextmanager
+def open_sqlite(uri: str) -> Iterator[mkv.SqliteSession]:
+    with contextlib.closing(mkv.SqliteSession(uri)) as session:
+        mkv.prepare_sqlite(session.db)
+        yield session
+
+
+def begin_on(session: mkv.Session) -> mkv.Transaction:
+    """Begin a transaction that knows nothing yet, and is an owner."""
+    transaction = mkv.Transaction(session)
+    transaction.begin()
+    return transaction
+
+
+@contextlib.contextmanager
+def in_memory() -> Iterator[mkv.Transaction]:
+    with open_sqlite("file::memory:") as session:
+        yield begin_on(session)
 
 
 async def put(
@@ -1550,7 +1690,6 @@ def claim_and_commit(
     tx.claim(
         record.path,
         record.volumes,
-        0,
         CLAIMED if conditions == mkv.UNCONDITIONAL else mkv.PendingState.BOUND,
     )
     return mkv.commit_put(tx, record, conditions, 0.0)
@@ -1583,7 +1722,7 @@ def test_index_can_be_made_by_several_at_once(tmp_path: Path) -> None:
     def make(file: Path) -> None:
         with contextlib.closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as db:
             barrier.wait(30)
-            mkv.prepare_index(db)
+            mkv.prepare_sqlite(db)
             assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
     with ThreadPoolExecutor(6) as pool:
@@ -1606,14 +1745,14 @@ async def test_every_commit_is_synced_whatever_sqlite_would_do_by_itself(
     monkeypatch.setattr(mkv.sqlite3, "connect", connect_lazily)
     index = mkv.Index(str(tmp_path / "index.db"))
     await index.open()
-    level = await index.write(lambda tx: tx._db.execute("PRAGMA synchronous").fetchone())
+    level = await index.write(lambda tx: tx._session.select("PRAGMA synchronous")[0])
     await index.close()
     assert level[0] in (2, 3)
 
 
 async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
     early, late = make_record("k", 1), make_record("k", 2)
-    await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED))
+    await index.write(lambda tx: tx.claim(early.path, early.volumes, CLAIMED))
     assert await put(index, late) is True
     with pytest.raises(mkv.Overtaken):
         await index.write(lambda tx: mkv.commit_put(tx, early, mkv.UNCONDITIONAL, 0.0))
@@ -1626,7 +1765,7 @@ async def test_record_only_moves_to_a_higher_version(index: mkv.Index) -> None:
 
 async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.Index) -> None:
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, ["c"], 0, CLAIMED))
+    await index.write(lambda tx: tx.claim(record.path, ["c"], CLAIMED))
     assert await put(index, record) is True
     assert await all_garbage(index) == {("c", record.path)}
     rows, outlived = await index.write(lambda tx: mkv.discard_put(tx, "k", record.path, ()))
@@ -1635,14 +1774,12 @@ async def test_claimed_volumes_that_hold_no_replica_become_garbage(index: mkv.In
 
 
 async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -> None:
-    """As when a second server with the same number starts on this index: the garbage may be
-    deleted already."""
+    """As when others think that its server is dead: the garbage may be deleted already."""
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
-    for number, workers in ((0, 4), (mkv.TOOL, 4)):
-        await index.write(lambda tx, n=number, w=workers: tx.release_claims(n, w))
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner + 1))
     assert await all_garbage(index) == set()
-    await index.write(lambda tx: tx.release_claims(0, 3))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner))
     assert await all_garbage(index) == {("a", record.path), ("b", record.path)}
     with pytest.raises(mkv.Lost):
         await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0))
@@ -1651,8 +1788,8 @@ async def test_put_whose_claim_was_released_is_not_committed(index: mkv.Index) -
 
 async def test_what_a_dead_process_wrote_is_deleted_at_once_and_watched(index: mkv.Index) -> None:
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, record.volumes, 3, CLAIMED))
-    await index.write(lambda tx: tx.release_claims(3, 4))
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await index.write(lambda tx: tx.release_claims(tx.lease.owner))
     due = await index.due_on("a")
     assert [row.path for row in due] == [record.path]
     await index.write(lambda tx: settle_at(tx, {("a", record.path): False}))
@@ -1690,7 +1827,7 @@ async def test_totals_are_those_of_the_tables(index: mkv.Index) -> None:
     gone = [(volume, path) for volume, path in await all_garbage(index) if volume == "a"]
     await index.write(lambda tx: settle_at(tx, dict.fromkeys(gone, True)))
     totals = await index.totals()
-    rows = await index._read(lambda db: db.execute("SELECT volumes, size FROM record").fetchall())
+    rows = await index._read(lambda session: session.select("SELECT volumes, size FROM record"))
     for name in "abc":
         assert totals[name] == (
             sum(name in v.split() for v, _ in rows),
@@ -1716,15 +1853,18 @@ async def test_waiting_calls_share_one_hop(tmp_path: Path) -> None:
     await index.open()
     await asyncio.gather(*(put(index, make_record(f"k{i}")) for i in range(100)))
     found = await asyncio.gather(*(index.get(f"k{i}") for i in range(200)))
-    await index.close()
     assert sum(record is not None for record in found) == 100
     assert sum(size for kind, size in batches if kind == "write") == 100 and len(batches) < 10
+    await index.close()
 
 
-@pytest.mark.parametrize("error", [KeyError, OverflowError, StopIteration, sqlite3.IntegrityError])
+@pytest.mark.parametrize("error", [KeyError, OverflowError, StopIteration, "damage"])
 async def test_mutation_that_fails_by_a_bug_fails_alone(
-    index: mkv.Index, error: type[Exception]
+    index: mkv.Index, error: type[Exception] | str
 ) -> None:
+    damage = psycopg.IntegrityError if is_remote(index) else sqlite3.IntegrityError
+    error = damage if isinstance(error, str) else error
+
     def explode(tx: mkv.Transaction) -> None:
         tx.insert(make_record("bad"))
         tx.add_garbage("/bad", ["a"])
@@ -1741,9 +1881,7 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(
     ]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert outcomes[0] is outcomes[3] is True and isinstance(outcomes[2], mkv.PreconditionFailed)
-    passed_on = {StopIteration: RuntimeError, sqlite3.IntegrityError: mkv.IndexDamaged}.get(
-        error, error
-    )
+    passed_on = {StopIteration: RuntimeError, damage: mkv.IndexDamaged}.get(error, error)
     assert isinstance(outcomes[1], passed_on)
     assert await index.get("a") and await index.get("b") and await index.get("bad") is None
     totals = await index.totals()
@@ -1754,9 +1892,21 @@ async def test_mutation_that_fails_by_a_bug_fails_alone(
     )
 
 
+def is_remote(index: mkv.Index) -> bool:
+    return isinstance(index.engine, mkv.PostgresEngine)
+
+
+def full_disk(index: mkv.Index) -> Exception:
+    """Return what its engine raises where there is no room."""
+    reason = "database or disk is full"
+    if is_remote(index):
+        return psycopg.errors.DiskFull(reason)
+    return sqlite3.OperationalError(reason)
+
+
 async def test_failing_mutation_undoes_its_whole_batch_and_says_so(index: mkv.Index) -> None:
     def explode(tx: mkv.Transaction) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise full_disk(index)
 
     good = index.write(lambda tx: claim_and_commit(tx, make_record("a")))
     outcomes = await asyncio.gather(good, index.write(explode), return_exceptions=True)
@@ -1790,7 +1940,9 @@ async def test_refusals_of_a_batch_share_its_transaction(
     """Also that of a PUT that was overtaken: each transaction of its own is a sync of its own."""
     begins = list[int]()
     begin = mkv.Transaction.begin
-    monkeypatch.setattr(mkv.Transaction, "begin", lambda tx: begins.append(1) or begin(tx))
+    monkeypatch.setattr(
+        mkv.Transaction, "begin", lambda tx, *named: begins.append(1) or begin(tx, *named)
+    )
 
     def refuse(tx: mkv.Transaction) -> None:
         raise error
@@ -1806,8 +1958,8 @@ async def test_what_another_connection_wrote_is_seen(index: mkv.Index, named: bo
     """A worker remembers its claim; meanwhile another one commits a newer version of the key."""
     early, late = make_record("k", 1), make_record("k", 2)
     keys = ["k"] if named else []
-    await index.write(lambda tx: tx.claim(early.path, early.volumes, 0, CLAIMED), keys)
-    other = mkv.Index(index.path)
+    await index.write(lambda tx: tx.claim(early.path, early.volumes, CLAIMED), keys)
+    other = mkv.Index(index.engine)
     await other.open()
     assert await put(other, late) is True
     await other.close()
@@ -1821,7 +1973,7 @@ async def test_nothing_is_remembered_of_a_transaction_that_failed(index: mkv.Ind
 
     def fail(tx: mkv.Transaction) -> None:
         claim_and_commit(tx, record)
-        raise sqlite3.OperationalError("database or disk is full")
+        raise full_disk(index)
 
     with pytest.raises(mkv.IndexFailed, match="disk is full"):
         await index.write(fail, ["k"])
@@ -1859,7 +2011,7 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
         match act:
             case "claim" | "copy":
                 return tx.claim(
-                    path, volumes, 0, CLAIMED if act == "claim" else mkv.PendingState.COPYING
+                    path, volumes, CLAIMED if act == "claim" else mkv.PendingState.COPYING
                 )
             case "commit":
                 return mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 1.0)
@@ -1872,7 +2024,7 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
             case "forget":
                 return tx.forget(places)
             case "release":
-                return tx.release_claims(0, 1)
+                return tx.release_claims(tx.lease.owner)
             case _:
                 return tx.add_marks([path], volumes, ())
     except (mkv.MkvError, mkv.Overtaken) as error:
@@ -1885,32 +2037,28 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
     """One that lives on, beside one for each act, which has to read all that it needs."""
     with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: 1000.0)
-        quick = stack.enter_context(
-            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
-        )
-        plain = stack.enter_context(
-            contextlib.closing(sqlite3.connect(":memory:", isolation_level=None))
-        )
-        for db in (quick, plain):
-            mkv.prepare_index(db)
-            db.execute("UPDATE clock SET ahead = 0")
-        tx = mkv.Transaction(quick)
+        quick = stack.enter_context(open_sqlite("file::memory:"))
+        plain = stack.enter_context(open_sqlite("file::memory:"))
+        for session in (quick, plain):
+            session.run("UPDATE clock SET ahead = 0")
+        tx = begin_on(quick)
         for act, number, version, volumes, ahead, flush in acts:
             key = f"k{number}"
-            alone = mkv.Transaction(plain)
+            alone = begin_on(plain)
+            alone.lease.owner = 1
             if ahead:
                 tx.read_ahead([key], [make_record("k1").path])
             assert act_on(tx, act, key, version, volumes) == act_on(
                 alone, act, key, version, volumes
             )
-            alone.flush()
+            alone.commit()
             if flush:
-                tx.flush()
+                tx.commit()
                 tx.begin()
-        tx.flush()
+        tx.commit()
         for table in ("record", "total", "pending"):
             quick_rows, plain_rows = (
-                set(db.execute(f"SELECT * FROM {table}")) for db in (quick, plain)
+                set(session.select(f"SELECT * FROM {table}")) for session in (quick, plain)
             )
             if table == "total":  # a total that is 0 may be missing
                 quick_rows, plain_rows = (
@@ -1922,20 +2070,20 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
 def test_claims_of_a_path_share_a_row(tx: mkv.Transaction) -> None:
     """And those of an index that has one for each volume are ended all the same."""
     path = make_record("q").path
-    tx.claim(path, "abc", 7, CLAIMED)
+    tx.claim(path, "abc", CLAIMED)
     tx.flush()
     query = "SELECT volume, state, owner FROM pending"
-    assert tx._db.execute(query).fetchall() == [("a b c", "claimed", 7)]
-    assert mkv.Transaction(tx._db).pending_of("q") == tx.pending_of("q")
-    tx._db.execute("UPDATE pending SET volume = 'a'")
-    tx._db.execute(
+    assert tx._session.select(query) == [("a b c", "claimed", tx.lease.owner)]
+    assert mkv.Transaction(tx._session).pending_of("q") == tx.pending_of("q")
+    tx._session.run("UPDATE pending SET volume = 'a'")
+    tx._session.run(
         "INSERT INTO pending SELECT path, 'b', state, owner, due, attempts, since, doubt, sent "
         "FROM pending"
     )
-    again = mkv.Transaction(tx._db)
+    again = mkv.Transaction(tx._session)
     again.end_claims(path, ["a"])
     again.flush()
-    assert tx._db.execute(query).fetchall() == [("b", "garbage", None)]
+    assert tx._session.select(query) == [("b", "garbage", None)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 511, 513, 1200])
@@ -1960,7 +2108,7 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
         lambda tx: [mkv.commit_delete(tx, f"k{i:03d}", mkv.UNCONDITIONAL, 0.0) for i in range(30)]
     )
     await index.write(
-        lambda tx: [tx.claim(record.path, "abc", 0, CLAIMED) for record in records[40:]]
+        lambda tx: [tx.claim(record.path, "abc", CLAIMED) for record in records[40:]]
     )
     pages = [page async for page in index.read_records()]
     assert [record for page in pages for record in page] == records[30:] and len(pages) == 3
@@ -1994,20 +2142,21 @@ def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
     assert not names & {
         "COLUMNS",
         "PENDING_COLUMNS",
-        "SqliteThread",
-        "prepare_index",
-        "look_up",
+        "IndexThread",
+        "Session",
+        "prepare_sqlite",
         "read_totals",
     }
 
 
+@on_sqlite
 async def test_sqlite_stays_off_the_event_loops_thread(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: set[int] = set()
-    carry_out = mkv.SqliteThread._run
+    carry_out = mkv.IndexThread._run
     monkeypatch.setattr(
-        mkv.SqliteThread,
+        mkv.IndexThread,
         "_run",
         lambda self, work: used.add(threading.get_ident()) or carry_out(self, work),
     )
@@ -2099,34 +2248,186 @@ async def test_index_of_the_first_edition_is_brought_up_to_date_and_kept(tmp_pat
     assert list(tmp_path.glob("index.db.schema1.*")) == [copy]
 
 
+async def test_index_of_the_second_schema_is_brought_up_to_date_and_kept(tmp_path: Path) -> None:
+    """Its owners were numbers of workers, none of which is alive now: their claims are garbage."""
+    record = make_record("k")
+    with open_sqlite((tmp_path / "index.db").as_uri()) as session:
+        tx = begin_on(session)
+        tx.claim(record.path, ["a", "b"], CLAIMED)
+        tx.commit()
+        session.run("UPDATE pending SET owner = 3")
+        session.run("DROP TABLE owner")
+        session.run("PRAGMA user_version = 2")
+    index = mkv.Index(str(tmp_path / "index.db"))
+    await index.open()
+    assert {row.owner for row in (await all_pending(index)).values()} == {None}
+    assert await all_garbage(index) == {(volume, record.path) for volume in "ab"}
+    assert len(list(tmp_path.glob("index.db.schema2.*"))) == 1
+    await index.close()
+
+
+# -- owners --
+
+
+@pytest.fixture
+async def other(index: mkv.Index) -> AsyncIterator[mkv.Index]:
+    """A second process with the same index."""
+    made = mkv.Index(index.engine)
+    await made.prepare()
+    yield made
+    await made.close()
+
+
+async def let_leases_end(index: mkv.Index) -> None:
+    """As if all owners had been silent for long."""
+    await index.write(lambda tx: tx._session.run("UPDATE owner SET until = until - 60"))
+
+
+async def owners(index: mkv.Index) -> dict[int, str]:
+    query = "SELECT id, role FROM owner WHERE role <> 'gone'"
+    return dict(await index._read(lambda session: session.select(query)))
+
+
+async def test_owners_have_numbers_of_their_own_and_give_them_up(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    assert await owners(index) == {}
+    await index.renew()
+    await other.renew()
+    assert await owners(index) == {index.owner: mkv.TOOL, other.owner: mkv.TOOL}
+    gone = other.owner
+    await other.close()
+    assert await owners(index) == {index.owner: mkv.TOOL}
+    third = mkv.Index(index.engine)
+    await third.renew()
+    assert third.owner > gone
+    await third.close()
+
+
+async def test_claims_of_who_is_silent_for_a_lease_are_garbage(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    """And whoever lives after all finds that at its commit, and is somebody else from then on."""
+    record = make_record("k")
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await other.write(lambda tx: None)
+    assert await all_claims(other)
+    silent = index.owner
+    await let_leases_end(other)
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    assert await all_garbage(other) == {(volume, record.path) for volume in record.volumes}
+    rows = await all_pending(other)
+    assert all(row.doubt_s and row.owner is None for row in rows.values())  # it may be writing
+    with pytest.raises(mkv.Lost):
+        await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0), ["k"])
+    assert index.owner > silent and await index.get("k") is None
+    assert await put(index, make_record("k", 2)) is True
+
+
+async def test_lease_that_a_wrong_clock_has_set_ends_too(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    await index.renew()
+    await other.write(lambda tx: tx._session.run("UPDATE owner SET until = until + 1e9"))
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    assert await owners(other) == {other.owner: mkv.TOOL}
+
+
+async def test_who_renews_its_lease_in_time_keeps_what_it_claims(
+    index: mkv.Index, other: mkv.Index
+) -> None:
+    record = make_record("k")
+    await index.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED))
+    await let_leases_end(other)
+    index._lease.renewed_s = -math.inf
+    await index.renew()
+    other._lease.renewed_s = -math.inf
+    await other.renew()
+    commit = lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0)  # noqa: E731
+    assert await index.write(commit, ["k"]) is True
+
+
+async def test_lowest_living_server_leads_until_half_its_lease_is_over(db: str) -> None:
+    first, second = (mkv.Index(db, role=mkv.SERVER) for _ in range(2))
+    for index in (first, second):
+        await index.open()
+        await index.renew()
+    soon_s = time.monotonic()
+    assert soon_s < await first.lead_until() < soon_s + 10
+    assert await second.lead_until() < 0
+    first.disown()  # as if it had died
+    await let_leases_end(second)
+    second._lease.renewed_s = -math.inf
+    await second.renew()
+    assert await second.lead_until() > time.monotonic() and await first.lead_until() < 0
+    await first.close()
+    await second.close()
+
+
+async def test_collector_stops_when_its_time_is_over(tmp_path: Path) -> None:
+    """Somebody else may have deleted a place, and a tool written there anew (I8)."""
+    asked = list[bytes]()
+    with fake_volume(answering(lambda line: asked.append(line) or 204)) as url:
+        volumes = (Volume(name="a", url=url),)
+        store = Store(Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1), None, "tool")
+        await store.start()
+        await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
+        assert await store.collect_garbage(time.monotonic()) == 0
+        assert await store._collect_on(store.view.clients["a"], time.monotonic()) == 0
+        delete = b"DELETE " + mkv.sidecar_path(R.path).encode()
+        assert not [line for line in asked if line.startswith(delete)]
+        assert await store.collect_garbage() == 1
+        assert [line for line in asked if line.startswith(delete)]
+        await store.close()
+
+
+async def test_only_one_tool_moves_replicas(db: str) -> None:
+    first, second = mkv.Index(db), mkv.Index(db)
+    await first.open()
+    await second.open()
+    await first.lock_tools()
+    renewal = asyncio.create_task(first.renew_for_ever())
+    first._lease.seconds = second._lease.seconds = 1.0
+    with pytest.raises(mkv.Unavailable, match="another rebalance or verify"):
+        await second.lock_tools()
+    renewal.cancel()
+    await first.close()
+    await second.lock_tools()
+    await second.close()
+
+
+@on_sqlite
 @pytest.mark.parametrize("step_s", [3600.0, -3600.0])
 def test_step_of_the_wall_clock_neither_hastens_nor_delays_a_deletion(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch, step_s: float
 ) -> None:
     tx.add_garbage("/p", ["a"], 10.0)
-    tx.flush()
+    tx.commit()
     wall, monotonic = time.time, time.monotonic
     monkeypatch.setattr(time, "time", lambda: wall() + step_s)
-    mkv.prepare_index(tx._db)  # as another process does that starts after the step
-    assert mkv.select_due("a", tx._db) == []
+    mkv.prepare_sqlite(tx._session.db)  # as another process does that starts after the step
+    assert mkv.select_due("a", tx._session) == []
     monkeypatch.setattr(time, "monotonic", lambda: monotonic() + 11.0)
-    assert [row.path for row in mkv.select_due("a", tx._db)] == ["/p"]
+    assert [row.path for row in mkv.select_due("a", tx._session)] == ["/p"]
 
 
+@on_sqlite
 @pytest.mark.parametrize("wall", ["right", "not set yet"])
 def test_clock_of_the_index_goes_on_after_a_boot(
     tx: mkv.Transaction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wall: str
 ) -> None:
     (tmp_path / "boot").write_text("another boot\n")
     tx.add_garbage("/p", ["a"], 10.0)
-    tx.flush()
+    tx.commit()
     monkeypatch.setattr(mkv, "BOOT_ID", tmp_path / "boot")
     if wall == "not set yet":
         # In 1970: else garbage would wait for 50 years.
         monkeypatch.setattr(time, "time", lambda: 100.0)
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
-    mkv.prepare_index(tx._db)
-    assert abs(mkv.read_clock(tx._db) - tx.now_s) < 9 and mkv.select_due("a", tx._db) == []
+    mkv.prepare_sqlite(tx._session.db)
+    assert abs(tx._session.read_clock() - tx.now_s) < 9 and mkv.select_due("a", tx._session) == []
 
 
 @pytest.mark.parametrize("known", ["record", "garbage", "watched", "mark", "bound"])
@@ -2236,9 +2537,8 @@ LISTED = [
 def test_pages_of_a_list_add_up_to_what_a_scan_says(
     keys: list[str], prefix: str, delimiter: str, limit: int
 ) -> None:
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    mkv.prepare_index(db)
-    tx = mkv.Transaction(db)
+    stack = contextlib.ExitStack()
+    tx = stack.enter_context(in_memory())
     for key in {*keys, *LISTED}:
         tx.insert(make_record(key))
     tx.flush()
@@ -2253,13 +2553,193 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(
     found_keys, found_prefixes, start = [], [], ""
     while start is not None:
         query = mkv.ListQuery(prefix=prefix, delimiter=delimiter, start=start, limit=limit)
-        page = json.loads(mkv.list_keys(db, query))
+        page = json.loads(mkv.list_keys(tx._session, query))
         assert len(page["keys"]) + len(page["prefixes"]) <= limit
         found_keys += [row["key"] for row in page["keys"]]
         found_prefixes += page["prefixes"]
         start = page["next"]
-    db.close()
+    stack.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# -- PostgreSQL --
+
+
+class Scissors:
+    """A way to a port that is cut at the pieces of data that are named, before, after or in the
+    middle of them."""
+
+    def __init__(self, port: int, chance: random.Random) -> None:
+        self._port = port
+        self._chance = chance
+        self.left = -1  # pieces until the next cut; below 0: none
+        self.cuts = 0
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._join, args=(near,), daemon=True).start()
+
+    def _join(self, near: socket.socket) -> None:
+        with near, socket.create_connection(("127.0.0.1", self._port)) as far:
+            back = threading.Thread(target=self._pass_on, args=(far, near), daemon=True)
+            back.start()
+            self._pass_on(near, far)
+            back.join()
+
+    def _is_cut(self) -> bool:
+        with self._lock:
+            self.left -= self.left >= 0
+            if self.left != 0:
+                return False
+            self.cuts += 1
+            self.left = self._chance.choice([-1, -1, self._chance.randrange(1, 8)])
+            return True
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if self._is_cut():
+                    target.sendall(data[: self._chance.choice([0, len(data) // 2, len(data)])])
+                    break
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@on_postgres
+async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
+    index: mkv.Index, db: str, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 cuts, at any piece of what is sent and received: in turns, reads, changes, commits and
+    their answers, and in new connections, too."""
+    monkeypatch.setattr(mkv, "RECONNECT_EVERY_S", 0.01)
+    chance = random.Random(5)
+    scissors = Scissors(postgres.port, chance)
+    cut = mkv.Index(db.replace(str(postgres.port), str(scissors.port)))
+    await cut.open()
+    answers = Counter[str]()
+    number = 0
+    while scissors.cuts < 200:
+        scissors.left = chance.randrange(1, 6)
+        keys = [f"k{number + i}" for i in range(4)]
+        number += 4
+        writes = [cut.write(partial(claim_and_commit, record=make_record(k)), [k]) for k in keys]
+        outcomes = await asyncio.gather(*writes, return_exceptions=True)
+        scissors.left = -1
+        for key, outcome in zip(keys, outcomes, strict=True):
+            told = type(outcome).__name__
+            answers[told] += 1
+            is_there = await index.get(key) is not None
+            assert (outcome is True and is_there) or (told == "IndexFailed" and not is_there), told
+    assert answers["bool"] > 0.9 * number, answers
+    assert (await index.totals())[mkv.ALL_KEYS][0] == answers["bool"]
+    await cut.close()
+    scissors.close()
+
+
+@on_postgres
+async def test_batch_is_two_round_trips_whatever_it_holds(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await index.renew()
+    trips, begins = list[int](), list[int]()
+    sync, begin = psycopg.Pipeline.sync, mkv.PostgresSession.begin
+    monkeypatch.setattr(psycopg.Pipeline, "sync", lambda self: trips.append(1) or sync(self))
+    monkeypatch.setattr(
+        mkv.PostgresSession, "begin", lambda self, *asked: begins.append(1) or begin(self, *asked)
+    )
+    records = [make_record(f"k{i}", 1, ("a", "b", f"v{i % 7}")) for i in range(300)]
+    await asyncio.gather(
+        *(index.write(partial(claim_and_commit, record=one), [one.key]) for one in records)
+    )
+    deletes = partial(mkv.commit_delete, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
+    await asyncio.gather(
+        *(index.write(partial(deletes, key=one.key), [one.key]) for one in records)
+    )
+    assert len(begins) <= 8 and len(trips) == 2 * len(begins)
+
+
+@on_postgres
+@pytest.mark.parametrize("came_about", [True, False])
+async def test_commit_whose_answer_is_lost_while_another_is_under_way(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch, came_about: bool
+) -> None:
+    """The database has not seen that the connection broke, and carries the commit out later: who
+    asks waits for that."""
+    commit = mkv.PostgresSession.commit
+    backends, pipelines = list[Any](), list[Any]()
+
+    def lose(session: mkv.PostgresSession) -> None:
+        if backends:
+            return commit(session)
+        backends.append(session._db)
+        pipelines.append((session._pipeline, session._stack))
+        session.is_unsure = True
+        session._send_queue()
+        session._pipeline.sync()
+        session._connect()  # the old connection lives on, with its turn
+        session.close()
+
+        def end() -> None:
+            eventually(lambda: postgres_waits(index), 20)
+            backends[0].execute("COMMIT" if came_about else "ROLLBACK")
+            pipelines[0][0].sync()
+            backends[0].close()
+
+        threading.Thread(target=end, daemon=True).start()
+        raise psycopg.OperationalError("the connection is lost")
+
+    await index.renew()
+    monkeypatch.setattr(mkv.PostgresSession, "commit", lose)
+    record = make_record("k")
+    assert await put(index, record) is True
+    assert await index.get("k") == record and (await index.totals())[mkv.ALL_KEYS] == (1, 5)
+
+
+def postgres_waits(index: mkv.Index) -> bool:
+    """Whether somebody waits for a lock there."""
+    query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with psycopg.connect(**index.engine.parameters) as db:
+        return bool(db.execute(query).fetchall())
+
+
+@on_postgres
+async def test_commit_whose_outcome_is_not_to_be_found_out_is_told_so(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """504: it may have happened or not."""
+    monkeypatch.setattr(mkv, "RECONNECT_S", 0.3)
+    commit = mkv.PostgresSession.commit
+
+    def lose(session: mkv.PostgresSession) -> None:
+        commit(session)
+        session.close()
+        session.is_unsure = True
+        monkeypatch.setattr(mkv.PostgresSession, "reopen", refuse)
+        raise psycopg.OperationalError("the connection is lost")
+
+    def refuse(session: mkv.PostgresSession) -> None:
+        raise psycopg.OperationalError("connection refused")
+
+    await index.renew()
+    with monkeypatch.context() as patch:
+        patch.setattr(mkv.PostgresSession, "commit", lose)
+        with pytest.raises(mkv.IndexUnsure, match="not known") as caught:
+            await put(index, make_record("k"))
+    assert caught.value.status == 504
+    monkeypatch.undo()
+    assert await index.get("k") == make_record("k")
+    assert await put(index, make_record("k", 2)) is False  # by a new connection
 
 
 # == Volume client ================================================================================
@@ -3352,7 +3832,7 @@ async def test_long_lists_delay_neither_status_nor_the_collector(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = threading.Event()
-    monkeypatch.setattr(mkv, "list_keys", lambda db, query: b"{}" if end.wait(60) else b"")
+    monkeypatch.setattr(mkv, "list_keys", lambda session, query: b"{}" if end.wait(60) else b"")
     store = Store(
         Config(
             db=str(tmp_path / "i.db"),
@@ -3485,10 +3965,8 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
 
     with fake_volume(answering(refuse)) as url:
         volumes = (Volume(name="a", url=url),)
-        config = Config(
-            db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, workers=2, volume_timeout=0.5
-        )
-        store = Store(config, number=1)  # so that nobody else collects
+        config = Config(db=str(tmp_path / "i.db"), volumes=volumes, replicas=1, volume_timeout=0.5)
+        store = Store(config, role=mkv.TOOL)  # so that nobody else collects
         await store.start()
         await store.index.write(lambda tx: tx.add_garbage(R.path, ["a"]))
         for _ in range(3):
@@ -3502,6 +3980,35 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
     assert deletes == {mkv.sidecar_path(R.path)} and (row.state.value, row.attempts) == (state, 1)
     left_s = None if row.doubt_s is None else row.doubt_s - now_s
     assert left_s == (None if doubt is None else pytest.approx(doubt, abs=30))
+
+
+@on_postgres
+async def test_put_that_ends_while_the_database_is_away_is_discarded_later(
+    db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit may still come about, so nothing is deleted until the index has been told."""
+    asked = list[bytes]()
+    with fake_volume(answering(lambda line: asked.append(line) or 201)) as url:
+        store = Store(
+            Config(db=db, volumes=(Volume(name="a", url=url),), replicas=1), None, "tool"
+        )
+        await store.start()
+        write = mkv.Index.write
+
+        def fail(index: mkv.Index, mutation: Any, *named: Any, **more: Any) -> Any:
+            if getattr(mutation, "func", None) in (mkv.commit_put, mkv.discard_put):
+                raise mkv.IndexFailed("it is away")
+            return write(index, mutation, *named, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(mkv.Index, "write", fail)
+            with pytest.raises(mkv.IndexFailed):
+                await put_one(store, "k", b"x")
+        assert len(await all_claims(store.index)) == 1
+        assert not any(b".key" in line for line in asked if line.startswith(b"DELETE"))
+        await store._discard_late()
+        assert not await all_claims(store.index) and len(await all_garbage(store.index)) == 1
+        await store.close()
 
 
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
@@ -3528,17 +4035,22 @@ def test_leftovers_of_a_crash_are_thrown_away_when_old(tmp_path: Path) -> None:
 # == HTTP: the same contract over embedded volumes and over real nginx ============================
 
 
-@pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp"])
+@pytest.fixture(scope="module", params=["embedded", "nginx", "aiohttp", "postgres"])
 def store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Program]:
-    """A server with its own volumes, or nginx's, or whose clients are served by aiohttp."""
+    """A server with its own volumes, or nginx's, or whose clients are served by aiohttp, or whose
+    index is in PostgreSQL."""
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.ExitStack() as stack:
         flags = ["--garbage-delay", "0", "--list-rate", "0"]
         if request.param == "nginx":
             for i in range(3):
                 flags += ["--volume", f"n{i}={stack.enter_context(Nginx(folder / f'n{i}')).url}"]
+        if request.param == "postgres":
+            cluster = request.getfixturevalue("postgres")
+            flags += ["--db", cluster.url("contract")]
+            stack.callback(cluster.ask, "DROP SCHEMA contract CASCADE")
         if request.param == "aiohttp":
             stack.enter_context(pytest.MonkeyPatch.context()).setitem(
                 MORE_HEADERS, "Connection", "keep-alive, x"
@@ -6942,7 +7454,7 @@ async def test_start_on_a_full_disk_serves_reads(
     def refuse(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(mkv.Transaction, "release_claims", refuse)
+    monkeypatch.setattr(mkv.Transaction, "begin", refuse)
     store = Store(
         Config(
             db=str(tmp_path / "i.db"),
@@ -6953,12 +7465,6 @@ async def test_start_on_a_full_disk_serves_reads(
     await store.start()
     assert await store.index.get("k") is None
     await store.close()
-
-
-async def test_number_of_a_process_is_below_workers(tmp_path: Path) -> None:
-    """Else number 0 would take its claims for those of a process that is gone."""
-    with pytest.raises(mkv.ConfigError, match="no number 1"):
-        await Store(Config(db=str(tmp_path / "i.db")), number=1).start()
 
 
 async def test_body_that_trickles_is_408(
@@ -7084,10 +7590,13 @@ def test_compose_file_runs_what_is_in_the_repository() -> None:
     # The first that knows dockerfile_inline.
     assert "Compose 2.17" in (HERE / "README.md").read_text()
     services = compose["services"]
+    database = services.pop("postgres")
+    assert database["profiles"] == ["postgres"] == services["index2"]["profiles"]
+    assert database["read_only"] and database["user"] == "postgres" and "ports" not in database
     nginxes = [
         one for one in services.values() if "FROM nginx" in one["build"]["dockerfile_inline"]
     ]
-    assert len(nginxes) == 3 and len(services) == 4
+    assert len(nginxes) == 3 and len(services) == 6
     for service in services.values():
         assert (
             service["read_only"] is True and service["healthcheck"]["test"] and service["restart"]
@@ -7111,6 +7620,15 @@ def test_readmes_secrets_for_compose_fit_together(tmp_path: Path) -> None:
         f"http://volume{n}:3001" for n in (1, 2, 3)
     ]
     assert f'"{config.volume_secret}"' in (folder / "mkv-secrets.conf").read_text()
+    (command,) = re.findall(
+        r"^sed -e .*mkv-postgres.toml$", (HERE / "README.md").read_text(), re.M
+    )
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path / "mkv")
+    shared = mkv.parse_config((folder / "mkv-postgres.toml").read_text())
+    assert mkv.hide_secrets(shared.db) == "postgresql://mkv@postgres/mkv"
+    assert [(one.url, one.public_url) for one in shared.volumes] == [
+        (f"{one.url}/pg", f"{one.public_url}/pg") for one in config.volumes
+    ]
 
 
 def has_docker_compose() -> bool:
@@ -7884,14 +8402,11 @@ def test_bounds_of_body_timeout_and_nginx_agree() -> None:
 @pytest.fixture
 def crowded(tmp_path: Path) -> str:
     """An index whose first page has 4 MB, with content types as long as they could once be."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "crowded.db", isolation_level=None)) as db:
-        mkv.prepare_index(db)
-        with db:
-            db.execute("BEGIN")
-            tx = mkv.Transaction(db)
-            for i in range(600):
-                tx.insert(make_record(f"{i:03d}")._replace(content_type="a/" + "b" * 8000))
-            tx.flush()
+    with open_sqlite((tmp_path / "crowded.db").as_uri()) as session:
+        tx = begin_on(session)
+        for i in range(600):
+            tx.insert(make_record(f"{i:03d}")._replace(content_type="a/" + "b" * 8000))
+        tx.commit()
     return str(tmp_path / "crowded.db")
 
 
@@ -8092,6 +8607,388 @@ def test_systemd_is_told(start: Callable[..., Program], tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
+# == Several servers, one index ==================================================================
+# In PostgreSQL: any of the servers may die, and so may the database.
+
+
+class Fleet:
+    """Servers with the same volumes and the same index, in the schema of a test."""
+
+    def __init__(self, folder: Path, cluster: Postgres, stack: contextlib.ExitStack) -> None:
+        self.folder, self.cluster, self._stack = folder, cluster, stack
+        self.schema = f"t{random.getrandbits(40):x}"
+        self.db = cluster.url(self.schema)
+        self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(3)]
+        self.servers: list[Program] = []
+        stack.callback(cluster.ask, f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
+
+    def begin(self, *flags: str, db: str = "", lease_s: float = 2.0) -> Program:
+        settings = ["--garbage-delay", "0", "--list-rate", "0", "--volume-timeout", "5"]
+        settings += ["--lease", str(lease_s), "--db", db or self.db, "--no-access-log"]
+        for volume in self.volumes:
+            settings += ["--volume", f"{volume.folder.name}={volume.url}"]
+        server = Program(self.folder / f"server{len(self.servers)}", *settings, *flags)
+        self.servers.append(server)
+        self._stack.callback(server.stop, signal.SIGKILL)
+        return server
+
+    def ask(self, query: str) -> list[Any]:
+        return self.cluster.ask(query, self.schema)
+
+    def count(self, state: str) -> int:
+        return int(self.ask(f"SELECT count(*) FROM pending WHERE state = '{state}'")[0][0])
+
+    def owners(self) -> int:
+        return int(self.ask("SELECT count(*) FROM owner WHERE role <> 'gone'")[0][0])
+
+    def check_totals(self) -> None:
+        """They are those of the records."""
+        ((count, size),) = self.ask("SELECT count(*), coalesce(sum(size), 0)::bigint FROM record")
+        assert self.ask("SELECT blobs, bytes FROM total WHERE name = ''") == [(count, size)]
+        for volume in self.volumes:
+            name = volume.folder.name
+            query = f"""SELECT count(*), coalesce(sum(size), 0)::bigint FROM record
+                WHERE '{name}' = ANY(string_to_array(volumes, ' '))"""
+            total = self.ask(f"SELECT blobs, bytes FROM total WHERE name = '{name}'")
+            assert total == self.ask(query)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, postgres: Postgres) -> Iterator[Fleet]:
+    with contextlib.ExitStack() as stack:
+        yield Fleet(tmp_path, postgres, stack)
+
+
+def etag_of(body: bytes) -> str:
+    return f'"{hashlib.sha256(body).hexdigest()}"'
+
+
+def read_through(url: str) -> tuple[str, bytes]:
+    """Follow the redirect; return ETag and bytes."""
+    while True:
+        status, headers, _ = ask(url)
+        assert status == 302, status
+        status, _, body = ask(headers["location"])
+        if status == 200:  # else it was replaced meanwhile
+            return headers["etag"], body
+
+
+def test_two_servers_lose_no_update(fleet: Fleet) -> None:
+    """Compare-and-swap by both: each 204 counts; absent keys are created once; totals are
+    right."""
+    urls = [fleet.begin().url for _ in range(2)]
+    assert ask(urls[0] + "/counter", "PUT", b"0")[0] == 201
+
+    def count(number: int) -> int:
+        done = 0
+        url = urls[number % 2] + "/counter"
+        while done < 15:
+            etag, body = read_through(url)
+            status = ask(url, "PUT", b"%d" % (int(body) + 1), If_Match=etag)[0]
+            assert status in (204, 412, 503), status
+            done += status == 204
+        return done
+
+    def create(number: int) -> list[str]:
+        keys = [f"new{i}" for i in range(40)]
+        asked = [(k, ask(f"{urls[number % 2]}/{k}", "PUT", b"x", If_None_Match="*")) for k in keys]
+        return [key for key, answer in asked if answer[0] == 201]
+
+    with ThreadPoolExecutor(12) as pool:
+        counts = [pool.submit(count, number) for number in range(6)]
+        created = [pool.submit(create, number) for number in range(6)]
+        assert sum(one.result() for one in counts) == 90
+        keys = Counter(key for one in created for key in one.result())
+    assert read_through(urls[1] + "/counter")[1] == b"90"
+    assert keys == {f"new{i}": 1 for i in range(40)}
+    fleet.check_totals()
+
+
+def test_server_that_is_killed_is_cleared_up_after_by_another(fleet: Fleet) -> None:
+    """Within a lease its claims are garbage, which another server collects; that one never stops
+    serving, and nothing that was acknowledged is lost."""
+    first, second = fleet.begin(), fleet.begin()  # the first one leads
+    stop, acknowledged = threading.Event(), list[tuple[str, bytes]]()
+
+    def write(number: int) -> None:
+        i = 0
+        while not stop.is_set():
+            i += 1
+            key, body = f"k{number}-{i}", b"%d" % i * 1000
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if ask(f"{first.url}/{key}", "PUT", body)[0] == 201:
+                    acknowledged.append((key, body))
+
+    with under_load(second.url) as (failures, _), ThreadPoolExecutor(8) as pool:
+        for number in range(8):
+            pool.submit(write, number)
+        eventually(lambda: len(acknowledged) > 100)
+        owners = fleet.owners()
+        first.stop(signal.SIGKILL)
+        stop.set()
+        claims = "SELECT count(*) FROM pending WHERE owner = (SELECT min(id) FROM owner)"
+        eventually(lambda: fleet.ask(claims)[0][0] == 0)
+        eventually(lambda: fleet.owners() == owners - 1)
+    assert not failures
+    assert ask(second.url + "/k0-1", "DELETE")[0] == 204
+    acknowledged.remove(("k0-1", b"1" * 1000))
+    eventually(lambda: fleet.count("garbage") == 0)  # the second one leads now
+    for key, body in acknowledged:
+        assert read_through(f"{second.url}/{key}") == (etag_of(body), body)
+    fleet.check_totals()
+
+
+def test_server_that_was_paused_for_longer_than_its_lease_commits_nothing_stale(
+    fleet: Fleet,
+) -> None:
+    """It is stopped between claims and commits. Awake again, it goes on by itself, under another
+    number."""
+    paused, other = fleet.begin(), fleet.begin()
+    large = b"x" * 3_000_000
+
+    def upload(number: int) -> int:
+        def body() -> Iterator[bytes]:
+            for start in range(0, len(large), 100_000):
+                if start == 1_000_000:
+                    ready.release()
+                    resume.wait(60)
+                yield large[start : start + 100_000]
+
+        size = str(len(large))
+        return ask(f"{paused.url}/k{number}", "PUT", body(), Content_Length=size)[0]
+
+    ready, resume = threading.Semaphore(0), threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(upload, number) for number in range(4)]
+        for _ in answers:
+            assert ready.acquire(timeout=60)
+        assert ask(f"{paused.url}/early", "PUT", b"x")[0] == 201
+        ((before,),) = fleet.ask("SELECT max(id) FROM owner")
+        paused.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: fleet.owners() == 1)
+        assert ask(f"{other.url}/k0", "PUT", b"later", If_None_Match="*")[0] == 201
+        assert ask(f"{other.url}/k0", "DELETE")[0] == 204
+        paused.process.send_signal(signal.SIGCONT)
+        resume.set()
+        assert {answer.result() for answer in answers} == {503}
+    for number in range(4):
+        assert ask(f"{other.url}/k{number}")[0] == 404
+    assert ask(f"{paused.url}/k0", "PUT", large)[0] == 201
+    assert read_through(f"{other.url}/k0")[1] == large
+    ((after,),) = fleet.ask("SELECT max(id) FROM owner WHERE role <> 'gone'")
+    assert after > before
+    fleet.check_totals()
+
+
+def test_server_that_stands_still_in_a_transaction_loses_its_turn(fleet: Fleet) -> None:
+    """The others wait for a few seconds, no longer."""
+    paused, other = fleet.begin(lease_s=15.0), fleet.begin(lease_s=15.0)
+    busy = """SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction'
+        AND query LIKE '%pending%' AND datname = 'postgres'"""
+    with under_load(paused.url):
+        for _ in range(200):
+            paused.process.send_signal(signal.SIGSTOP)
+            if fleet.ask(busy):
+                break
+            paused.process.send_signal(signal.SIGCONT)
+            time.sleep(random.random() / 50)  # so that it is stopped at any moment
+        else:
+            raise AssertionError("it was never stopped in a transaction")
+        assert ask(f"{other.url}/k", "PUT", b"x")[0] == 201
+        paused.process.send_signal(signal.SIGCONT)
+        eventually(lambda: try_ask(f"{paused.url}/k", "PUT", b"x") == 204)
+
+
+def write_on(
+    url: str, stop: threading.Event, number: int
+) -> tuple[dict[str, bytes], Counter[int]]:
+    """PUT until told to stop; return what was acknowledged last of each key, and the answers.
+    A key that something else was said of is left alone from then on."""
+    known, answers, left = dict[str, bytes](), Counter[int](), set[str]()
+    i = 0
+    while not stop.is_set():
+        i += 1
+        key, body = f"w{number}-{i % 500}", b"%d" % i
+        if key in left:
+            continue
+        status = try_ask(f"{url}/{key}", "PUT", body)
+        answers[status] += 1
+        if status in (201, 204):
+            known[key] = body
+        elif status in (0, 504):  # it may have happened
+            left.add(key)
+            known.pop(key, None)
+    return known, answers
+
+
+def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> None:
+    """Clients see a pause, or 503 with Retry-After; nobody has to restart a server."""
+    with postgres_in("killed") as cluster, contextlib.ExitStack() as stack:
+        fleet = Fleet(tmp_path, cluster, stack)
+        urls = [fleet.begin().url, fleet.begin("--workers", "2").url]
+        stop = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(write_on, urls[n % 2], stop, n) for n in range(8)]
+            for _ in range(3):
+                eventually(lambda: all(try_ask(f"{url}/-/readyz") == 200 for url in urls))
+                time.sleep(0.5)  # under load
+                cluster.kill()
+                for url in urls:
+                    status, headers, _ = ask(f"{url}/w0-1")
+                    assert status == 503 and headers["retry-after"]
+                    assert try_ask(f"{url}/-/readyz") == 503
+                cluster.begin()
+            eventually(lambda: all(try_ask(f"{url}/probe", "PUT", b"x") < 300 for url in urls))
+            stop.set()
+            results = [one.result() for one in work]
+        answers = sum((answers for _, answers in results), Counter[int]())
+        assert answers.keys() <= {201, 204, 503, 504} and answers[201] > 100, answers
+        for known, _ in results:
+            for key, body in known.items():
+                assert read_through(f"{urls[0]}/{key}")[1] == body
+        fleet.check_totals()
+        eventually(lambda: fleet.count("claimed") == 0)
+
+
+async def refusal(db: str) -> str:
+    """Return why an index is refused at the start."""
+    index = mkv.Index(db)
+    with pytest.raises(mkv.ConfigError) as caught:
+        await index.open()
+    await index.close()
+    return str(caught.value)
+
+
+@on_postgres
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ('ALTER TABLE record ALTER key TYPE TEXT COLLATE "und-x-icu"', "record.key has the coll"),
+        ('ALTER TABLE pending ALTER path TYPE TEXT COLLATE "C.utf8"', "pending.path has the coll"),
+        ("UPDATE meta SET schema = 99", "its schema is 99"),
+    ],
+)
+async def test_postgresql_that_is_not_what_it_should_be_is_refused(
+    index: mkv.Index, db: str, postgres: Postgres, change: str, reason: str
+) -> None:
+    postgres.ask(change, index.engine.schema)
+    assert reason in await refusal(db)
+
+
+@on_postgres
+async def test_database_that_may_lose_what_it_acknowledges_is_refused(db: str) -> None:
+    assert "synchronous_commit" in await refusal(f"{db}&options=-csynchronous_commit%3Doff")
+
+
+@on_postgres
+async def test_database_in_another_encoding_is_refused(db: str, postgres: Postgres) -> None:
+    with contextlib.suppress(psycopg.errors.DuplicateDatabase):
+        words = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+        postgres.ask(f"CREATE DATABASE latin {words}")
+    assert "LATIN1" in await refusal(db.replace("/postgres", "/latin"))
+
+
+@on_postgres
+async def test_read_replica_is_refused(db: str, tmp_path: Path) -> None:
+    with postgres_in("replica") as cluster:
+        cluster.kill()
+        Path(cluster.data, "standby.signal").touch()
+        shutil.chown(Path(cluster.data, "standby.signal"), cluster._user)
+        cluster.begin()
+        assert "read replica" in await refusal(cluster.url())
+
+
+@pytest.mark.parametrize(
+    "db",
+    [
+        "postgresql://mkv:geheim@127.0.0.1:1/store",
+        "postgresql://mkv@127.0.0.1:1/store?password=geheim",
+        "postgresql://mkv:geheim@127.0.0.1:none/store",
+        "postgresql://mkv:geheim@127.0.0.1:1/store?nonsense=1",
+        "postgresql://mkv:geheim%40%3F@127.0.0.1:1/store?schema=No",
+    ],
+)
+def test_password_of_the_database_is_shown_nowhere(tmp_path: Path, db: str) -> None:
+    pytest.importorskip("psycopg")
+    data = str(tmp_path / "data")
+    (tmp_path / "data" / "volume1").mkdir(parents=True)
+    for command in ([*SERVE, "--port", "0"], [*TOOLS, "status"], [*TOOLS, "rebuild"]):
+        line = [*command, "--db", db, "--data", data]
+        ended = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        said = ended.stdout + ended.stderr
+        assert ended.returncode in (1, 2) and "geheim" not in said and "Traceback" not in said
+        assert said.strip()
+
+
+TOOLS = [sys.executable, str(HERE / "mkv_tools.py")]
+
+
+def test_greeting_names_the_database_without_its_password(fleet: Fleet) -> None:
+    url = fleet.db.replace("mkv@", "mkv:geheim@")
+    server = fleet.begin(db=url)
+    assert f"127.0.0.1:{fleet.cluster.port}/postgres" in server.said + server.log() + server.first
+    assert "geheim" not in server.said + server.log() + server.first
+    assert b"geheim" not in ask(server.url + "/-/status")[2]
+
+
+def test_without_psycopg_the_fault_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "psycopg.py").write_text("raise ImportError('no such module')")
+    line = [*SERVE, "--port", "0", "--data", str(tmp_path / "data"), "--db", "postgresql://h/d"]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=60, env=env)
+    assert ended.returncode == 2 and "mkv-store[postgres]" in ended.stderr
+
+
+def test_sqlite_never_imports_psycopg(tmp_path: Path) -> None:
+    code = "import mkv, sys; mkv.Index('i.db'); sys.exit('psycopg' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
+
+
+def test_keys_are_shared_out_by_nginx_as_the_readme_says(tmp_path: Path) -> None:
+    """Several SQLite servers, each with a path of its own on the volumes; a key that a client
+    encodes in another way is the same key."""
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"```nginx\n(upstream index .*?)```", readme, re.DOTALL)
+    with contextlib.ExitStack() as stack:
+        volumes = [stack.enter_context(Nginx(tmp_path / f"n{i}")) for i in range(2)]
+        ports = list[int]()
+        for name in ("one", "two"):
+            flags = [f"--volume=v{i}={one.url}/{name}" for i, one in enumerate(volumes)]
+            server = Program(tmp_path / name, *flags)
+            stack.callback(server.stop, signal.SIGKILL)
+            ports.append(server.port)
+        front = free_port()
+        for old, new in zip((3010, 3020, 3000), (*ports, front), strict=True):
+            assert f"127.0.0.1:{old};" in text
+            text = text.replace(f"127.0.0.1:{old};", f"127.0.0.1:{new};")
+        conf = tmp_path / "front.conf"
+        paths = "".join(
+            f"{p}_temp_path {tmp_path}; " for p in ("proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        paths += f"client_body_temp_path {tmp_path}; access_log off;"
+        outside = f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}}"
+        conf.write_text(f"{outside} http {{ {paths} {text} }}")
+        command = ["nginx", "-c", str(conf), "-p", str(tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        stack.callback(process.wait, 20)
+        stack.callback(process.terminate)
+        url = f"http://127.0.0.1:{front}"
+        eventually(lambda: try_ask(url + "/-/livez") == 200)
+        keys = [f"k{i}/%C3%A9 {i}".replace(" ", "%20") for i in range(100)]
+        for key in keys:
+            assert ask(f"{url}/{key}", "PUT", key.encode())[0] == 201
+        for key in keys:
+            assert read_through(f"{url}/{key}")[1] == key.encode()
+            other = key.replace("/", "%2F").replace("%C3%A9", "%c3%a9").replace("k", "%6B")
+            assert read_through(f"{url}/{other}")[1] == key.encode()
+        counts = [
+            json.loads(ask(f"http://127.0.0.1:{port}/-/status")[2])["keys"] for port in ports
+        ]
+        assert sum(counts) == 100 and min(counts) > 10
+        for key in keys:
+            assert ask(f"{url}/{key}", "DELETE")[0] == 204
+
+
 # == Tools: fixtures ==============================================================================
 # mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its
 # volumes under `data`, its configuration in mkv.toml, and runs tools in this process, or as
@@ -8124,6 +9021,8 @@ class Cluster:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.data, self.kind, self.secret = folder / "data", kind, ""
+        self.schema = ""  # of an index in PostgreSQL
+        self.postgres: Any = None
         self.file, self.db = folder / "mkv.toml", folder / "index.db"
         self.volumes: dict[str, Nginx] = {}
         self.ports: dict[str, int] = {}
@@ -8172,7 +9071,7 @@ class Cluster:
                 config = self.config
                 if not config.volumes:
                     config = await stack.enter_async_context(mkv.run_embedded(config))
-                store = Store(replace(config, workers=2), number=1)
+                store = Store(config, role=mkv.TOOL)
                 stack.push_async_callback(store.close)
                 await store.start()
                 return await work(store)
@@ -8188,7 +9087,7 @@ class Cluster:
 
         async def work(store: Store) -> None:
             await store.index.write(
-                lambda tx: tx._db.execute("UPDATE pending SET due = 0 WHERE due > 0").rowcount
+                lambda tx: tx._session.run("UPDATE pending SET due = 0 WHERE due > 0")
             )
             while (await store.status())["garbage"]:
                 await store.collect_garbage()
@@ -8605,7 +9504,7 @@ def test_repair_leaves_the_record_as_it_is_all_the_time(tx: mkv.Transaction, fai
     """I8: also if it fails, or is killed and what it claimed is released by the next run."""
     assert mkv_tools.claim(tx, REPAIR) == "" and tx.get("k") == R
     assert mkv_tools.commit(tx, REPAIR, failed, 10.0) == failed
-    tx.release_claims(mkv.TOOL, sys.maxsize)
+    tx.release_claims(tx.lease.owner)
     states = {place: row.state.value for place, row in tx.pending_of("k").items()}
     assert tx.get("k") == R and states == ({("b", R.path): "kept"} if failed else {})
 
@@ -8626,7 +9525,7 @@ def test_replica_that_is_made_while_its_version_dies_is_in_doubt_until_that_ends
     settle_at(tx, {place: place[0] == "b" for place in places})  # b had one already
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
     mkv_tools.commit(tx, move, outcome, 10.0)
-    tx.release_claims(mkv.TOOL, sys.maxsize)
+    tx.release_claims(tx.lease.owner)
     assert garbage_in(tx) == {(volume, R.path) for volume in move.copy}
     in_doubt = {
         volume for (volume, _), row in tx.pending_of("k").items() if row.doubt_s is not None
@@ -8800,7 +9699,7 @@ def test_delete_finds_a_tools_copies_but_not_those_of_a_put_under_way(tx: mkv.Tr
     """I4 for the copies; the PUT is committed after the DELETE, and needs its sidecars (I1)."""
     mkv_tools.claim(tx, MOVE)
     under_way = mkv.blob_path("k", "3" * 20, "")
-    tx.claim(under_way, ["a"], 0, CLAIMED)
+    tx.claim(under_way, ["a"], CLAIMED)
     rows = mkv.commit_delete(tx, "k", mkv.UNCONDITIONAL, 10.0)
     assert {place for place, row in rows.items() if row.state is GARBAGE} == {
         (volume, R.path) for volume in "abc"
@@ -9357,7 +10256,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
                 ask(url, *rng.choice([("PUT", b"x" * rng.choice([1, 5000, LARGE])), ("DELETE",)]))
                 done.append(1)
 
-    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0)
+    cluster.configure("volume1", "volume2", "volume3", volume_timeout=2.0, lease=1.0)
     cut_off = 0
     for seed in range(3):
         done, stop = list[int](), threading.Event()
@@ -9369,7 +10268,7 @@ def test_killed_server_leaves_on_the_volumes_what_its_index_says(cluster: Cluste
             stop.set()
         cut_off += len(cluster.claims())
         with cluster.serve():
-            eventually(lambda: not cluster.garbage())
+            eventually(lambda: not cluster.garbage() and not cluster.claims())
         rows = cluster.rows()
         cluster.db.unlink()
         code, facts, _ = cluster.tool("rebuild")
@@ -11392,6 +12291,158 @@ def test_progress_is_plain_lines_off_a_terminal(
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
 
 
+# == Tools: an index in PostgreSQL ================================================================
+
+
+@pytest.fixture
+def shared(tmp_path: Path, postgres: Postgres) -> Iterator[Cluster]:
+    """Three nginx volumes, and an index in a schema of its own."""
+    require_nginx()
+    made = Cluster(tmp_path, "nginx")
+    schema = f"t{random.getrandbits(40):x}"
+    made.db = postgres.url(schema)  # type: ignore[assignment]
+    made.schema = schema
+    made.postgres = postgres
+    made.start("volume1", "volume2", "volume3")
+    made.configure("volume1", "volume2", "volume3", replicas=2)
+    yield made
+    made.stop()
+    query = f"SELECT nspname FROM pg_namespace WHERE nspname LIKE '{schema}%'"
+    for (name,) in postgres.ask(query):
+        postgres.ask(f"DROP SCHEMA {name} CASCADE")
+
+
+def rows_of(cluster: Cluster) -> list[Any]:
+    return cluster.postgres.ask("SELECT * FROM record ORDER BY key", cluster.schema)
+
+
+def test_tools_work_on_an_index_in_postgresql(shared: Cluster, tmp_path: Path) -> None:
+    shared.put({f"k{i}": b"%d" % i * 500 for i in range(60)})
+    assert shared.tool("verify", "--deep")[1]["left"] == 0
+    shared.configure("volume1", "volume2", "volume3", replicas=3)
+    assert shared.tool("rebalance")[1]["moved"] == 60
+    first = shared.use(lambda store: store.index.get("k1"))
+    (shared.data / "volume1" / first.path[1:]).write_bytes(b"rotten")
+    assert shared.tool("verify", "--deep", "--repair")[1]["repaired"] == 1
+    assert shared.tool("status")[1]["keys"] == 60
+    code, _, said = shared.tool("backup", tmp_path / "copy")
+    assert code == 2 and "pg_dump" in said
+    code, _, said = shared.tool("forget", "nobody")
+    assert code == 2 and "knows no volume" in said
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_rebuild_in_postgresql_gives_the_same_rows(shared: Cluster, is_lost: bool) -> None:
+    """I6: in one transaction, and the old index is kept."""
+    shared.use(lambda store: random_operations(store, 3, 480))
+    before = rows_of(shared)
+    if is_lost:
+        shared.collect()
+        shared.postgres.ask(f"DROP SCHEMA {shared.schema} CASCADE")
+    code, facts, _ = shared.tool("rebuild")
+    assert (code, facts["keys"], facts["found"]) == (0, len(before), {})
+    assert rows_of(shared) == before
+    kept = facts["old_index"]
+    assert bool(kept) is not is_lost
+    if kept:
+        query = "SELECT count(*) FROM record"
+        assert shared.postgres.ask(query, kept) == [(len(before),)]
+        assert shared.postgres.ask("SELECT closed FROM meta", kept) == [(True,)]
+    assert shared.tool("verify", "--grace", 0)[1]["left"] == 0
+
+
+def test_rebuild_in_postgresql_keeps_servers_away_and_they_it(shared: Cluster) -> None:
+    shared.configure("volume1", "volume2", "volume3", replicas=2, lease=2.0)
+    with shared.serve() as (port, _):
+        assert ask(f"http://127.0.0.1:{port}/k", "PUT", b"x")[0] == 201
+        code, _, said = shared.tool("rebuild")
+        assert code == 1 and "in use by a server" in said
+        assert ask(f"http://127.0.0.1:{port}/k")[0] == 302
+
+    async def rebuild() -> None:
+        work = mkv.Replacement(shared.config.db)
+        await work.open()
+        store = Store(shared.config)
+        with pytest.raises(mkv.ConfigError, match="is being rebuilt"):
+            await store.start()
+        await store.close()
+        await work.close()
+
+    asyncio.run(rebuild())
+
+
+async def test_server_that_slept_through_a_rebuild_sees_it(shared: Cluster) -> None:
+    """It remembers what it has read, and claims: neither is so in the new index."""
+    await asyncio.to_thread(shared.put, {f"k{i}": b"x" for i in range(9)})
+    sleeper = mkv.Index(shared.config.db, role=mkv.SERVER)
+    await sleeper.open()
+    record = make_record("asleep")
+    await sleeper.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED), ["asleep"])
+    await sleeper.write(lambda tx: tx.insert(make_record("lost", 1, ("volume1",))), ["lost"])
+    await let_leases_end(sleeper)
+    rebuild = shared.spawn("rebuild")
+    said = await asyncio.to_thread(rebuild.communicate)
+    assert rebuild.returncode == 1 and b"lost key" in said[0], said
+    assert await sleeper.get("lost") is None
+    with pytest.raises(mkv.Lost):
+        commit = partial(mkv.commit_put, record=record, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
+        await sleeper.write(commit, ["asleep"])
+    assert await put(sleeper, make_record("new")) is True
+    await sleeper.close()
+    assert {row[0] for row in rows_of(shared)} == {"new", *(f"k{i}" for i in range(9))}
+
+
+async def test_rebuild_that_lost_its_lease_changes_nothing(shared: Cluster) -> None:
+    """Servers may have written meanwhile."""
+    before = mkv.Index(shared.config.db)
+    await before.open()
+    await put(before, make_record("k"))
+    await before.close()
+    work = mkv.Replacement(shared.config.db)
+    await work.open()
+    shared.postgres.ask("UPDATE owner SET until = 0", shared.schema)
+    other = mkv.Index(shared.config.db)
+    await other.open()
+    await other.renew()
+    with pytest.raises(mkv.IndexFailed, match="lease"):
+        await work.finish(0, 0)
+    await work.close()
+    assert await other.get("k") == make_record("k")
+    await other.close()
+
+
+@pytest.mark.parametrize("way", ["to postgres", "to sqlite"])
+def test_index_moves_from_one_engine_to_the_other(
+    shared: Cluster, tmp_path: Path, way: str
+) -> None:
+    ends = [str(tmp_path / "index.db"), str(shared.db)]
+    if way == "to sqlite":
+        ends.reverse()
+    shared.configure("volume1", "volume2", "volume3", db=ends[0])
+    shared.use(lambda store: random_operations(store, 4, 480))
+
+    async def take(store: Store) -> tuple[list[Record], dict[str, tuple[int, int]], set[Any]]:
+        records = [record async for page in store.index.read_records() for record in page]
+        pending = [row async for page in store.index.read_pending() for row in page]
+        return records, await store.index.totals(), {(row.volume, row.path) for row in pending}
+
+    before = shared.use(take)
+    assert before[0] and before[2]
+    code, facts, said = shared.tool("move-index", *ends)
+    assert (code, facts["keys"]) == (0, len(before[0])), said
+    shared.configure("volume1", "volume2", "volume3", db=ends[1])
+    after = shared.use(take)
+    assert after[0] == before[0] and after[2] == before[2]
+    filled = [
+        {name: two for name, two in one.items() if any(two)} for one in (before[1], after[1])
+    ]
+    assert filled[0] == filled[1]
+    code, _, said = shared.tool("move-index", *ends)
+    assert code == 2 and "not empty" in said
+    shared.collect()
+    assert shared.tool("verify", "--grace", 0)[1]["left"] == 0
+
+
 # == Tools: put, get, ls, rm, import ==============================================================
 
 
@@ -12819,8 +13870,9 @@ class Site:
 
     WORKERS = 2
 
-    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack, db: str = "") -> None:
         self.folder = folder
+        self.db = db or str(folder / "data" / "index.db")
         self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(4)]
         self.weights = [1.0] * len(self.volumes)
         self.garbage_delay_s = 1.0
@@ -12838,8 +13890,8 @@ class Site:
 
     def configuration(self) -> str:
         settings = {
-            "data": str(self.folder / "data"), "replicas": 2, "workers": self.WORKERS,
-            "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
+            "data": str(self.folder / "data"), "db": self.db, "replicas": 2,
+            "workers": self.WORKERS, "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
             "list_rate": 0.0, "access_log": False,
         }  # fmt: skip
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
@@ -12962,9 +14014,9 @@ patient = pytest.mark.timeout(2 * LONG_S + 600)
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, db: str) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
-        yield Site(tmp_path, stack)
+        yield Site(tmp_path, stack, db)
 
 
 def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
