@@ -2416,11 +2416,12 @@ class SqliteEngine(Engine):
 
     def __init__(self, path: str) -> None:
         self.name = path
-        self.path = path
+        # Wherever links lead: who locks, or replaces, one file must not do that under two names.
+        self.path = os.path.realpath(path)
         self._locks: list[int] = []
 
     def connect(self, readonly: bool) -> SqliteSession:
-        uri = Path(self.path).absolute().as_uri()
+        uri = Path(self.path).as_uri()
         return SqliteSession(f"{uri}?mode={'ro' if readonly else 'rwc'}")
 
     def explain(self, error: Exception) -> Exception:
@@ -2437,16 +2438,16 @@ class SqliteEngine(Engine):
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             self._lock(".lock", exclusive=False)
         except BlockingIOError:
-            raise ConfigError([f"db: {self.path} is being rebuilt by mkv_tools.py"]) from None
+            raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"]) from None
         except OSError as error:
-            raise ConfigError([f"db: {self.path}: {error}"]) from None
+            raise ConfigError([f"db: {self.name}: {error}"]) from None
 
     def enter_alone(self) -> None:
-        Path(self.path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock(".lock", exclusive=True)
         except BlockingIOError:
-            reason = f"{self.path} is in use by a server or a tool: stop that first"
+            reason = f"{self.name} is in use by a server or a tool: stop that first"
             raise Unavailable(reason) from None
 
     def release(self) -> None:

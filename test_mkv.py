@@ -5850,6 +5850,24 @@ def test_second_server_on_the_same_index_is_announced(
     second.stop()
 
 
+def test_rebuild_through_a_link_sees_the_server(
+    start: Callable[..., Program], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else it would put a new index in the place of the link, and the server go on with the old
+    one."""
+    server = start()
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    link = server.folder / "link.db"
+    link.symlink_to(server.folder / "mkv-data" / "index.db")
+    tool = ["rebuild", "--data", str(server.folder / "mkv-data"), "--db", str(link)]
+    assert mkv_tools.main(tool) == 1
+    assert "link.db is in use by a server" in capsys.readouterr().err
+    server.stop()
+    assert mkv_tools.main(tool) == 0
+    assert link.is_symlink()
+    assert len(list(server.folder.glob("mkv-data/index.db.2*"))) == 1  # the old one
+
+
 def test_second_server_is_announced_whatever_name_the_index_has(
     start: Callable[..., Program], tmp_path: Path
 ) -> None:
