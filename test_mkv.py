@@ -104,6 +104,13 @@ def require_nginx() -> None:
         pytest.skip("nginx is not installed")
 
 
+def require_curl() -> None:
+    """The same for curl, which README tells people to use."""
+    if shutil.which("curl") is None:
+        assert not os.environ.get("CI"), "CI must have curl"
+        pytest.skip("curl is not installed")
+
+
 def free_port() -> int:
     """Return a port that nobody has, below those that connections get: so it is free again after a
     kill."""
@@ -5980,6 +5987,7 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     ],
 )
 def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
+    require_curl()
     tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
     server = start(config=config.format(tokens=TOKENS, tenant=tenant))
     trial = server.said.splitlines()[1].removeprefix("try: ")
@@ -6215,9 +6223,7 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
 def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path) -> None:
     """A download again is nothing, unless the key has changed; and what was saved fits
     If-Match."""
-    if shutil.which("curl") is None:
-        # What it needs is tested without it, too: dates and no ETags.
-        pytest.skip("curl is not installed")
+    require_curl()
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
     command = [
         "curl",
@@ -7532,6 +7538,7 @@ def test_readme_names_what_the_code_has() -> None:
 
 
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
+    require_curl()
     server = start()
     readme = (HERE / "README.md").read_text()
     trial = readme[readme.index("## Try it") : readme.index("## From Python")]
