@@ -486,11 +486,17 @@ def split_schema(db: str) -> tuple[str, str]:
 
 
 def hide_secrets(db: str) -> str:
-    """Return what may be shown of a URL of PostgreSQL: no password, and none of its options."""
+    """Return what may be shown of where an index is: of a URL of PostgreSQL no password, and none
+    of its options."""
+    if not is_postgres(db):
+        return db
     scheme, _, rest = db.partition("://")
-    user, at, place = rest.rpartition("@")
+    place, _, options = rest.partition("?")
+    if "@" in options:  # a password has one of the two signs in it: who knows where it begins
+        return f"{scheme}://..."
+    user, at, place = place.rpartition("@")
     user = user.partition(":")[0]
-    return f"{scheme}://{user}{at}{place.partition('?')[0]}"
+    return f"{scheme}://{user}{at}{place}"
 
 
 def parse_config(
@@ -9500,7 +9506,7 @@ def greet(config: Config, listener: socket.socket, embedded: bool) -> str:
     volumes = " ".join(f"{volume.name}={volume.url}" for volume in config.volumes)
     volumes += f" (embedded, under {config.data})" if embedded else ""
     trial = suggest_trial(config, url)
-    db = hide_secrets(config.db) if is_postgres(config.db) else config.db
+    db = hide_secrets(config.db)
     return f"mkv is ready on {url} (index {db})\nvolumes: {volumes}\ntry: {trial}\n"
 
 

@@ -3256,7 +3256,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     config = load_config(getattr(options, "config", ""), flags)
     if not is_postgres(config.db):  # for temporary tables
         os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))
-    db = hide_secrets(config.db) if is_postgres(config.db) else config.db
+    db = hide_secrets(config.db)
     try:
         await COMMANDS[options.command][0](config, options, report)
     except IndexDamaged as error:

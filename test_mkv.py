@@ -8931,6 +8931,9 @@ async def test_read_replica_is_refused(db: str, tmp_path: Path) -> None:
         "postgresql://mkv:geheim@127.0.0.1:none/store",
         "postgresql://mkv:geheim@127.0.0.1:1/store?nonsense=1",
         "postgresql://mkv:geheim%40%3F@127.0.0.1:1/store?schema=No",
+        "postgresql://127.0.0.1:1/store?password=geheim@1",
+        "postgresql://mkv@127.0.0.1:1/store?password=1@geheim",
+        "postgresql://mkv:1?geheim@127.0.0.1:1/store",
     ],
 )
 def test_password_of_the_database_is_shown_nowhere(tmp_path: Path, db: str) -> None:
