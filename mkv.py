@@ -6001,11 +6001,6 @@ class Store:
 
     # -- what clients ask for --
 
-    async def find(self, key: str, conditions: Conditions) -> tuple[Record, Verdict]:
-        """Return the key's record and whether the client has it already; raises NotFound or
-        PreconditionFailed."""
-        return judge_read(await self.index.get(key), conditions)
-
     def locate(self, record: Record) -> str:
         """Return the URL from which a client can read the blob now; raises Unavailable."""
         clients = self.view.clients

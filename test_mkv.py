@@ -9196,6 +9196,12 @@ class Cluster:
         }
 
 
+async def find_record(store: Store, key: str) -> mkv.Record:
+    record = await store.index.get(key)
+    assert record is not None
+    return record
+
+
 async def put_one(store: Store, key: str, blob: bytes, content_type: str = "") -> None:
     async def body() -> Any:
         yield blob
@@ -9799,7 +9805,7 @@ def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> Non
 
     async def work(store: Store) -> list[str]:
         await put_one(store, "k", b"A")
-        etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
+        etag = (await find_record(store, "k")).etag
 
         async def body() -> AsyncIterator[bytes]:
             yield b"x" * (mkv.SMALL_BLOB + 1)
@@ -9989,7 +9995,7 @@ def test_what_was_sent_twice_and_refused_has_marks(
 
         async def work(store: Store) -> None:
             await put_all(store, {f"warm{i}": b"x" for i in range(16)} | {"k": b"old"})
-            etag = (await store.find("k", mkv.UNCONDITIONAL))[0].etag
+            etag = (await find_record(store, "k")).etag
             store_small = mkv.Write.store_small
 
             async def then_delete(*arguments: Any) -> Record:
@@ -10052,7 +10058,7 @@ def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
         key = key_that_begins_at(store, "volume3")
         with stopped(cluster.volumes["volume3"]):
             await put_one(store, key, b"x")
-            assert (await store.find(key, mkv.UNCONDITIONAL))[0].volumes == ("volume1", "volume2")
+            assert (await find_record(store, key)).volumes == ("volume1", "volume2")
             (row,) = (await all_pending(store.index)).values()
             assert (row.volume, row.state, row.sent) == ("volume3", mkv.PendingState.GARBAGE, 1)
             assert row.doubt_s == row.since_s + mkv.HUNG.seconds
@@ -10065,7 +10071,7 @@ def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
         await store.collect_garbage()
         assert not await all_pending(store.index) and not cluster.files("volume3")
         await put_one(store, key, b"y")
-        assert "volume3" in (await store.find(key, mkv.UNCONDITIONAL))[0].volumes
+        assert "volume3" in (await find_record(store, key)).volumes
 
     cluster.use(work)
 
@@ -10105,7 +10111,7 @@ def test_slow_volume_is_waited_for_if_there_is_no_other(cluster: Cluster) -> Non
             put = asyncio.create_task(put_one(store, "k", b"x"))
             await until(lambda: store.health.slow)
         await put
-        assert len((await store.find("k", mkv.UNCONDITIONAL))[0].volumes) == 3
+        assert len((await find_record(store, "k")).volumes) == 3
         assert not await all_pending(store.index)
 
     cluster.use(work)
@@ -10224,7 +10230,7 @@ def test_delete_is_refused_while_too_few_volumes_could_take_a_mark(cluster: Clus
     async def refused(store: Store) -> None:
         with pytest.raises(mkv.Unavailable):
             await store.delete("k", mkv.UNCONDITIONAL, "")
-        assert (await store.find("k", mkv.UNCONDITIONAL))[0].size == 1
+        assert (await find_record(store, "k")).size == 1
 
     cluster.use(refused)
 
@@ -10238,8 +10244,7 @@ def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluste
         cluster.stop(*cluster.record("k").volumes)
         with pytest.raises(mkv.Unfinished):
             await store.delete("k", mkv.UNCONDITIONAL, "")
-        with pytest.raises(mkv.NotFound):
-            await store.find("k", mkv.UNCONDITIONAL)
+        assert await store.index.get("k") is None
 
     cluster.use(work)
     dead = next(
