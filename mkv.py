@@ -2067,6 +2067,10 @@ class Turn(NamedTuple):
     pending: list[Row]  # on the paths below the stems that were asked for
 
 
+class TurnTaken(Exception):
+    """Somebody else has written, against what was assumed: nothing was done."""
+
+
 class Session(ABC):
     """One connection to the index. It belongs to the thread that opened it, and raises the errors
     of its engine: see Engine.explain."""
@@ -2104,6 +2108,18 @@ class Session(ABC):
     @abstractmethod
     def commit(self) -> None:
         """Carry out all that was run; return when it is on disk."""
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        """Begin a transaction without waiting to hear that its turn has come, or return None. If
+        somebody else has written since this session did, whatever waits for the index next, at
+        the latest the commit, raises TurnTaken, and nothing was done."""
+        return None
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        """Commit, and return what there is then of keys and stems, as `begin` does."""
+        raise NotImplementedError
 
     @abstractmethod
     def roll_back(self) -> None:
@@ -2634,8 +2650,13 @@ SETTINGS = {
 }
 NOW = "extract(epoch FROM clock_timestamp())::float8"
 TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING epoch, turn, {NOW}"
+# No other than that: NULL is refused there, and with it all that follows.
+TAKE_TURN_AFTER = f"""UPDATE meta
+    SET turn = CASE WHEN epoch = ?1 AND turn = ?2 AND NOT closed THEN turn + 1 END
+    RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
     JOIN pg_class ON pg_class.oid = attrelid
@@ -2670,7 +2691,10 @@ class PostgresSession(Session):
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
         self._seen = (0, 0)  # epoch and number of the last turn that was committed
         self._turn = (0, 0)
-        self._now_ns = 0  # at the beginning of this turn, by the clock of the database
+        self._in_a_row = 0  # turns of this session between which nobody else had one
+        self._seq = 0  # of the owner, as of this one
+        self._assumed: Row = ()  # what to begin with: owner and lease, if a turn is assumed
+        self._now_ns = 0  # when a turn came last, by the clock of the database
         self._at_ns = 0  # and by our own
         self._connect()
 
@@ -2719,9 +2743,13 @@ class PostgresSession(Session):
 
     def reopen(self) -> None:
         self.close()
-        self._queue.clear()
-        self._seen = (0, 0)
+        self._forget()
         self._connect()
+
+    def _forget(self) -> None:
+        self._queue.clear()
+        self._assumed = ()
+        self._in_a_row = 0
 
     def close(self) -> None:
         self._db.close()
@@ -2732,16 +2760,48 @@ class PostgresSession(Session):
         """Send a query; return the cursor, which has its rows after the next sync."""
         return self._db.execute(in_postgres(query), values)
 
-    def _send_queue(self) -> None:
+    def _send_queue(self) -> Any:
+        """Send what is to be run, after the turn if that was only assumed; return its cursor
+        then."""
+        turn = None
+        if self._assumed:
+            turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
+            self._send(RENEW, self._assumed)
+            self._assumed = ()
         queue = self._queue
         self._queue = []
         for query, values in queue:
             self._send(query, values)
+        return turn
+
+    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Any:
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        return self._send(query, values)
+
+    def _sync(self, turn: Any = None) -> None:
+        """Wait for the answers. With them, `turn` has come."""
+        try:
+            self._pipeline.sync()
+        except self._engine.psycopg.errors.NotNullViolation as error:
+            if error.diag.table_name != "meta":
+                raise
+            self._forget()
+            self._send("ROLLBACK")
+            self._pipeline.sync()
+            raise TurnTaken from None
+        if turn is not None:
+            self._at_ns = time.monotonic_ns()
+            rows = turn.fetchall()
+            if not rows:
+                raise IndexFailed("another index has just taken its place")
+            ((epoch, number, now_s),) = rows
+            self._turn = (epoch, number)
+            self._now_ns = round(now_s * 1e9)
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        self._send_queue()
+        turn = self._send_queue()
         cursor = self._send(query, values)
-        self._pipeline.sync()
+        self._sync(turn)
         rows: list[Row] = cursor.fetchall()
         return rows
 
@@ -2753,6 +2813,12 @@ class PostgresSession(Session):
         for query, values in self._look_up_queries(keys):
             found |= records_of_rows(self.select(query, values))
         return found
+
+    def _send_reads(self, keys: list[str], stems: Collection[str]) -> tuple[list[Any], list[Any]]:
+        """Ask for records and what is pending; see read_answers."""
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        return records, pending
 
     def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
         for start in range(0, len(keys), PIECES[0]):
@@ -2786,34 +2852,40 @@ class PostgresSession(Session):
     ) -> Turn:
         """Each transaction renews the lease: that costs nothing here."""
         self.is_unsure = False
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        turn = self._send(TAKE_TURN)
+        turn = self._send_turn(TAKE_TURN)
         renewed = self._send(RENEW, (owner, lease_s))
-        records = [self._send(*query) for query in self._look_up_queries(keys)]
-        pending = [self._send(*query) for query in pending_queries(stems)]
-        self._pipeline.sync()
-        self._at_ns = time.monotonic_ns()
-        turns = turn.fetchall()
-        if not turns:
-            raise IndexFailed("another index has just taken its place")
-        ((epoch, number, now_s),) = turns
-        self._now_ns = round(now_s * 1e9)
-        self._turn = (epoch, number)
+        reads = self._send_reads(keys, stems)
+        self._sync(turn)
+        epoch, number = self._seen
+        is_next = self._turn == (epoch, number + 1)
         seqs = renewed.fetchall()
-        return Turn(
-            now_s=now_s,
-            is_next=self._turn == (self._seen[0], self._seen[1] + 1),
-            seq=seqs[0][0] if seqs else None,
-            records=records_of_rows(row for one in records for row in one.fetchall()),
-            pending=[row for one in pending for row in one.fetchall()],
-        )
+        self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
+        self._seq = seqs[0][0] if seqs else 0
+        seq = self._seq if seqs else None
+        return Turn(self._now_ns / 1e9, is_next, seq, *read_answers(*reads))
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        if self._in_a_row < ALONE_AFTER:
+            return None
+        self.is_unsure = False
+        self._assumed = (owner, lease_s)
+        self._in_a_row += 1
+        self._seq += 1
+        return Turn(self.time_ns() / 1e9, True, self._seq, {}, [])
 
     def commit(self) -> None:
-        self._send_queue()
+        self.commit_and_read([], ())
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        turn = self._send_queue()
+        reads = self._send_reads(keys, stems)
         self.is_unsure = True
         self._send("COMMIT")
-        self._pipeline.sync()
+        self._sync(turn)
         self._seen = self._turn
+        return read_answers(*reads)
 
     def roll_back(self) -> None:
         """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
@@ -2837,6 +2909,13 @@ class PostgresSession(Session):
         ""."""
         rows = self.select(WRONG_ORDER, (self._engine.schema,))
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
+
+
+def read_answers(records: list[Any], pending: list[Any]) -> tuple[dict[str, Record], list[Row]]:
+    return (
+        records_of_rows(row for one in records for row in one.fetchall()),
+        [row for one in pending for row in one.fetchall()],
+    )
 
 
 def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
@@ -3058,11 +3137,15 @@ class Transaction:
         # volumes of records -> how many came, or went, and their bytes:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
+        self._unread: tuple[list[str], set[str]] = ([], set())  # keys and stems; see `begin`
         self.now_s = 0.0
 
-    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
+    def begin(
+        self, keys: Collection[str] = (), paths: Iterable[str] = (), claimed: Collection[str] = ()
+    ) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn."""
+        from the last turn. Of the keys in `claimed` only new versions are claimed: if all else is
+        known, they are read with the commit, and until then they seem to have nothing."""
         known = len(self._records) + len(self._pending) + len(self._rows)
         if known > REMEMBERED or not self.is_alone:
             self._forget()
@@ -3071,7 +3154,15 @@ class Transaction:
         lease = self.lease
         is_due = lease.is_due()
         self._renewed_s = time.monotonic()
-        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        turn = None
+        if not unknown and not stems:
+            turn = self._session.assume_turn(lease.owner, lease.seconds)
+        if turn is not None:
+            self._unread = self._find_unknown(claimed, ())
+        else:
+            keys = {*keys, *claimed}
+            unknown, stems = self._find_unknown(keys, paths)
+            turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
         self.now_s = turn.now_s
         self.is_alone = turn.is_next
         if turn.is_next or is_complete:
@@ -3090,7 +3181,13 @@ class Transaction:
     def commit(self) -> None:
         """Write what has changed; return when it is on disk."""
         self.flush()
-        self._session.commit()
+        keys, stems = self._unread
+        if keys or stems:
+            records, rows = self._session.commit_and_read(keys, stems)
+            self._take(keys, records, stems, rows)
+            self._unread = ([], set())
+        else:
+            self._session.commit()
         self.lease.renewed_s = self._renewed_s
 
     def _forget(self) -> None:
@@ -3132,11 +3229,15 @@ class Transaction:
             self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
+        if stem in self._unread[1]:
+            return {}
         if stem not in self._pending:
             self._take((), {}, [stem], self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
+        if key in self._unread[0]:
+            return None
         if key not in self._records:
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
@@ -3255,14 +3356,25 @@ class Transaction:
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that is known of it, dead or
         alive."""
-        current = self.get(key)
-        pending = self._pending_of_stem(key_stem(key))
-        versions = [version_of(path) for _, path in pending]
-        if current is not None:
-            versions.append(current.version)
-        now_ns = self._session.time_ns()
-        version = next_version(now_ns, max(versions, default=None), random.getrandbits(16))
+        highest = max(self._versions(key), default=None)
+        version = next_version(self._session.time_ns(), highest, random.getrandbits(16))
         return blob_path(key, version, ext)
+
+    def _versions(self, key: str) -> list[str]:
+        current = self.get(key)
+        versions = [version_of(path) for _, path in self._pending_of_stem(key_stem(key))]
+        return versions if current is None else [*versions, current.version]
+
+    def is_low(self, key: str, path: str, claims: Collection[str]) -> bool:
+        """Whether a path that was drawn before the key was read is not what draw_path promises;
+        `claims` were drawn with it."""
+        drawn = {version_of(one) for one in claims}
+        return any(version > version_of(path) for version in {*self._versions(key)} - drawn)
+
+    def claim_higher(self, act: Callable[[Transaction], str], path: str) -> str:
+        """Claim anew in place of `path`, where nothing was written yet."""
+        self.change(self.pending_below(path), {})
+        return act(self)
 
     def claim(self, path: str, volumes: Collection[str], state: PendingState) -> None:
         """Note that this owner is about to write at `path`. What is in doubt stays so."""
@@ -3824,8 +3936,9 @@ class Mutation(NamedTuple):
     """What is to be done in a transaction, and the keys and paths that it will ask for."""
 
     act: Callable[[Transaction], Any]
-    keys: Collection[str]
-    paths: Collection[str]
+    keys: Collection[str] = ()
+    paths: Collection[str] = ()
+    claimed: str = ""  # or it only claims a new version of this key, and returns its path
 
 
 class Writer:
@@ -3841,13 +3954,20 @@ class Writer:
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
         of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
-            return self._write_together(mutations, session)
+            answers = self._write_together(mutations, session)
         except Exception as error:
             reason = self._engine.explain(error)
             is_damage = isinstance(reason, IndexDamaged)
             if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
                 raise reason from None
             return [self._write_alone(mutation, session) for mutation in mutations]
+        claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
+        drawn = {answers[i] for i in claims}
+        for i, key in claims.items():
+            if self._tx and self._tx.is_low(key, answers[i], drawn):
+                again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
+                answers[i] = self._write_alone(Mutation(again, [key]), session)
+        return answers
 
     def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
@@ -3863,6 +3983,7 @@ class Writer:
         come about; raises IndexUnsure if that is not to be found out."""
         keys = set[str]().union(*(one.keys for one in mutations))
         paths = set[str]().union(*(one.paths for one in mutations))
+        claimed = {one.claimed for one in mutations if one.claimed}
         deadline_s = math.inf
         while True:
             if session.is_lost:
@@ -3871,13 +3992,15 @@ class Writer:
             tx = self._tx or Transaction(session, self._lease)
             self._tx = None  # unless all goes well: what it remembers may not be so
             try:
-                tx.begin(keys, paths)
+                tx.begin(keys, paths, claimed)
                 for mutation in mutations:
                     try:
                         answers.append(mutation.act(tx))
                     except (MkvError, Overtaken) as error:
                         answers.append(error)
                 tx.commit()
+            except TurnTaken:
+                continue
             except Exception:
                 is_lost = session.is_lost
                 session.roll_back()
@@ -4054,6 +4177,11 @@ class Index:
         all of them; it may ask for more. An MkvError or Overtaken that it raises is passed on and
         undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(Mutation(mutation, keys, paths))
+
+    def claim(self, act: Callable[[Transaction], str], key: str) -> asyncio.Future[str]:
+        """Do the same with an act that only claims a new version of `key` and returns its path.
+        It raises nothing, and may be carried out twice: the key need not be read before."""
+        return self._writer.call(Mutation(act, claimed=key))
 
     async def _read(self, query: Callable[[Session], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -5662,11 +5790,18 @@ class Write:
     async def _claim_all(self, names: Collection[str]) -> None:
         """Note in the index that something may come there; only then it may be sent."""
         self.claimed.update(names)
-        await self._index.write(partial(self._claim, names), keys=[self._draft.key])
+        key = self._draft.key
+        if self.path:
+            await self._index.write(partial(self._claim, names), keys=[key])
+        else:
+            await self._index.claim(partial(self._claim_first, names), key)
+
+    def _claim_first(self, names: Collection[str], tx: Transaction) -> str:
+        self.path = tx.draw_path(self._draft.key, self._draft.ext)
+        self._claim(names, tx)
+        return self.path
 
     def _claim(self, names: Collection[str], tx: Transaction) -> None:
-        if not self.path:
-            self.path = tx.draw_path(self._draft.key, self._draft.ext)
         bound = not is_unconditional(self._draft.conditions)
         tx.claim(self.path, names, PendingState.BOUND if bound else PendingState.CLAIMED)
 
