@@ -2611,6 +2611,12 @@ def check_target(target: str, part: str, index: str) -> None:
 # a ring. The turns are numbered, so a session knows whether somebody else wrote in between. It
 # is two round trips, whatever it holds: turn and reads; changes and commit.
 #
+# Where nobody else writes it is one. Who had several turns in a row knows the state of the index,
+# as far as it remembers it, and assumes that the next turn is its own, too: turn, changes and
+# commit go out together, and if the turn is another, PostgreSQL refuses them all. What a PUT
+# claims need not be known for that: it is read after the claim, which is repeated if it is lower
+# than what is known of its key.
+#
 # If the connection breaks in a commit, only the index knows what has become of it. Each
 # transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
 # the broken connection is over, and reads it.
@@ -2656,6 +2662,7 @@ TAKE_TURN_AFTER = f"""UPDATE meta
     RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
 ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
@@ -2676,10 +2683,47 @@ def load_psycopg() -> ModuleType:
     return psycopg
 
 
-@lru_cache(500)
-def in_postgres(query: str) -> str:
+def in_postgres(query: str) -> bytes:
     """Return a query with PostgreSQL's parameters."""
-    return re.sub(r"\?([0-9])", r"$\1", query)
+    return re.sub(r"\?([0-9])", r"$\1", query).encode()
+
+
+def dump_value(value: Any) -> bytes | None:
+    """Return a parameter as text of no type, which the columns give it: else each size of a number
+    were another statement to prepare."""
+    if value is None:
+        return None
+    return value.encode() if type(value) is str else repr(value).encode()
+
+
+LOADERS: Mapping[int, Callable[[bytes], Any]] = {  # by the type's number in PostgreSQL
+    16: lambda text: text == b"t",
+    20: int, 23: int,
+    701: float,
+    1700: int,  # a sum of whole numbers
+}  # fmt: skip
+
+
+def load_rows(result: Any) -> list[Row]:
+    loaders = [LOADERS.get(result.ftype(i), bytes.decode) for i in range(result.nfields)]
+    get = result.get_value
+    rows = list[Row]()
+    for number in range(result.ntuples):
+        row = []
+        for i, load in enumerate(loaders):
+            text = get(number, i)
+            row.append(None if text is None else load(text))
+        rows.append(tuple(row))
+    return rows
+
+
+@dataclass(slots=True)
+class Sent:
+    """A query that was sent, and what it has returned, after the next `_sync`."""
+
+    query: str
+    is_preparing: bool
+    rows: list[Row] = field(default_factory=list)
 
 
 class PostgresSession(Session):
@@ -2689,6 +2733,7 @@ class PostgresSession(Session):
         self._engine = engine
         self._readonly = readonly
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
+        self._prepared = 0
         self._seen = (0, 0)  # epoch and number of the last turn that was committed
         self._turn = (0, 0)
         self._in_a_row = 0  # turns of this session between which nobody else had one
@@ -2699,21 +2744,16 @@ class PostgresSession(Session):
         self._connect()
 
     def _connect(self) -> None:
-        psycopg = self._engine.psycopg
-        given = self._engine.parameters
-        self._db = psycopg.connect(
-            **given, autocommit=True, cursor_factory=psycopg.RawCursor, prepare_threshold=0
-        )
-        self._db.prepared_max = 300
-        # For as long as the connection lasts: all goes out together, and `sync` is one round trip.
-        # To leave it sends a Flush after the Sync, and by that stops PostgreSQL's clock for those
-        # who stand still in a transaction.
-        self._stack = contextlib.ExitStack()
-        self._pipeline = self._stack.enter_context(self._db.pipeline())
-        # Numbers go as text of no type, which the columns give them: else each size of a number
-        # were another statement to prepare.
-        self._db.adapters.register_dumper(int, self._engine.dumper)
-        self._db.adapters.register_dumper(float, self._engine.dumper)
+        """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
+        psycopg.pq: what is sent is kept until the next `_sync`, and goes out with it. psycopg's
+        cursors would make a system call or two of each statement, and wait for the GIL after
+        each of them while the event loop is busy."""
+        self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
+        self._pq = self._db.pgconn
+        self._pq.enter_pipeline_mode()
+        self._names = dict[str, bytes]()  # of prepared queries
+        self._sent = deque[Sent]()
+        self._forget()
         try:
             self._set_up()
         except Exception:
@@ -2743,7 +2783,6 @@ class PostgresSession(Session):
 
     def reopen(self) -> None:
         self.close()
-        self._forget()
         self._connect()
 
     def _forget(self) -> None:
@@ -2753,16 +2792,23 @@ class PostgresSession(Session):
 
     def close(self) -> None:
         self._db.close()
-        with contextlib.suppress(self._engine.psycopg.Error):
-            self._stack.close()
 
-    def _send(self, query: str, values: Sequence[Any] = ()) -> Any:
-        """Send a query; return the cursor, which has its rows after the next sync."""
-        return self._db.execute(in_postgres(query), values)
+    def _send(self, query: str, values: Sequence[Any] = ()) -> Sent:
+        name = self._names.get(query)
+        if name is None:
+            name = b"%d" % self._prepared
+            self._prepared += 1
+            self._names[query] = name
+            self._pq.send_prepare(name, in_postgres(query))
+            self._sent.append(Sent(query, is_preparing=True))
+        self._pq.send_query_prepared(name, [dump_value(value) for value in values])
+        sent = Sent(query, is_preparing=False)
+        self._sent.append(sent)
+        return sent
 
-    def _send_queue(self) -> Any:
-        """Send what is to be run, after the turn if that was only assumed; return its cursor
-        then."""
+    def _send_queue(self) -> Sent | None:
+        """Send what is to be run, after the turn if that was only assumed; return what was sent
+        for that."""
         turn = None
         if self._assumed:
             turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
@@ -2774,36 +2820,63 @@ class PostgresSession(Session):
             self._send(query, values)
         return turn
 
-    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Any:
+    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Sent:
         self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
         return self._send(query, values)
 
-    def _sync(self, turn: Any = None) -> None:
-        """Wait for the answers. With them, `turn` has come."""
-        try:
-            self._pipeline.sync()
-        except self._engine.psycopg.errors.NotNullViolation as error:
-            if error.diag.table_name != "meta":
-                raise
-            self._forget()
-            self._send("ROLLBACK")
-            self._pipeline.sync()
-            raise TurnTaken from None
+    def _sync(self, turn: Sent | None = None) -> None:
+        """Send all of that and wait for the answers, in one round trip; raises what the first one
+        that failed says. With the answers `turn` has come."""
+        failed = self._collect()
+        if failed is not None:
+            raise self._engine.error_of(failed)
         if turn is not None:
             self._at_ns = time.monotonic_ns()
-            rows = turn.fetchall()
-            if not rows:
+            if not turn.rows:
                 raise IndexFailed("another index has just taken its place")
-            ((epoch, number, now_s),) = rows
+            ((epoch, number, now_s),) = turn.rows
             self._turn = (epoch, number)
             self._now_ns = round(now_s * 1e9)
 
+    def _collect(self) -> Any:
+        """Return the first result that is an error, None if there is none. After that PostgreSQL
+        has carried nothing out, and prepared nothing."""
+        status = self._engine.psycopg.pq.ExecStatus
+        failed = None
+        self._pq.pipeline_sync()
+        while True:
+            result = self._wait_for_result()
+            if self.is_lost:
+                raise self._engine.psycopg.OperationalError("the connection is lost")
+            if result is None:
+                continue  # the end of what one query returns
+            if result.status == status.PIPELINE_SYNC:
+                return failed
+            sent = self._sent.popleft()
+            if result.status == status.TUPLES_OK:
+                sent.rows = load_rows(result)
+            elif result.status != status.COMMAND_OK:
+                if sent.is_preparing:
+                    del self._names[sent.query]
+                failed = failed or result
+
+    def _wait_for_result(self) -> Any:
+        events = select.poll()
+        events.register(self._pq.socket, select.POLLIN | select.POLLOUT)
+        while self._pq.flush():
+            events.poll()
+            self._pq.consume_input()
+        events.modify(self._pq.socket, select.POLLIN)
+        while self._pq.is_busy():
+            events.poll()
+            self._pq.consume_input()
+        return self._pq.get_result()
+
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         turn = self._send_queue()
-        cursor = self._send(query, values)
+        sent = self._send(query, values)
         self._sync(turn)
-        rows: list[Row] = cursor.fetchall()
-        return rows
+        return sent.rows
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
         self._queue.append((statement, values))
@@ -2814,7 +2887,9 @@ class PostgresSession(Session):
             found |= records_of_rows(self.select(query, values))
         return found
 
-    def _send_reads(self, keys: list[str], stems: Collection[str]) -> tuple[list[Any], list[Any]]:
+    def _send_reads(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[list[Sent], list[Sent]]:
         """Ask for records and what is pending; see read_answers."""
         records = [self._send(*query) for query in self._look_up_queries(keys)]
         pending = [self._send(*query) for query in pending_queries(stems)]
@@ -2858,7 +2933,7 @@ class PostgresSession(Session):
         self._sync(turn)
         epoch, number = self._seen
         is_next = self._turn == (epoch, number + 1)
-        seqs = renewed.fetchall()
+        seqs = renewed.rows
         self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
         self._seq = seqs[0][0] if seqs else 0
         seq = self._seq if seqs else None
@@ -2888,17 +2963,19 @@ class PostgresSession(Session):
         return read_answers(*reads)
 
     def roll_back(self) -> None:
-        """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
-        self._queue.clear()
-        self.close()
+        self._forget()
+        try:
+            self._send("ROLLBACK")
+            self._collect()
+        except self._engine.psycopg.Error:
+            self.close()
 
     def read_seq(self, owner: int) -> int | None:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        self._send(TAKE_TURN)
-        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
+        self._send_turn(TAKE_TURN)
+        sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
         self._send("COMMIT")
-        self._pipeline.sync()
-        return rows[0][0] if rows else None
+        self._sync()
+        return sent.rows[0][0] if sent.rows else None
 
     @contextlib.contextmanager
     def beside(self, other: Engine) -> Iterator[str]:
@@ -2911,10 +2988,10 @@ class PostgresSession(Session):
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
 
 
-def read_answers(records: list[Any], pending: list[Any]) -> tuple[dict[str, Record], list[Row]]:
+def read_answers(records: list[Sent], pending: list[Sent]) -> tuple[dict[str, Record], list[Row]]:
     return (
-        records_of_rows(row for one in records for row in one.fetchall()),
-        [row for one in pending for row in one.fetchall()],
+        records_of_rows(row for one in records for row in one.rows),
+        [row for one in pending for row in one.rows],
     )
 
 
@@ -2940,14 +3017,22 @@ class PostgresEngine(Engine):
         self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
         self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
 
-        class Untyped(self.psycopg.adapt.Dumper):  # type: ignore[name-defined, misc]
-            def dump(self, number: float) -> bytes:
-                return repr(number).encode()
-
-        self.dumper = Untyped
-
     def connect(self, readonly: bool) -> PostgresSession:
         return PostgresSession(self, readonly)
+
+    def error_of(self, result: Any) -> Exception:
+        """Return what a result says that is an error."""
+        names = self.psycopg.pq.DiagnosticField
+        state = (result.error_field(names.SQLSTATE) or b"").decode()
+        table = result.error_field(names.TABLE_NAME)
+        if state == NOT_NULL_VIOLATION and table == b"meta":
+            return TurnTaken()
+        text = result.error_field(names.MESSAGE_PRIMARY) or result.error_message
+        try:
+            kind = self.psycopg.errors.lookup(state)
+        except KeyError:
+            kind = self.psycopg.OperationalError  # the connection broke
+        return cast(Exception, kind(text.decode(errors="replace")))
 
     def explain(self, error: Exception) -> Exception:
         psycopg = self.psycopg
@@ -3070,8 +3155,8 @@ class PostgresEngine(Engine):
 #
 # Mutations that wait are one batch and one transaction: what they say that they will ask for is
 # read with two queries, they are carried out on what is in memory, and at the end all is written
-# with a few statements. So a batch costs a few steps of SQLite, or two round trips to PostgreSQL,
-# whatever it holds.
+# with a few statements. So a batch costs a few steps of SQLite, or one or two round trips to
+# PostgreSQL, whatever it holds.
 #
 # The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
 # (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
@@ -4000,6 +4085,7 @@ class Writer:
                         answers.append(error)
                 tx.commit()
             except TurnTaken:
+                session.roll_back()
                 continue
             except Exception:
                 is_lost = session.is_lost
