@@ -3113,10 +3113,17 @@ DETAILS: Mapping[str, str] = {
     "nothing. Each key of the old index that is not on the volumes, or only in an older version, "
     "is reported as `lost key`, with exit code 1; the new index is in place all the same, since "
     f"no file is left that could bring the key back. {FULL_FOLDER}",
+    "rebalance": "Change the volumes in the configuration and reload the server (kill -HUP) "
+    "before: one that still has the old set would go on placing blobs by it. A key that a client "
+    "changes meanwhile, or that has garbage waiting where its copy would go, is left alone: run "
+    "it again until it exits with 0, and also after it was killed, since what it had copied "
+    "waits for that.",
     "verify": "A record with fewer replicas than `replicas` is a fault (exit code 1), also one "
     "that a PUT left behind with a lower `min_replicas`. A repair that fails leaves the record as "
     "it was. --grace 0 is for a store that nobody writes to: an upload under way looks like an "
     f"unfinished write. {FULL_FOLDER}",
+    "forget": "Until then garbage of a volume that is no longer configured stays in the index, "
+    "for the day when the volume comes back, and so does the alert about old garbage.",
     "backup": "It refuses a FILE that is the index or belongs to it, whatever link leads there.",
 }
 

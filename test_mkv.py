@@ -7611,6 +7611,25 @@ def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_readmes_units_are_understood_by_systemd(tmp_path: Path) -> None:
+    """Without a warning, with programs in the place of those that are not here; nothing is
+    started."""
+    readme = (HERE / "README.md").read_text()
+    part = readme[readme.index("### systemd") : readme.index("### Compose")]
+    blocks = re.findall(r"^```ini\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
+    names = re.findall(r"`/etc/systemd/system/(\S+)`", part)
+    assert names == ["mkv-volume.service", "mkv-index.service", "mkv-.service.d/common.conf"]
+    for name, text in zip(names, blocks, strict=True):
+        text = re.sub(r"^(Exec\w+=)\S*(nginx|python) ", r"\1/bin/true ", text, flags=re.MULTILINE)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    units = [tmp_path / name for name in names[:2]]
+    verify = ["systemd-analyze", "verify", "--man=no", *units]
+    ended = subprocess.run(verify, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
+
+
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
     # The first that knows dockerfile_inline.
