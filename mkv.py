@@ -2255,6 +2255,7 @@ SQLITE_STEPS = {
 }
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+COPYING = ".tmp"  # at the end of a copy's name while it is made
 TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
 
@@ -2472,11 +2473,11 @@ class SqliteEngine(Engine):
         return Path(self.path).is_file()
 
     def check_target(self, target: str) -> None:
-        check_target(target, f"{target}.tmp", self.path)
+        check_target(target, target + COPYING, self.path)
 
     def copy_to(self, target: str, session: Session) -> int:
         """The file appears whole, checked and synced, or not at all."""
-        part = f"{target}.tmp"
+        part = target + COPYING
         try:
             remove_index(part)
             keys = copy_index(part, cast(SqliteSession, session).db)

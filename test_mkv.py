@@ -9148,7 +9148,7 @@ class Cluster:
     def tool(self, command: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
         """Run a tool in this process; return exit code, summary and standard error."""
         out, err = io.StringIO(), io.StringIO()
-        config = ["--config", str(self.file)] if command in mkv_tools.SETTINGS else []
+        config = ["--config", str(self.file)] if mkv_tools.COMMANDS[command].settings else []
         line = [command, *config, "--json", *map(str, arguments)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = mkv_tools.main(line)
@@ -9159,7 +9159,7 @@ class Cluster:
             sys.executable,
             HERE / "mkv_tools.py",
             command,
-            *(["--config", self.file] if command in mkv_tools.SETTINGS else []),
+            *(["--config", self.file] if mkv_tools.COMMANDS[command].settings else []),
             "--json",
             *map(str, arguments),
         ]
@@ -12333,6 +12333,19 @@ def test_progress_is_plain_lines_off_a_terminal(
 
     asyncio.run(work())
     assert capsys.readouterr().err.splitlines()[0].startswith(" 50% 12 keys, 0 s left")
+
+
+@on_nginx
+def test_copying_an_index_shows_progress(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(10)})
+    real = asyncio.sleep
+    monkeypatch.setattr(mkv_tools.asyncio, "sleep", lambda seconds: real(0))
+    code, _, said = cluster.tool("backup", tmp_path / "copy.db")
+    assert code == 0 and re.search(r"^ {0,3}\d+% .* copied", said, re.MULTILINE)
+    code, _, said = cluster.tool("move-index", tmp_path / "copy.db", tmp_path / "moved.db")
+    assert code == 0 and "50% 10 keys copied, 0 checked" in said
 
 
 # == Tools: an index in PostgreSQL ================================================================
