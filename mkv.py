@@ -6499,10 +6499,11 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Whatever a key holds, it shows: control characters and those that turn text around, too.
+// Whatever a key holds, it shows: what is invisible or turns text around, too, and blanks that a
+// reader would not count. No two keys look the same but by their letters.
 function show(text) {
-  const odd = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
-  return text.replace(odd, c => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+  const odd = /(?! )[\p{C}\p{Z}]|^ | $| (?= )|\\(?=u)/gu;
+  return text.replace(odd, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
 }
 
 function say(text) {
