@@ -6368,6 +6368,7 @@ nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-dec
 nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
+p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
   padding: 1rem; margin-bottom: 1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
@@ -6462,7 +6463,7 @@ PAGE_BODY = """
       <div id="uploads" aria-live="polite"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
-      <p id="empty" class="dim" hidden>No keys here. Drop files to upload them.</p>
+      <p id="remark" class="dim" role="status"></p>
       <button id="more" hidden>More</button>
     </div>
   </section>
@@ -6471,10 +6472,12 @@ PAGE_BODY = """
 <dialog id="sure" aria-label="delete a key"></dialog>
 <dialog id="token" aria-label="token">
   <form id="token-form">
-    <h2>A token is needed</h2>
+    <h2>Token</h2>
+    <p id="refusal" role="alert"></p>
     <p class="dim">It is kept until this tab is closed, and sent to this server only.</p>
     <div class="bar"><input type="password" id="secret" aria-label="secret of the token"
-      autocomplete="off"><button class="main">Use it</button></div>
+      autocomplete="off" pattern="[ -~]*"><button class="main">Use it</button>
+      <button type="button" id="not-now">Not now</button></div>
   </form>
 </dialog>
 <div id="notice" role="status" hidden></div>
@@ -6562,21 +6565,23 @@ async function ask(path, options = {}) {
   const asked = { redirect: "manual", cache: "no-store", ...options };
   asked.headers = headers(options.headers);
   const answer = await fetch(path, asked);
-  if (answer.status === 401) ask_for_token();
   if (!answer.ok) {
     const problem = await answer.json().catch(() => ({}));
     const error = new Error(problem.detail || `the server answers ${answer.status}`);
     error.status = answer.status;
+    if (error.status === 401) ask_for_token(error.message);
     throw error;
   }
   return answer;
 }
 
-function ask_for_token() {
+function ask_for_token(reason) {
+  at("refusal").textContent = reason;
   if (!at("token").open) at("token").showModal();
 }
 
-at("sign-in").onclick = ask_for_token;
+at("sign-in").onclick = () => ask_for_token("");
+at("not-now").onclick = () => at("token").close();
 at("token-form").onsubmit = event => {
   event.preventDefault();
   sessionStorage.setItem("mkv-token", at("secret").value.trim());
@@ -6759,9 +6764,14 @@ async function list(start = "") {
     else at("list").replaceChildren(...rows);
     following = page.next;
     at("more").hidden = following === null;
-    at("empty").hidden = at("list").childElementCount > 0;
+    const is_empty = at("list").childElementCount === 0;
+    at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine === generation && error.status !== 401) say(error.message);
+    if (mine !== generation) return;
+    at("remark").textContent = error.message;
+    if (start) return;
+    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
+    at("more").hidden = true;
   }
 }
 
@@ -6895,7 +6905,6 @@ function end_upload(job, request, bar, done, button) {
     list();
     return;
   }
-  if (request.status === 401) ask_for_token();
   if (request.status === 412) {
     done.textContent = "is there already";
     button.textContent = "Replace";
@@ -6904,6 +6913,7 @@ function end_upload(job, request, bar, done, button) {
   }
   done.textContent = request.status ? `refused with ${request.status}` : "cut off";
   try { done.textContent = JSON.parse(request.responseText).detail; } catch { /* no reason */ }
+  if (request.status === 401) ask_for_token(done.textContent);
 }
 
 at("files").onchange = event => {

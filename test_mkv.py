@@ -5159,7 +5159,7 @@ class Tab:
         return self.page.get_by_role("button", name=name, exact=True)
 
     def sign_in(self, token: str) -> None:
-        self.page.get_by_label("secret of the token").fill(SECRETS[token])
+        self.page.get_by_label("secret of the token").fill(SECRETS.get(token, token))
         self.page.keyboard.press("Enter")
 
     def show(self, prefix: str) -> None:
@@ -5180,6 +5180,9 @@ class Tab:
         self.button(f"Delete {key}").click()
         self.button("Delete it").click()
         self.button(f"Delete {key}").wait_for(state="detached")
+
+    def wait_for_text(self, place: str, text: str) -> None:
+        self.page.locator(place, has_text=text).wait_for()
 
     def wait_for_image(self) -> None:
         width = "document.querySelector('#details img')?.naturalWidth"
@@ -5218,7 +5221,22 @@ class TestPage:
             kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
             assert kept == [["mkv-token"], []] and tab.context.cookies() == []
         with Tab(browser, server.url, KEYS_VIEW) as tab:  # another tab knows no token
-            tab.page.get_by_label("secret of the token").wait_for()
+            tab.wait_for_text("#refusal", "a token is needed")
+            tab.sign_in("unknown")
+            tab.wait_for_text("#refusal", "this token is not known here")
+            tab.sign_in("no header holds 猫")
+            tab.button("Not now").click()
+            assert not tab.page.locator("#token").is_visible()
+            tab.button("Token").click()
+            tab.sign_in("tenant")
+            tab.show("tenant/")
+            tab.upload("a.txt", b"x")
+            tab.button("a.txt").wait_for()
+            tab.show("my photos/")
+            tab.wait_for_text("#remark", "tenant may only read, write, list keys that begin")
+            assert tab.page.locator("#list tr").count() == 0
+            tab.upload("b.txt", b"x")
+            tab.wait_for_text("#uploads", "tenant may only")
 
     def test_files_are_dropped_and_replace_nothing_unasked(
         self, browser: Any, shop: Program
