@@ -6407,7 +6407,7 @@ button.danger { color: var(--bad); }
 .button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
 #uploads:not(:empty) { margin-bottom: .8rem; }
-.upload { display: grid; grid-template-columns: 1fr 8rem 9rem auto; gap: .6rem;
+.upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
 #notice { position: fixed; inset: auto 1rem 1rem; margin: 0 auto; width: fit-content;
@@ -6798,7 +6798,9 @@ async function download(one) {
     let link = await link_to(one);
     if (!link.startsWith("blob:")) link += (link.includes("?") ? "&" : "?") + "download=1";
     const name = one.key.slice(one.key.lastIndexOf("/") + 1);
-    make("a", { href: link, download: name }).click();
+    // In a tab of its own: what a volume says instead must not take the place of this page.
+    const beside = { target: "_blank", rel: "noopener" };
+    make("a", { href: link, download: name, ...beside }).click();
     if (link.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(link), 60000);
   } catch (error) {
     say(error.message);
@@ -6853,84 +6855,100 @@ function ask_to_delete(one) {
 
 // -- uploads --
 
-const waiting = [];
+const waiting = new Set();
 let under_way = 0;
 
 function upload(files) {
   for (const file of files) {
-    const key = prefix + file.name;
     const row = make("div", { class: "upload" });
     at("uploads").append(row);
-    waiting.push({ file, key, row, replaces: false });
+    enqueue(file, prefix + file.name, row, { "If-None-Match": "*" });
   }
+}
+
+function enqueue(file, key, row, conditions) {
+  const label = `upload of ${show(key)}`;
+  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
+  const done = make("span", { class: "dim" }, "waits");
+  const button = make("button", {}, "Cancel");
+  const job = { file, key, row, conditions, bar, done, button };
+  button.onclick = () => { waiting.delete(job); row.remove(); };
+  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
+  waiting.add(job);
   start_uploads();
 }
 
 function start_uploads() {
-  while (waiting.length && under_way < UPLOADS_AT_ONCE) send(waiting.shift());
+  for (const job of waiting) {
+    if (under_way >= UPLOADS_AT_ONCE) return;
+    waiting.delete(job);
+    under_way += 1;
+    send(job);
+  }
 }
 
-function send(job) {
-  const { file, key, row } = job;
+function send({ file, key, row, conditions, bar, done, button }) {
   const request = new XMLHttpRequest();
-  const label = `upload of ${show(key)}`;
-  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
-  const done = make("span", { class: "dim" }, "begins");
-  const button = make("button", {}, "Cancel");
-  button.onclick = () => request.abort();
-  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
-  under_way += 1;
   request.open("PUT", url(key));
-  const sent = headers(job.replaces ? {} : { "If-None-Match": "*" });
-  for (const [name, value] of Object.entries(sent)) request.setRequestHeader(name, value);
+  for (const [name, value] of Object.entries(headers(conditions))) {
+    request.setRequestHeader(name, value);
+  }
+  done.textContent = "begins";
+  button.onclick = () => request.abort();
   request.upload.onprogress = event => {
     bar.value = event.loaded;
     done.textContent = `${bytes(event.loaded)} of ${bytes(file.size)}`;
   };
   request.onloadend = () => {
     under_way -= 1;
-    end_upload(job, request, bar, done, button);
+    button.textContent = "Close";
+    button.onclick = () => row.remove();
+    done.textContent = outcome(request.status, request.responseText);
+    if (request.status === 201 || request.status === 204) {
+      bar.value = bar.max;
+      setTimeout(button.onclick, 4000);
+    } else if (request.status === 412) {
+      button.textContent = "Replace";
+      button.onclick = () => enqueue(file, key, row, {});
+    } else if (request.status === 401) {
+      ask_for_token(done.textContent);
+    }
     start_uploads();
+    if (!waiting.size) list();  // once for many
   };
   request.send(file);
 }
 
-function end_upload(job, request, bar, done, button) {
-  button.textContent = "Close";
-  button.onclick = () => job.row.remove();
-  if (request.status === 201 || request.status === 204) {
-    bar.value = bar.max;
-    done.textContent = "stored";
-    setTimeout(button.onclick, 4000);
-    list();
-    return;
-  }
-  if (request.status === 412) {
-    done.textContent = "is there already";
-    button.textContent = "Replace";
-    button.onclick = () => { waiting.push({ ...job, replaces: true }); start_uploads(); };
-    return;
-  }
-  done.textContent = request.status ? `refused with ${request.status}` : "cut off";
-  try { done.textContent = JSON.parse(request.responseText).detail; } catch { /* no reason */ }
-  if (request.status === 401) ask_for_token(done.textContent);
+function outcome(status, text) {
+  if (status === 201 || status === 204) return "stored";
+  if (status === 412) return "is there already";
+  if (status === 0) return "cut off";
+  try { return JSON.parse(text).detail; } catch { return `refused with ${status}`; }
 }
 
 at("files").onchange = event => {
   upload([...event.target.files]);
   event.target.value = "";
 };
+// Files may be dropped anywhere: whatever misses would take the place of the page.
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
-  at("drop").addEventListener(kind, event => {
+  document.addEventListener(kind, event => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     at("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    if (kind === "drop" && !at("keys").hidden) drop([...event.dataTransfer.items]);
   });
 }
-at("drop").addEventListener("drop", event => {
-  const items = [...event.dataTransfer.items].filter(item => item.kind === "file");
+
+function drop(items) {
+  const files = items.filter(item => item.kind === "file");
   const is_folder = item => Boolean(item.webkitGetAsEntry?.()?.isDirectory);
-  if (items.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
-  upload(items.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+  if (files.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
+  upload(files.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+}
+
+addEventListener("beforeunload", event => {
+  if (under_way || waiting.size) event.preventDefault();
 });
 
 // -- which view --

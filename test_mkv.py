@@ -5241,22 +5241,37 @@ class TestPage:
     def test_files_are_dropped_and_replace_nothing_unasked(
         self, browser: Any, shop: Program
     ) -> None:
+        """Three go at once; those that wait show, and hold the page. Wherever they are dropped."""
         prefix = f"drop-{random.getrandbits(32):x}/"
         assert ask(f"{shop.url}/{prefix}a.txt", "PUT", b"old")[0] == 201
         with Tab(browser, shop.url, KEYS_VIEW + quote(prefix, safe="")) as tab:
+            tab.button("a.txt").wait_for()
             made = tab.page.evaluate_handle(
                 "() => { const all = new DataTransfer();"
-                " for (const name of ['a.txt', 'b.txt']) all.items.add(new File(['new'], name));"
+                " for (const name of 'abcde') all.items.add(new File(['new'], `${name}.txt`));"
                 " return all; }"
             )
-            tab.page.dispatch_event("#drop", "drop", {"dataTransfer": made})
-            tab.button("b.txt").wait_for()
+            stays = "!dispatchEvent(new Event('beforeunload', {cancelable: true}))"
+            rows = tab.page.locator(".upload")
+            shop.process.send_signal(signal.SIGSTOP)
+            try:
+                tab.page.dispatch_event("h1", "drop", {"dataTransfer": made})
+                rows.nth(4).get_by_text("waits").wait_for()
+                assert rows.count() == 5 and rows.get_by_text("waits").count() == 2
+                assert tab.page.evaluate(stays)
+                rows.nth(4).get_by_role("button").click()
+                rows.nth(1).get_by_role("button").click()
+                rows.nth(1).get_by_text("cut off").wait_for()
+            finally:
+                shop.process.send_signal(signal.SIGCONT)
+            tab.button("d.txt").wait_for()
             replace_it = tab.button("Replace")
             replace_it.wait_for()
             assert read_back(shop, prefix + "a.txt") == b"old"
             replace_it.click()
             replace_it.wait_for(state="detached")
             eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+            eventually(lambda: not tab.page.evaluate(stays))
 
     def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
         space = f"evil-{random.getrandbits(32):x}"
@@ -5298,15 +5313,23 @@ class TestPage:
         with contextlib.ExitStack() as stack:
             volumes = [stack.enter_context(Nginx(tmp_path / f"v{i}")) for i in range(3)]
             server = start(*flags_of(volumes), "--replicas", "3")
-            assert ask(server.url + "/k.txt", "PUT", b"alive")[0] == 201
+            for key in ("k.txt", "lost.txt"):
+                assert ask(f"{server.url}/{key}", "PUT", b"alive")[0] == 201
             tab = stack.enter_context(Tab(browser, server.url))
             tab.page.locator("td.up").nth(2).wait_for()
             volumes[1].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
-            assert tab.page.locator("#tiles .figure").first.inner_text() == "1"
+            assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
+            for volume in volumes:
+                for name in volume.files():
+                    (volume.folder / name).unlink()
+            with tab.context.expect_page() as other:
+                tab.button("Download lost.txt").click()
+            other.value.get_by_text("404 Not Found").first.wait_for()
+            assert tab.button("Download lost.txt").is_visible()
             server.stop()
             tab.page.get_by_role("link", name="State").click()
             tab.page.get_by_role("alert").wait_for()
