@@ -6442,13 +6442,14 @@ PAGE_BODY = """
 </header>
 <main>
   <section id="state" aria-label="state" hidden>
-    <p id="silence" class="down" role="alert" hidden></p>
+    <p id="silence" class="down" role="alert"></p>
     <div id="tiles" class="tiles"></div>
     <div class="card">
       <h2>Volumes</h2>
       <table><thead><tr><th>name<th>state<th>zone<th class="number">share of bytes
         <th class="number">bytes<th>growth<th class="number">blobs<th>requests/s<th>errors/s
       </tr></thead><tbody id="volumes"></tbody></table>
+      <p id="unconfigured" class="down"></p>
     </div>
   </section>
   <section id="keys" aria-label="keys" hidden>
@@ -6486,7 +6487,7 @@ PAGE_BODY = """
 
 PAGE_SCRIPT = r"""
 "use strict";
-const REFRESH_MS = 2000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
+const REFRESH_MS = 2000, PATIENCE_MS = 4000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
 const base = location.pathname.replace(/-\/$/, "");
 const at = id => document.getElementById(id);
 
@@ -6532,17 +6533,16 @@ function plot(values, label, write) {
   const space = "http://www.w3.org/2000/svg";
   const picture = document.createElementNS(space, "svg");
   const line = document.createElementNS(space, "polyline");
-  const known = values.filter(value => value !== null);
-  const most = Math.max(...known, 0);
-  const least = Math.min(...known, 0);
-  const now = known.length ? known[known.length - 1] : 0;
+  const most = Math.max(...values, 0);
+  const least = Math.min(...values, 0);
+  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
   picture.setAttribute("viewBox", "0 0 100 24");
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", `${label}: now ${write(now)}, at most ${write(most)}`);
-  const step = 100 / (Math.max(known.length, SAMPLES / 4) - 1);
-  const points = known.map((value, i) => {
-    const x = 100 - (known.length - 1 - i) * step;
+  picture.setAttribute("aria-label", told);
+  const step = 100 / (Math.max(values.length, SAMPLES / 4) - 1);
+  const points = values.map((value, i) => {
+    const x = 100 - (values.length - 1 - i) * step;
     const y = 22 - 20 * (value - least) / (most - least || 1);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
@@ -6592,15 +6592,13 @@ at("token-form").onsubmit = event => {
 
 // -- state --
 
-const history_of = {};
-let before = null;
+let looks = [];  // when, and figures by their names; the newest is the last
 let timer = 0;
 
 // Samples of a metric, as [labels, value].
 function read_metric(text, name) {
   const found = [];
   for (const line of text.split("\n")) {
-    if (!line.startsWith(name)) continue;
     const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
     if (own !== name) continue;
     const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
@@ -6614,30 +6612,19 @@ function total(samples, fits = () => true) {
   return values.reduce((sum, value) => sum + value, 0);
 }
 
-function remember(name, value) {
-  const values = history_of[name] = history_of[name] || [];
-  values.push(value);
-  if (values.length > SAMPLES) values.shift();
-  return values;
-}
-
-// What has grown a second since the time before; nothing if it has begun anew.
-function growth(now, name, is_counter = true) {
-  if (before === null || !(name in before.figures)) return null;
-  const change = now.figures[name] - before.figures[name];
-  const value = change / ((now.at - before.at) / 1000);
-  return is_counter && change < 0 ? null : value;
-}
-
 async function look() {
+  const soon = { signal: AbortSignal.timeout(PATIENCE_MS) };
   const [state, text] = await Promise.all([
-    ask(base + "-/status").then(answer => answer.json()),
-    ask(base + "-/metrics").then(answer => answer.text()),
+    ask(base + "-/status", soon).then(answer => answer.json()),
+    ask(base + "-/metrics", soon).then(answer => answer.text()),
   ]);
   const requests = read_metric(text, "mkv_http_requests_total");
   const to_volumes = read_metric(text, "mkv_volume_requests_total");
   const failures = read_metric(text, "mkv_volume_errors_total");
   const figures = {
+    keys: state.keys,
+    bytes: state.bytes,
+    garbage: state.garbage,
     requests: total(requests),
     errors: total(requests, labels => labels.status >= "500"),
   };
@@ -6647,58 +6634,71 @@ async function look() {
     figures["requests " + one.name] = total(to_volumes, its);
     figures["errors " + one.name] = total(failures, its);
   }
-  return { at: performance.now(), state, figures };
+  looks = [...looks.slice(-SAMPLES), { at: performance.now(), figures }];
+  return state;
 }
 
-function tile(title, figure, values, write, kind = "") {
-  const number = make("div", { class: "figure" }, figure);
-  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title), number,
-    plot(values, title, write));
+const levels = name => looks.map(one => one.figures[name]);
+const newest = values => values[values.length - 1] || 0;
+
+// What has come a second, from one look to the next. A counter that falls has begun anew.
+function rates(name, may_fall = false) {
+  const changes = looks.slice(1).map((now, i) => {
+    const change = now.figures[name] - looks[i].figures[name];
+    return change < 0 && !may_fall ? NaN : change / ((now.at - looks[i].at) / 1000);
+  });
+  return changes.filter(Number.isFinite);
+}
+
+function tile(title, values, write, kind = "") {
+  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title),
+    make("div", { class: "figure" }, write(newest(values))), plot(values, title, write));
 }
 
 function cell(label, kind, ...children) {
   return make("td", { "data-label": label, class: kind }, make("span", {}, ...children));
 }
 
-function volume_row(one, now, all_bytes, all_weight) {
+function trend(label, values, write, kind = "") {
+  return cell(label, `trend ${kind}`, plot(values, label, write), write(newest(values)));
+}
+
+const bad_if_any = values => newest(values) ? "bad" : "";
+
+function volume_row(one, all_bytes, all_weight) {
   const share = all_bytes ? one.bytes / all_bytes : 0;
   const fair = all_weight ? one.weight / all_weight : 0;
   const percent = value => `${(100 * value).toFixed(1)} %`;
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
-  const grown = remember("bytes " + one.name, growth(now, "bytes " + one.name, false));
-  const asked = remember("requests " + one.name, growth(now, "requests " + one.name));
-  const failed = remember("errors " + one.name, growth(now, "errors " + one.name));
-  const last = values => values[values.length - 1] || 0;
-  const per_second = value => `${bytes(value)}/s`;
+  const errors = rates("errors " + one.name);
   return make("tr", {},
     cell("name", "name", show(one.name)),
     cell("state", `state ${one.state}`, one.state),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
-    cell("growth", "trend", plot(grown, "growth", per_second), per_second(last(grown))),
+    trend("growth", rates("bytes " + one.name, true), value => `${bytes(value)}/s`),
     cell("blobs", "number", count(one.blobs)),
-    cell("requests/s", "trend", plot(asked, "requests a second", rate), rate(last(asked))),
-    cell("errors/s", last(failed) ? "trend bad" : "trend",
-      plot(failed, "errors a second", rate), rate(last(failed))));
+    trend("requests/s", rates("requests " + one.name), rate),
+    trend("errors/s", errors, rate, bad_if_any(errors)));
 }
 
-function draw(now) {
-  const { state } = now;
-  const asked = remember("requests", growth(now, "requests"));
-  const failed = remember("errors", growth(now, "errors"));
-  const last = values => values[values.length - 1] || 0;
+function draw(state) {
+  const errors = rates("errors");
   at("version").textContent = `version ${state.version}`;
   at("tiles").replaceChildren(
-    tile("keys", count(state.keys), remember("keys", state.keys), count),
-    tile("bytes", bytes(state.bytes), remember("size", state.bytes), bytes),
-    tile("garbage", count(state.garbage), remember("garbage", state.garbage), count),
-    tile("requests/s", rate(last(asked)), asked, rate),
-    tile("errors/s", rate(last(failed)), failed, rate, last(failed) ? "bad" : ""),
+    tile("keys", levels("keys"), count),
+    tile("bytes", levels("bytes"), bytes),
+    tile("garbage", levels("garbage"), count),
+    tile("requests/s", rates("requests"), rate),
+    tile("errors/s", errors, rate, bad_if_any(errors)),
   );
   const sum = name => state.volumes.reduce((so_far, one) => so_far + one[name], 0);
-  const rows = state.volumes.map(one => volume_row(one, now, sum("bytes"), sum("weight")));
+  const rows = state.volumes.map(one => volume_row(one, sum("bytes"), sum("weight")));
   at("volumes").replaceChildren(...rows);
+  const lost = state.unconfigured.map(one => `${one.name} (${count(one.blobs)} blobs)`);
+  at("unconfigured").textContent = lost.length
+    ? `Keys are also on volumes that the configuration does not name: ${lost.join(", ")}` : "";
 }
 
 async function watch() {
@@ -6706,14 +6706,11 @@ async function watch() {
   if (at("state").hidden) return;
   try {
     if (!document.hidden) {
-      const now = await look();
-      draw(now);
-      before = now;
-      at("silence").hidden = true;
+      draw(await look());
+      at("silence").textContent = "";
     }
   } catch (error) {
     at("silence").textContent = `The server does not say how it is: ${error.message}`;
-    at("silence").hidden = false;
     if (error.status === 401 || error.status === 403) return;  // until there is another token
   }
   clearTimeout(timer);
@@ -6824,6 +6821,7 @@ async function open_details(one) {
   if (!one.content_type.startsWith("image/")) return;
   try {
     const image = make("img", { alt: show(one.key), src: await link_to(one) });
+    image.onload = () => URL.revokeObjectURL(image.src);  // it has been read
     image.onerror = () => image.replaceWith("This image cannot be shown.");
     title.after(image);
   } catch (error) {

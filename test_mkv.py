@@ -5312,12 +5312,12 @@ class TestPage:
     ) -> None:
         with contextlib.ExitStack() as stack:
             volumes = [stack.enter_context(Nginx(tmp_path / f"v{i}")) for i in range(3)]
-            server = start(*flags_of(volumes), "--replicas", "3")
+            server = start(config="replicas = 3\n" + toml_of(volumes))
             for key in ("k.txt", "lost.txt"):
                 assert ask(f"{server.url}/{key}", "PUT", b"alive")[0] == 201
             tab = stack.enter_context(Tab(browser, server.url))
             tab.page.locator("td.up").nth(2).wait_for()
-            volumes[1].signal(signal.SIGKILL)
+            volumes[2].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
             assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
@@ -5330,9 +5330,14 @@ class TestPage:
                 tab.button("Download lost.txt").click()
             other.value.get_by_text("404 Not Found").first.wait_for()
             assert tab.button("Download lost.txt").is_visible()
-            server.stop()
             tab.page.get_by_role("link", name="State").click()
-            tab.page.get_by_role("alert").wait_for()
+            server.config.write_text(toml_of(volumes[:2]))
+            server.process.send_signal(signal.SIGHUP)
+            tab.wait_for_text("#unconfigured", "n2 (2 blobs)")
+            server.process.send_signal(signal.SIGSTOP)
+            tab.wait_for_text("#silence", "The server does not say how it is")
+            server.process.send_signal(signal.SIGCONT)
+            tab.page.locator("#silence").wait_for(state="hidden")
 
     def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
         folder = f"phone-{random.getrandbits(32):x}"
