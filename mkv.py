@@ -6369,6 +6369,7 @@ nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-dec
 nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
+p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
   padding: 1rem; margin-bottom: 1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
@@ -6407,7 +6408,7 @@ button.danger { color: var(--bad); }
 .button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
 #uploads:not(:empty) { margin-bottom: .8rem; }
-.upload { display: grid; grid-template-columns: 1fr 8rem 9rem auto; gap: .6rem;
+.upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
 #notice { position: fixed; inset: auto 1rem 1rem; margin: 0 auto; width: fit-content;
@@ -6442,13 +6443,14 @@ PAGE_BODY = """
 </header>
 <main>
   <section id="state" aria-label="state" hidden>
-    <p id="silence" class="down" role="alert" hidden></p>
+    <p id="silence" class="down" role="alert"></p>
     <div id="tiles" class="tiles"></div>
     <div class="card">
       <h2>Volumes</h2>
       <table><thead><tr><th>name<th>state<th>zone<th class="number">share of bytes
         <th class="number">bytes<th>growth<th class="number">blobs<th>requests/s<th>errors/s
       </tr></thead><tbody id="volumes"></tbody></table>
+      <p id="unconfigured" class="down"></p>
     </div>
   </section>
   <section id="keys" aria-label="keys" hidden>
@@ -6463,7 +6465,7 @@ PAGE_BODY = """
       <div id="uploads" aria-live="polite"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
-      <p id="empty" class="dim" hidden>No keys here. Drop files to upload them.</p>
+      <p id="remark" class="dim" role="status"></p>
       <button id="more" hidden>More</button>
     </div>
   </section>
@@ -6472,10 +6474,12 @@ PAGE_BODY = """
 <dialog id="sure" aria-label="delete a key"></dialog>
 <dialog id="token" aria-label="token">
   <form id="token-form">
-    <h2>A token is needed</h2>
+    <h2>Token</h2>
+    <p id="refusal" role="alert"></p>
     <p class="dim">It is kept until this tab is closed, and sent to this server only.</p>
     <div class="bar"><input type="password" id="secret" aria-label="secret of the token"
-      autocomplete="off"><button class="main">Use it</button></div>
+      autocomplete="off" pattern="[ -~]*"><button class="main">Use it</button>
+      <button type="button" id="not-now">Not now</button></div>
   </form>
 </dialog>
 <div id="notice" role="status" hidden></div>
@@ -6484,7 +6488,7 @@ PAGE_BODY = """
 
 PAGE_SCRIPT = r"""
 "use strict";
-const REFRESH_MS = 2000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
+const REFRESH_MS = 2000, PATIENCE_MS = 4000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
 const base = location.pathname.replace(/-\/$/, "");
 const at = id => document.getElementById(id);
 
@@ -6500,10 +6504,11 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Whatever a key holds, it shows: control characters and those that turn text around, too.
+// Whatever a key holds, it shows: what is invisible or turns text around, too, and blanks that a
+// reader would not count. No two keys look the same but by their letters.
 function show(text) {
-  const odd = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
-  return text.replace(odd, c => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+  const odd = /(?! )[\p{C}\p{Z}]|^ | $| (?= )|\\(?=u)/gu;
+  return text.replace(odd, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
 }
 
 function say(text) {
@@ -6529,17 +6534,16 @@ function plot(values, label, write) {
   const space = "http://www.w3.org/2000/svg";
   const picture = document.createElementNS(space, "svg");
   const line = document.createElementNS(space, "polyline");
-  const known = values.filter(value => value !== null);
-  const most = Math.max(...known, 0);
-  const least = Math.min(...known, 0);
-  const now = known.length ? known[known.length - 1] : 0;
+  const most = Math.max(...values, 0);
+  const least = Math.min(...values, 0);
+  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
   picture.setAttribute("viewBox", "0 0 100 24");
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", `${label}: now ${write(now)}, at most ${write(most)}`);
-  const step = 100 / (Math.max(known.length, SAMPLES / 4) - 1);
-  const points = known.map((value, i) => {
-    const x = 100 - (known.length - 1 - i) * step;
+  picture.setAttribute("aria-label", told);
+  const step = 100 / (Math.max(values.length, SAMPLES / 4) - 1);
+  const points = values.map((value, i) => {
+    const x = 100 - (values.length - 1 - i) * step;
     const y = 22 - 20 * (value - least) / (most - least || 1);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
@@ -6562,21 +6566,23 @@ async function ask(path, options = {}) {
   const asked = { redirect: "manual", cache: "no-store", ...options };
   asked.headers = headers(options.headers);
   const answer = await fetch(path, asked);
-  if (answer.status === 401) ask_for_token();
   if (!answer.ok) {
     const problem = await answer.json().catch(() => ({}));
     const error = new Error(problem.detail || `the server answers ${answer.status}`);
     error.status = answer.status;
+    if (error.status === 401) ask_for_token(error.message);
     throw error;
   }
   return answer;
 }
 
-function ask_for_token() {
+function ask_for_token(reason) {
+  at("refusal").textContent = reason;
   if (!at("token").open) at("token").showModal();
 }
 
-at("sign-in").onclick = ask_for_token;
+at("sign-in").onclick = () => ask_for_token("");
+at("not-now").onclick = () => at("token").close();
 at("token-form").onsubmit = event => {
   event.preventDefault();
   sessionStorage.setItem("mkv-token", at("secret").value.trim());
@@ -6587,15 +6593,13 @@ at("token-form").onsubmit = event => {
 
 // -- state --
 
-const history_of = {};
-let before = null;
+let looks = [];  // when, and figures by their names; the newest is the last
 let timer = 0;
 
 // Samples of a metric, as [labels, value].
 function read_metric(text, name) {
   const found = [];
   for (const line of text.split("\n")) {
-    if (!line.startsWith(name)) continue;
     const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
     if (own !== name) continue;
     const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
@@ -6609,30 +6613,19 @@ function total(samples, fits = () => true) {
   return values.reduce((sum, value) => sum + value, 0);
 }
 
-function remember(name, value) {
-  const values = history_of[name] = history_of[name] || [];
-  values.push(value);
-  if (values.length > SAMPLES) values.shift();
-  return values;
-}
-
-// What has grown a second since the time before; nothing if it has begun anew.
-function growth(now, name, is_counter = true) {
-  if (before === null || !(name in before.figures)) return null;
-  const change = now.figures[name] - before.figures[name];
-  const value = change / ((now.at - before.at) / 1000);
-  return is_counter && change < 0 ? null : value;
-}
-
 async function look() {
+  const soon = { signal: AbortSignal.timeout(PATIENCE_MS) };
   const [state, text] = await Promise.all([
-    ask(base + "-/status").then(answer => answer.json()),
-    ask(base + "-/metrics").then(answer => answer.text()),
+    ask(base + "-/status", soon).then(answer => answer.json()),
+    ask(base + "-/metrics", soon).then(answer => answer.text()),
   ]);
   const requests = read_metric(text, "mkv_http_requests_total");
   const to_volumes = read_metric(text, "mkv_volume_requests_total");
   const failures = read_metric(text, "mkv_volume_errors_total");
   const figures = {
+    keys: state.keys,
+    bytes: state.bytes,
+    garbage: state.garbage,
     requests: total(requests),
     errors: total(requests, labels => labels.status >= "500"),
   };
@@ -6642,58 +6635,71 @@ async function look() {
     figures["requests " + one.name] = total(to_volumes, its);
     figures["errors " + one.name] = total(failures, its);
   }
-  return { at: performance.now(), state, figures };
+  looks = [...looks.slice(-SAMPLES), { at: performance.now(), figures }];
+  return state;
 }
 
-function tile(title, figure, values, write, kind = "") {
-  const number = make("div", { class: "figure" }, figure);
-  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title), number,
-    plot(values, title, write));
+const levels = name => looks.map(one => one.figures[name]);
+const newest = values => values[values.length - 1] || 0;
+
+// What has come a second, from one look to the next. A counter that falls has begun anew.
+function rates(name, may_fall = false) {
+  const changes = looks.slice(1).map((now, i) => {
+    const change = now.figures[name] - looks[i].figures[name];
+    return change < 0 && !may_fall ? NaN : change / ((now.at - looks[i].at) / 1000);
+  });
+  return changes.filter(Number.isFinite);
+}
+
+function tile(title, values, write, kind = "") {
+  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title),
+    make("div", { class: "figure" }, write(newest(values))), plot(values, title, write));
 }
 
 function cell(label, kind, ...children) {
   return make("td", { "data-label": label, class: kind }, make("span", {}, ...children));
 }
 
-function volume_row(one, now, all_bytes, all_weight) {
+function trend(label, values, write, kind = "") {
+  return cell(label, `trend ${kind}`, plot(values, label, write), write(newest(values)));
+}
+
+const bad_if_any = values => newest(values) ? "bad" : "";
+
+function volume_row(one, all_bytes, all_weight) {
   const share = all_bytes ? one.bytes / all_bytes : 0;
   const fair = all_weight ? one.weight / all_weight : 0;
   const percent = value => `${(100 * value).toFixed(1)} %`;
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
-  const grown = remember("bytes " + one.name, growth(now, "bytes " + one.name, false));
-  const asked = remember("requests " + one.name, growth(now, "requests " + one.name));
-  const failed = remember("errors " + one.name, growth(now, "errors " + one.name));
-  const last = values => values[values.length - 1] || 0;
-  const per_second = value => `${bytes(value)}/s`;
+  const errors = rates("errors " + one.name);
   return make("tr", {},
     cell("name", "name", show(one.name)),
     cell("state", `state ${one.state}`, one.state),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
-    cell("growth", "trend", plot(grown, "growth", per_second), per_second(last(grown))),
+    trend("growth", rates("bytes " + one.name, true), value => `${bytes(value)}/s`),
     cell("blobs", "number", count(one.blobs)),
-    cell("requests/s", "trend", plot(asked, "requests a second", rate), rate(last(asked))),
-    cell("errors/s", last(failed) ? "trend bad" : "trend",
-      plot(failed, "errors a second", rate), rate(last(failed))));
+    trend("requests/s", rates("requests " + one.name), rate),
+    trend("errors/s", errors, rate, bad_if_any(errors)));
 }
 
-function draw(now) {
-  const { state } = now;
-  const asked = remember("requests", growth(now, "requests"));
-  const failed = remember("errors", growth(now, "errors"));
-  const last = values => values[values.length - 1] || 0;
+function draw(state) {
+  const errors = rates("errors");
   at("version").textContent = `version ${state.version}`;
   at("tiles").replaceChildren(
-    tile("keys", count(state.keys), remember("keys", state.keys), count),
-    tile("bytes", bytes(state.bytes), remember("size", state.bytes), bytes),
-    tile("garbage", count(state.garbage), remember("garbage", state.garbage), count),
-    tile("requests/s", rate(last(asked)), asked, rate),
-    tile("errors/s", rate(last(failed)), failed, rate, last(failed) ? "bad" : ""),
+    tile("keys", levels("keys"), count),
+    tile("bytes", levels("bytes"), bytes),
+    tile("garbage", levels("garbage"), count),
+    tile("requests/s", rates("requests"), rate),
+    tile("errors/s", errors, rate, bad_if_any(errors)),
   );
   const sum = name => state.volumes.reduce((so_far, one) => so_far + one[name], 0);
-  const rows = state.volumes.map(one => volume_row(one, now, sum("bytes"), sum("weight")));
+  const rows = state.volumes.map(one => volume_row(one, sum("bytes"), sum("weight")));
   at("volumes").replaceChildren(...rows);
+  const lost = state.unconfigured.map(one => `${one.name} (${count(one.blobs)} blobs)`);
+  at("unconfigured").textContent = lost.length
+    ? `Keys are also on volumes that the configuration does not name: ${lost.join(", ")}` : "";
 }
 
 async function watch() {
@@ -6701,14 +6707,11 @@ async function watch() {
   if (at("state").hidden) return;
   try {
     if (!document.hidden) {
-      const now = await look();
-      draw(now);
-      before = now;
-      at("silence").hidden = true;
+      draw(await look());
+      at("silence").textContent = "";
     }
   } catch (error) {
     at("silence").textContent = `The server does not say how it is: ${error.message}`;
-    at("silence").hidden = false;
     if (error.status === 401 || error.status === 403) return;  // until there is another token
   }
   clearTimeout(timer);
@@ -6759,9 +6762,14 @@ async function list(start = "") {
     else at("list").replaceChildren(...rows);
     following = page.next;
     at("more").hidden = following === null;
-    at("empty").hidden = at("list").childElementCount > 0;
+    const is_empty = at("list").childElementCount === 0;
+    at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine === generation && error.status !== 401) say(error.message);
+    if (mine !== generation) return;
+    at("remark").textContent = error.message;
+    if (start) return;
+    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
+    at("more").hidden = true;
   }
 }
 
@@ -6788,7 +6796,9 @@ async function download(one) {
     let link = await link_to(one);
     if (!link.startsWith("blob:")) link += (link.includes("?") ? "&" : "?") + "download=1";
     const name = one.key.slice(one.key.lastIndexOf("/") + 1);
-    make("a", { href: link, download: name }).click();
+    // In a tab of its own: what a volume says instead must not take the place of this page.
+    const beside = { target: "_blank", rel: "noopener" };
+    make("a", { href: link, download: name, ...beside }).click();
     if (link.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(link), 60000);
   } catch (error) {
     say(error.message);
@@ -6812,6 +6822,7 @@ async function open_details(one) {
   if (!one.content_type.startsWith("image/")) return;
   try {
     const image = make("img", { alt: show(one.key), src: await link_to(one) });
+    image.onload = () => URL.revokeObjectURL(image.src);  // it has been read
     image.onerror = () => image.replaceWith("This image cannot be shown.");
     title.after(image);
   } catch (error) {
@@ -6843,84 +6854,100 @@ function ask_to_delete(one) {
 
 // -- uploads --
 
-const waiting = [];
+const waiting = new Set();
 let under_way = 0;
 
 function upload(files) {
   for (const file of files) {
-    const key = prefix + file.name;
     const row = make("div", { class: "upload" });
     at("uploads").append(row);
-    waiting.push({ file, key, row, replaces: false });
+    enqueue(file, prefix + file.name, row, { "If-None-Match": "*" });
   }
+}
+
+function enqueue(file, key, row, conditions) {
+  const label = `upload of ${show(key)}`;
+  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
+  const done = make("span", { class: "dim" }, "waits");
+  const button = make("button", {}, "Cancel");
+  const job = { file, key, row, conditions, bar, done, button };
+  button.onclick = () => { waiting.delete(job); row.remove(); };
+  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
+  waiting.add(job);
   start_uploads();
 }
 
 function start_uploads() {
-  while (waiting.length && under_way < UPLOADS_AT_ONCE) send(waiting.shift());
+  for (const job of waiting) {
+    if (under_way >= UPLOADS_AT_ONCE) return;
+    waiting.delete(job);
+    under_way += 1;
+    send(job);
+  }
 }
 
-function send(job) {
-  const { file, key, row } = job;
+function send({ file, key, row, conditions, bar, done, button }) {
   const request = new XMLHttpRequest();
-  const label = `upload of ${show(key)}`;
-  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
-  const done = make("span", { class: "dim" }, "begins");
-  const button = make("button", {}, "Cancel");
-  button.onclick = () => request.abort();
-  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
-  under_way += 1;
   request.open("PUT", url(key));
-  const sent = headers(job.replaces ? {} : { "If-None-Match": "*" });
-  for (const [name, value] of Object.entries(sent)) request.setRequestHeader(name, value);
+  for (const [name, value] of Object.entries(headers(conditions))) {
+    request.setRequestHeader(name, value);
+  }
+  done.textContent = "begins";
+  button.onclick = () => request.abort();
   request.upload.onprogress = event => {
     bar.value = event.loaded;
     done.textContent = `${bytes(event.loaded)} of ${bytes(file.size)}`;
   };
   request.onloadend = () => {
     under_way -= 1;
-    end_upload(job, request, bar, done, button);
+    button.textContent = "Close";
+    button.onclick = () => row.remove();
+    done.textContent = outcome(request.status, request.responseText);
+    if (request.status === 201 || request.status === 204) {
+      bar.value = bar.max;
+      setTimeout(button.onclick, 4000);
+    } else if (request.status === 412) {
+      button.textContent = "Replace";
+      button.onclick = () => enqueue(file, key, row, {});
+    } else if (request.status === 401) {
+      ask_for_token(done.textContent);
+    }
     start_uploads();
+    if (!waiting.size) list();  // once for many
   };
   request.send(file);
 }
 
-function end_upload(job, request, bar, done, button) {
-  button.textContent = "Close";
-  button.onclick = () => job.row.remove();
-  if (request.status === 201 || request.status === 204) {
-    bar.value = bar.max;
-    done.textContent = "stored";
-    setTimeout(button.onclick, 4000);
-    list();
-    return;
-  }
-  if (request.status === 401) ask_for_token();
-  if (request.status === 412) {
-    done.textContent = "is there already";
-    button.textContent = "Replace";
-    button.onclick = () => { waiting.push({ ...job, replaces: true }); start_uploads(); };
-    return;
-  }
-  done.textContent = request.status ? `refused with ${request.status}` : "cut off";
-  try { done.textContent = JSON.parse(request.responseText).detail; } catch { /* no reason */ }
+function outcome(status, text) {
+  if (status === 201 || status === 204) return "stored";
+  if (status === 412) return "is there already";
+  if (status === 0) return "cut off";
+  try { return JSON.parse(text).detail; } catch { return `refused with ${status}`; }
 }
 
 at("files").onchange = event => {
   upload([...event.target.files]);
   event.target.value = "";
 };
+// Files may be dropped anywhere: whatever misses would take the place of the page.
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
-  at("drop").addEventListener(kind, event => {
+  document.addEventListener(kind, event => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     at("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    if (kind === "drop" && !at("keys").hidden) drop([...event.dataTransfer.items]);
   });
 }
-at("drop").addEventListener("drop", event => {
-  const items = [...event.dataTransfer.items].filter(item => item.kind === "file");
+
+function drop(items) {
+  const files = items.filter(item => item.kind === "file");
   const is_folder = item => Boolean(item.webkitGetAsEntry?.()?.isDirectory);
-  if (items.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
-  upload(items.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+  if (files.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
+  upload(files.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+}
+
+addEventListener("beforeunload", event => {
+  if (under_way || waiting.size) event.preventDefault();
 });
 
 // -- which view --
