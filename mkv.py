@@ -8516,6 +8516,7 @@ class Strange(MkvError):
     title = "which no mkv answers"
 
 
+FOR_NOW = (Unavailable, TooManyRequests)  # what is worth another attempt
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
     for kind in (
@@ -8754,11 +8755,15 @@ class Client:
             except Unfinished as error:
                 doubt = True
                 await retries.pause(error)
-            except Unavailable as error:
+            except FOR_NOW as error:
                 doubt = doubt or may_have_arrived(error)
                 if doubt and headers:
                     raise Unanswered(str(error)) from error
                 await retries.pause(error, doubt)
+            except MkvError as error:
+                if doubt:
+                    raise Unanswered(f"{error}; an attempt before had no answer") from error
+                raise
 
     async def list(
         self, prefix: str = "", delimiter: str = "", start: str = ""
@@ -8830,7 +8835,7 @@ class Client:
         while True:
             try:
                 return await self._ask_once(method, target)
-            except (Unavailable, TooManyRequests) as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
 
     async def _put(
@@ -8842,7 +8847,7 @@ class Client:
         while True:
             try:
                 return await self._put_once(key, source, headers, is_bound, hear)
-            except Unavailable as error:
+            except (*FOR_NOW, Unfinished) as error:
                 doubt = doubt or may_have_arrived(error)
                 is_over = (is_bound and doubt) or not await source.rewind()
                 if is_over and doubt:
@@ -8864,9 +8869,10 @@ class Client:
             given["Repr-Digest"] = f"sha-256=:{encoded}:"
         if source.size is not None:
             given["Content-Length"] = str(source.size)
-        # Who is asked for the body knows that it was not sent before; else that is not worth a
-        # round trip.
-        asks = is_bound or source.size is None or source.size > SMALL_BLOB
+        # Nothing is carried out before all of its body has come, unless there is none. Who waits to
+        # be asked for it knows that it was not; if that does not matter it is not worth a round
+        # trip.
+        asks = source.size is None or source.size > (0 if is_bound else SMALL_BLOB)
         last_s = self._timeout_s + KERNEL_BYTES / SLOWEST_LINK
         options = {"timeout": ClientTimeout(sock_connect=self._timeout_s, sock_read=last_s)}
         feed = Feed(source, self._timeout_s, hear)
@@ -8883,7 +8889,7 @@ class Client:
             hear(-feed.heard)
             if feed.failure is not None:
                 raise feed.failure from None
-            sent = not asks or feed.has_begun
+            sent = feed.has_begun or source.size == 0
             why = str(error) or f"PUT {key!r}: no progress in {self._timeout_s:g} s"
             raise Unreachable(why, sent and may_have_arrived(error)) from None
         if response.status not in (201, 204):
@@ -8942,7 +8948,7 @@ def may_have_arrived(error: Exception) -> bool:
     """Whether what failed so may have been carried out: a server that says no has done nothing."""
     if isinstance(error, Unreachable):
         return error.sent
-    return isinstance(error, TimeoutError)
+    return isinstance(error, TimeoutError | Unfinished)
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
@@ -9098,7 +9104,7 @@ class Download:
                             self._hasher.update(piece)
                         retries.note_progress()
                         yield piece
-            except Unavailable as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
         if self._hasher and self._hasher.finish() != digest_of(self._etag):
             raise Corrupt(f"{self._key!r}: what was read has not the digest that it should have")
