@@ -6559,6 +6559,19 @@ STORED = f'HTTP/1.1 201 Created\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\
 GONE = b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
+def redirect(link: str, digest: str = DIGEST_OF_X) -> bytes:
+    """What a server answers to GET."""
+    head = f'HTTP/1.1 302 Found\r\nETag: "{digest}"\r\nLocation: {link}\r\n'
+    return f"{head}Content-Length: 0\r\n\r\n".encode()
+
+
+def about(size: int, digest: str = DIGEST_OF_X) -> bytes:
+    """What it answers to HEAD."""
+    head = f'HTTP/1.1 200 OK\r\nETag: "{digest}"\r\nContent-Length: {size}\r\n'
+    head += f"Mkv-Volumes: a\r\nContent-Type: text/plain\r\nLast-Modified: {EARLIER}\r\n\r\n"
+    return head.encode()
+
+
 def problem(status: int, wait: str = "") -> bytes:
     body = json.dumps({"title": "t", "status": status, "detail": "why", "request_id": "id1"})
     more = f"Retry-After: {wait}\r\n" if wait else ""
@@ -6743,14 +6756,14 @@ async def test_failure_of_what_is_sent_is_the_callers_and_stores_nothing(
 
     path = tmp_path / "file"
     path.write_bytes(bytes(mkv.FILE_BYTES + 1))
-    reads = mkv.FileSource.pieces
+    reads = mkv.Source.pieces
 
-    async def cut_short(source: mkv.FileSource) -> AsyncIterator[bytes]:
+    async def cut_short(source: mkv.Source) -> AsyncIterator[bytes]:
         path.write_bytes(b"")  # after it was looked at
         async for piece in reads(source):
             yield piece
 
-    async def changed(source: mkv.FileSource) -> AsyncIterator[bytes]:
+    async def changed(source: mkv.Source) -> AsyncIterator[bytes]:
         path.write_bytes(b"y" * (mkv.FILE_BYTES + 1))
         async for piece in reads(source):
             yield piece
@@ -6762,7 +6775,7 @@ async def test_failure_of_what_is_sent_is_the_callers_and_stores_nothing(
             await client.put("fails", tmp_path / "none")
         for act, kind in ((cut_short, OSError), (changed, mkv.WrongDigest)):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(kind):
-                patch.setattr(mkv.FileSource, "pieces", act)
+                patch.setattr(mkv.Source, "pieces", act)
                 await client.put("fails", path)
             path.write_bytes(bytes(mkv.FILE_BYTES + 1))
         with pytest.raises(mkv.NotFound):
@@ -6955,6 +6968,10 @@ async def test_write_whose_body_was_not_asked_for_was_not_carried_out() -> None:
         async with Script(b"", STORED) as script, mkv.Client(script.url) as client:
             assert await client.put("k", data, if_none_match="*") == (DIGEST_OF_X, True)
             assert script.count(b"PUT") == 2
+    async with Script(b"", problem(412)) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unanswered):  # without a body it may have been
+            await client.put("k", b"", if_none_match="*")
+        assert script.count(b"PUT") == 1 and b"Expect" not in script.heads[0]
 
 
 async def test_what_was_not_answered_once_stays_in_doubt() -> None:
@@ -6969,6 +6986,16 @@ async def test_what_was_not_answered_once_stays_in_doubt() -> None:
     async with Script(problem(507)) as script, mkv.Client(script.url) as client:
         with pytest.raises(mkv.Full, match="why"):
             await client.put("k", b"x")
+    for first in (None, problem(504)):  # a server says 504 if it does not know itself
+        async with Script(first, STORED) as script, mkv.Client(script.url) as client:
+            assert await client.put("k", b"x") == (DIGEST_OF_X, True)
+        async with Script(first, STORED) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Unanswered):
+                await client.put("k", b"x", if_none_match="*")
+            assert script.count(b"PUT") == 1
+    async with Script(problem(504), problem(412)) as script, mkv.Client(script.url) as client:
+        with pytest.raises(mkv.Unanswered):
+            await client.delete("k", if_match='"a"')
 
 
 async def test_delete_goes_on_until_it_is_certain() -> None:
@@ -7001,11 +7028,14 @@ async def test_client_waits_as_long_as_it_is_told() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mkv.asyncio, "sleep", sleep)
-        answers = [problem(503, "7"), problem(429, "1"), problem(503, "none"), problem(404)]
-        async with Script(*answers) as script, mkv.Client(script.url) as client:
-            with pytest.raises(mkv.NotFound):
-                await client.status()
-    assert slept[:2] == [7.0, 1.0] and 0 < slept[2] < 1 and len(slept) == 3
+        for ask_for in ("status", "get", "delete", "put"):
+            slept.clear()
+            answers = [problem(503, "7"), problem(429, "1"), problem(503, "none"), problem(404)]
+            async with Script(*answers) as script, mkv.Client(script.url) as client:
+                given = {"status": (), "put": ("k", b"x")}.get(ask_for, ("k",))
+                with pytest.raises(mkv.NotFound):
+                    await getattr(client, ask_for)(*given)
+            assert slept[:2] == [7.0, 1.0] and 0 < slept[2] < 1 and len(slept) == 3
     async with Script(problem(503, "31")) as script, mkv.Client(script.url) as client:
         with pytest.raises(mkv.Unavailable):  # that is beyond its patience
             await client.status()
@@ -7033,6 +7063,7 @@ async def test_what_a_proxy_says_is_no_answer_to_a_write(status: int) -> None:
         whole(b'{"keys": [7], "prefixes": [], "next": null}'),
         whole(b"\xff"),
         whole(b"[" * 100_000),
+        whole(b'{"keys": [{"key": "p", "size": Infinity}], "prefixes": [], "next": null}'),
         b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         + b"8000\r\n%b\r\n" % bytes(32768) * 300,
@@ -7044,25 +7075,75 @@ async def test_answer_of_no_mkv_is_strange(answer: bytes) -> None:
             await anext(client.list("p"))
 
 
-async def test_no_volume_sees_the_token() -> None:
-    found = 'HTTP/1.1 {}\r\nETag: "%s"\r\nContent-Length: {}\r\n{}\r\n' % DIGEST_OF_X  # noqa: UP031
-    async with Script(found.format("200 OK", 1, "").encode() + b"x") as volume:
-        redirect = found.format("302 Found", 0, f"Location: {volume.url}/blob?md5=a\r\n").encode()
-        async with Script(redirect) as script, mkv.Client(script.url, token="hush") as client:
-            assert await client.get("k") == b"x"
-            assert b"Authorization: Bearer hush\r\n" in script.heads[0]
-            assert b"hush" not in volume.heads[0]
-            assert b"GET /blob?md5=a HTTP/1.1" in volume.heads[0]
+async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
+    link = "/blob?md5=sign"
+    bad = b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"
+    async with (
+        Script(whole(b"x"), bad) as volume,
+        Script(redirect(volume.url + link), redirect(volume.url + link)) as script,
+        mkv.Client(script.url, token="hush", patience_s=0.0) as client,
+    ):
+        assert await client.get("k") == b"x"
+        assert b"Authorization: Bearer hush\r\n" in script.heads[0]
+        assert b"hush" not in volume.heads[0]
+        assert b"GET /blob?md5=sign HTTP/1.1" in volume.heads[0]
+        with pytest.raises(mkv.Unreachable, match="/blob") as caught:
+            await client.get("k")
+        assert "sign" not in str(caught.value)
+
+
+async def test_what_is_behind_a_redirect_is_no_place_for_surprises(tmp_path: Path) -> None:
+    for link in ("", "/x", "//127.0.0.1/x", "ftp://a/b", "file:///etc/passwd", "http://[::1",
+                 "http://u:p@127.0.0.1:1/x"):  # fmt: skip
+        async with Script(redirect(link)) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Strange, match="a redirect leads to"):
+                await client.get("k")
+    for link in ("http://127.0.0.1:99999/x", "http://a..b/x"):
+        async with Script(redirect(link)) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.BadRequest, match="cannot be sent"):
+                await client.get("k")
+    for tag in ("no", f"W/{DIGEST_OF_X}"):
+        async with Script(redirect("http://h/", tag)) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Strange, match="no digest"):
+                await client.get("k")
+    async with (  # it is followed once, and no further
+        Script(redirect("http://127.0.0.1:1/x")) as volume,
+        Script(redirect(volume.url + "/b")) as script,
+        mkv.Client(script.url, patience_s=0.0) as client,
+    ):
+        with pytest.raises(mkv.Unreachable, match="answered 302"):
+            await client.get("k")
+
+
+async def test_blob_that_is_nowhere_good_is_given_up(tmp_path: Path) -> None:
+    """However many replicas a server names, or if a proxy reads for us and names none."""
+    tagged = whole(b"y").replace(b"OK\r\n", b'OK\r\nETag: "%b"\r\n' % DIGEST_OF_X.encode())
+    async with Script(*[whole(b"y")] * 99) as volume:
+        links = [redirect(f"{volume.url}/b{i}") for i in range(99)]
+        for answers in (links, [tagged] * 99):
+            async with Script(*answers) as script, mkv.Client(script.url) as client:
+                with pytest.raises(mkv.Corrupt):
+                    await client.get("k")
+                assert len(script.heads) == mkv.BAD_READS
+            pairs = itertools.chain.from_iterable((about(1), answer) for answer in answers)
+            async with Script(*pairs) as script, mkv.Client(script.url) as client:
+                with pytest.raises(mkv.Corrupt):
+                    await client.get_to("k", tmp_path / "file")
+                assert len(script.heads) == 2 * mkv.BAD_READS and not os.listdir(tmp_path)
+    good = tagged.replace(b"\r\ny", b"\r\nx")
+    async with Script(tagged, tagged, good) as script, mkv.Client(script.url) as client:
+        assert await client.get("k") == b"x"  # it may read another one the next time
 
 
 async def test_blob_is_taken_as_it_is_whatever_coding_is_claimed() -> None:
     coded = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\nx"
-    async with Script(coded) as volume:
-        redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
-        redirect += f"Location: {volume.url}/b\r\n\r\n"
-        async with Script(redirect.encode()) as script, mkv.Client(script.url) as client:
-            assert await client.get("k") == b"x"
-            assert b"Accept-Encoding: identity\r\n" in volume.heads[0]
+    async with (
+        Script(coded) as volume,
+        Script(redirect(f"{volume.url}/b")) as script,
+        mkv.Client(script.url, patience_s=0.0) as client,
+    ):
+        assert await client.get("k") == b"x"
+        assert b"Accept-Encoding: identity\r\n" in volume.heads[0]
 
 
 @pytest.mark.parametrize(
@@ -7087,14 +7168,8 @@ async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
     good = b"HTTP/1.1 206 P\r\nContent-Length: 5\r\nContent-Range: bytes 5-9/10\r\n\r\n56789"
     bad = f"HTTP/1.1 {status}\r\n{headers}\r\n\r\n".encode() + body
     async with Script(bad, good) as volume:
-        redirect = f'HTTP/1.1 302 F\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 0\r\n'
-        redirect += f"Location: {volume.url}/b\r\n\r\n"
-        about = (
-            f'HTTP/1.1 200 OK\r\nETag: "{DIGEST_OF_X}"\r\nContent-Length: 10\r\nMkv-Volumes: a\r\n'
-        )
-        about += f"Content-Type: text/plain\r\nLast-Modified: {EARLIER}\r\n\r\n"
-        answers = [about.encode(), redirect.encode(), redirect.encode()]
-        async with Script(*answers) as script, mkv.Client(script.url) as client:
+        link = redirect(f"{volume.url}/b")
+        async with Script(about(10), link, link) as script, mkv.Client(script.url) as client:
             got = b"".join([piece async for piece in client.stream("k", 5)])
             assert got == b"56789" and len(volume.heads) == 2
 
@@ -7128,6 +7203,17 @@ async def test_server_that_takes_no_more_of_a_body_is_given_up() -> None:
             await client.put("k", bytes(50_000_000))
     gone.set()
     server.close()
+
+
+async def test_name_that_nobody_resolves_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_: object, **__: object) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", never)
+    async with mkv.Client("http://nobody.invalid", timeout_s=0.2, patience_s=0.1) as client:
+        for request in (client.get("k"), client.put("k", bytes(LARGE), if_none_match="*")):
+            with pytest.raises(mkv.Unreachable):
+                await request
 
 
 async def test_slow_source_is_nobodys_fault(store: Program) -> None:
@@ -7259,6 +7345,53 @@ async def test_part_of_another_version_is_begun_anew(store: Program, tmp_path: P
         await client.get_to("versions", target, hear=heard.append)
         assert heard[0] > 1_000_000 and min(heard) < 0 and sum(heard) == len(data)
         assert target.read_bytes() == data and list(tmp_path.iterdir()) == [target]
+
+
+async def test_part_of_a_version_that_was_replaced_meanwhile_is_begun_anew(tmp_path: Path) -> None:
+    """At once, rather than when the digest tells."""
+    data = bytes(2 * mkv.FILE_BYTES)
+    old, new = "0" * 64, hashlib.sha256(data).hexdigest()
+    cut = whole(data)[: -len(data) // 3]
+    async with Script(cut, whole(data)) as volume:
+        first, then = (redirect(f"{volume.url}/{digest}", digest) for digest in (old, new))
+        answers = [about(len(data), old), first, then, about(len(data), new), then]
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            await client.get_to("k", tmp_path / "file")
+        assert len(volume.heads) == 2 and b"Range" not in volume.heads[1]
+    assert digests_below(tmp_path) == {"file": data}
+
+
+async def test_nothing_is_downloaded_to_where_no_file_can_be(tmp_path: Path) -> None:
+    for name in ("folder", "linked"):
+        async with Script(about(1), about(1)) as script, mkv.Client(script.url) as client:
+            target = tmp_path / name
+            if name == "folder":
+                target.mkdir()
+            else:
+                part = mkv.PartFile(target, await client.head("k"))._path
+                part.symlink_to(tmp_path / "elsewhere")
+            with pytest.raises(OSError, match=r"Is a directory|symbolic links"):
+                await client.get_to("k", target)
+    assert sorted(os.listdir(tmp_path)) == sorted(["folder", part.name])
+
+
+async def test_work_on_a_thread_is_waited_for_however_often_it_is_cancelled() -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        end.wait(30)
+        raise OSError  # which nobody asks for any more
+
+    task = asyncio.create_task(mkv.in_thread(work))
+    await until(begun.is_set)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.wait([task], timeout=0.01)
+        assert not task.done()
+    end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.parametrize("damage", ["flipped", "too long", "whole but wrong"])
