@@ -5612,7 +5612,8 @@ class Hasher:
     """SHA-256 of a blob, and whatever else the client wants verified, in one pass."""
 
     def __init__(self, expected: Mapping[str, bytes]) -> None:
-        self._expected, self.size = expected, 0
+        self._expected = expected
+        self.size = 0
         self._hashes = {
             name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}
         }
@@ -5636,7 +5637,10 @@ class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
     def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index) -> None:
-        self._view, self._health, self._draft, self._trail = view, health, draft, trail
+        self._view = view
+        self._health = health
+        self._draft = draft
+        self._trail = trail
         self._index = index
         self._hasher = Hasher(draft.digests)
         self.path = ""
@@ -5651,7 +5655,9 @@ class Write:
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full
         with the reason."""
-        config, ring, health = self._view.config, self._view.ring, self._health
+        config = self._view.config
+        ring = self._view.ring
+        health = self._health
         key = self._draft.key
         names = plan_write(
             ring, key, config.replicas, health.states, done, self.failed, health.slow
@@ -5702,7 +5708,8 @@ class Write:
         wait for."""
         if not self._under_way:
             return self.plan(self.done)
-        config, health = self._view.config, self._health
+        config = self._view.config
+        health = self._health
         slow = {name for name, exchange in self._under_way.items() if exchange.is_slow}
         expected = {*self.done, *self._under_way} - slow
         names = plan_write(
@@ -5723,7 +5730,8 @@ class Write:
             self._under_way[name] = exchange
 
     def _hear_end(self, exchange: Exchange) -> None:
-        name, error = exchange.volume, exchange.error
+        name = exchange.volume
+        error = exchange.error
         if self._under_way.pop(name, None) is None:  # nobody waits for it any more
             if exchange.sent <= 1 and not isinstance(error, VolumeDown | VolumeTimeout):
                 self.doubts.pop(name, None)
@@ -5762,7 +5770,9 @@ class Write:
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume
         can be replaced. Return the record to commit; raises MkvError."""
-        clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
+        clients = self._view.clients
+        size = self._draft.size
+        uploads = dict[str, Upload]()
         try:
             while names := self.plan(uploads):
                 await self._claim_all(names)
@@ -5833,7 +5843,8 @@ class Write:
 
     def _finish_body(self) -> str:
         """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
-        expected, size = self._draft.size, self._hasher.size
+        expected = self._draft.size
+        size = self._hasher.size
         if expected not in (None, size):
             raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
         return self._hasher.finish()
@@ -5907,7 +5918,8 @@ class Store:
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
         for volume in config.volumes:
-            name, client = volume.name, before.get(volume.name)
+            name = volume.name
+            client = before.get(volume.name)
             facts = (volume, config.volume_secret, config.volume_timeout, config.slow_after)
             if client is None or client.facts != facts:
                 client = VolumeClient(
@@ -5969,7 +5981,8 @@ class Store:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says
         so."""
         old = self.view
-        asked, config = config, reload_config(old.config, config)
+        asked = config
+        config = reload_config(old.config, config)
         new = self._make_view(config, old.clients)
         await self._meet({*new.clients.values()} - {*old.clients.values()})
         self.view = new
@@ -6108,8 +6121,10 @@ class Store:
         """Delete the key. When it returns, the record is gone, and the sidecars from all volumes
         that answer; for the others there are marks (I4). Raises Unfinished if volumes fail just
         then."""
-        view, states = self.view, self.health.states
-        delay_s, copies = view.config.garbage_delay, view.config.min_replicas
+        view = self.view
+        states = self.health.states
+        delay_s = view.config.garbage_delay
+        copies = view.config.min_replicas
         up = [name for name in view.clients if states.get(name) is State.UP]
         answering = None
         if len(up) < copies:
@@ -6231,7 +6246,8 @@ class Store:
 
     def limit_lists(self, client: str, now: float) -> None:
         """Count a list request of `client`; raises TooManyRequests."""
-        config, known = self.view.config, self._list_tokens
+        config = self.view.config
+        known = self._list_tokens
         if config.list_rate:
             if len(known) > 10_000:
                 known.clear()  # which only forgives
