@@ -810,6 +810,7 @@ class Ring:
             yield from islice(self._walk(start), ARC_NAMES, None)
 
     def _walk(self, start: int) -> Iterator[str]:
+        """Yield each volume once, clockwise from the node at `start`."""
         seen = set[str]()
         for i in range(len(self._names)):
             name = self._names[(start + i) % len(self._names)]
@@ -4802,6 +4803,7 @@ class VolumeClient:
             self._set_timer()
 
     def _take_batch(self, most: int) -> list[Exchange]:
+        """Take from the queue what goes out together on one line."""
         first = self._queue.popleft()
         batch = [first]
         size = first.size
@@ -5408,6 +5410,7 @@ class Metrics:
             yield name, offset // 8
 
     def _cell(self, name: str) -> int:
+        """Return where the number called `name` is in memory, in words of 8 bytes."""
         if name not in self._cells:
             # Labels are bounded: it is full with some hundred volumes, and then the last cell
             # counts for all that came too late.
@@ -5513,6 +5516,7 @@ class AccessLog:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
 
     def flush(self) -> None:
+        """Write what fits into the pipe, and keep the rest for the next time."""
         self._is_due = False
         lines = [f"{line}\n".encode("utf-8", "backslashreplace") for line in self._lines]
         self._lines.clear()
@@ -5744,6 +5748,7 @@ class Write:
             self._tell_news()
 
     def _hear_slow(self, _: Exchange) -> None:
+        """A helper may be wanted."""
         self._tell_news()
 
     def _tell_news(self) -> None:
@@ -5916,6 +5921,8 @@ class Store:
         self.metrics.count_in_flight(change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
+        """Return the view of a configuration. Clients whose facts are as before stay, with their
+        lines."""
         clients = {}
         for volume in config.volumes:
             name = volume.name
@@ -6189,6 +6196,8 @@ class Store:
     async def _note_deletes(
         self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool
     ) -> None:  # fmt: skip
+        """Tell the index what a DELETE met: what was there is settled, or known to be written. If
+        it cannot be told, the collector deletes once more."""
         proofs = [
             place for place, found in seen.items() if found and rows[place].doubt_s is not None
         ]
@@ -6336,6 +6345,7 @@ class Store:
         return sum(await asyncio.gather(*(self._collect_on(one, until_s) for one in alive)))
 
     async def _collect_on(self, client: VolumeClient, until_s: float) -> int:
+        """Delete what is due on one volume, four at a time; return how many answered."""
         name = client.volume.name
         due = iter(await self.index.due_on(name))
         seen = dict[Pending, bool]()
@@ -7801,6 +7811,7 @@ class Lanes:
         return self._date
 
     def _sweep(self) -> None:
+        """Give up the lanes whose deadline has come: one timer for all."""
         now_s = self.loop.time()
         for lane in [lane for lane in self._lanes if lane.deadline_s <= now_s]:
             lane.run_out()
@@ -8058,6 +8069,7 @@ class Connection(web.RequestHandler):
         self._weigh_framing()
 
     def _weigh_framing(self) -> None:
+        """Refuse a chunked body that is more framing than body: parsing starves the loop."""
         content = self._chunked
         if content is None or content.is_eof():
             self._chunked = None
@@ -8319,6 +8331,7 @@ class EmbeddedVolume:
     async def _act(
         self, request: web.Request, path: str, query: str, file: Path
     ) -> web.StreamResponse:
+        """Do what the method says, as nginx does."""
         folder = path.endswith("/")
         match request.method:
             case "PUT" if folder:

@@ -1476,6 +1476,7 @@ class Rebalance:
         await run_all(self._jobs(), self._concurrency)
 
     async def _jobs(self) -> AsyncIterator[Awaitable[None]]:
+        """Yield batches of moves that can go at once, over all records."""
         view = self._store.view
         states = self._store.health.states
         pending = list[Move]()
@@ -1850,6 +1851,7 @@ class Verify:
         )
 
     async def _note_strays(self, strays: Sequence[Place]) -> None:
+        """Report what no record names, and note it for removal."""
         sidecars = await read_sidecars(
             self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays]
         )

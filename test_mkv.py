@@ -98,6 +98,13 @@ def eventually(predicate: Callable[[], object], patience_s: float = 30.0) -> Non
         time.sleep(0.02)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Replace a file: whoever reads it just then has all of the old or all of the new one."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(file)
+
+
 def require_nginx() -> None:
     """Skip, but fail in CI, where nginx is missing."""
     if shutil.which("nginx") is None:
@@ -319,7 +326,7 @@ class Program:
     ) -> None:
         self.folder, self.config = folder, folder / "mkv.toml"
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(config)
+        write_whole(self.config, config)
         self.log_file = folder / "log"
         patient = ["--volume-timeout", "60"]  # a CI machine's disk may stand still for seconds
         command = [*SERVE, "--config", str(self.config), "--port", "0", *patient, *arguments]
@@ -14154,9 +14161,7 @@ class Site:
         return self.server.url
 
     def reload(self) -> None:
-        fresh = self._config.with_suffix(".new")
-        fresh.write_text(self.configuration())
-        fresh.replace(self._config)  # a tool that starts just now reads it whole
+        write_whole(self._config, self.configuration())
         self.server.process.send_signal(signal.SIGHUP)
 
     def begin_tool(self, command: str, *arguments: object) -> None:
