@@ -79,6 +79,7 @@ import errno
 import fcntl
 import hashlib
 import hmac
+import io
 import json
 import logging
 import math
@@ -2255,6 +2256,7 @@ SQLITE_STEPS = {
 }
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+COPYING = ".tmp"  # at the end of a copy's name while it is made
 TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
 
@@ -2472,11 +2474,11 @@ class SqliteEngine(Engine):
         return Path(self.path).is_file()
 
     def check_target(self, target: str) -> None:
-        check_target(target, f"{target}.tmp", self.path)
+        check_target(target, target + COPYING, self.path)
 
     def copy_to(self, target: str, session: Session) -> int:
         """The file appears whole, checked and synced, or not at all."""
-        part = f"{target}.tmp"
+        part = target + COPYING
         try:
             remove_index(part)
             keys = copy_index(part, cast(SqliteSession, session).db)
@@ -5610,7 +5612,8 @@ class Hasher:
     """SHA-256 of a blob, and whatever else the client wants verified, in one pass."""
 
     def __init__(self, expected: Mapping[str, bytes]) -> None:
-        self._expected, self.size = expected, 0
+        self._expected = expected
+        self.size = 0
         self._hashes = {
             name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}
         }
@@ -5634,7 +5637,10 @@ class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
     def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index) -> None:
-        self._view, self._health, self._draft, self._trail = view, health, draft, trail
+        self._view = view
+        self._health = health
+        self._draft = draft
+        self._trail = trail
         self._index = index
         self._hasher = Hasher(draft.digests)
         self.path = ""
@@ -5649,7 +5655,9 @@ class Write:
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full
         with the reason."""
-        config, ring, health = self._view.config, self._view.ring, self._health
+        config = self._view.config
+        ring = self._view.ring
+        health = self._health
         key = self._draft.key
         names = plan_write(
             ring, key, config.replicas, health.states, done, self.failed, health.slow
@@ -5700,7 +5708,8 @@ class Write:
         wait for."""
         if not self._under_way:
             return self.plan(self.done)
-        config, health = self._view.config, self._health
+        config = self._view.config
+        health = self._health
         slow = {name for name, exchange in self._under_way.items() if exchange.is_slow}
         expected = {*self.done, *self._under_way} - slow
         names = plan_write(
@@ -5721,7 +5730,8 @@ class Write:
             self._under_way[name] = exchange
 
     def _hear_end(self, exchange: Exchange) -> None:
-        name, error = exchange.volume, exchange.error
+        name = exchange.volume
+        error = exchange.error
         if self._under_way.pop(name, None) is None:  # nobody waits for it any more
             if exchange.sent <= 1 and not isinstance(error, VolumeDown | VolumeTimeout):
                 self.doubts.pop(name, None)
@@ -5760,7 +5770,9 @@ class Write:
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume
         can be replaced. Return the record to commit; raises MkvError."""
-        clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
+        clients = self._view.clients
+        size = self._draft.size
+        uploads = dict[str, Upload]()
         try:
             while names := self.plan(uploads):
                 await self._claim_all(names)
@@ -5831,7 +5843,8 @@ class Write:
 
     def _finish_body(self) -> str:
         """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
-        expected, size = self._draft.size, self._hasher.size
+        expected = self._draft.size
+        size = self._hasher.size
         if expected not in (None, size):
             raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
         return self._hasher.finish()
@@ -5905,7 +5918,8 @@ class Store:
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
         clients = {}
         for volume in config.volumes:
-            name, client = volume.name, before.get(volume.name)
+            name = volume.name
+            client = before.get(volume.name)
             facts = (volume, config.volume_secret, config.volume_timeout, config.slow_after)
             if client is None or client.facts != facts:
                 client = VolumeClient(
@@ -5967,7 +5981,8 @@ class Store:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says
         so."""
         old = self.view
-        asked, config = config, reload_config(old.config, config)
+        asked = config
+        config = reload_config(old.config, config)
         new = self._make_view(config, old.clients)
         await self._meet({*new.clients.values()} - {*old.clients.values()})
         self.view = new
@@ -6106,8 +6121,10 @@ class Store:
         """Delete the key. When it returns, the record is gone, and the sidecars from all volumes
         that answer; for the others there are marks (I4). Raises Unfinished if volumes fail just
         then."""
-        view, states = self.view, self.health.states
-        delay_s, copies = view.config.garbage_delay, view.config.min_replicas
+        view = self.view
+        states = self.health.states
+        delay_s = view.config.garbage_delay
+        copies = view.config.min_replicas
         up = [name for name in view.clients if states.get(name) is State.UP]
         answering = None
         if len(up) < copies:
@@ -6229,7 +6246,8 @@ class Store:
 
     def limit_lists(self, client: str, now: float) -> None:
         """Count a list request of `client`; raises TooManyRequests."""
-        config, known = self.view.config, self._list_tokens
+        config = self.view.config
+        known = self._list_tokens
         if config.list_rate:
             if len(known) > 10_000:
                 known.clear()  # which only forgives
@@ -8519,12 +8537,17 @@ IDLE_S = 45.0  # of a kept connection; less than keepalive_timeout
 FIRST_PAUSE_S = 0.05  # before the second attempt; then twice as long each time
 LONGEST_PAUSE_S = 2.0
 ASK_AROUND = 16  # redirects to find another replica than a bad one
+BAD_READS = 8  # of a blob, each with another digest than it should have, before it counts as lost
 PIECE_BYTES = 64 * 1024  # of a body that is sent, at once
 FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
 KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
 SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
 PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
+# What reading an answer can raise that is not as mkv's are.
+NOT_AS_MKV = (
+    ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class Unreachable(Unavailable):
@@ -8554,6 +8577,7 @@ class Strange(MkvError):
     title = "which no mkv answers"
 
 
+FOR_NOW = (Unavailable, TooManyRequests)  # what is worth another attempt
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
     for kind in (
@@ -8638,7 +8662,7 @@ class Client:
     async def __aenter__(self) -> Self:
         self._session = ClientSession(
             connector=TCPConnector(limit=0, keepalive_timeout=IDLE_S),
-            timeout=ClientTimeout(sock_connect=self._timeout_s, sock_read=self._timeout_s),
+            timeout=ClientTimeout(connect=self._timeout_s, sock_read=self._timeout_s),
             headers={"Accept-Encoding": "identity", "User-Agent": f"mkv/{__version__}"},
             skip_auto_headers=("Content-Type",),  # the server knows better
             cookie_jar=DummyCookieJar(),
@@ -8683,23 +8707,26 @@ class Client:
         ):
             if value is not None:
                 headers[name] = value
-        source = await open_source(data)
+        source = Source(data)
         try:
+            await in_thread(source.open)
             return await self._put(key, source, headers, hear)
         finally:
-            await source.close()
+            await in_thread(source.close)
 
     async def get(self, key: str) -> bytes:
         """Return the whole blob, in memory, its digest checked. If a replica is bad another one is
         read; Corrupt if none is good."""
         retries = Retries(self.patience_s)
         avoid = set[str]()
+        bad_reads = 0
         while True:
             download = Download(self, key, hasher=Hasher({}), avoid=avoid)
             try:
                 return b"".join([piece async for piece in download.read()])
             except Corrupt:
-                if not download.sources:
+                bad_reads += 1
+                if not download.sources or bad_reads >= BAD_READS:
                     raise
                 avoid |= download.sources
             except Changed as error:
@@ -8721,7 +8748,7 @@ class Client:
             download = Download(self, key, hasher=Hasher({}))
         else:  # no digest would tell that a replica is too short
             blob = await self.head(key)
-            download = Download(self, key, start, end, etag=blob.etag, size=blob.size)
+            download = Download(self, key, start, end, digest=blob.digest, size=blob.size)
         async with contextlib.aclosing(download.read()) as pieces:
             async for piece in pieces:
                 yield piece
@@ -8738,6 +8765,7 @@ class Client:
         negative number if they have to come again."""
         retries = Retries(self.patience_s)
         avoid = set[str]()
+        bad_reads = 0
         while True:
             blob = await self.head(key)
             part = PartFile(Path(path), blob)
@@ -8747,13 +8775,15 @@ class Client:
                 await in_thread(part.finish)
                 return blob
             except Corrupt:
-                await in_thread(part.clear)
-                if part.is_fresh and not part.sources:
-                    raise
+                await in_thread(part.remove)
                 if part.is_fresh:  # else what was there before may be to blame
-                    avoid.update(part.sources)
+                    bad_reads += 1
+                    if not part.sources or bad_reads >= BAD_READS:
+                        raise
+                    avoid |= part.sources
                 hear(-part.heard)
             except Changed as error:
+                await in_thread(part.remove)
                 hear(-part.heard)
                 await retries.pause(error)
             finally:
@@ -8771,7 +8801,7 @@ class Client:
                 modified_s=parsedate_to_datetime(headers["Last-Modified"]).timestamp(),
                 volumes=tuple(headers["Mkv-Volumes"].split(",")),
             )
-        except (KeyError, ValueError) as error:
+        except NOT_AS_MKV as error:
             raise Strange(f"the answer to HEAD of {key!r} lacks something: {error!r}") from None
 
     async def delete(self, key: str, *, if_match: str | None = None) -> None:
@@ -8792,11 +8822,15 @@ class Client:
             except Unfinished as error:
                 doubt = True
                 await retries.pause(error)
-            except Unavailable as error:
+            except FOR_NOW as error:
                 doubt = doubt or may_have_arrived(error)
                 if doubt and headers:
                     raise Unanswered(str(error)) from error
                 await retries.pause(error, doubt)
+            except MkvError as error:
+                if doubt:
+                    raise Unanswered(f"{error}; an attempt before had no answer") from error
+                raise
 
     async def list(
         self, prefix: str = "", delimiter: str = "", start: str = ""
@@ -8810,7 +8844,7 @@ class Client:
             _, body = await self._ask("GET", target_of_list(query))
             try:
                 found, following = read_page(body, following)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except NOT_AS_MKV as error:
                 raise Strange(f"what was answered is no list: {error!r}") from None
             for blob in found:
                 yield blob
@@ -8820,7 +8854,7 @@ class Client:
         _, body = await self._ask("GET", "/-/status")
         try:
             return dict(json.loads(body))
-        except (ValueError, TypeError, RecursionError) as error:
+        except NOT_AS_MKV as error:
             raise Strange(f"what was answered is no status: {error!r}") from None
 
     # -- requests --
@@ -8829,18 +8863,23 @@ class Client:
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], **options: Any
     ) -> AsyncIterator[ClientResponse]:
-        """Send one request, once, following no redirect; raises Unreachable."""
+        """Send one request, once, following no redirect; raises Unreachable, BadRequest."""
         if self._session is None:
             raise RuntimeError("a Client is used within `async with`")
-        with told_plainly(f"{method} {url.partition('?')[0]}"):
-            request = self._session.request(
-                method,
-                AnyURL(url, encoded=True),
-                headers=headers,
-                allow_redirects=False,
-                **options,
-            )
-            async with request as response:
+        with told_plainly(method, url):
+            try:
+                response = await self._session.request(
+                    method,
+                    AnyURL(url, encoded=True),
+                    headers=headers,
+                    allow_redirects=False,
+                    **options,
+                )
+            except ValueError as error:  # a host that cannot be, or a header
+                raise BadRequest(
+                    f"{method} {without_query(url)} cannot be sent: {error}"
+                ) from None
+            async with response:
                 yield response
 
     @contextlib.asynccontextmanager
@@ -8868,7 +8907,7 @@ class Client:
         while True:
             try:
                 return await self._ask_once(method, target)
-            except (Unavailable, TooManyRequests) as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
 
     async def _put(
@@ -8880,9 +8919,9 @@ class Client:
         while True:
             try:
                 return await self._put_once(key, source, headers, is_bound, hear)
-            except Unavailable as error:
+            except (*FOR_NOW, Unfinished) as error:
                 doubt = doubt or may_have_arrived(error)
-                is_over = (is_bound and doubt) or not await source.rewind()
+                is_over = (is_bound and doubt) or source.is_spent
                 if is_over and doubt:
                     raise Unanswered(str(error)) from error
                 if is_over:
@@ -8902,11 +8941,12 @@ class Client:
             given["Repr-Digest"] = f"sha-256=:{encoded}:"
         if source.size is not None:
             given["Content-Length"] = str(source.size)
-        # Who is asked for the body knows that it was not sent before; else that is not worth a
-        # round trip.
-        asks = is_bound or source.size is None or source.size > SMALL_BLOB
+        # Nothing is carried out before all of its body has come, unless there is none. Who waits
+        # to be asked for it knows that it was not; if that does not matter it is not worth a round
+        # trip.
+        asks = source.size is None or source.size > (0 if is_bound else SMALL_BLOB)
         last_s = self._timeout_s + KERNEL_BYTES / SLOWEST_LINK
-        options = {"timeout": ClientTimeout(sock_connect=self._timeout_s, sock_read=last_s)}
+        options = {"timeout": ClientTimeout(connect=self._timeout_s, sock_read=last_s)}
         feed = Feed(source, self._timeout_s, hear)
         try:
             async with (
@@ -8921,7 +8961,7 @@ class Client:
             hear(-feed.heard)
             if feed.failure is not None:
                 raise feed.failure from None
-            sent = not asks or feed.has_begun
+            sent = feed.has_begun or source.size == 0
             why = str(error) or f"PUT {key!r}: no progress in {self._timeout_s:g} s"
             raise Unreachable(why, sent and may_have_arrived(error)) from None
         if response.status not in (201, 204):
@@ -8938,7 +8978,7 @@ class Client:
         part.heard = part.size
         hear(part.size)
         download = Download(
-            self, blob.key, part.size, etag=blob.etag, size=blob.size, hasher=part.hasher,
+            self, blob.key, part.size, digest=blob.digest, size=blob.size, hasher=part.hasher,
             avoid=avoid,
         )  # fmt: skip
         part.sources = download.sources
@@ -8966,31 +9006,36 @@ async def send_once(request: ClientRequest, handler: ClientHandlerType) -> Clien
 
 
 @contextlib.contextmanager
-def told_plainly(what: str) -> Iterator[None]:
-    """Raise Unreachable for whatever can happen to a connection."""
+def told_plainly(method: str, url: str) -> Iterator[None]:
+    """Raise Unreachable for whatever can happen to a connection; a link's signature is not in its
+    words."""
     try:
         yield
-    except (ClientConnectorError, ConnectionTimeoutError) as error:
-        raise Unreachable(f"{what}: {error}", sent=False) from None
     except (ClientError, OSError, EOFError, TimeoutError) as error:
-        raise Unreachable(f"{what}: {error or type(error).__name__}", sent=True) from None
+        plain = without_query(url)
+        told = str(error).replace(url.removeprefix(plain), "") or type(error).__name__
+        sent = not isinstance(error, ClientConnectorError | ConnectionTimeoutError)
+        raise Unreachable(f"{method} {plain}: {told}", sent) from None
 
 
 def may_have_arrived(error: Exception) -> bool:
     """Whether what failed so may have been carried out: a server that says no has done nothing."""
     if isinstance(error, Unreachable):
         return error.sent
-    return isinstance(error, TimeoutError)
+    return isinstance(error, TimeoutError | Unfinished)
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """Run `work` on a thread. It runs to its end even if whoever awaits it is cancelled, and that
-    one waits: so nobody closes the files that it uses."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    """Run `work` on a thread. It runs to its end even if whoever awaits it is cancelled, however
+    often, and that one waits: so nobody closes the files that it uses."""
+    running = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait([running])
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()  # which nobody will ask for
         raise
 
 
@@ -9038,7 +9083,7 @@ def error_of(response: ClientResponse, body: bytes) -> MkvError:
         if status in (502, 503, 504):  # a proxy, which does not say how far it came
             return Unreachable(told, sent=True)
         return kind(told)
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(*NOT_AS_MKV):
         problem = json.loads(body)  # HEAD has none
         told = f"{problem['detail']} (request {problem['request_id']})"
     wait = response.headers.get("Retry-After", "")
@@ -9056,7 +9101,7 @@ def read_page(body: bytes, start: str) -> tuple[list[Blob], str | None]:
                 key=row["key"],
                 size=int(row["size"]),
                 digest=digest_of(row["etag"]),
-                content_type=row["content_type"],
+                content_type=str(row["content_type"]),
                 modified_s=datetime.fromisoformat(row["modified"]).timestamp(),
             )
         )
@@ -9107,18 +9152,19 @@ def read_retry_after(value: str) -> float:
 
 class Download:
     """One version of a blob, or a part of it, that is read over as many connections as it takes.
-    `avoid` are URLs of bad replicas; `sources` become those that were read from."""
+    `avoid` are URLs of bad replicas; `sources` become those that were read from, "" for a proxy
+    in front of the server that sends the blob itself."""
 
     def __init__(
         self, client: Client, key: str, start: int = 0, end: int | None = None, *,
-        etag: str = "", size: int | None = None,
+        digest: str = "", size: int | None = None,
         hasher: Hasher | None = None, avoid: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._client = client
         self._key = key
         self._at = start
         self._end = end
-        self._etag = etag
+        self._digest = digest  # of the version, once that is known
         self._size = size  # of the whole blob, once that is known
         self._hasher = hasher  # if all of it will have been read
         self._avoid = avoid
@@ -9136,9 +9182,9 @@ class Download:
                             self._hasher.update(piece)
                         retries.note_progress()
                         yield piece
-            except Unavailable as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
-        if self._hasher and self._hasher.finish() != digest_of(self._etag):
+        if self._hasher and self._hasher.finish() != self._digest:
             raise Corrupt(f"{self._key!r}: what was read has not the digest that it should have")
 
     def _is_done(self) -> bool:
@@ -9152,45 +9198,49 @@ class Download:
         headers = dict[str, str]()
         if self._at or self._end is not None:
             headers["Range"] = f"bytes={self._at}-{'' if self._end is None else self._end - 1}"
-        async with contextlib.AsyncExitStack() as stack:
-            response = await self._locate(stack, headers)
-            if response.status == 302:
-                url = response.headers["Location"]
-                self.sources.add(without_query(url))
-                await read_body(response)
-                response = await stack.enter_async_context(self._client.send("GET", url, headers))
-            self._check(response)
-            yield response
-
-    async def _locate(
-        self, stack: contextlib.AsyncExitStack, headers: Mapping[str, str]
-    ) -> ClientResponse:
-        """Ask the server for it: it sends a redirect, or a proxy in front of it the blob."""
+        target = target_of(self._key)
         for _ in range(ASK_AROUND):
-            asking = self._client.send_to_server("GET", target_of(self._key), headers)
-            response = await stack.enter_async_context(asking)
-            if response.status not in (200, 206, 302, 416):
-                error = error_of(response, await read_body(response))
-                if isinstance(error, NotFound) and self._etag:
-                    raise Changed("the key was deleted while it was read")
-                raise error
-            url = response.headers.get("Location", "")
-            if response.status == 302 and not url:
-                raise Strange("a redirect leads nowhere")
-            await self._compare(response)
-            if without_query(url) not in self._avoid:
-                return response
-            await read_body(response)
+            async with self._client.send_to_server("GET", target, headers) as response:
+                if response.status in (200, 206, 416):
+                    self.sources.add("")
+                    await self._compare(response)
+                    self._check(response)
+                    yield response
+                    return
+                link = await self._read_redirect(response)
+            source = without_query(link)
+            if source in self._avoid:
+                continue
+            self.sources.add(source)
+            async with self._client.send("GET", link, headers) as response:
+                self._check(response)
+                yield response
+                return
         raise Corrupt(f"{self._key!r}: no replica that can be read is good")
+
+    async def _read_redirect(self, response: ClientResponse) -> str:
+        """Return where the version that was begun is to be read."""
+        body = await read_body(response)
+        if response.status != 302:
+            error = error_of(response, body)
+            if isinstance(error, NotFound) and self._digest:
+                raise Changed("the key was deleted while it was read")
+            raise error
+        link = response.headers.get("Location", "")
+        if not URL.fullmatch(link):
+            raise Strange(f"a redirect leads to {without_query(link)!r}")
+        await self._compare(response)
+        return link
 
     async def _compare(self, response: ClientResponse) -> None:
         """Raise Changed unless it is still the version that was begun."""
-        etag = response.headers.get("ETag", "")
-        if not etag:  # a proxy does not pass it on
-            etag = (await self._client.head(self._key)).etag
-        if self._etag and etag != self._etag:
+        if "ETag" in response.headers:
+            digest = digest_of_answer(response)
+        else:  # a proxy does not pass it on
+            digest = (await self._client.head(self._key)).digest
+        if self._digest and self._digest != digest:
             raise Changed("the key was replaced while it was read")
-        self._etag = etag
+        self._digest = digest
 
     def _check(self, response: ClientResponse) -> None:
         """Raise Unreachable unless just what is missing comes."""
@@ -9239,7 +9289,7 @@ class PartFile:
         self.size = 0  # bytes that have come
         self.heard = 0  # bytes that were told
         self.is_fresh = True  # nothing of it is from an earlier download
-        self.sources: Collection[str] = ()
+        self.sources = set[str]()
         self.hasher = Hasher({})
         self._target = target
         name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]  # which may be too long
@@ -9247,7 +9297,12 @@ class PartFile:
         self._fd = -1
 
     def open(self) -> None:
-        """Go on with what is there; raises Unavailable if another download does just that."""
+        """Go on with what is there; raises Unavailable if another download does just that, and
+        OSError, rather now than in the end, where no file can be put."""
+        if self._target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._target))
+        if self._path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
         if os.fstat(self._fd).st_size > self.blob.size:
@@ -9274,9 +9329,9 @@ class PartFile:
             view = view[os.write(self._fd, view) :]
         self.size += len(data)
 
-    def clear(self) -> None:
+    def remove(self) -> None:
         """Forget what has come: it is wrong."""
-        os.ftruncate(self._fd, 0)
+        os.unlink(self._path)
 
     def finish(self) -> None:
         """Make it the file, for good."""
@@ -9291,125 +9346,70 @@ class PartFile:
 
 
 class Source:
-    """The bytes of a PUT. Of a flow, which comes once, nothing is known before."""
+    """The bytes of a PUT. Of what can be read twice, size and digest are known before they are
+    sent; of what comes once, a flow or a pipe, nothing is."""
 
-    size: int | None = None
-    digest = ""  # SHA-256 in hex
-
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Yield all of it, from its beginning."""
-        raise NotImplementedError
-
-    async def rewind(self) -> bool:
-        """Return whether all of it can be sent, again or for the first time."""
-        return True
-
-    async def close(self) -> None:
-        pass
-
-
-class BytesSource(Source):
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Data) -> None:
+        self.size: int | None = None
+        self.digest = ""  # SHA-256 in hex
+        self.is_spent = False  # it comes once, and was begun
         self._data = data
-        self.size = len(data)
+        self._file: IO[bytes] = io.BytesIO()
+        self._start = 0
 
-    async def prepare(self) -> None:
-        self.digest = await in_thread(lambda: hashlib.sha256(self._data).hexdigest())
+    def open(self) -> None:
+        """Find out what can be known; raises TypeError, OSError. For a thread."""
+        data = self._data
+        if isinstance(data, AsyncIterable):
+            return
+        if isinstance(data, bytes | bytearray | memoryview):
+            self._file = io.BytesIO(data)
+        elif isinstance(data, os.PathLike):
+            self._file = open(data, "rb")  # noqa: SIM115
+        elif hasattr(data, "read"):
+            self._file = data
+        else:
+            raise TypeError(
+                f"data is bytes, a Path, a file or an async iterator, not {type(data)}"
+            )
+        if self._file.seekable():
+            self._start = self._file.tell()
+            hasher = Hasher({})
+            while piece := self._read(FILE_BYTES):
+                hasher.update(piece)
+            self.digest = hasher.finish()
+            self.size = hasher.size
+
+    def close(self) -> None:
+        """Close the file, unless it was given. For a thread."""
+        if self._file is not self._data:
+            self._file.close()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        yield self._data
-
-
-class FileSource(Source):
-    """A file that can be read twice; it is closed in the end if it is `ours`."""
-
-    def __init__(self, file: IO[bytes], ours: bool) -> None:
-        self._file = file
-        self._ours = ours
-
-    async def prepare(self) -> None:
-        await in_thread(self._look)
-
-    def _look(self) -> None:
-        self._start = self._file.tell()
-        hasher = Hasher({})
-        while piece := read_bytes(self._file, FILE_BYTES):
-            hasher.update(piece)
-        self.digest = hasher.finish()
-        self.size = hasher.size
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        await in_thread(self._file.seek, self._start)
-        left = self.size or 0
-        while left:
-            piece = await in_thread(read_bytes, self._file, min(left, FILE_BYTES))
+        """Yield all of it, from its beginning."""
+        self.is_spent = not self.digest
+        if isinstance(self._data, AsyncIterable):
+            async for piece in self._data:
+                yield bytes(piece)
+            return
+        if self.digest:
+            await in_thread(self._file.seek, self._start)
+        sent = 0
+        while sent != self.size:
+            most = FILE_BYTES if self.size is None else min(FILE_BYTES, self.size - sent)
+            piece = await in_thread(self._read, most)
+            if not piece and self.size is None:
+                return
             if not piece:
                 raise OSError(errno.EIO, "the file has become shorter meanwhile")
-            left -= len(piece)
+            sent += len(piece)
             yield piece
 
-    async def close(self) -> None:
-        if self._ours:
-            await in_thread(self._file.close)
-
-
-class FlowSource(Source):
-    def __init__(self, flow: AsyncIterable[bytes], ours: IO[bytes] | None = None) -> None:
-        self._flow = flow
-        self._ours = ours
-        self._has_begun = False
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        self._has_begun = True
-        async for piece in self._flow:
-            yield bytes(piece)
-
-    async def rewind(self) -> bool:
-        return not self._has_begun
-
-    async def close(self) -> None:
-        if self._ours is not None:
-            await in_thread(self._ours.close)
-
-
-async def read_pipe(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := await in_thread(read_bytes, file, FILE_BYTES):
-        yield piece
-
-
-def read_bytes(file: IO[bytes], size: int) -> bytes:
-    piece = file.read(size)
-    if not isinstance(piece, bytes):
-        raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
-    return piece
-
-
-async def open_source(data: Data) -> Source:
-    """Make the source of a PUT; raises TypeError, OSError."""
-    if isinstance(data, bytes | bytearray | memoryview):
-        memory = BytesSource(bytes(data))
-        await memory.prepare()
-        return memory
-    if isinstance(data, AsyncIterable):
-        return FlowSource(data)
-    file: IO[bytes]
-    if isinstance(data, os.PathLike):
-        file = await in_thread(open, data, "rb")
-    elif hasattr(data, "read"):
-        file = data
-    else:
-        raise TypeError(f"data is bytes, a Path, a file or an async iterator, not {type(data)}")
-    ours = file is not data
-    try:
-        if not file.seekable():
-            return FlowSource(read_pipe(file), file if ours else None)
-        source = FileSource(file, ours)
-        await source.prepare()
-    except BaseException:
-        if ours:
-            file.close()
-        raise
-    return source
+    def _read(self, size: int) -> bytes:
+        piece = self._file.read(size)
+        if not isinstance(piece, bytes):
+            raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
+        return piece
 
 
 class Feed:
