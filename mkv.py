@@ -7027,13 +7027,24 @@ PAGE_POLICY = (
 )
 
 
-def page_headers(volumes: Iterable[Volume]) -> dict[str, str]:
-    """Return what is sent with the page: images come from the volumes, nothing else from
-    anywhere."""
-    places = {"{0.scheme}://{0.netloc}".format(urlsplit(one.public_url)) for one in volumes}
+def image_source(url: str) -> str:
+    """Return what a policy calls the place of `url`. It has no words for an IPv6 address or a
+    name with _: then it allows all places."""
+    parts = urlsplit(url)
+    can_be_said = re.fullmatch(r"[A-Za-z0-9.:-]+", parts.netloc)
+    return f"{parts.scheme}://{parts.netloc}" if can_be_said else f"{parts.scheme}:"
+
+
+def page_headers(config: Config) -> dict[str, str]:
+    """Return what is sent with the page: images come from where redirects lead, nothing else from
+    anywhere. A proxy that reads for the page hides the volumes, so it is not told where they
+    are."""
+    images = set[str]()
+    if config.read == "redirect":
+        images = {image_source(one.public_url) for one in config.volumes}
     return {
         "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": " ".join([PAGE_POLICY, *sorted(places)]),
+        "Content-Security-Policy": " ".join([PAGE_POLICY, *sorted(images)]),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
@@ -7305,7 +7316,7 @@ class Call:
         return Response(200, {"Content-Type": JSON_TYPE}, body)
 
     async def show_page(self) -> Response:
-        return Response(200, page_headers(self.store.view.config.volumes), PAGE)
+        return Response(200, page_headers(self.store.view.config), PAGE)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -7399,8 +7410,8 @@ ON_KEY: Mapping[str, Route] = {
 # What browser applications of other origins may send, and see.
 REQUEST_HEADERS = (
     "Accept, Authorization, Content-Digest, Content-MD5, Content-Type, If-Match, "
-    "If-Modified-Since, If-None-Match, If-Unmodified-Since, Range, Repr-Digest, traceparent, "
-    "X-Request-ID"
+    "If-Modified-Since, If-None-Match, If-Range, If-Unmodified-Since, Range, Repr-Digest, "
+    "traceparent, X-Request-ID"
 )
 RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 

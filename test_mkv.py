@@ -4879,7 +4879,8 @@ def test_all_origins_may_be_listed(start: Callable[..., Program]) -> None:
     server = start("--cors-origins", "*")
     _, headers, _ = ask(server.url + "/k", "OPTIONS", Origin="null", **PREFLIGHT)
     assert headers["access-control-allow-origin"] == "*" and "vary" not in headers
-    assert "Authorization" in headers["access-control-allow-headers"]
+    allowed = headers["access-control-allow-headers"].split(", ")
+    assert {"Authorization", "Range", "If-Range", "If-Match"} <= set(allowed)
 
 
 # -- an nginx in front, which reads for those who cannot follow a redirect --
@@ -4903,9 +4904,11 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
     folder = tmp_path_factory.mktemp("front")
     secrets = (VOLUME_SECRET, LINK_SECRET)
     config = f'read = "accel"\nvolume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
-    config += TOKENS + '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
+    config += f'cors_origins = "{APP}"\n{TOKENS}'
+    config += '[anonymous]\nallow = ["read", "write", "delete", "list", "admin"]\n'
     with contextlib.ExitStack() as stack:
-        volumes = [stack.enter_context(Nginx(folder / f"v{i}", secrets)) for i in range(2)]
+        nginxes = [Nginx(folder / f"v{i}", secrets, cors=True) for i in range(2)]
+        volumes = [stack.enter_context(one) for one in nginxes]
         rows = [f'[[volume]]\nname = "n{i}"\nurl = "{v.url}"\n' for i, v in enumerate(volumes)]
         public = 'public_url = "http://127.0.0.1:1"\n'  # nobody is sent there
         program = Program(folder / "index", config=config + "".join(row + public for row in rows))
@@ -4957,6 +4960,15 @@ def test_reader_behind_nginx_gets_the_blob_at_the_url_of_its_key(front: Front) -
                  "cache-control", "mkv-volumes"):  # fmt: skip
         assert headers[name] == about[1][name], name
     assert ask(url, Accept="text/uri-list")[2] == b"/photos/a%2Fcat%20photo.png\r\n"
+
+
+def test_the_server_says_which_origins_see_what_nginx_reads(front: Front) -> None:
+    """And no volume."""
+    assert ask(front.url + "/shown", "PUT", b"x")[0] == 201
+    for origin, allowed in ((APP, APP), ("https://evil.example", None)):
+        _, headers, _ = ask(front.url + "/shown", Origin=origin)
+        assert headers.get("access-control-allow-origin") == allowed
+        assert headers["vary"] == "Origin"
 
 
 def test_reader_behind_nginx_asks_for_parts_and_under_conditions(front: Front) -> None:
@@ -5055,7 +5067,8 @@ def test_nginx_in_front_reads_elsewhere_what_a_volume_has_not(front: Front) -> N
     assert ask(url, "PUT", b"x" * 300_000)[0] == 201
 
     def read_all() -> set[tuple[int, int]]:
-        answers = [ask(url) for _ in range(12)]
+        answers = [ask(url, Origin=APP) for _ in range(12)]
+        assert {headers["access-control-allow-origin"] for _, headers, _ in answers} == {APP}
         return {(status, len(body)) for status, _, body in answers}
 
     front.remove_from(front.volumes[0])
@@ -5102,6 +5115,19 @@ def test_page_is_one_document_whose_policy_lets_only_its_own_script_run(store: P
         body.decode(),
     )
     assert ask(store.url + "/-/", "HEAD")[0] == 200 and ask(store.url + "/-/", "PUT")[0] == 405
+
+
+def test_page_may_show_images_from_where_redirects_lead() -> None:
+    """No policy can name an IPv6 address, or a host with _: browsers ignore that."""
+    for read, url, source in (
+        ("redirect", "http://a-1.example:81/x", "http://a-1.example:81"),
+        ("redirect", "https://[::1]:3001", "https:"),
+        ("redirect", "http://volume_1:3001", "http:"),
+        ("accel", "http://a.example", "data:"),  # the last of those that are always there
+    ):
+        volume = mkv.Volume(name="a", url="http://inside", public_url=url)
+        headers = mkv.page_headers(mkv.Config(volumes=(volume,), replicas=1, read=read))
+        assert headers["Content-Security-Policy"].split()[-1] == source
 
 
 def make_png(width: int, height: int) -> bytes:
