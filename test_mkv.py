@@ -12694,8 +12694,10 @@ def test_copying_again_copies_only_what_is_missing_or_differs(
 
 @on_nginx
 def test_what_has_no_key_is_named_and_the_rest_is_stored(
-    cluster: Cluster, served: str, tmp_path: Path
+    cluster: Cluster, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """However many there are in a row."""
+    monkeypatch.setattr(mkv_tools, "FAILURES_IN_A_ROW", 2)
     source = tmp_path / "source"
     (source / "folder").mkdir(parents=True)
     (source / "good").write_bytes(b"x")
@@ -12707,9 +12709,10 @@ def test_what_has_no_key_is_named_and_the_rest_is_stored(
     long = source.joinpath(*["d" * 200] * 6)
     long.mkdir(parents=True)
     (long / "file").touch()
-    code, facts, _ = cluster.tool("put", served, f"{source}/", tmp_path / "missing")
+    code, facts, _ = cluster.tool("put", served, f"{source}/", tmp_path / "missing", "")
     failed = {Path(case["path"]).name: case["detail"] for case in facts["cases"]}
-    assert code == 1 and facts["copied"] == 2 and facts["failed"] == 6
+    assert code == 1 and facts["copied"] == 2 and facts["failed"] == 7
+    assert failed.pop("") == "an empty path"  # and not the folder here
     assert "UTF-8" in failed.pop("not-utf8-\udcff") and "link to a folder" in failed.pop(
         "elsewhere"
     )
@@ -12726,7 +12729,11 @@ EVIL_KEYS = (
 
 
 @on_nginx
-def test_no_key_leads_out_of_the_folder(cluster: Cluster, served: str, tmp_path: Path) -> None:
+def test_no_key_leads_out_of_the_folder(
+    cluster: Cluster, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does any keep others from coming."""
+    monkeypatch.setattr(mkv_tools, "FAILURES_IN_A_ROW", 2)
     for key in (*EVIL_KEYS, "p/good", "p/file", "p/file/below"):
         assert ask(f"{served}/{quote(key, safe='')}", "PUT", b"evil")[0] == 201
     (tmp_path / "outside-folder").mkdir()
@@ -12787,10 +12794,22 @@ def test_ls_and_rm(cluster: Cluster, served: str, capsys: pytest.CaptureFixture[
     assert tool("rm", served, "b", "c")[0] == 0 and tool("ls", served, "b")[1] == []
     assert tool("rm", served, "b")[0] == 1
     assert tool("rm", served)[0] == tool("rm", served, "b", "--prefix", "a/")[0] == 2
+    assert tool("rm", served, "--prefix", "", "--yes")[0] == 2  # an unset variable is not all keys
     assert mkv_tools.main(["rm", served, "--prefix", "a/"]) == 2
     assert "2 keys of 6 B begin with" in capsys.readouterr().err
     assert tool("ls", served, "a/")[1] == ["a/1", "a/2"]
-    assert tool("rm", served, "--prefix", "a/", "--yes")[0] == 0
+    delete = mkv.Client.delete
+
+    async def come_second(client: mkv.Client, key: str) -> None:
+        if key == "a/1":
+            await delete(client, key)
+        await delete(client, key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkv.Client, "delete", come_second)
+        assert tool("rm", served, "--prefix", "a/", "--yes") == (
+            0, ["1 deleted, 1 gone already"],
+        )  # fmt: skip
     assert tool("ls", served, "a/")[1] == [] and len(tool("ls", served)[1]) == 1
 
 
@@ -12903,13 +12922,56 @@ def test_interrupted_copying_says_how_to_go_on(
 
 
 @on_nginx
-def test_two_keys_do_not_become_one_file(cluster: Cluster, served: str, tmp_path: Path) -> None:
-    for key in ("a/name", "b/name"):
+def test_copying_stops_where_there_is_no_room_and_goes_on_when_there_is(
+    cluster: Cluster, served: str, tmp_path: Path
+) -> None:
+    blobs = {f"k{i}": os.urandom(700_000) for i in range(4)}
+    for key, blob in blobs.items():
+        assert ask(f"{served}/{key}", "PUT", blob)[0] == 201
+    back = tmp_path / "back"
+    with small_disk(back, "1m"):
+        line = ("get", served, "", "-o", back, "--concurrency", "1")
+        code, _, err = cluster.tool(*line)
+        assert code == 1 and "k1: [Errno 28] No space left" in err and err.count("\n") == 1
+        got = digests_below(back)
+        assert got.pop("k0") == blobs["k0"] and all(name.endswith(".part") for name in got)
+        subprocess.run(["mount", "-o", "remount,size=10m", back], check=True)
+        code, facts, _ = cluster.tool(*line)
+        assert (code, facts["copied"], facts["same"]) == (0, 3, 1) and facts["bytes"] < 2_100_001
+        assert digests_below(back) == blobs
+
+
+@on_nginx
+def test_two_keys_do_not_become_one_file(
+    cluster: Cluster, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a/name", "b/name", "c/NAME"):
         assert ask(f"{served}/{key}", "PUT", key.encode())[0] == 201
     line = ("get", served, "a/name", "b/name", "-o", tmp_path / "folder", "--concurrency", "1")
     code, facts, _ = cluster.tool(*line)
     assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
     assert (tmp_path / "folder" / "name").read_bytes() == b"a/name"
+    assert not mkv_tools.ignores_case(tmp_path) and os.listdir(tmp_path / "folder") == ["name"]
+    monkeypatch.setattr(mkv_tools, "ignores_case", lambda folder: True)
+    (tmp_path / "folder" / "name").unlink()
+    assert ask(f"{served}/a/NAME", "PUT", b"a/NAME")[0] == 201
+    code, facts, _ = cluster.tool("get", served, "a/", "-o", tmp_path / "folder")
+    assert (code, facts["copied"], facts["failed"]) == (1, 1, 1)
+    assert "another key becomes" in facts["cases"][0]["detail"]
+
+
+@on_nginx
+def test_two_files_do_not_become_one_key(cluster: Cluster, served: str, tmp_path: Path) -> None:
+    for path in ("a/sub/same", "a/x", "b/sub/same", "b/y"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(path.encode())
+    for pair in (("a/x", "a/x"), ("a/", "b/"), ("a/sub/same", "b/sub/"), ("a/sub", "b/")):
+        code, facts, err = cluster.tool("put", served, *(f"{tmp_path}/{one}" for one in pair))
+        assert code == 2 and facts == {} and "would become one key" in err and err.count("\n") == 1
+        assert err.count(str(tmp_path)) == 2
+    assert json.loads(ask(served + "/")[2])["keys"] == []
+    (tmp_path / "b/sub/same").unlink()
+    assert cluster.tool("put", served, f"{tmp_path}/a/", f"{tmp_path}/b/")[1]["copied"] == 3
 
 
 def test_copying_shows_bytes_and_time_left(start: Callable[..., Program], tmp_path: Path) -> None:
@@ -13039,7 +13101,9 @@ class GoMaster(BaseHTTPRequestHandler):
         given = dict(parse_qsl(rest))
         first, limit = given.get("start", prefix), int(given.get("limit", 0))
         names = [name for name in self.server.blobs if name.startswith(prefix)]
-        names = sorted((n for n in names if n.encode() >= first.encode()), key=str.encode)
+        found = sorted(os.fsencode(name) for name in names)
+        found = [name for name in found if name >= first.encode()]
+        names = [name.decode(errors="replace") for name in found]  # as Go's JSON does
         following = names[limit] if limit and len(names) > limit else ""
         page = {"next": following, "keys": names[: limit or None]}
         self.answer(200, json.dumps(page).encode())
@@ -13069,6 +13133,12 @@ def test_whole_store_of_the_original_is_imported(
         original.failing = 2
         code, facts, err = cluster.tool("import", original.url, served)
         assert (code, facts["copied"]) == (0, len(blobs)), (facts, err)
+        # Go lists what is no UTF-8 with U+FFFD in it: a page that began there would skip keys.
+        original.blobs["/k25\udc80"] = b"binary"
+        original.blobs["/k25é"] = b"not skipped"
+        code, facts, err = cluster.tool("import", original.url, served, "--prefix", "k2")
+        assert (code, facts["copied"], facts["failed"]) == (1, 1, 1), (facts, err)
+        del original.blobs["/k25\udc80"], original.blobs["/k25é"]
         for key, blob in blobs.items():
             assert get_body(f"{served}/{quote(key[1:], safe='')}") == blob
         original.blobs["/k5"] = b"z" * 50  # as long as before
@@ -13102,10 +13172,16 @@ def test_import_stores_nothing_whose_md5_is_wrong(
 
 
 @on_nginx
-def test_import_from_what_is_no_minikeyvalue_says_so(cluster: Cluster, served: str) -> None:
-    for url in (served, f"http://127.0.0.1:{free_port()}"):
-        code, _, err = cluster.tool("import", url, served)
-        assert code == 1 and err.startswith("mkv: ") and err.count("\n") == 1
+def test_import_from_what_is_no_minikeyvalue_says_so(
+    cluster: Cluster, served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Go({"/k": b"x"}) as original:
+        for url in (served, f"http://127.0.0.1:{free_port()}", "http://a..b", original.url):
+            if url == original.url:
+                monkeypatch.setattr(mkv, "PAGE_BYTES", 10)
+            code, _, err = cluster.tool("import", url, served)
+            assert code == 1 and err.startswith("mkv: ") and err.count("\n") == 1
+        assert "does not end" in err
 
 
 # == Linearizability ==============================================================================
