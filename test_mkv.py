@@ -6544,6 +6544,11 @@ def test_listing_of_an_embedded_volume_is_bounded(
 
 
 # == Client =======================================================================================
+# A client notices no difference between the ways to serve it, nor between indexes; volumes that
+# sync make tests slow.
+
+on_volumes = pytest.mark.parametrize("store", ["embedded", "nginx"], indirect=True)
+on_nginx_store = pytest.mark.parametrize("store", ["nginx"], indirect=True)
 
 
 class Script:
@@ -6642,6 +6647,7 @@ def as_pipe(data: bytes, folder: Path) -> io.BufferedReader:
     return open(read, "rb")
 
 
+@on_volumes
 @pytest.mark.parametrize("size", [0, 1, 65536, mkv.SMALL_BLOB + 1, 3_000_000])
 @pytest.mark.parametrize(
     "make",
@@ -6685,6 +6691,7 @@ async def test_client_stores_whatever_it_is_given_and_reads_it_back(
                 await request
 
 
+@on_nginx_store
 @pytest.mark.parametrize("key", ODD_KEYS)
 async def test_client_encodes_odd_keys(store: Program, key: str) -> None:
     async with mkv.Client(store.url + "/") as client:
@@ -6694,6 +6701,7 @@ async def test_client_encodes_odd_keys(store: Program, key: str) -> None:
         await client.delete(key)
 
 
+@on_nginx_store
 @pytest.mark.parametrize("size", [0, 1, 1000, 400_000])
 async def test_client_streams_slices(store: Program, size: int) -> None:
     data = random.Random(size).randbytes(size)
@@ -6709,7 +6717,7 @@ async def test_client_streams_slices(store: Program, size: int) -> None:
             await anext(client.stream("no-slices", 5, 3))
 
 
-@pytest.mark.parametrize("store", ["nginx"], indirect=True)  # volumes that sync make it slow
+@on_nginx_store
 async def test_client_lists_all_pages(store: Program) -> None:
     names = [f"page/{chance % 7}/{chance}é" for chance in range(1100)] + [
         "page/\U0001f600",
@@ -6771,6 +6779,7 @@ async def test_client_raises_what_the_answer_names(start: Callable[..., Program]
         await client.get("k")
 
 
+@on_nginx_store
 @pytest.mark.parametrize("data", ["text", 5, None, [b"x"], io.StringIO("x")])
 async def test_client_refuses_what_has_no_bytes(store: Program, data: Any) -> None:
     async with mkv.Client(store.url) as client:
@@ -6780,6 +6789,7 @@ async def test_client_refuses_what_has_no_bytes(store: Program, data: Any) -> No
             await client.head("no-bytes")
 
 
+@on_nginx_store
 async def test_failure_of_what_is_sent_is_the_callers_and_stores_nothing(
     store: Program, tmp_path: Path
 ) -> None:
@@ -7249,6 +7259,7 @@ async def test_name_that_nobody_resolves_is_given_up(monkeypatch: pytest.MonkeyP
                 await request
 
 
+@on_nginx_store
 async def test_slow_source_is_nobodys_fault(store: Program) -> None:
     async def slow() -> AsyncIterator[bytes]:
         yield b"a"
@@ -7360,6 +7371,7 @@ async def test_download_that_was_cut_off_goes_on_where_it_was(
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["file"]
 
 
+@on_nginx_store
 async def test_part_of_another_version_is_begun_anew(store: Program, tmp_path: Path) -> None:
     target, heard = tmp_path / "file", list[int]()
 
@@ -7427,6 +7439,7 @@ async def test_work_on_a_thread_is_waited_for_however_often_it_is_cancelled() ->
         await task
 
 
+@on_nginx_store
 @pytest.mark.parametrize("damage", ["flipped", "too long", "whole but wrong"])
 async def test_part_that_is_wrong_is_begun_anew(
     store: Program, tmp_path: Path, damage: str
@@ -7448,6 +7461,7 @@ async def test_part_that_is_wrong_is_begun_anew(
         assert list(tmp_path.iterdir()) == [target]
 
 
+@on_nginx_store
 async def test_one_download_into_a_file_at_a_time(store: Program, tmp_path: Path) -> None:
     data, target = os.urandom(3_000_000), tmp_path / "file"
     async with mkv.Client(store.url) as client:
