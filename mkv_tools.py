@@ -78,6 +78,7 @@ import argparse
 import asyncio
 import bisect
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -89,6 +90,7 @@ import re
 import secrets
 import sqlite3
 import stat
+import tempfile
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import (
@@ -126,6 +128,7 @@ from mkv import (
     WrongDigest, add_settings, after_prefix, check_key, decode_mark, decode_sidecar,
     encode_sidecar, hide_secrets, is_postgres, load_config, media_type_of, new_loop, open_engine,
     parse_path, print_faults, run_embedded, sidecar_path, version_ns,
+    NOT_AS_MKV, read_body,
 )
 # isort: on
 # fmt: on
@@ -2161,10 +2164,12 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
 # compared first: what has the same size and digest there already is left alone. What fails is
 # named, and the rest goes on, unless everything fails.
 
-FAILURES_IN_A_ROW = 50  # then nothing will succeed
+FAILURES_IN_A_ROW = 50  # of the server: then nothing will succeed
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 PART_NAME = re.compile(r"\.mkv-[0-9a-f]{32}\.part")  # of a download that was cut off
 AT_ONCE_BYTES = 1024 * 1024  # of a blob that import holds in memory
-IMPORT_PAGE = 1000
+IMPORT_PAGE = 1000  # keys
+IMPORT_LONGEST_PAGE = 1_000_000  # the original gives no more
 IMPORT_ATTEMPTS = 3
 
 
@@ -2208,9 +2213,12 @@ class Copying:
         self.passed_bytes += size
         detail = str(error) or type(error).__name__
         self._report.add(Case("failed", "", path, key, detail))
-        self._failures += 1
-        if isinstance(error, Unauthorized | Forbidden | Full):
+        is_full = isinstance(error, OSError) and error.errno in NO_ROOM
+        if is_full or isinstance(error, Unauthorized | Forbidden | Full):
             raise ToolError(f"{key or path}: {detail}")
+        # What is wrong with one key or file alone says nothing of the next.
+        if isinstance(error, MkvError) and error.status >= 500 and not isinstance(error, Corrupt):
+            self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW:
             raise ToolError(f"{self._failures} failures in a row, the last one: {detail}")
 
@@ -2234,17 +2242,19 @@ class Copying:
         failed = self.done["failed"]
         facts = {"bytes": self.bytes, "failed": failed} | dict(self.done)
         words = []
-        for became in (self._verb, "same", "there", "skipped", "failed"):
+        for became in (self._verb, "same", "there", "gone", "failed"):
             if self.done[became] or became == self._verb:
                 words.append(f"{self.done[became]} {BECAME.get(became, became)}")
         speed = f"{show_bytes(self.bytes / self._report.seconds)}/s"
         moved = f"; {show_bytes(self.bytes)}, {speed}" if self.bytes else ""
         self._report.facts = {self._verb: 0} | facts
         self._report.lines = [", ".join(words) + moved]
-        self._report.code = 1 if failed or self.done["skipped"] else 0
+        self._report.code = 1 if failed else 0
 
 
-BECAME = {"same": "the same already", "there": "there already, not compared"}  # for people
+BECAME = {  # for people
+    "same": "the same already", "there": "there already, not compared", "gone": "gone already",
+}  # fmt: skip
 
 
 async def work_through(
@@ -2311,6 +2321,9 @@ async def is_same(path: Path, size: int, blob: Blob) -> bool:
 def walk_files(given: str, prefix: str) -> Iterator[Local | tuple[str, str]]:
     """Yield the files at a path that was given, or (path, why it has no key). Of a folder the name
     is part of the keys unless the path ends with a slash; links to folders are not followed."""
+    if not given:  # an unset variable of a shell, and not the folder here
+        yield given, "an empty path"
+        return
     top = os.path.normpath(given)
     base = (
         ""
@@ -2356,9 +2369,29 @@ def walk_all(paths: Iterable[str], prefix: str) -> Iterator[Local | tuple[str, s
         yield from walk_files(path, prefix)
 
 
+def check_apart(paths: Sequence[str], prefix: str) -> None:
+    """Raise ConfigError if two files would become one key. What has come is noted in a scratch
+    database, on disk if it is much."""
+    with contextlib.closing(sqlite3.connect("")) as taken:
+        taken.execute("CREATE TABLE taken (key TEXT PRIMARY KEY, path BLOB) WITHOUT ROWID")
+        for found in walk_all(paths, prefix):
+            if isinstance(found, Local):
+                row = (found.key, os.fsencode(found.path))
+                added = taken.execute(
+                    "INSERT INTO taken VALUES (?, ?) ON CONFLICT DO NOTHING", row
+                )
+                if not added.rowcount:
+                    line = "SELECT path FROM taken WHERE key = ?"
+                    (other,) = taken.execute(line, (found.key,)).fetchone()
+                    both = f"{os.fsdecode(other)} and {found.path}"
+                    raise ConfigError([f"put: {both} would become one key, {found.key}"])
+
+
 async def put(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Store files and folders."""
     copying = Copying(report, "copied")
+    if len(options.paths) > 1:
+        await asyncio.to_thread(check_apart, options.paths, options.prefix)
 
     async def act(found: Local | tuple[str, str]) -> None:
         if not isinstance(found, Local):
@@ -2419,6 +2452,12 @@ def find_place(folder: Path, key: str) -> Path:
     return place / parts[-1]
 
 
+def ignores_case(folder: Path) -> bool:
+    """Whether a file there answers to names in other letters, too."""
+    with tempfile.NamedTemporaryFile(prefix=".mkv-Case-", dir=folder) as file:
+        return (folder / Path(file.name).name.swapcase()).exists()
+
+
 async def get(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Fetch keys, or all that begin with a prefix."""
     copying = Copying(report, "copied")
@@ -2431,7 +2470,8 @@ async def get(config: Config, options: argparse.Namespace, report: Report) -> No
         return
     into_folder = prefix is not None or len(keys) > 1 or not out or os.path.isdir(out)
     folder = Path(out or ".")
-    taken = set[Path]()  # by keys that were given one by one
+    folds = False  # names that differ in case only are one
+    taken = set[str]()  # files, where two keys may become one
 
     async def act(blob: Blob) -> None:
         try:
@@ -2439,11 +2479,13 @@ async def get(config: Config, options: argparse.Namespace, report: Report) -> No
                 path = find_place(folder, blob.key[len(prefix) :])
             elif into_folder:
                 path = find_place(folder, blob.key.rpartition("/")[2])
-                if path in taken:
-                    raise ToolError(f"another key becomes {path}")
-                taken.add(path)
             else:
                 path = folder
+            name = str(path).casefold() if folds else str(path)
+            if name in taken:
+                raise ToolError(f"another key becomes {path}")
+            if folds or prefix is None:
+                taken.add(name)
             copying.end(await get_file(client, blob, path, copying), blob.size)
         except (MkvError, OSError, ToolError, ValueError) as error:
             copying.fail(blob.key, "", error, blob.size)
@@ -2466,6 +2508,7 @@ async def get(config: Config, options: argparse.Namespace, report: Report) -> No
 
     if into_folder:
         folder.mkdir(parents=True, exist_ok=True)
+        folds = await asyncio.to_thread(ignores_case, folder)
     async with (
         open_client(options.url, options) as client,
         counting(copying, sizes()),
@@ -2520,6 +2563,8 @@ async def rm(config: Config, options: argparse.Namespace, report: Report) -> Non
     copying = Copying(report, "deleted")
     if (options.prefix is None) == (not options.keys):
         raise ConfigError(["rm: takes either keys or --prefix"])
+    if options.prefix == "":  # an unset variable of a shell
+        raise ConfigError(["rm: --prefix is empty, which would be all keys"])
 
     async def keys() -> AsyncIterator[str]:
         for key in options.keys:
@@ -2534,7 +2579,7 @@ async def rm(config: Config, options: argparse.Namespace, report: Report) -> Non
             copying.end("deleted")
         except MkvError as error:
             if isinstance(error, NotFound) and options.prefix is not None:
-                copying.end("skipped")
+                copying.end("gone")
             else:
                 copying.fail(key, "", error)
 
@@ -2566,7 +2611,7 @@ class Original:
         for attempt in range(IMPORT_ATTEMPTS):
             try:
                 async with self._client.send("GET", self._client.url + target, {}) as response:
-                    body = await response.read()
+                    body = await read_body(response)
                     if response.status == 200:
                         return body
                     raise ToolError(f"{self._client.url}{target} was answered {response.status}")
@@ -2577,10 +2622,12 @@ class Original:
         raise AssertionError
 
     async def keys(self, prefix: str) -> AsyncIterator[str]:
-        """Yield all keys that begin with `prefix`, without their first slash."""
+        """Yield all keys that begin with `prefix`, without their first slash. One that is no UTF-8
+        is listed with U+FFFD in it, and no page can begin there: then the page is made longer."""
         start = ""
+        limit = IMPORT_PAGE
         while True:
-            query = f"list&limit={IMPORT_PAGE}" + (f"&start={quote(start)}" if start else "")
+            query = f"list&limit={limit}" + (f"&start={quote(start)}" if start else "")
             body = await self._ask(f"/{quote(prefix)}?{query}")
             try:
                 page = json.loads(body)
@@ -2588,13 +2635,19 @@ class Original:
                 following = page["next"]
                 if following and following.encode() <= start.encode():
                     raise ValueError("the next page is not behind this one")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except NOT_AS_MKV as error:
                 raise ToolError(f"{self._client.url} lists no keys: {error!r}") from None
+            if following and "\ufffd" in following:
+                limit *= 2
+                if limit > IMPORT_LONGEST_PAGE:
+                    raise ToolError(f"{self._client.url} has too many keys that are no UTF-8")
+                continue
             for name in names:
                 yield name
             if not following:
                 return
             start = following
+            limit = IMPORT_PAGE
 
     @contextlib.asynccontextmanager
     async def open(self, key: str) -> AsyncIterator[Incoming]:
@@ -2604,7 +2657,7 @@ class Original:
             response = await stack.enter_async_context(self._client.send("GET", url, {}))
             md5 = response.headers.get("Content-Md5", "")
             if response.status == 302:
-                await response.read()
+                await read_body(response)
                 url = response.headers.get("Location", "")
                 response = await stack.enter_async_context(self._client.send("GET", url, {}))
             if response.status == 404:
@@ -2637,18 +2690,17 @@ async def import_store(config: Config, options: argparse.Namespace, report: Repo
     copying = Copying(report, "copied")
 
     async def act(key: str) -> None:
-        for attempt in range(IMPORT_ATTEMPTS):
+        for attempt in range(1, IMPORT_ATTEMPTS + 1):
             try:
                 became, size = await import_key(original, client, key, options.by_size, copying)
                 copying.end(became, size)
                 return
-            except (Unavailable, Unanswered) as error:
-                if attempt + 1 == IMPORT_ATTEMPTS:
-                    copying.fail(key, "", error)
-                await asyncio.sleep(1)
             except MkvError as error:
-                copying.fail(key, "", error)
-                return
+                may_pass = isinstance(error, Unavailable | Unanswered)
+                if attempt == IMPORT_ATTEMPTS or not may_pass:
+                    copying.fail(key, "", error)
+                    return
+            await asyncio.sleep(1)
 
     async def sizes() -> AsyncIterator[int]:
         async for _ in original.keys(options.prefix):
@@ -3417,7 +3469,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
     except IndexFailed as error:  # a full disk, say
         raise ToolError(f"{db}: {error.reason}") from None
     except sqlite3.Error as error:
-        raise ToolError(f"the notes of verify: {error}") from None
+        raise ToolError(f"a scratch database: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
