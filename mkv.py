@@ -79,6 +79,7 @@ import errno
 import fcntl
 import hashlib
 import hmac
+import io
 import json
 import logging
 import math
@@ -809,6 +810,7 @@ class Ring:
             yield from islice(self._walk(start), ARC_NAMES, None)
 
     def _walk(self, start: int) -> Iterator[str]:
+        """Yield each volume once, clockwise from the node at `start`."""
         seen = set[str]()
         for i in range(len(self._names)):
             name = self._names[(start + i) % len(self._names)]
@@ -2271,6 +2273,7 @@ SQLITE_STEPS = {
 }
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+COPYING = ".tmp"  # at the end of a copy's name while it is made
 TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
 
@@ -2488,11 +2491,11 @@ class SqliteEngine(Engine):
         return Path(self.path).is_file()
 
     def check_target(self, target: str) -> None:
-        check_target(target, f"{target}.tmp", self.path)
+        check_target(target, target + COPYING, self.path)
 
     def copy_to(self, target: str, session: Session) -> int:
         """The file appears whole, checked and synced, or not at all."""
-        part = f"{target}.tmp"
+        part = target + COPYING
         try:
             remove_index(part)
             keys = copy_index(part, cast(SqliteSession, session).db)
@@ -5014,6 +5017,7 @@ class VolumeClient:
             self._set_timer()
 
     def _take_batch(self, most: int) -> list[Exchange]:
+        """Take from the queue what goes out together on one line."""
         first = self._queue.popleft()
         batch = [first]
         size = first.size
@@ -5620,6 +5624,7 @@ class Metrics:
             yield name, offset // 8
 
     def _cell(self, name: str) -> int:
+        """Return where the number called `name` is in memory, in words of 8 bytes."""
         if name not in self._cells:
             # Labels are bounded: it is full with some hundred volumes, and then the last cell
             # counts for all that came too late.
@@ -5725,6 +5730,7 @@ class AccessLog:
             asyncio.get_running_loop().call_later(ACCESS_LOG_S, self.flush)
 
     def flush(self) -> None:
+        """Write what fits into the pipe, and keep the rest for the next time."""
         self._is_due = False
         lines = [f"{line}\n".encode("utf-8", "backslashreplace") for line in self._lines]
         self._lines.clear()
@@ -5824,7 +5830,8 @@ class Hasher:
     """SHA-256 of a blob, and whatever else the client wants verified, in one pass."""
 
     def __init__(self, expected: Mapping[str, bytes]) -> None:
-        self._expected, self.size = expected, 0
+        self._expected = expected
+        self.size = 0
         self._hashes = {
             name: hashlib.new(name, usedforsecurity=False) for name in {"sha256", *expected}
         }
@@ -5848,7 +5855,10 @@ class Write:
     """One PUT on its way to its volumes. Its path is drawn with its first claim."""
 
     def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index) -> None:
-        self._view, self._health, self._draft, self._trail = view, health, draft, trail
+        self._view = view
+        self._health = health
+        self._draft = draft
+        self._trail = trail
         self._index = index
         self._hasher = Hasher(draft.digests)
         self.path = ""
@@ -5863,7 +5873,9 @@ class Write:
     def plan(self, done: Collection[str]) -> tuple[str, ...]:
         """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full
         with the reason."""
-        config, ring, health = self._view.config, self._view.ring, self._health
+        config = self._view.config
+        ring = self._view.ring
+        health = self._health
         key = self._draft.key
         names = plan_write(
             ring, key, config.replicas, health.states, done, self.failed, health.slow
@@ -5921,7 +5933,8 @@ class Write:
         wait for."""
         if not self._under_way:
             return self.plan(self.done)
-        config, health = self._view.config, self._health
+        config = self._view.config
+        health = self._health
         slow = {name for name, exchange in self._under_way.items() if exchange.is_slow}
         expected = {*self.done, *self._under_way} - slow
         names = plan_write(
@@ -5942,7 +5955,8 @@ class Write:
             self._under_way[name] = exchange
 
     def _hear_end(self, exchange: Exchange) -> None:
-        name, error = exchange.volume, exchange.error
+        name = exchange.volume
+        error = exchange.error
         if self._under_way.pop(name, None) is None:  # nobody waits for it any more
             if exchange.sent <= 1 and not isinstance(error, VolumeDown | VolumeTimeout):
                 self.doubts.pop(name, None)
@@ -5955,6 +5969,7 @@ class Write:
             self._tell_news()
 
     def _hear_slow(self, _: Exchange) -> None:
+        """A helper may be wanted."""
         self._tell_news()
 
     def _tell_news(self) -> None:
@@ -5981,7 +5996,9 @@ class Write:
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume
         can be replaced. Return the record to commit; raises MkvError."""
-        clients, size, uploads = self._view.clients, self._draft.size, dict[str, Upload]()
+        clients = self._view.clients
+        size = self._draft.size
+        uploads = dict[str, Upload]()
         try:
             while names := self.plan(uploads):
                 await self._claim_all(names)
@@ -6052,7 +6069,8 @@ class Write:
 
     def _finish_body(self) -> str:
         """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
-        expected, size = self._draft.size, self._hasher.size
+        expected = self._draft.size
+        size = self._hasher.size
         if expected not in (None, size):
             raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
         return self._hasher.finish()
@@ -6124,9 +6142,12 @@ class Store:
         self.metrics.count_in_flight(change)
 
     def _make_view(self, config: Config, before: Mapping[str, VolumeClient]) -> View:
+        """Return the view of a configuration. Clients whose facts are as before stay, with their
+        lines."""
         clients = {}
         for volume in config.volumes:
-            name, client = volume.name, before.get(volume.name)
+            name = volume.name
+            client = before.get(volume.name)
             facts = (volume, config.volume_secret, config.volume_timeout, config.slow_after)
             if client is None or client.facts != facts:
                 client = VolumeClient(
@@ -6188,7 +6209,8 @@ class Store:
         """Use `config` for new requests from now on; what needs a restart stays, and the log says
         so."""
         old = self.view
-        asked, config = config, reload_config(old.config, config)
+        asked = config
+        config = reload_config(old.config, config)
         new = self._make_view(config, old.clients)
         await self._meet({*new.clients.values()} - {*old.clients.values()})
         self.view = new
@@ -6327,8 +6349,10 @@ class Store:
         """Delete the key. When it returns, the record is gone, and the sidecars from all volumes
         that answer; for the others there are marks (I4). Raises Unfinished if volumes fail just
         then."""
-        view, states = self.view, self.health.states
-        delay_s, copies = view.config.garbage_delay, view.config.min_replicas
+        view = self.view
+        states = self.health.states
+        delay_s = view.config.garbage_delay
+        copies = view.config.min_replicas
         up = [name for name in view.clients if states.get(name) is State.UP]
         answering = None
         if len(up) < copies:
@@ -6393,6 +6417,8 @@ class Store:
     async def _note_deletes(
         self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool
     ) -> None:  # fmt: skip
+        """Tell the index what a DELETE met: what was there is settled, or known to be written. If
+        it cannot be told, the collector deletes once more."""
         proofs = [
             place for place, found in seen.items() if found and rows[place].doubt_s is not None
         ]
@@ -6450,7 +6476,8 @@ class Store:
 
     def limit_lists(self, client: str, now: float) -> None:
         """Count a list request of `client`; raises TooManyRequests."""
-        config, known = self.view.config, self._list_tokens
+        config = self.view.config
+        known = self._list_tokens
         if config.list_rate:
             if len(known) > 10_000:
                 known.clear()  # which only forgives
@@ -6539,6 +6566,7 @@ class Store:
         return sum(await asyncio.gather(*(self._collect_on(one, until_s) for one in alive)))
 
     async def _collect_on(self, client: VolumeClient, until_s: float) -> int:
+        """Delete what is due on one volume, four at a time; return how many answered."""
         name = client.volume.name
         due = iter(await self.index.due_on(name))
         seen = dict[Pending, bool]()
@@ -6589,6 +6617,7 @@ nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-dec
 nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
+p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
   padding: 1rem; margin-bottom: 1rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
@@ -6627,7 +6656,7 @@ button.danger { color: var(--bad); }
 .button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
 #uploads:not(:empty) { margin-bottom: .8rem; }
-.upload { display: grid; grid-template-columns: 1fr 8rem 9rem auto; gap: .6rem;
+.upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
 #notice { position: fixed; inset: auto 1rem 1rem; margin: 0 auto; width: fit-content;
@@ -6662,13 +6691,14 @@ PAGE_BODY = """
 </header>
 <main>
   <section id="state" aria-label="state" hidden>
-    <p id="silence" class="down" role="alert" hidden></p>
+    <p id="silence" class="down" role="alert"></p>
     <div id="tiles" class="tiles"></div>
     <div class="card">
       <h2>Volumes</h2>
       <table><thead><tr><th>name<th>state<th>zone<th class="number">share of bytes
         <th class="number">bytes<th>growth<th class="number">blobs<th>requests/s<th>errors/s
       </tr></thead><tbody id="volumes"></tbody></table>
+      <p id="unconfigured" class="down"></p>
     </div>
   </section>
   <section id="keys" aria-label="keys" hidden>
@@ -6683,7 +6713,7 @@ PAGE_BODY = """
       <div id="uploads" aria-live="polite"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
-      <p id="empty" class="dim" hidden>No keys here. Drop files to upload them.</p>
+      <p id="remark" class="dim" role="status"></p>
       <button id="more" hidden>More</button>
     </div>
   </section>
@@ -6692,10 +6722,12 @@ PAGE_BODY = """
 <dialog id="sure" aria-label="delete a key"></dialog>
 <dialog id="token" aria-label="token">
   <form id="token-form">
-    <h2>A token is needed</h2>
+    <h2>Token</h2>
+    <p id="refusal" role="alert"></p>
     <p class="dim">It is kept until this tab is closed, and sent to this server only.</p>
     <div class="bar"><input type="password" id="secret" aria-label="secret of the token"
-      autocomplete="off"><button class="main">Use it</button></div>
+      autocomplete="off" pattern="[ -~]*"><button class="main">Use it</button>
+      <button type="button" id="not-now">Not now</button></div>
   </form>
 </dialog>
 <div id="notice" role="status" hidden></div>
@@ -6704,7 +6736,7 @@ PAGE_BODY = """
 
 PAGE_SCRIPT = r"""
 "use strict";
-const REFRESH_MS = 2000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
+const REFRESH_MS = 2000, PATIENCE_MS = 4000, SAMPLES = 120, UPLOADS_AT_ONCE = 3;
 const base = location.pathname.replace(/-\/$/, "");
 const at = id => document.getElementById(id);
 
@@ -6720,10 +6752,11 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// Whatever a key holds, it shows: control characters and those that turn text around, too.
+// Whatever a key holds, it shows: what is invisible or turns text around, too, and blanks that a
+// reader would not count. No two keys look the same but by their letters.
 function show(text) {
-  const odd = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
-  return text.replace(odd, c => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
+  const odd = /(?! )[\p{C}\p{Z}]|^ | $| (?= )|\\(?=u)/gu;
+  return text.replace(odd, c => "\\u" + c.codePointAt(0).toString(16).padStart(4, "0"));
 }
 
 function say(text) {
@@ -6749,17 +6782,16 @@ function plot(values, label, write) {
   const space = "http://www.w3.org/2000/svg";
   const picture = document.createElementNS(space, "svg");
   const line = document.createElementNS(space, "polyline");
-  const known = values.filter(value => value !== null);
-  const most = Math.max(...known, 0);
-  const least = Math.min(...known, 0);
-  const now = known.length ? known[known.length - 1] : 0;
+  const most = Math.max(...values, 0);
+  const least = Math.min(...values, 0);
+  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
   picture.setAttribute("viewBox", "0 0 100 24");
   picture.setAttribute("preserveAspectRatio", "none");
   picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", `${label}: now ${write(now)}, at most ${write(most)}`);
-  const step = 100 / (Math.max(known.length, SAMPLES / 4) - 1);
-  const points = known.map((value, i) => {
-    const x = 100 - (known.length - 1 - i) * step;
+  picture.setAttribute("aria-label", told);
+  const step = 100 / (Math.max(values.length, SAMPLES / 4) - 1);
+  const points = values.map((value, i) => {
+    const x = 100 - (values.length - 1 - i) * step;
     const y = 22 - 20 * (value - least) / (most - least || 1);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
@@ -6782,21 +6814,23 @@ async function ask(path, options = {}) {
   const asked = { redirect: "manual", cache: "no-store", ...options };
   asked.headers = headers(options.headers);
   const answer = await fetch(path, asked);
-  if (answer.status === 401) ask_for_token();
   if (!answer.ok) {
     const problem = await answer.json().catch(() => ({}));
     const error = new Error(problem.detail || `the server answers ${answer.status}`);
     error.status = answer.status;
+    if (error.status === 401) ask_for_token(error.message);
     throw error;
   }
   return answer;
 }
 
-function ask_for_token() {
+function ask_for_token(reason) {
+  at("refusal").textContent = reason;
   if (!at("token").open) at("token").showModal();
 }
 
-at("sign-in").onclick = ask_for_token;
+at("sign-in").onclick = () => ask_for_token("");
+at("not-now").onclick = () => at("token").close();
 at("token-form").onsubmit = event => {
   event.preventDefault();
   sessionStorage.setItem("mkv-token", at("secret").value.trim());
@@ -6807,15 +6841,13 @@ at("token-form").onsubmit = event => {
 
 // -- state --
 
-const history_of = {};
-let before = null;
+let looks = [];  // when, and figures by their names; the newest is the last
 let timer = 0;
 
 // Samples of a metric, as [labels, value].
 function read_metric(text, name) {
   const found = [];
   for (const line of text.split("\n")) {
-    if (!line.startsWith(name)) continue;
     const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
     if (own !== name) continue;
     const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
@@ -6829,30 +6861,19 @@ function total(samples, fits = () => true) {
   return values.reduce((sum, value) => sum + value, 0);
 }
 
-function remember(name, value) {
-  const values = history_of[name] = history_of[name] || [];
-  values.push(value);
-  if (values.length > SAMPLES) values.shift();
-  return values;
-}
-
-// What has grown a second since the time before; nothing if it has begun anew.
-function growth(now, name, is_counter = true) {
-  if (before === null || !(name in before.figures)) return null;
-  const change = now.figures[name] - before.figures[name];
-  const value = change / ((now.at - before.at) / 1000);
-  return is_counter && change < 0 ? null : value;
-}
-
 async function look() {
+  const soon = { signal: AbortSignal.timeout(PATIENCE_MS) };
   const [state, text] = await Promise.all([
-    ask(base + "-/status").then(answer => answer.json()),
-    ask(base + "-/metrics").then(answer => answer.text()),
+    ask(base + "-/status", soon).then(answer => answer.json()),
+    ask(base + "-/metrics", soon).then(answer => answer.text()),
   ]);
   const requests = read_metric(text, "mkv_http_requests_total");
   const to_volumes = read_metric(text, "mkv_volume_requests_total");
   const failures = read_metric(text, "mkv_volume_errors_total");
   const figures = {
+    keys: state.keys,
+    bytes: state.bytes,
+    garbage: state.garbage,
     requests: total(requests),
     errors: total(requests, labels => labels.status >= "500"),
   };
@@ -6862,58 +6883,71 @@ async function look() {
     figures["requests " + one.name] = total(to_volumes, its);
     figures["errors " + one.name] = total(failures, its);
   }
-  return { at: performance.now(), state, figures };
+  looks = [...looks.slice(-SAMPLES), { at: performance.now(), figures }];
+  return state;
 }
 
-function tile(title, figure, values, write, kind = "") {
-  const number = make("div", { class: "figure" }, figure);
-  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title), number,
-    plot(values, title, write));
+const levels = name => looks.map(one => one.figures[name]);
+const newest = values => values[values.length - 1] || 0;
+
+// What has come a second, from one look to the next. A counter that falls has begun anew.
+function rates(name, may_fall = false) {
+  const changes = looks.slice(1).map((now, i) => {
+    const change = now.figures[name] - looks[i].figures[name];
+    return change < 0 && !may_fall ? NaN : change / ((now.at - looks[i].at) / 1000);
+  });
+  return changes.filter(Number.isFinite);
+}
+
+function tile(title, values, write, kind = "") {
+  return make("div", { class: `card ${kind}` }, make("div", { class: "dim" }, title),
+    make("div", { class: "figure" }, write(newest(values))), plot(values, title, write));
 }
 
 function cell(label, kind, ...children) {
   return make("td", { "data-label": label, class: kind }, make("span", {}, ...children));
 }
 
-function volume_row(one, now, all_bytes, all_weight) {
+function trend(label, values, write, kind = "") {
+  return cell(label, `trend ${kind}`, plot(values, label, write), write(newest(values)));
+}
+
+const bad_if_any = values => newest(values) ? "bad" : "";
+
+function volume_row(one, all_bytes, all_weight) {
   const share = all_bytes ? one.bytes / all_bytes : 0;
   const fair = all_weight ? one.weight / all_weight : 0;
   const percent = value => `${(100 * value).toFixed(1)} %`;
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
-  const grown = remember("bytes " + one.name, growth(now, "bytes " + one.name, false));
-  const asked = remember("requests " + one.name, growth(now, "requests " + one.name));
-  const failed = remember("errors " + one.name, growth(now, "errors " + one.name));
-  const last = values => values[values.length - 1] || 0;
-  const per_second = value => `${bytes(value)}/s`;
+  const errors = rates("errors " + one.name);
   return make("tr", {},
     cell("name", "name", show(one.name)),
     cell("state", `state ${one.state}`, one.state),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
-    cell("growth", "trend", plot(grown, "growth", per_second), per_second(last(grown))),
+    trend("growth", rates("bytes " + one.name, true), value => `${bytes(value)}/s`),
     cell("blobs", "number", count(one.blobs)),
-    cell("requests/s", "trend", plot(asked, "requests a second", rate), rate(last(asked))),
-    cell("errors/s", last(failed) ? "trend bad" : "trend",
-      plot(failed, "errors a second", rate), rate(last(failed))));
+    trend("requests/s", rates("requests " + one.name), rate),
+    trend("errors/s", errors, rate, bad_if_any(errors)));
 }
 
-function draw(now) {
-  const { state } = now;
-  const asked = remember("requests", growth(now, "requests"));
-  const failed = remember("errors", growth(now, "errors"));
-  const last = values => values[values.length - 1] || 0;
+function draw(state) {
+  const errors = rates("errors");
   at("version").textContent = `version ${state.version}`;
   at("tiles").replaceChildren(
-    tile("keys", count(state.keys), remember("keys", state.keys), count),
-    tile("bytes", bytes(state.bytes), remember("size", state.bytes), bytes),
-    tile("garbage", count(state.garbage), remember("garbage", state.garbage), count),
-    tile("requests/s", rate(last(asked)), asked, rate),
-    tile("errors/s", rate(last(failed)), failed, rate, last(failed) ? "bad" : ""),
+    tile("keys", levels("keys"), count),
+    tile("bytes", levels("bytes"), bytes),
+    tile("garbage", levels("garbage"), count),
+    tile("requests/s", rates("requests"), rate),
+    tile("errors/s", errors, rate, bad_if_any(errors)),
   );
   const sum = name => state.volumes.reduce((so_far, one) => so_far + one[name], 0);
-  const rows = state.volumes.map(one => volume_row(one, now, sum("bytes"), sum("weight")));
+  const rows = state.volumes.map(one => volume_row(one, sum("bytes"), sum("weight")));
   at("volumes").replaceChildren(...rows);
+  const lost = state.unconfigured.map(one => `${one.name} (${count(one.blobs)} blobs)`);
+  at("unconfigured").textContent = lost.length
+    ? `Keys are also on volumes that the configuration does not name: ${lost.join(", ")}` : "";
 }
 
 async function watch() {
@@ -6921,14 +6955,11 @@ async function watch() {
   if (at("state").hidden) return;
   try {
     if (!document.hidden) {
-      const now = await look();
-      draw(now);
-      before = now;
-      at("silence").hidden = true;
+      draw(await look());
+      at("silence").textContent = "";
     }
   } catch (error) {
     at("silence").textContent = `The server does not say how it is: ${error.message}`;
-    at("silence").hidden = false;
     if (error.status === 401 || error.status === 403) return;  // until there is another token
   }
   clearTimeout(timer);
@@ -6979,9 +7010,14 @@ async function list(start = "") {
     else at("list").replaceChildren(...rows);
     following = page.next;
     at("more").hidden = following === null;
-    at("empty").hidden = at("list").childElementCount > 0;
+    const is_empty = at("list").childElementCount === 0;
+    at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine === generation && error.status !== 401) say(error.message);
+    if (mine !== generation) return;
+    at("remark").textContent = error.message;
+    if (start) return;
+    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
+    at("more").hidden = true;
   }
 }
 
@@ -7008,7 +7044,9 @@ async function download(one) {
     let link = await link_to(one);
     if (!link.startsWith("blob:")) link += (link.includes("?") ? "&" : "?") + "download=1";
     const name = one.key.slice(one.key.lastIndexOf("/") + 1);
-    make("a", { href: link, download: name }).click();
+    // In a tab of its own: what a volume says instead must not take the place of this page.
+    const beside = { target: "_blank", rel: "noopener" };
+    make("a", { href: link, download: name, ...beside }).click();
     if (link.startsWith("blob:")) setTimeout(() => URL.revokeObjectURL(link), 60000);
   } catch (error) {
     say(error.message);
@@ -7032,6 +7070,7 @@ async function open_details(one) {
   if (!one.content_type.startsWith("image/")) return;
   try {
     const image = make("img", { alt: show(one.key), src: await link_to(one) });
+    image.onload = () => URL.revokeObjectURL(image.src);  // it has been read
     image.onerror = () => image.replaceWith("This image cannot be shown.");
     title.after(image);
   } catch (error) {
@@ -7063,84 +7102,100 @@ function ask_to_delete(one) {
 
 // -- uploads --
 
-const waiting = [];
+const waiting = new Set();
 let under_way = 0;
 
 function upload(files) {
   for (const file of files) {
-    const key = prefix + file.name;
     const row = make("div", { class: "upload" });
     at("uploads").append(row);
-    waiting.push({ file, key, row, replaces: false });
+    enqueue(file, prefix + file.name, row, { "If-None-Match": "*" });
   }
+}
+
+function enqueue(file, key, row, conditions) {
+  const label = `upload of ${show(key)}`;
+  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
+  const done = make("span", { class: "dim" }, "waits");
+  const button = make("button", {}, "Cancel");
+  const job = { file, key, row, conditions, bar, done, button };
+  button.onclick = () => { waiting.delete(job); row.remove(); };
+  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
+  waiting.add(job);
   start_uploads();
 }
 
 function start_uploads() {
-  while (waiting.length && under_way < UPLOADS_AT_ONCE) send(waiting.shift());
+  for (const job of waiting) {
+    if (under_way >= UPLOADS_AT_ONCE) return;
+    waiting.delete(job);
+    under_way += 1;
+    send(job);
+  }
 }
 
-function send(job) {
-  const { file, key, row } = job;
+function send({ file, key, row, conditions, bar, done, button }) {
   const request = new XMLHttpRequest();
-  const label = `upload of ${show(key)}`;
-  const bar = make("progress", { max: file.size || 1, value: 0, "aria-label": label });
-  const done = make("span", { class: "dim" }, "begins");
-  const button = make("button", {}, "Cancel");
-  button.onclick = () => request.abort();
-  row.replaceChildren(make("bdi", {}, show(key)), bar, done, button);
-  under_way += 1;
   request.open("PUT", url(key));
-  const sent = headers(job.replaces ? {} : { "If-None-Match": "*" });
-  for (const [name, value] of Object.entries(sent)) request.setRequestHeader(name, value);
+  for (const [name, value] of Object.entries(headers(conditions))) {
+    request.setRequestHeader(name, value);
+  }
+  done.textContent = "begins";
+  button.onclick = () => request.abort();
   request.upload.onprogress = event => {
     bar.value = event.loaded;
     done.textContent = `${bytes(event.loaded)} of ${bytes(file.size)}`;
   };
   request.onloadend = () => {
     under_way -= 1;
-    end_upload(job, request, bar, done, button);
+    button.textContent = "Close";
+    button.onclick = () => row.remove();
+    done.textContent = outcome(request.status, request.responseText);
+    if (request.status === 201 || request.status === 204) {
+      bar.value = bar.max;
+      setTimeout(button.onclick, 4000);
+    } else if (request.status === 412) {
+      button.textContent = "Replace";
+      button.onclick = () => enqueue(file, key, row, {});
+    } else if (request.status === 401) {
+      ask_for_token(done.textContent);
+    }
     start_uploads();
+    if (!waiting.size) list();  // once for many
   };
   request.send(file);
 }
 
-function end_upload(job, request, bar, done, button) {
-  button.textContent = "Close";
-  button.onclick = () => job.row.remove();
-  if (request.status === 201 || request.status === 204) {
-    bar.value = bar.max;
-    done.textContent = "stored";
-    setTimeout(button.onclick, 4000);
-    list();
-    return;
-  }
-  if (request.status === 401) ask_for_token();
-  if (request.status === 412) {
-    done.textContent = "is there already";
-    button.textContent = "Replace";
-    button.onclick = () => { waiting.push({ ...job, replaces: true }); start_uploads(); };
-    return;
-  }
-  done.textContent = request.status ? `refused with ${request.status}` : "cut off";
-  try { done.textContent = JSON.parse(request.responseText).detail; } catch { /* no reason */ }
+function outcome(status, text) {
+  if (status === 201 || status === 204) return "stored";
+  if (status === 412) return "is there already";
+  if (status === 0) return "cut off";
+  try { return JSON.parse(text).detail; } catch { return `refused with ${status}`; }
 }
 
 at("files").onchange = event => {
   upload([...event.target.files]);
   event.target.value = "";
 };
+// Files may be dropped anywhere: whatever misses would take the place of the page.
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
-  at("drop").addEventListener(kind, event => {
+  document.addEventListener(kind, event => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
     at("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+    if (kind === "drop" && !at("keys").hidden) drop([...event.dataTransfer.items]);
   });
 }
-at("drop").addEventListener("drop", event => {
-  const items = [...event.dataTransfer.items].filter(item => item.kind === "file");
+
+function drop(items) {
+  const files = items.filter(item => item.kind === "file");
   const is_folder = item => Boolean(item.webkitGetAsEntry?.()?.isDirectory);
-  if (items.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
-  upload(items.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+  if (files.some(is_folder)) say("Folders are for mkv_tools.py put; files are uploaded.");
+  upload(files.filter(item => !is_folder(item)).map(item => item.getAsFile()));
+}
+
+addEventListener("beforeunload", event => {
+  if (under_way || waiting.size) event.preventDefault();
 });
 
 // -- which view --
@@ -7193,13 +7248,24 @@ PAGE_POLICY = (
 )
 
 
-def page_headers(volumes: Iterable[Volume]) -> dict[str, str]:
-    """Return what is sent with the page: images come from the volumes, nothing else from
-    anywhere."""
-    places = {"{0.scheme}://{0.netloc}".format(urlsplit(one.public_url)) for one in volumes}
+def image_source(url: str) -> str:
+    """Return what a policy calls the place of `url`. It has no words for an IPv6 address or a
+    name with _: then it allows all places."""
+    parts = urlsplit(url)
+    can_be_said = re.fullmatch(r"[A-Za-z0-9.:-]+", parts.netloc)
+    return f"{parts.scheme}://{parts.netloc}" if can_be_said else f"{parts.scheme}:"
+
+
+def page_headers(config: Config) -> dict[str, str]:
+    """Return what is sent with the page: images come from where redirects lead, nothing else from
+    anywhere. A proxy that reads for the page hides the volumes, so it is not told where they
+    are."""
+    images = set[str]()
+    if config.read == "redirect":
+        images = {image_source(one.public_url) for one in config.volumes}
     return {
         "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": " ".join([PAGE_POLICY, *sorted(places)]),
+        "Content-Security-Policy": " ".join([PAGE_POLICY, *sorted(images)]),
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
@@ -7471,7 +7537,7 @@ class Call:
         return Response(200, {"Content-Type": JSON_TYPE}, body)
 
     async def show_page(self) -> Response:
-        return Response(200, page_headers(self.store.view.config.volumes), PAGE)
+        return Response(200, page_headers(self.store.view.config), PAGE)
 
     async def report(self) -> Response:
         plain = {"Content-Type": "text/plain; charset=utf-8"}
@@ -7565,8 +7631,8 @@ ON_KEY: Mapping[str, Route] = {
 # What browser applications of other origins may send, and see.
 REQUEST_HEADERS = (
     "Accept, Authorization, Content-Digest, Content-MD5, Content-Type, If-Match, "
-    "If-Modified-Since, If-None-Match, If-Unmodified-Since, Range, Repr-Digest, traceparent, "
-    "X-Request-ID"
+    "If-Modified-Since, If-None-Match, If-Range, If-Unmodified-Since, Range, Repr-Digest, "
+    "traceparent, X-Request-ID"
 )
 RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 
@@ -7977,6 +8043,7 @@ class Lanes:
         return self._date
 
     def _sweep(self) -> None:
+        """Give up the lanes whose deadline has come: one timer for all."""
         now_s = self.loop.time()
         for lane in [lane for lane in self._lanes if lane.deadline_s <= now_s]:
             lane.run_out()
@@ -8234,6 +8301,7 @@ class Connection(web.RequestHandler):
         self._weigh_framing()
 
     def _weigh_framing(self) -> None:
+        """Refuse a chunked body that is more framing than body: parsing starves the loop."""
         content = self._chunked
         if content is None or content.is_eof():
             self._chunked = None
@@ -8495,6 +8563,7 @@ class EmbeddedVolume:
     async def _act(
         self, request: web.Request, path: str, query: str, file: Path
     ) -> web.StreamResponse:
+        """Do what the method says, as nginx does."""
         folder = path.endswith("/")
         match request.method:
             case "PUT" if folder:
@@ -8702,12 +8771,17 @@ IDLE_S = 45.0  # of a kept connection; less than keepalive_timeout
 FIRST_PAUSE_S = 0.05  # before the second attempt; then twice as long each time
 LONGEST_PAUSE_S = 2.0
 ASK_AROUND = 16  # redirects to find another replica than a bad one
+BAD_READS = 8  # of a blob, each with another digest than it should have, before it counts as lost
 PIECE_BYTES = 64 * 1024  # of a body that is sent, at once
 FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
 KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
 SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
 PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
+# What reading an answer can raise that is not as mkv's are.
+NOT_AS_MKV = (
+    ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class Unreachable(Unavailable):
@@ -8737,6 +8811,7 @@ class Strange(MkvError):
     title = "which no mkv answers"
 
 
+FOR_NOW = (Unavailable, TooManyRequests)  # what is worth another attempt
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
     for kind in (
@@ -8821,7 +8896,7 @@ class Client:
     async def __aenter__(self) -> Self:
         self._session = ClientSession(
             connector=TCPConnector(limit=0, keepalive_timeout=IDLE_S),
-            timeout=ClientTimeout(sock_connect=self._timeout_s, sock_read=self._timeout_s),
+            timeout=ClientTimeout(connect=self._timeout_s, sock_read=self._timeout_s),
             headers={"Accept-Encoding": "identity", "User-Agent": f"mkv/{__version__}"},
             skip_auto_headers=("Content-Type",),  # the server knows better
             cookie_jar=DummyCookieJar(),
@@ -8866,23 +8941,26 @@ class Client:
         ):
             if value is not None:
                 headers[name] = value
-        source = await open_source(data)
+        source = Source(data)
         try:
+            await in_thread(source.open)
             return await self._put(key, source, headers, hear)
         finally:
-            await source.close()
+            await in_thread(source.close)
 
     async def get(self, key: str) -> bytes:
         """Return the whole blob, in memory, its digest checked. If a replica is bad another one is
         read; Corrupt if none is good."""
         retries = Retries(self.patience_s)
         avoid = set[str]()
+        bad_reads = 0
         while True:
             download = Download(self, key, hasher=Hasher({}), avoid=avoid)
             try:
                 return b"".join([piece async for piece in download.read()])
             except Corrupt:
-                if not download.sources:
+                bad_reads += 1
+                if not download.sources or bad_reads >= BAD_READS:
                     raise
                 avoid |= download.sources
             except Changed as error:
@@ -8904,7 +8982,7 @@ class Client:
             download = Download(self, key, hasher=Hasher({}))
         else:  # no digest would tell that a replica is too short
             blob = await self.head(key)
-            download = Download(self, key, start, end, etag=blob.etag, size=blob.size)
+            download = Download(self, key, start, end, digest=blob.digest, size=blob.size)
         async with contextlib.aclosing(download.read()) as pieces:
             async for piece in pieces:
                 yield piece
@@ -8921,6 +8999,7 @@ class Client:
         negative number if they have to come again."""
         retries = Retries(self.patience_s)
         avoid = set[str]()
+        bad_reads = 0
         while True:
             blob = await self.head(key)
             part = PartFile(Path(path), blob)
@@ -8930,13 +9009,15 @@ class Client:
                 await in_thread(part.finish)
                 return blob
             except Corrupt:
-                await in_thread(part.clear)
-                if part.is_fresh and not part.sources:
-                    raise
+                await in_thread(part.remove)
                 if part.is_fresh:  # else what was there before may be to blame
-                    avoid.update(part.sources)
+                    bad_reads += 1
+                    if not part.sources or bad_reads >= BAD_READS:
+                        raise
+                    avoid |= part.sources
                 hear(-part.heard)
             except Changed as error:
+                await in_thread(part.remove)
                 hear(-part.heard)
                 await retries.pause(error)
             finally:
@@ -8954,7 +9035,7 @@ class Client:
                 modified_s=parsedate_to_datetime(headers["Last-Modified"]).timestamp(),
                 volumes=tuple(headers["Mkv-Volumes"].split(",")),
             )
-        except (KeyError, ValueError) as error:
+        except NOT_AS_MKV as error:
             raise Strange(f"the answer to HEAD of {key!r} lacks something: {error!r}") from None
 
     async def delete(self, key: str, *, if_match: str | None = None) -> None:
@@ -8975,11 +9056,15 @@ class Client:
             except Unfinished as error:
                 doubt = True
                 await retries.pause(error)
-            except Unavailable as error:
+            except FOR_NOW as error:
                 doubt = doubt or may_have_arrived(error)
                 if doubt and headers:
                     raise Unanswered(str(error)) from error
                 await retries.pause(error, doubt)
+            except MkvError as error:
+                if doubt:
+                    raise Unanswered(f"{error}; an attempt before had no answer") from error
+                raise
 
     async def list(
         self, prefix: str = "", delimiter: str = "", start: str = ""
@@ -8993,7 +9078,7 @@ class Client:
             _, body = await self._ask("GET", target_of_list(query))
             try:
                 found, following = read_page(body, following)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except NOT_AS_MKV as error:
                 raise Strange(f"what was answered is no list: {error!r}") from None
             for blob in found:
                 yield blob
@@ -9003,7 +9088,7 @@ class Client:
         _, body = await self._ask("GET", "/-/status")
         try:
             return dict(json.loads(body))
-        except (ValueError, TypeError, RecursionError) as error:
+        except NOT_AS_MKV as error:
             raise Strange(f"what was answered is no status: {error!r}") from None
 
     # -- requests --
@@ -9012,18 +9097,23 @@ class Client:
     async def send(
         self, method: str, url: str, headers: Mapping[str, str], **options: Any
     ) -> AsyncIterator[ClientResponse]:
-        """Send one request, once, following no redirect; raises Unreachable."""
+        """Send one request, once, following no redirect; raises Unreachable, BadRequest."""
         if self._session is None:
             raise RuntimeError("a Client is used within `async with`")
-        with told_plainly(f"{method} {url.partition('?')[0]}"):
-            request = self._session.request(
-                method,
-                AnyURL(url, encoded=True),
-                headers=headers,
-                allow_redirects=False,
-                **options,
-            )
-            async with request as response:
+        with told_plainly(method, url):
+            try:
+                response = await self._session.request(
+                    method,
+                    AnyURL(url, encoded=True),
+                    headers=headers,
+                    allow_redirects=False,
+                    **options,
+                )
+            except ValueError as error:  # a host that cannot be, or a header
+                raise BadRequest(
+                    f"{method} {without_query(url)} cannot be sent: {error}"
+                ) from None
+            async with response:
                 yield response
 
     @contextlib.asynccontextmanager
@@ -9051,7 +9141,7 @@ class Client:
         while True:
             try:
                 return await self._ask_once(method, target)
-            except (Unavailable, TooManyRequests) as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
 
     async def _put(
@@ -9063,9 +9153,9 @@ class Client:
         while True:
             try:
                 return await self._put_once(key, source, headers, is_bound, hear)
-            except Unavailable as error:
+            except (*FOR_NOW, Unfinished) as error:
                 doubt = doubt or may_have_arrived(error)
-                is_over = (is_bound and doubt) or not await source.rewind()
+                is_over = (is_bound and doubt) or source.is_spent
                 if is_over and doubt:
                     raise Unanswered(str(error)) from error
                 if is_over:
@@ -9085,11 +9175,12 @@ class Client:
             given["Repr-Digest"] = f"sha-256=:{encoded}:"
         if source.size is not None:
             given["Content-Length"] = str(source.size)
-        # Who is asked for the body knows that it was not sent before; else that is not worth a
-        # round trip.
-        asks = is_bound or source.size is None or source.size > SMALL_BLOB
+        # Nothing is carried out before all of its body has come, unless there is none. Who waits
+        # to be asked for it knows that it was not; if that does not matter it is not worth a round
+        # trip.
+        asks = source.size is None or source.size > (0 if is_bound else SMALL_BLOB)
         last_s = self._timeout_s + KERNEL_BYTES / SLOWEST_LINK
-        options = {"timeout": ClientTimeout(sock_connect=self._timeout_s, sock_read=last_s)}
+        options = {"timeout": ClientTimeout(connect=self._timeout_s, sock_read=last_s)}
         feed = Feed(source, self._timeout_s, hear)
         try:
             async with (
@@ -9104,7 +9195,7 @@ class Client:
             hear(-feed.heard)
             if feed.failure is not None:
                 raise feed.failure from None
-            sent = not asks or feed.has_begun
+            sent = feed.has_begun or source.size == 0
             why = str(error) or f"PUT {key!r}: no progress in {self._timeout_s:g} s"
             raise Unreachable(why, sent and may_have_arrived(error)) from None
         if response.status not in (201, 204):
@@ -9121,7 +9212,7 @@ class Client:
         part.heard = part.size
         hear(part.size)
         download = Download(
-            self, blob.key, part.size, etag=blob.etag, size=blob.size, hasher=part.hasher,
+            self, blob.key, part.size, digest=blob.digest, size=blob.size, hasher=part.hasher,
             avoid=avoid,
         )  # fmt: skip
         part.sources = download.sources
@@ -9149,31 +9240,36 @@ async def send_once(request: ClientRequest, handler: ClientHandlerType) -> Clien
 
 
 @contextlib.contextmanager
-def told_plainly(what: str) -> Iterator[None]:
-    """Raise Unreachable for whatever can happen to a connection."""
+def told_plainly(method: str, url: str) -> Iterator[None]:
+    """Raise Unreachable for whatever can happen to a connection; a link's signature is not in its
+    words."""
     try:
         yield
-    except (ClientConnectorError, ConnectionTimeoutError) as error:
-        raise Unreachable(f"{what}: {error}", sent=False) from None
     except (ClientError, OSError, EOFError, TimeoutError) as error:
-        raise Unreachable(f"{what}: {error or type(error).__name__}", sent=True) from None
+        plain = without_query(url)
+        told = str(error).replace(url.removeprefix(plain), "") or type(error).__name__
+        sent = not isinstance(error, ClientConnectorError | ConnectionTimeoutError)
+        raise Unreachable(f"{method} {plain}: {told}", sent) from None
 
 
 def may_have_arrived(error: Exception) -> bool:
     """Whether what failed so may have been carried out: a server that says no has done nothing."""
     if isinstance(error, Unreachable):
         return error.sent
-    return isinstance(error, TimeoutError)
+    return isinstance(error, TimeoutError | Unfinished)
 
 
 async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """Run `work` on a thread. It runs to its end even if whoever awaits it is cancelled, and that
-    one waits: so nobody closes the files that it uses."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    """Run `work` on a thread. It runs to its end even if whoever awaits it is cancelled, however
+    often, and that one waits: so nobody closes the files that it uses."""
+    running = asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
-        await asyncio.wait([running])
+        while not running.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([running])
+        running.exception()  # which nobody will ask for
         raise
 
 
@@ -9221,7 +9317,7 @@ def error_of(response: ClientResponse, body: bytes) -> MkvError:
         if status in (502, 503, 504):  # a proxy, which does not say how far it came
             return Unreachable(told, sent=True)
         return kind(told)
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+    with contextlib.suppress(*NOT_AS_MKV):
         problem = json.loads(body)  # HEAD has none
         told = f"{problem['detail']} (request {problem['request_id']})"
     wait = response.headers.get("Retry-After", "")
@@ -9239,7 +9335,7 @@ def read_page(body: bytes, start: str) -> tuple[list[Blob], str | None]:
                 key=row["key"],
                 size=int(row["size"]),
                 digest=digest_of(row["etag"]),
-                content_type=row["content_type"],
+                content_type=str(row["content_type"]),
                 modified_s=datetime.fromisoformat(row["modified"]).timestamp(),
             )
         )
@@ -9290,18 +9386,19 @@ def read_retry_after(value: str) -> float:
 
 class Download:
     """One version of a blob, or a part of it, that is read over as many connections as it takes.
-    `avoid` are URLs of bad replicas; `sources` become those that were read from."""
+    `avoid` are URLs of bad replicas; `sources` become those that were read from, "" for a proxy
+    in front of the server that sends the blob itself."""
 
     def __init__(
         self, client: Client, key: str, start: int = 0, end: int | None = None, *,
-        etag: str = "", size: int | None = None,
+        digest: str = "", size: int | None = None,
         hasher: Hasher | None = None, avoid: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._client = client
         self._key = key
         self._at = start
         self._end = end
-        self._etag = etag
+        self._digest = digest  # of the version, once that is known
         self._size = size  # of the whole blob, once that is known
         self._hasher = hasher  # if all of it will have been read
         self._avoid = avoid
@@ -9319,9 +9416,9 @@ class Download:
                             self._hasher.update(piece)
                         retries.note_progress()
                         yield piece
-            except Unavailable as error:
+            except FOR_NOW as error:
                 await retries.pause(error)
-        if self._hasher and self._hasher.finish() != digest_of(self._etag):
+        if self._hasher and self._hasher.finish() != self._digest:
             raise Corrupt(f"{self._key!r}: what was read has not the digest that it should have")
 
     def _is_done(self) -> bool:
@@ -9335,45 +9432,49 @@ class Download:
         headers = dict[str, str]()
         if self._at or self._end is not None:
             headers["Range"] = f"bytes={self._at}-{'' if self._end is None else self._end - 1}"
-        async with contextlib.AsyncExitStack() as stack:
-            response = await self._locate(stack, headers)
-            if response.status == 302:
-                url = response.headers["Location"]
-                self.sources.add(without_query(url))
-                await read_body(response)
-                response = await stack.enter_async_context(self._client.send("GET", url, headers))
-            self._check(response)
-            yield response
-
-    async def _locate(
-        self, stack: contextlib.AsyncExitStack, headers: Mapping[str, str]
-    ) -> ClientResponse:
-        """Ask the server for it: it sends a redirect, or a proxy in front of it the blob."""
+        target = target_of(self._key)
         for _ in range(ASK_AROUND):
-            asking = self._client.send_to_server("GET", target_of(self._key), headers)
-            response = await stack.enter_async_context(asking)
-            if response.status not in (200, 206, 302, 416):
-                error = error_of(response, await read_body(response))
-                if isinstance(error, NotFound) and self._etag:
-                    raise Changed("the key was deleted while it was read")
-                raise error
-            url = response.headers.get("Location", "")
-            if response.status == 302 and not url:
-                raise Strange("a redirect leads nowhere")
-            await self._compare(response)
-            if without_query(url) not in self._avoid:
-                return response
-            await read_body(response)
+            async with self._client.send_to_server("GET", target, headers) as response:
+                if response.status in (200, 206, 416):
+                    self.sources.add("")
+                    await self._compare(response)
+                    self._check(response)
+                    yield response
+                    return
+                link = await self._read_redirect(response)
+            source = without_query(link)
+            if source in self._avoid:
+                continue
+            self.sources.add(source)
+            async with self._client.send("GET", link, headers) as response:
+                self._check(response)
+                yield response
+                return
         raise Corrupt(f"{self._key!r}: no replica that can be read is good")
+
+    async def _read_redirect(self, response: ClientResponse) -> str:
+        """Return where the version that was begun is to be read."""
+        body = await read_body(response)
+        if response.status != 302:
+            error = error_of(response, body)
+            if isinstance(error, NotFound) and self._digest:
+                raise Changed("the key was deleted while it was read")
+            raise error
+        link = response.headers.get("Location", "")
+        if not URL.fullmatch(link):
+            raise Strange(f"a redirect leads to {without_query(link)!r}")
+        await self._compare(response)
+        return link
 
     async def _compare(self, response: ClientResponse) -> None:
         """Raise Changed unless it is still the version that was begun."""
-        etag = response.headers.get("ETag", "")
-        if not etag:  # a proxy does not pass it on
-            etag = (await self._client.head(self._key)).etag
-        if self._etag and etag != self._etag:
+        if "ETag" in response.headers:
+            digest = digest_of_answer(response)
+        else:  # a proxy does not pass it on
+            digest = (await self._client.head(self._key)).digest
+        if self._digest and self._digest != digest:
             raise Changed("the key was replaced while it was read")
-        self._etag = etag
+        self._digest = digest
 
     def _check(self, response: ClientResponse) -> None:
         """Raise Unreachable unless just what is missing comes."""
@@ -9422,7 +9523,7 @@ class PartFile:
         self.size = 0  # bytes that have come
         self.heard = 0  # bytes that were told
         self.is_fresh = True  # nothing of it is from an earlier download
-        self.sources: Collection[str] = ()
+        self.sources = set[str]()
         self.hasher = Hasher({})
         self._target = target
         name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]  # which may be too long
@@ -9430,7 +9531,12 @@ class PartFile:
         self._fd = -1
 
     def open(self) -> None:
-        """Go on with what is there; raises Unavailable if another download does just that."""
+        """Go on with what is there; raises Unavailable if another download does just that, and
+        OSError, rather now than in the end, where no file can be put."""
+        if self._target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._target))
+        if self._path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
         if os.fstat(self._fd).st_size > self.blob.size:
@@ -9457,9 +9563,9 @@ class PartFile:
             view = view[os.write(self._fd, view) :]
         self.size += len(data)
 
-    def clear(self) -> None:
+    def remove(self) -> None:
         """Forget what has come: it is wrong."""
-        os.ftruncate(self._fd, 0)
+        os.unlink(self._path)
 
     def finish(self) -> None:
         """Make it the file, for good."""
@@ -9474,125 +9580,70 @@ class PartFile:
 
 
 class Source:
-    """The bytes of a PUT. Of a flow, which comes once, nothing is known before."""
+    """The bytes of a PUT. Of what can be read twice, size and digest are known before they are
+    sent; of what comes once, a flow or a pipe, nothing is."""
 
-    size: int | None = None
-    digest = ""  # SHA-256 in hex
-
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Yield all of it, from its beginning."""
-        raise NotImplementedError
-
-    async def rewind(self) -> bool:
-        """Return whether all of it can be sent, again or for the first time."""
-        return True
-
-    async def close(self) -> None:
-        pass
-
-
-class BytesSource(Source):
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: Data) -> None:
+        self.size: int | None = None
+        self.digest = ""  # SHA-256 in hex
+        self.is_spent = False  # it comes once, and was begun
         self._data = data
-        self.size = len(data)
+        self._file: IO[bytes] = io.BytesIO()
+        self._start = 0
 
-    async def prepare(self) -> None:
-        self.digest = await in_thread(lambda: hashlib.sha256(self._data).hexdigest())
+    def open(self) -> None:
+        """Find out what can be known; raises TypeError, OSError. For a thread."""
+        data = self._data
+        if isinstance(data, AsyncIterable):
+            return
+        if isinstance(data, bytes | bytearray | memoryview):
+            self._file = io.BytesIO(data)
+        elif isinstance(data, os.PathLike):
+            self._file = open(data, "rb")  # noqa: SIM115
+        elif hasattr(data, "read"):
+            self._file = data
+        else:
+            raise TypeError(
+                f"data is bytes, a Path, a file or an async iterator, not {type(data)}"
+            )
+        if self._file.seekable():
+            self._start = self._file.tell()
+            hasher = Hasher({})
+            while piece := self._read(FILE_BYTES):
+                hasher.update(piece)
+            self.digest = hasher.finish()
+            self.size = hasher.size
+
+    def close(self) -> None:
+        """Close the file, unless it was given. For a thread."""
+        if self._file is not self._data:
+            self._file.close()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        yield self._data
-
-
-class FileSource(Source):
-    """A file that can be read twice; it is closed in the end if it is `ours`."""
-
-    def __init__(self, file: IO[bytes], ours: bool) -> None:
-        self._file = file
-        self._ours = ours
-
-    async def prepare(self) -> None:
-        await in_thread(self._look)
-
-    def _look(self) -> None:
-        self._start = self._file.tell()
-        hasher = Hasher({})
-        while piece := read_bytes(self._file, FILE_BYTES):
-            hasher.update(piece)
-        self.digest = hasher.finish()
-        self.size = hasher.size
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        await in_thread(self._file.seek, self._start)
-        left = self.size or 0
-        while left:
-            piece = await in_thread(read_bytes, self._file, min(left, FILE_BYTES))
+        """Yield all of it, from its beginning."""
+        self.is_spent = not self.digest
+        if isinstance(self._data, AsyncIterable):
+            async for piece in self._data:
+                yield bytes(piece)
+            return
+        if self.digest:
+            await in_thread(self._file.seek, self._start)
+        sent = 0
+        while sent != self.size:
+            most = FILE_BYTES if self.size is None else min(FILE_BYTES, self.size - sent)
+            piece = await in_thread(self._read, most)
+            if not piece and self.size is None:
+                return
             if not piece:
                 raise OSError(errno.EIO, "the file has become shorter meanwhile")
-            left -= len(piece)
+            sent += len(piece)
             yield piece
 
-    async def close(self) -> None:
-        if self._ours:
-            await in_thread(self._file.close)
-
-
-class FlowSource(Source):
-    def __init__(self, flow: AsyncIterable[bytes], ours: IO[bytes] | None = None) -> None:
-        self._flow = flow
-        self._ours = ours
-        self._has_begun = False
-
-    async def pieces(self) -> AsyncIterator[bytes]:
-        self._has_begun = True
-        async for piece in self._flow:
-            yield bytes(piece)
-
-    async def rewind(self) -> bool:
-        return not self._has_begun
-
-    async def close(self) -> None:
-        if self._ours is not None:
-            await in_thread(self._ours.close)
-
-
-async def read_pipe(file: IO[bytes]) -> AsyncIterator[bytes]:
-    while piece := await in_thread(read_bytes, file, FILE_BYTES):
-        yield piece
-
-
-def read_bytes(file: IO[bytes], size: int) -> bytes:
-    piece = file.read(size)
-    if not isinstance(piece, bytes):
-        raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
-    return piece
-
-
-async def open_source(data: Data) -> Source:
-    """Make the source of a PUT; raises TypeError, OSError."""
-    if isinstance(data, bytes | bytearray | memoryview):
-        memory = BytesSource(bytes(data))
-        await memory.prepare()
-        return memory
-    if isinstance(data, AsyncIterable):
-        return FlowSource(data)
-    file: IO[bytes]
-    if isinstance(data, os.PathLike):
-        file = await in_thread(open, data, "rb")
-    elif hasattr(data, "read"):
-        file = data
-    else:
-        raise TypeError(f"data is bytes, a Path, a file or an async iterator, not {type(data)}")
-    ours = file is not data
-    try:
-        if not file.seekable():
-            return FlowSource(read_pipe(file), file if ours else None)
-        source = FileSource(file, ours)
-        await source.prepare()
-    except BaseException:
-        if ours:
-            file.close()
-        raise
-    return source
+    def _read(self, size: int) -> bytes:
+        piece = self._file.read(size)
+        if not isinstance(piece, bytes):
+            raise TypeError(f"the file gives {type(piece)}: open it as a binary one")
+        return piece
 
 
 class Feed:
