@@ -215,7 +215,7 @@ class Postgres:
     which initdb refuses. It does not sync, since no test cuts the power; commits are all the same
     in its log when they are answered."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path, *settings: str, primary: Postgres | None = None) -> None:
         self.programs = find_postgres()
         if not self.programs:
             assert not os.environ.get("CI"), "CI must have PostgreSQL"
@@ -229,7 +229,10 @@ class Postgres:
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user)
-        self.run("initdb", "-D", self.data, "-U", "mkv", "-A", "trust", "-E", "UTF8", "--no-sync")
+        make = ["initdb", "-U", "mkv", "-A", "trust", "-E", "UTF8"]
+        if primary:
+            make = ["pg_basebackup", "-d", primary.url(), "-R", "--checkpoint=fast"]
+        self.run(*make, "-D", self.data, "--no-sync")
         self.begin()
 
     @property
@@ -284,12 +287,12 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def postgres_in(name: str, *settings: str) -> Iterator[Postgres]:
+def postgres_in(name: str, *settings: str, primary: Postgres | None = None) -> Iterator[Postgres]:
     """Run a cluster in a folder that others than root may enter."""
     folder = Path(tempfile.mkdtemp(prefix=f"mkv-{name}-"))
     folder.chmod(0o755)
     try:
-        with Postgres(folder, *settings) as cluster:
+        with Postgres(folder, *settings, primary=primary) as cluster:
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -9222,6 +9225,36 @@ def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> Non
                 assert read_through(f"{urls[0]}/{key}")[1] == body
         fleet.check_totals()
         eventually(lambda: fleet.count("claimed") == 0)
+
+
+def test_synchronous_standby_takes_over_and_has_all_that_was_acknowledged(tmp_path: Path) -> None:
+    """The primary is killed under load and stays away; the servers find the standby by
+    themselves."""
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(postgres_in("primary"))
+        standby = stack.enter_context(postgres_in("standby", primary=primary))
+        primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        primary.ask("SELECT pg_reload_conf()")
+        in_step = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+        eventually(lambda: primary.ask(in_step))
+        fleet = Fleet(tmp_path, standby, stack)
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        db = f"postgresql://mkv@{hosts}/postgres?target_session_attrs=read-write"
+        urls = [fleet.begin(db=f"{db}&schema={fleet.schema}").url for _ in range(2)]
+        stop = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(write_on, urls[n % 2], stop, n) for n in range(8)]
+            eventually(lambda: fleet.ask("SELECT 1 FROM record OFFSET 200"))
+            primary.kill()
+            standby.run("pg_ctl", "promote", "-D", standby.data)
+            eventually(lambda: all(200 < try_ask(f"{url}/p", "PUT", b"x") < 300 for url in urls))
+            stop.set()
+            results = [one.result() for one in work]
+        for known, answers in results:
+            assert answers.keys() <= {201, 204, 503, 504}, answers
+            for key, body in known.items():
+                assert read_through(f"{urls[0]}/{key}")[1] == body
+        fleet.check_totals()
 
 
 async def refusal(db: str) -> str:
