@@ -2001,6 +2001,25 @@ async def test_nothing_is_remembered_of_a_transaction_that_failed(index: mkv.Ind
         await index.write(lambda tx: mkv.commit_put(tx, record, mkv.UNCONDITIONAL, 0.0), ["k"])
 
 
+async def test_reads_go_on_while_a_write_waits_for_its_turn(index: mkv.Index, db: str) -> None:
+    await put(index, make_record("k"))
+    other = mkv.Index(db)
+    await other.open()
+    has_turn, give_back = threading.Event(), threading.Event()
+    turn = other.write(lambda tx: (has_turn.set(), give_back.wait(20)))
+    await asyncio.to_thread(has_turn.wait, 20)
+    write = asyncio.ensure_future(put(index, make_record("later")))
+    for _ in range(3):
+        assert await index.get("k") == make_record("k")
+        page = await index.list_page(mkv.ListQuery(prefix="", delimiter="", start="", limit=9))
+        assert [one["key"] for one in json.loads(page)["keys"]] == ["k"]
+        assert (await index.totals())[mkv.ALL_KEYS] == (1, 5)
+    assert not write.done() and not turn.done()
+    give_back.set()
+    assert await write is True and await turn
+    await other.close()
+
+
 async def test_failed_flush_is_the_answer_of_its_mutation_alone(index: mkv.Index) -> None:
     """What SQLite refuses is seen at the end only: the others get transactions of their own."""
     wrong = make_record("wrong", size="x")  # type: ignore[arg-type]
