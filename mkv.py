@@ -6424,7 +6424,7 @@ button.danger { color: var(--bad); }
 .actions { white-space: nowrap; text-align: right; }
 .button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
-#uploads:not(:empty) { margin-bottom: .8rem; }
+#uploads:not(:empty) { margin-bottom: .8rem; max-height: 40vh; overflow: auto; }
 .upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
@@ -6479,7 +6479,7 @@ PAGE_BODY = """
         <button>Show</button>
         <label class="button">Upload<input type="file" id="files" multiple></label>
       </form>
-      <div id="uploads" aria-live="polite"></div>
+      <div id="uploads"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
       <p id="remark" class="dim" role="status"></p>

@@ -5021,6 +5021,7 @@ def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
             seen.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(200)
             self.send_header("Content-Length", "1")
+            self.send_header("X-Accel-Redirect", "/none")  # means nothing, from a volume
             self.end_headers()
             self.wfile.write(b"x")
 
@@ -5249,6 +5250,11 @@ class TestPage:
             assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
             target = f"{server.url}/{quote('my photos/ü 1.png')}"
             assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            assert ask(target, "PUT", b"new", "boss")[0] == 204
+            tab.button("Delete my photos/ü 1.png").click()
+            tab.button("Delete it").click()
+            tab.wait_for_text("#notice", "It has changed meanwhile, and stays.")
+            tab.page.locator("#list", has_text="3 B").wait_for()
             tab.delete("my photos/ü 1.png")
             assert ask(target, token="boss")[0] == 404
             kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
@@ -5304,6 +5310,7 @@ class TestPage:
             replace_it.click()
             replace_it.wait_for(state="detached")
             eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+            assert ask(f"{shop.url}/{prefix}e.txt")[0] == 404  # it was cancelled
             eventually(lambda: not tab.page.evaluate(stays))
 
     def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
@@ -5353,7 +5360,10 @@ class TestPage:
             volumes[2].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
-            assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
+            figures = tab.page.locator("#tiles .figure")
+            assert figures.first.inner_text() == "2"
+            eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
+            assert figures.nth(3).inner_text() != "0"  # requests a second: its own
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
@@ -5393,10 +5403,37 @@ class TestPage:
             assert tab.page.evaluate(fits)
             tab.page.keyboard.press("Escape")
             tab.page.locator("#details[open]").wait_for(state="detached")
+            tab.button("one folder up").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{folder}/").wait_for()
+
+    def test_many_keys_come_page_by_page(self, browser: Any, shop: Program) -> None:
+        """200 each; here the server is asked for fewer."""
+        folder = f"many-{random.getrandbits(32):x}"
+        for i in range(3):
+            assert ask(f"{shop.url}/{folder}/{i}", "PUT")[0] == 201
+        with Tab(browser, shop.url) as tab:
+            tab.page.route(
+                "**/?prefix=*limit=200*",
+                lambda route: route.continue_(
+                    url=route.request.url.replace("limit=200", "limit=2")
+                ),
+            )
+            tab.page.goto(f"{shop.url}/-/{KEYS_VIEW}{folder}%2F")
+            tab.button("1").wait_for()
+            rows = tab.page.locator("#list tr")
+            assert rows.count() == 2
+            tab.button("More").click()
+            tab.button("2").wait_for()
+            assert rows.count() == 3 and not tab.page.locator("#more").is_visible()
 
     def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
         blob = make_png(40, 30)
         with Tab(browser, front.url, KEYS_VIEW) as tab:
+            tab.page.evaluate(
+                "() => { revoked = []; const own = URL.revokeObjectURL;"
+                " URL.revokeObjectURL = url => { revoked.push(url); own.call(URL, url); }; }"
+            )
             for is_signed_in in (False, True):
                 if is_signed_in:
                     tab.button("Token").click()
@@ -5405,6 +5442,9 @@ class TestPage:
                 tab.upload(name, blob)
                 tab.button(name).click()
                 tab.wait_for_image()
+                source = tab.page.evaluate("document.querySelector('#details img').src")
+                assert source.startswith("blob:") == is_signed_in
+                assert source in tab.page.evaluate("revoked")  # no memory keeps it
                 tab.page.keyboard.press("Escape")
                 assert tab.download(name) == (name, blob)
 
