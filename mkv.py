@@ -6726,7 +6726,9 @@ let following = "";
 let generation = 0;
 
 function go_to(where) {
-  location.hash = "keys=" + encodeURIComponent(where);
+  const hash = "#keys=" + encodeURIComponent(where);
+  if (location.hash === hash) list();
+  else location.hash = hash;
 }
 
 function folder_row(name) {
@@ -6766,11 +6768,7 @@ async function list(start = "") {
     const is_empty = at("list").childElementCount === 0;
     at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine !== generation) return;
-    at("remark").textContent = error.message;
-    if (start) return;
-    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
-    at("more").hidden = true;
+    if (mine === generation) at("remark").textContent = error.message;
   }
 }
 
@@ -6968,6 +6966,8 @@ function route() {
   try { prefix = decodeURIComponent(hash.slice("keys=".length)); } catch { prefix = ""; }
   at("prefix").value = prefix;
   at("upwards").disabled = prefix === "";
+  at("list").replaceChildren();  // what is there is of another prefix, or by another token
+  at("more").hidden = true;
   list();
 }
 

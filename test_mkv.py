@@ -5410,6 +5410,12 @@ class TestPage:
             tab.button("one folder up").focus()
             tab.page.keyboard.press("Enter")
             tab.button(f"{folder}/").wait_for()
+            assert ask(f"{shop.url}/{folder}.new", "PUT", b"x")[0] == 201
+            tab.show(folder)
+            tab.button(".new").wait_for()
+            assert ask(f"{shop.url}/{folder}.newer", "PUT", b"x")[0] == 201
+            tab.show(folder)  # again
+            tab.button(".newer").wait_for()
 
     def test_many_keys_come_page_by_page(self, browser: Any, shop: Program) -> None:
         """200 each; here the server is asked for fewer."""
