@@ -5028,6 +5028,7 @@ def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
             seen.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(200)
             self.send_header("Content-Length", "1")
+            self.send_header("X-Accel-Redirect", "/none")  # means nothing, from a volume
             self.end_headers()
             self.wfile.write(b"x")
 
@@ -5256,6 +5257,11 @@ class TestPage:
             assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
             target = f"{server.url}/{quote('my photos/ü 1.png')}"
             assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            assert ask(target, "PUT", b"new", "boss")[0] == 204
+            tab.button("Delete my photos/ü 1.png").click()
+            tab.button("Delete it").click()
+            tab.wait_for_text("#notice", "It has changed meanwhile, and stays.")
+            tab.page.locator("#list", has_text="3 B").wait_for()
             tab.delete("my photos/ü 1.png")
             assert ask(target, token="boss")[0] == 404
             kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
@@ -5311,6 +5317,7 @@ class TestPage:
             replace_it.click()
             replace_it.wait_for(state="detached")
             eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+            assert ask(f"{shop.url}/{prefix}e.txt")[0] == 404  # it was cancelled
             eventually(lambda: not tab.page.evaluate(stays))
 
     def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
@@ -5360,7 +5367,10 @@ class TestPage:
             volumes[2].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
-            assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
+            figures = tab.page.locator("#tiles .figure")
+            assert figures.first.inner_text() == "2"
+            eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
+            assert figures.nth(3).inner_text() != "0"  # requests a second: its own
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
@@ -5374,6 +5384,10 @@ class TestPage:
             server.config.write_text(toml_of(volumes[:2]))
             server.process.send_signal(signal.SIGHUP)
             eventually(lambda: "n2 (2 blobs)" in tab.text_after_look("#unconfigured"))
+            tab.page.evaluate(  # less patience, for this test
+                "() => { const own = AbortSignal.timeout.bind(AbortSignal);"
+                " AbortSignal.timeout = ms => own(ms / 10); }"
+            )
             server.process.send_signal(signal.SIGSTOP)
             assert "The server does not say how it is" in tab.text_after_look("#silence")
             server.process.send_signal(signal.SIGCONT)
@@ -5400,10 +5414,43 @@ class TestPage:
             assert tab.page.evaluate(fits)
             tab.page.keyboard.press("Escape")
             tab.page.locator("#details[open]").wait_for(state="detached")
+            tab.button("one folder up").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{folder}/").wait_for()
+            assert ask(f"{shop.url}/{folder}.new", "PUT", b"x")[0] == 201
+            tab.show(folder)
+            tab.button(".new").wait_for()
+            assert ask(f"{shop.url}/{folder}.newer", "PUT", b"x")[0] == 201
+            tab.show(folder)  # again
+            tab.button(".newer").wait_for()
+
+    def test_many_keys_come_page_by_page(self, browser: Any, shop: Program) -> None:
+        """200 each; here the server is asked for fewer."""
+        folder = f"many-{random.getrandbits(32):x}"
+        for i in range(3):
+            assert ask(f"{shop.url}/{folder}/{i}", "PUT")[0] == 201
+        with Tab(browser, shop.url) as tab:
+            tab.page.route(
+                "**/?prefix=*limit=200*",
+                lambda route: route.continue_(
+                    url=route.request.url.replace("limit=200", "limit=2")
+                ),
+            )
+            tab.page.goto(f"{shop.url}/-/{KEYS_VIEW}{folder}%2F")
+            tab.button("1").wait_for()
+            rows = tab.page.locator("#list tr")
+            assert rows.count() == 2
+            tab.button("More").click()
+            tab.button("2").wait_for()
+            assert rows.count() == 3 and not tab.page.locator("#more").is_visible()
 
     def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
         blob = make_png(40, 30)
         with Tab(browser, front.url, KEYS_VIEW) as tab:
+            tab.page.evaluate(
+                "() => { revoked = []; const own = URL.revokeObjectURL;"
+                " URL.revokeObjectURL = url => { revoked.push(url); own.call(URL, url); }; }"
+            )
             for is_signed_in in (False, True):
                 if is_signed_in:
                     tab.button("Token").click()
@@ -5412,22 +5459,24 @@ class TestPage:
                 tab.upload(name, blob)
                 tab.button(name).click()
                 tab.wait_for_image()
+                source = tab.page.evaluate("document.querySelector('#details img').src")
+                assert source.startswith("blob:") == is_signed_in
+                assert source in tab.page.evaluate("revoked")  # no memory keeps it
                 tab.page.keyboard.press("Escape")
                 assert tab.download(name) == (name, blob)
 
     def test_application_of_another_origin_uses_the_store(
-        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+        self, browser: Any, start: Callable[..., Program], shop: Program, tmp_path: Path
     ) -> None:
         """As README.md says: its origin is listed, and the volumes let pages read."""
         secrets = (VOLUME_SECRET, LINK_SECRET)
         with contextlib.ExitStack() as stack:
             volume = stack.enter_context(Nginx(tmp_path / "v", secrets, cors=True))
-            app = start()  # any server will do for an origin
             config = f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
-            flags = ["--cors-origins", app.url, "--volume", volume.url, "--replicas", "1"]
+            flags = ["--cors-origins", shop.url, "--volume", volume.url, "--replicas", "1"]
             server = start(*flags, config=config + TOKENS)
-            page = stack.enter_context(Tab(browser, app.url)).page
-            page.goto(app.url + "/-/livez")  # without a policy
+            page = stack.enter_context(Tab(browser, shop.url)).page  # any origin will do
+            page.goto(shop.url + "/-/livez")  # without a policy
             use = """async ([url, secret]) => {
                 const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "text/plain"};
                 const put = await fetch(url, {method: "PUT", body: "hello", headers});
@@ -5439,10 +5488,8 @@ class TestPage:
             }"""
             sent = [server.url + "/k", SECRETS["boss"]]
             assert page.evaluate(use, sent) == [201, True, 206, "hell", 204]
-            other = app.url.replace(
-                "127.0.0.1", "localhost"
-            )  # another origin, which is not listed
-            page.goto(other + "/-/livez")
+            unlisted = shop.url.replace("127.0.0.1", "localhost")
+            page.goto(unlisted + "/-/livez")
             with pytest.raises(Exception, match="Failed to fetch"):
                 page.evaluate(use, sent)
 
