@@ -5408,7 +5408,9 @@ class TestPage:
             tab.button("/").focus()
             tab.page.keyboard.press("Enter")
             tab.button(f"{'long' * 50}.txt").focus()
-            assert tab.page.evaluate(fits)
+            for width in (1200, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits), width
             tab.page.keyboard.press("Enter")
             tab.page.locator("#details[open]").wait_for()
             assert tab.page.evaluate(fits)
