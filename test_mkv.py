@@ -12,6 +12,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import enum
 import errno
 import hashlib
@@ -209,7 +210,7 @@ class Postgres:
     which initdb refuses. It does not sync, since no test cuts the power; commits are all the same
     in its log when they are answered."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path, *settings: str, primary: Postgres | None = None) -> None:
         self.programs = find_postgres()
         if not self.programs:
             assert not os.environ.get("CI"), "CI must have PostgreSQL"
@@ -223,7 +224,10 @@ class Postgres:
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user)
-        self.run("initdb", "-D", self.data, "-U", "mkv", "-A", "trust", "-E", "UTF8", "--no-sync")
+        make = ["initdb", "-U", "mkv", "-A", "trust", "-E", "UTF8"]
+        if primary:
+            make = ["pg_basebackup", "-d", primary.url(), "-R", "--checkpoint=fast"]
+        self.run(*make, "-D", self.data, "--no-sync")
         self.begin()
 
     @property
@@ -278,12 +282,12 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def postgres_in(name: str, *settings: str) -> Iterator[Postgres]:
+def postgres_in(name: str, *settings: str, primary: Postgres | None = None) -> Iterator[Postgres]:
     """Run a cluster in a folder that others than root may enter."""
     folder = Path(tempfile.mkdtemp(prefix=f"mkv-{name}-"))
     folder.chmod(0o755)
     try:
-        with Postgres(folder, *settings) as cluster:
+        with Postgres(folder, *settings, primary=primary) as cluster:
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -2640,10 +2644,16 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     answers = Counter[str]()
     number = 0
     while scissors.cuts < 200:
+        if chance.random() < 0.5:
+            await assume_turns(cut)
         scissors.left = chance.randrange(1, 6)
         keys = [f"k{number + i}" for i in range(4)]
         number += 4
-        writes = [cut.write(partial(claim_and_commit, record=make_record(k)), [k]) for k in keys]
+        if chance.random() < 0.5:
+            acts = [partial(claim_and_commit, record=make_record(key)) for key in keys]
+            writes = [cut.write(act, [key]) for act, key in zip(acts, keys, strict=True)]
+        else:
+            writes = [asyncio.ensure_future(put_in_two(cut, key)) for key in keys]
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         scissors.left = -1
         for key, outcome in zip(keys, outcomes, strict=True):
@@ -2657,14 +2667,98 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     scissors.close()
 
 
+async def assume_turns(index: mkv.Index) -> None:
+    """Write until it takes itself for the only one who does."""
+    for _ in range(mkv.ALONE_AFTER + 1):
+        await index.write(lambda tx: None)
+
+
+def claim_version(tx: mkv.Transaction, key: str) -> str:
+    path = tx.draw_path(key, "")
+    tx.claim(path, ("a", "b"), CLAIMED)
+    return path
+
+
+async def put_in_two(
+    index: mkv.Index, key: str, conditions: mkv.Conditions = mkv.UNCONDITIONAL
+) -> bool:
+    """As a PUT does: first a claim, then a commit."""
+    path = await index.claim(partial(claim_version, key=key), key)
+    record = make_record(key)._replace(version=mkv.version_of(path))
+    commit = partial(mkv.commit_put, record=record, conditions=conditions, delay_s=0.0)
+    return await index.write(commit, [key])
+
+
+def count_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one with each round trip to PostgreSQL."""
+    trips, collect = list[int](), mkv.PostgresSession._collect
+    monkeypatch.setattr(
+        mkv.PostgresSession, "_collect", lambda self: trips.append(1) or collect(self)
+    )
+    return trips
+
+
+@on_postgres
+async def test_claims_and_commits_of_a_lone_server_are_one_round_trip_each(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await assume_turns(index)
+    trips = count_trips(monkeypatch)
+    for _ in range(3):  # new keys, and then known ones
+        await asyncio.gather(*(put_in_two(index, f"k{i}") for i in range(300)))
+    assert len(trips) == 6
+
+
+@on_postgres
+async def test_turn_that_somebody_else_has_taken_is_not_assumed(index: mkv.Index, db: str) -> None:
+    """What is remembered is out of date then: no update is lost."""
+    other = mkv.Index(db)
+    await other.open()
+    assert await put_in_two(index, "k")
+    await assume_turns(index)
+    seen = mkv.Conditions(if_match=(f'"{make_record("k").digest}"',))
+    await other.write(partial(mkv.commit_delete, key="k", conditions=seen, delay_s=0.0))
+    assert await index.write(lambda tx: tx.get("k"), ["k"]) is None
+    assert await put_in_two(other, "k")
+    await assume_turns(index)
+    await other.write(partial(mkv.commit_delete, key="k", conditions=seen, delay_s=0.0))
+    with pytest.raises(mkv.PreconditionFailed):
+        await put_in_two(index, "k", seen)
+    assert await put_in_two(other, "k")
+    await other.close()
+    assert await put_in_two(index, "k") is False
+    assert (await index.totals())[mkv.ALL_KEYS] == (1, 5)
+
+
+@on_postgres
+@pytest.mark.parametrize("known", ["record", "pending"])
+async def test_claim_of_a_key_that_was_not_read_is_higher_than_all_that_is_known_of_it(
+    index: mkv.Index, db: str, known: str
+) -> None:
+    """And nothing is left of the first try, which was too low."""
+    record = make_record("k", time.time_ns() + 10**15)
+    if known == "record":
+        await put(index, record)
+    else:
+        await index.write(lambda tx: tx.add_garbage(record.path, ["a"]))
+    other = mkv.Index(db)
+    await other.open()
+    await assume_turns(other)
+    claim = partial(claim_version, key="k")
+    paths = await asyncio.gather(*(other.claim(claim, "k") for _ in range(3)))
+    assert all(mkv.version_of(path) > record.version for path in paths)
+    rows = await other.write(lambda tx: tx.pending_of("k"))
+    await other.close()
+    assert {path for _, path in rows} - {record.path} == set(paths) and len(set(paths)) == 3
+
+
 @on_postgres
 async def test_batch_is_two_round_trips_whatever_it_holds(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await index.renew()
-    trips, begins = list[int](), list[int]()
-    sync, begin = psycopg.Pipeline.sync, mkv.PostgresSession.begin
-    monkeypatch.setattr(psycopg.Pipeline, "sync", lambda self: trips.append(1) or sync(self))
+    begins, begin = list[int](), mkv.PostgresSession.begin
+    trips = count_trips(monkeypatch)
     monkeypatch.setattr(
         mkv.PostgresSession, "begin", lambda self, *asked: begins.append(1) or begin(self, *asked)
     )
@@ -2687,24 +2781,24 @@ async def test_commit_whose_answer_is_lost_while_another_is_under_way(
     """The database has not seen that the connection broke, and carries the commit out later: who
     asks waits for that."""
     commit = mkv.PostgresSession.commit
-    backends, pipelines = list[Any](), list[Any]()
+    backends = list[Any]()
 
     def lose(session: mkv.PostgresSession) -> None:
         if backends:
             return commit(session)
-        backends.append(session._db)
-        pipelines.append((session._pipeline, session._stack))
         session.is_unsure = True
         session._send_queue()
-        session._pipeline.sync()
+        session._sync()
+        old = copy.copy(session)
+        backends.append(old)
         session._connect()  # the old connection lives on, with its turn
         session.close()
 
         def end() -> None:
             eventually(lambda: postgres_waits(index), 20)
-            backends[0].execute("COMMIT" if came_about else "ROLLBACK")
-            pipelines[0][0].sync()
-            backends[0].close()
+            old._send("COMMIT" if came_about else "ROLLBACK")
+            old._sync()
+            old.close()
 
         threading.Thread(target=end, daemon=True).start()
         raise psycopg.OperationalError("the connection is lost")
@@ -9110,6 +9204,8 @@ def test_server_that_stands_still_in_a_transaction_loses_its_turn(fleet: Fleet) 
         AND query LIKE '%pending%' AND datname = 'postgres'"""
     with under_load(paused.url):
         for _ in range(200):
+            # so that the other does not assume its turn, but waits for it
+            assert ask(f"{other.url}/before", "PUT", b"x")[0] in (201, 204)
             paused.process.send_signal(signal.SIGSTOP)
             if fleet.ask(busy):
                 break
@@ -9171,6 +9267,36 @@ def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> Non
                 assert read_through(f"{urls[0]}/{key}")[1] == body
         fleet.check_totals()
         eventually(lambda: fleet.count("claimed") == 0)
+
+
+def test_synchronous_standby_takes_over_and_has_all_that_was_acknowledged(tmp_path: Path) -> None:
+    """The primary is killed under load and stays away; the servers find the standby by
+    themselves."""
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(postgres_in("primary"))
+        standby = stack.enter_context(postgres_in("standby", primary=primary))
+        primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        primary.ask("SELECT pg_reload_conf()")
+        in_step = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+        eventually(lambda: primary.ask(in_step))
+        fleet = Fleet(tmp_path, standby, stack)
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        db = f"postgresql://mkv@{hosts}/postgres?target_session_attrs=read-write"
+        urls = [fleet.begin(db=f"{db}&schema={fleet.schema}").url for _ in range(2)]
+        stop = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(write_on, urls[n % 2], stop, n) for n in range(8)]
+            eventually(lambda: fleet.ask("SELECT 1 FROM record OFFSET 200"))
+            primary.kill()
+            standby.run("pg_ctl", "promote", "-D", standby.data)
+            eventually(lambda: all(200 < try_ask(f"{url}/p", "PUT", b"x") < 300 for url in urls))
+            stop.set()
+            results = [one.result() for one in work]
+        for known, answers in results:
+            assert answers.keys() <= {201, 204, 503, 504}, answers
+            for key, body in known.items():
+                assert read_through(f"{urls[0]}/{key}")[1] == body
+        fleet.check_totals()
 
 
 async def refusal(db: str) -> str:
@@ -12751,10 +12877,13 @@ async def test_server_that_slept_through_a_rebuild_sees_it(shared: Cluster) -> N
     record = make_record("asleep")
     await sleeper.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED), ["asleep"])
     await sleeper.write(lambda tx: tx.insert(make_record("lost", 1, ("volume1",))), ["lost"])
+    await assume_turns(sleeper)
+    seen = shared.postgres.ask("SELECT turn FROM meta", shared.schema)[0][0]
     await let_leases_end(sleeper)
     rebuild = shared.spawn("rebuild")
     said = await asyncio.to_thread(rebuild.communicate)
     assert rebuild.returncode == 1 and b"lost key" in said[0], said
+    shared.postgres.ask(f"UPDATE meta SET turn = {seen}", shared.schema)  # as it may happen
     assert await sleeper.get("lost") is None
     with pytest.raises(mkv.Lost):
         commit = partial(mkv.commit_put, record=record, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
