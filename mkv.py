@@ -6668,7 +6668,7 @@ h1 { font-size: 1.2rem; margin: 0; letter-spacing: .02em; }
 h2 { font-size: 1rem; margin: 0 0 .6rem; }
 nav { display: flex; gap: .3rem; flex: 1; }
 nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-decoration: none; }
-nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
+nav a[aria-current="true"] { background: var(--back); color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
 p:empty { margin: 0; }
@@ -6707,9 +6707,10 @@ button.danger { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-bottom: .8rem; }
 .bar input { flex: 1; min-width: 10rem; }
 .actions { white-space: nowrap; text-align: right; }
-.button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
+.button { position: relative; overflow: hidden; }
+.button input { position: absolute; inset: 0; width: 100%; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
-#uploads:not(:empty) { margin-bottom: .8rem; }
+#uploads:not(:empty) { margin-bottom: .8rem; max-height: 40vh; overflow: auto; }
 .upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
@@ -6764,7 +6765,7 @@ PAGE_BODY = """
         <button>Show</button>
         <label class="button">Upload<input type="file" id="files" multiple></label>
       </form>
-      <div id="uploads" aria-live="polite"></div>
+      <div id="uploads"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
       <p id="remark" class="dim" role="status"></p>
@@ -6797,7 +6798,9 @@ const at = id => document.getElementById(id);
 // -- making what is seen: text is only ever text --
 
 function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
+  const is_drawn = tag === "svg" || tag === "polyline";
+  const space = is_drawn ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const element = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value);
@@ -6833,25 +6836,18 @@ const count = value => value.toLocaleString("en");
 const rate = value => value >= 100 || value === 0 ? value.toFixed(0) : value.toFixed(1);
 
 function plot(values, label, write) {
-  const space = "http://www.w3.org/2000/svg";
-  const picture = document.createElementNS(space, "svg");
-  const line = document.createElementNS(space, "polyline");
   const most = Math.max(...values, 0);
   const least = Math.min(...values, 0);
-  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
-  picture.setAttribute("viewBox", "0 0 100 24");
-  picture.setAttribute("preserveAspectRatio", "none");
-  picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", told);
   const step = 100 / (Math.max(values.length, SAMPLES / 4) - 1);
   const points = values.map((value, i) => {
     const x = 100 - (values.length - 1 - i) * step;
     const y = 22 - 20 * (value - least) / (most - least || 1);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
-  line.setAttribute("points", points.join(" "));
-  picture.append(line);
-  return picture;
+  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
+  return make("svg",
+    { viewBox: "0 0 100 24", preserveAspectRatio: "none", role: "img", "aria-label": told },
+    make("polyline", { points: points.join(" ") }));
 }
 
 // -- talking to the server --
@@ -6898,44 +6894,33 @@ at("token-form").onsubmit = event => {
 let looks = [];  // when, and figures by their names; the newest is the last
 let timer = 0;
 
-// Samples of a metric, as [labels, value].
-function read_metric(text, name) {
-  const found = [];
-  for (const line of text.split("\n")) {
-    const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
-    if (own !== name) continue;
-    const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
-    found.push([Object.fromEntries(pairs.map(pair => [pair[1], pair[2]])), Number(value)]);
+// The sum of a metric's samples, or of those only that have such a label.
+function total(metrics, name, label = "") {
+  let sum = 0;
+  for (const [, labels, value] of metrics.matchAll(RegExp(`^${name}\\{(.*)\\} (.*)$`, "gm"))) {
+    if (labels.includes(label)) sum += Number(value);
   }
-  return found;
-}
-
-function total(samples, fits = () => true) {
-  const values = samples.filter(([labels]) => fits(labels)).map(([, value]) => value);
-  return values.reduce((sum, value) => sum + value, 0);
+  return sum;
 }
 
 async function look() {
   const soon = { signal: AbortSignal.timeout(PATIENCE_MS) };
-  const [state, text] = await Promise.all([
+  const [state, metrics] = await Promise.all([
     ask(base + "-/status", soon).then(answer => answer.json()),
     ask(base + "-/metrics", soon).then(answer => answer.text()),
   ]);
-  const requests = read_metric(text, "mkv_http_requests_total");
-  const to_volumes = read_metric(text, "mkv_volume_requests_total");
-  const failures = read_metric(text, "mkv_volume_errors_total");
   const figures = {
     keys: state.keys,
     bytes: state.bytes,
     garbage: state.garbage,
-    requests: total(requests),
-    errors: total(requests, labels => labels.status >= "500"),
+    requests: total(metrics, "mkv_http_requests_total"),
+    errors: total(metrics, "mkv_http_requests_total", 'status="5'),
   };
   for (const one of state.volumes) {
-    const its = labels => labels.volume === one.name;
+    const its = `volume="${one.name}"`;
     figures["bytes " + one.name] = one.bytes;
-    figures["requests " + one.name] = total(to_volumes, its);
-    figures["errors " + one.name] = total(failures, its);
+    figures["requests " + one.name] = total(metrics, "mkv_volume_requests_total", its);
+    figures["errors " + one.name] = total(metrics, "mkv_volume_errors_total", its);
   }
   looks = [...looks.slice(-SAMPLES), { at: performance.now(), figures }];
   return state;
@@ -7027,7 +7012,9 @@ let following = "";
 let generation = 0;
 
 function go_to(where) {
-  location.hash = "keys=" + encodeURIComponent(where);
+  const hash = "#keys=" + encodeURIComponent(where);
+  if (location.hash === hash) list();
+  else location.hash = hash;
 }
 
 function folder_row(name) {
@@ -7067,11 +7054,7 @@ async function list(start = "") {
     const is_empty = at("list").childElementCount === 0;
     at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine !== generation) return;
-    at("remark").textContent = error.message;
-    if (start) return;
-    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
-    at("more").hidden = true;
+    if (mine === generation) at("remark").textContent = error.message;
   }
 }
 
@@ -7260,11 +7243,7 @@ function route() {
   at("state").hidden = shows_keys;
   at("keys").hidden = !shows_keys;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash.startsWith(shows_keys ? "#keys" : "#state")) {
-      link.setAttribute("aria-current", "page");
-    } else {
-      link.removeAttribute("aria-current");
-    }
+    link.setAttribute("aria-current", link.hash === (shows_keys ? "#keys=" : "#state"));
   }
   if (!shows_keys) {
     watch();
@@ -7273,6 +7252,8 @@ function route() {
   try { prefix = decodeURIComponent(hash.slice("keys=".length)); } catch { prefix = ""; }
   at("prefix").value = prefix;
   at("upwards").disabled = prefix === "";
+  at("list").replaceChildren();  // what is there is of another prefix, or by another token
+  at("more").hidden = true;
   list();
 }
 

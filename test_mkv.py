@@ -106,18 +106,13 @@ def write_whole(file: Path, text: str) -> None:
     fresh.replace(file)
 
 
-def require_nginx() -> None:
-    """Skip, but fail in CI, where nginx is missing."""
-    if shutil.which("nginx") is None:
-        assert not os.environ.get("CI"), "CI must have nginx"
-        pytest.skip("nginx is not installed")
-
-
-def require_curl() -> None:
-    """The same for curl, which README tells people to use."""
-    if shutil.which("curl") is None:
-        assert not os.environ.get("CI"), "CI must have curl"
-        pytest.skip("curl is not installed")
+def require(program: str) -> str:
+    """Return the path of a program; skip, but fail in CI, where it is missing."""
+    path = shutil.which(program)
+    if path is None:
+        assert not os.environ.get("CI"), f"CI must have {program}"
+        pytest.skip(f"{program} is not installed")
+    return path
 
 
 def free_port() -> int:
@@ -135,7 +130,7 @@ class Nginx:
     def __init__(
         self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
     ) -> None:  # fmt: skip
-        require_nginx()
+        require("nginx")
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         settings_folder = folder.with_name(folder.name + "-conf")
@@ -789,7 +784,7 @@ def test_after_prefix_is_the_first_string_behind(prefix: str, more: str) -> None
 
 def test_extensions_are_those_of_nginx() -> None:
     """Needs Debian's nginx: a volume must answer with the type that the client gave."""
-    require_nginx()
+    require("nginx")
     types = dict(
         re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
     )
@@ -5178,6 +5173,7 @@ def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
             seen.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(200)
             self.send_header("Content-Length", "1")
+            self.send_header("X-Accel-Redirect", "/none")  # means nothing, from a volume
             self.end_headers()
             self.wfile.write(b"x")
 
@@ -5293,12 +5289,10 @@ def make_png(width: int, height: int) -> bytes:
 
 def require_chromium() -> str:
     """Return Chromium's path; skip, but fail in CI, where it is missing, or playwright is."""
-    path = shutil.which("chromium")
-    found = path is not None and importlib.util.find_spec("playwright") is not None
-    if not found or path is None:
-        assert not os.environ.get("CI"), "CI must have chromium and playwright"
-        pytest.skip("chromium, or playwright to drive it, is not installed")
-    return path
+    if importlib.util.find_spec("playwright") is None:
+        assert not os.environ.get("CI"), "CI must have playwright"
+        pytest.skip("playwright, which drives chromium, is not installed")
+    return require("chromium")
 
 
 @pytest.fixture(scope="class")
@@ -5406,6 +5400,11 @@ class TestPage:
             assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
             target = f"{server.url}/{quote('my photos/ü 1.png')}"
             assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            assert ask(target, "PUT", b"new", "boss")[0] == 204
+            tab.button("Delete my photos/ü 1.png").click()
+            tab.button("Delete it").click()
+            tab.wait_for_text("#notice", "It has changed meanwhile, and stays.")
+            tab.page.locator("#list", has_text="3 B").wait_for()
             tab.delete("my photos/ü 1.png")
             assert ask(target, token="boss")[0] == 404
             kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
@@ -5461,6 +5460,7 @@ class TestPage:
             replace_it.click()
             replace_it.wait_for(state="detached")
             eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+            assert ask(f"{shop.url}/{prefix}e.txt")[0] == 404  # it was cancelled
             eventually(lambda: not tab.page.evaluate(stays))
 
     def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
@@ -5510,7 +5510,10 @@ class TestPage:
             volumes[2].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
-            assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
+            figures = tab.page.locator("#tiles .figure")
+            assert figures.first.inner_text() == "2"
+            eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
+            assert figures.nth(3).inner_text() != "0"  # requests a second: its own
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
@@ -5524,6 +5527,10 @@ class TestPage:
             server.config.write_text(toml_of(volumes[:2]))
             server.process.send_signal(signal.SIGHUP)
             eventually(lambda: "n2 (2 blobs)" in tab.text_after_look("#unconfigured"))
+            tab.page.evaluate(  # less patience, for this test
+                "() => { const own = AbortSignal.timeout.bind(AbortSignal);"
+                " AbortSignal.timeout = ms => own(ms / 10); }"
+            )
             server.process.send_signal(signal.SIGSTOP)
             assert "The server does not say how it is" in tab.text_after_look("#silence")
             server.process.send_signal(signal.SIGCONT)
@@ -5544,16 +5551,51 @@ class TestPage:
             tab.button("/").focus()
             tab.page.keyboard.press("Enter")
             tab.button(f"{'long' * 50}.txt").focus()
-            assert tab.page.evaluate(fits)
+            for width in (1200, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits), width
             tab.page.keyboard.press("Enter")
             tab.page.locator("#details[open]").wait_for()
             assert tab.page.evaluate(fits)
             tab.page.keyboard.press("Escape")
             tab.page.locator("#details[open]").wait_for(state="detached")
+            tab.button("one folder up").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{folder}/").wait_for()
+            assert ask(f"{shop.url}/{folder}.new", "PUT", b"x")[0] == 201
+            tab.show(folder)
+            tab.button(".new").wait_for()
+            assert ask(f"{shop.url}/{folder}.newer", "PUT", b"x")[0] == 201
+            tab.show(folder)  # again
+            tab.button(".newer").wait_for()
+
+    def test_many_keys_come_page_by_page(self, browser: Any, shop: Program) -> None:
+        """200 each; here the server is asked for fewer."""
+        folder = f"many-{random.getrandbits(32):x}"
+        for i in range(3):
+            assert ask(f"{shop.url}/{folder}/{i}", "PUT")[0] == 201
+        with Tab(browser, shop.url) as tab:
+            tab.page.route(
+                "**/?prefix=*limit=200*",
+                lambda route: route.continue_(
+                    url=route.request.url.replace("limit=200", "limit=2")
+                ),
+            )
+            tab.page.goto(f"{shop.url}/-/{KEYS_VIEW}{folder}%2F")
+            tab.button("1").wait_for()
+            rows = tab.page.locator("#list tr")
+            assert rows.count() == 2
+            tab.button("More").click()
+            tab.button("2").wait_for()
+            assert rows.count() == 3 and not tab.page.locator("#more").is_visible()
 
     def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
         blob = make_png(40, 30)
         with Tab(browser, front.url, KEYS_VIEW) as tab:
+            tab.page.evaluate(
+                "() => { revoked = []; const own = URL.revokeObjectURL;"
+                " URL.revokeObjectURL = url => { revoked.push(url); own.call(URL, url); }; }"
+            )
             for is_signed_in in (False, True):
                 if is_signed_in:
                     tab.button("Token").click()
@@ -5562,22 +5604,24 @@ class TestPage:
                 tab.upload(name, blob)
                 tab.button(name).click()
                 tab.wait_for_image()
+                source = tab.page.evaluate("document.querySelector('#details img').src")
+                assert source.startswith("blob:") == is_signed_in
+                assert source in tab.page.evaluate("revoked")  # no memory keeps it
                 tab.page.keyboard.press("Escape")
                 assert tab.download(name) == (name, blob)
 
     def test_application_of_another_origin_uses_the_store(
-        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+        self, browser: Any, start: Callable[..., Program], shop: Program, tmp_path: Path
     ) -> None:
         """As README.md says: its origin is listed, and the volumes let pages read."""
         secrets = (VOLUME_SECRET, LINK_SECRET)
         with contextlib.ExitStack() as stack:
             volume = stack.enter_context(Nginx(tmp_path / "v", secrets, cors=True))
-            app = start()  # any server will do for an origin
             config = f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
-            flags = ["--cors-origins", app.url, "--volume", volume.url, "--replicas", "1"]
+            flags = ["--cors-origins", shop.url, "--volume", volume.url, "--replicas", "1"]
             server = start(*flags, config=config + TOKENS)
-            page = stack.enter_context(Tab(browser, app.url)).page
-            page.goto(app.url + "/-/livez")  # without a policy
+            page = stack.enter_context(Tab(browser, shop.url)).page  # any origin will do
+            page.goto(shop.url + "/-/livez")  # without a policy
             use = """async ([url, secret]) => {
                 const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "text/plain"};
                 const put = await fetch(url, {method: "PUT", body: "hello", headers});
@@ -5589,10 +5633,8 @@ class TestPage:
             }"""
             sent = [server.url + "/k", SECRETS["boss"]]
             assert page.evaluate(use, sent) == [201, True, 206, "hell", 204]
-            other = app.url.replace(
-                "127.0.0.1", "localhost"
-            )  # another origin, which is not listed
-            page.goto(other + "/-/livez")
+            unlisted = shop.url.replace("127.0.0.1", "localhost")
+            page.goto(unlisted + "/-/livez")
             with pytest.raises(Exception, match="Failed to fetch"):
                 page.evaluate(use, sent)
 
@@ -6226,7 +6268,7 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     ],
 )
 def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
-    require_curl()
+    require("curl")
     tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
     server = start(config=config.format(tokens=TOKENS, tenant=tenant))
     trial = server.said.splitlines()[1].removeprefix("try: ")
@@ -6462,7 +6504,7 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
 def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path) -> None:
     """A download again is nothing, unless the key has changed; and what was saved fits
     If-Match."""
-    require_curl()
+    require("curl")
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
     command = [
         "curl",
@@ -7925,7 +7967,7 @@ def test_readme_names_what_the_code_has() -> None:
 
 
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
-    require_curl()
+    require("curl")
     server = start()
     readme = (HERE / "README.md").read_text()
     trial = readme[readme.index("## Try it") : readme.index("## From Python")]
@@ -7958,7 +8000,7 @@ def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program
 
 def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
     """Its very words, with other ports; the index is not that of the first trial."""
-    require_nginx()
+    require("nginx")
     readme = (HERE / "README.md").read_text()
     by_hand = readme[readme.index("### By hand") : readme.index("### systemd")]
     (script,) = re.findall(r"^```sh\n(.*?)^```$", by_hand, re.MULTILINE | re.DOTALL)
@@ -9457,6 +9499,43 @@ def test_keys_are_shared_out_by_nginx_as_the_readme_says(tmp_path: Path) -> None
             assert ask(f"{url}/{key}", "DELETE")[0] == 204
 
 
+def test_readmes_haproxy_goes_on_when_a_server_dies(fleet: Fleet) -> None:
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"^```\n(defaults\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    servers = [fleet.begin() for _ in range(2)]
+    front = free_port()
+    text = text.replace("bind :3000", f"bind 127.0.0.1:{front}")
+    for number, server in enumerate(servers, 1):
+        assert f"10.0.0.{number}:3000" in text
+        text = text.replace(f"10.0.0.{number}:3000", f"127.0.0.1:{server.port}")
+    file = fleet.folder / "haproxy.cfg"
+    file.write_text(text)
+    with contextlib.ExitStack() as stack:
+        command = [require("haproxy"), "-db", "-f", str(file)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        url = f"http://127.0.0.1:{front}"
+        eventually(lambda: try_ask(url + "/-/livez") == 200)
+        keys = ["a//b", "..", "%C3%A9%2F", *(f"k{i}" for i in range(17))]
+        for key in keys:
+            assert ask(f"{url}/{key}", "PUT", key.encode())[0] == 201
+        sums = [count_requests(server.url) for server in servers]
+        assert min(sums) >= 10, sums
+        servers[0].stop(signal.SIGKILL)
+        eventually(lambda: [try_ask(url + "/k0") for _ in range(10)] == [302] * 10)
+        for key in keys:
+            assert read_through(f"{url}/{key}")[1] == key.encode()
+            assert ask(f"{url}/{key}", "PUT", b"new")[0] == 204
+
+
+def count_requests(url: str) -> float:
+    """Return how many PUTs a server has answered."""
+    metrics = ask(url + "/-/metrics")[2].decode()
+    found = re.findall(r'mkv_http_requests_total\{method="PUT".*\} (\d+)', metrics)
+    return sum(map(int, found))
+
+
 # == Tools: fixtures ==============================================================================
 # mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its
 # volumes under `data`, its configuration in mkv.toml, and runs tools in this process, or as
@@ -9697,7 +9776,7 @@ def three_volumes(folder: Path, kind: str, postgres: Any = None) -> Iterator[Clu
         made.schema = f"t{random.getrandbits(40):x}"
         made.db = postgres.url(made.schema)
     if kind == "nginx":
-        require_nginx()
+        require("nginx")
         made.start("volume1", "volume2", "volume3")
     made.configure("volume1", "volume2", "volume3", replicas=2)
     yield made
