@@ -6386,11 +6386,14 @@ class Store:
     async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted
         now is garbage."""
+
+        def discard(tx: Transaction) -> tuple[dict[Place, Pending], bool]:
+            # If it was cancelled, its claim may have been carried out, and its path drawn, only
+            # just now.
+            return discard_put(tx, key, write.path, write.doubts)
+
         try:
-            # Its claim may be carried out only now, and its path drawn, if it was cancelled.
-            rows, outlived = await self.index.write(
-                lambda tx: discard_put(tx, key, write.path, write.doubts), keys=[key]
-            )
+            rows, outlived = await self.index.write(discard, keys=[key])
         except (IndexFailed, IndexUnsure) as error:
             if self.index.engine.is_remote:  # the commit that failed may still come
                 self._undiscarded.append((key, write.path, dict(write.doubts)))
