@@ -9318,8 +9318,6 @@ class PartFile:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
-        if os.fstat(self._fd).st_size > self.blob.size:
-            os.ftruncate(self._fd, 0)
         while piece := os.read(self._fd, FILE_BYTES):
             self.hasher.update(piece)
         self.size = self.hasher.size

@@ -7006,6 +7006,33 @@ async def test_write_without_an_answer_is_sent_again_only_if_that_does_no_harm()
         assert script.count(b"PUT") == 1
 
 
+async def test_nothing_is_sent_again_behind_the_clients_back() -> None:
+    """As aiohttp would, if a connection that it kept breaks."""
+    heads = list[bytes]()
+
+    async def answer_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(heads) == 1:
+            writer.write(GONE)
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    server = await asyncio.start_server(answer_first, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, mkv.Client(url) as client:
+        await client.delete("first")
+        with pytest.raises(mkv.Unanswered):
+            await client.delete("k", if_match='"a"')
+        assert len(heads) == 2
+
+
+async def test_what_is_stored_is_compared_with_what_was_sent() -> None:
+    for data in (b"y", flow(b"y")):
+        async with Script(STORED) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Corrupt, match="not what was sent"):
+                await client.put("k", data)
+
+
 async def test_write_whose_body_was_not_asked_for_was_not_carried_out() -> None:
     for data in (b"x", flow(b"x")):
         async with Script(b"", STORED) as script, mkv.Client(script.url) as client:
@@ -7215,6 +7242,20 @@ async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
         async with Script(about(10), link, link) as script, mkv.Client(script.url) as client:
             got = b"".join([piece async for piece in client.stream("k", 5)])
             assert got == b"56789" and len(volume.heads) == 2
+
+
+async def test_download_goes_on_as_long_as_anything_comes() -> None:
+    """Its patience is for what makes no progress: here each connection brings one byte."""
+    data = b"0123456789"
+    part = b"HTTP/1.1 206 P\r\nContent-Length: %d\r\nContent-Range: bytes %d-9/10\r\n\r\n%b"
+    parts = [part % (10 - i, i, data[i : i + 1]) for i in range(1, 10)]
+    async with Script(whole(data)[:-9], *parts) as volume:
+        link = redirect(volume.url + "/b", hashlib.sha256(data).hexdigest())
+        async with (
+            Script(*[link] * 10) as script,
+            mkv.Client(script.url, patience_s=0.12) as client,
+        ):
+            assert await client.get("k") == data
 
 
 async def test_server_that_hangs_is_given_up(start: Callable[..., Program]) -> None:
