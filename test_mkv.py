@@ -7449,12 +7449,12 @@ async def test_part_of_a_version_that_was_replaced_meanwhile_is_begun_anew(tmp_p
 
 async def test_nothing_is_downloaded_to_where_no_file_can_be(tmp_path: Path) -> None:
     for name in ("folder", "linked"):
-        async with Script(about(1), about(1)) as script, mkv.Client(script.url) as client:
+        async with Script(about(1)) as script, mkv.Client(script.url) as client:
             target = tmp_path / name
             if name == "folder":
                 target.mkdir()
             else:
-                part = mkv.PartFile(target, await client.head("k"))._path
+                part = mkv.PartFile(target)._path
                 part.symlink_to(tmp_path / "elsewhere")
             with pytest.raises(OSError, match=r"Is a directory|symbolic links"):
                 await client.get_to("k", target)
@@ -7488,8 +7488,7 @@ async def test_part_that_is_wrong_is_begun_anew(
     data, target, heard = os.urandom(3_000_000), tmp_path / "file", list[int]()
     async with mkv.Client(store.url) as client:
         await client.put("damaged", data)
-        blob = await client.head("damaged")
-        part = mkv.PartFile(target, blob)._path
+        part = mkv.PartFile(target)._path
         match damage:
             case "flipped":
                 part.write_bytes(b"?" + data[1:2_000_000])
@@ -7507,7 +7506,7 @@ async def test_one_download_into_a_file_at_a_time(store: Program, tmp_path: Path
     data, target = os.urandom(3_000_000), tmp_path / "file"
     async with mkv.Client(store.url) as client:
         await client.put("twice", data)
-        part = mkv.PartFile(target, await client.head("twice"))
+        part = mkv.PartFile(target)
         part.open()
         with pytest.raises(mkv.Unavailable, match="is under way"):
             await client.get_to("twice", target)
