@@ -7145,13 +7145,22 @@ async def test_answer_of_no_mkv_is_strange(answer: bytes) -> None:
             await anext(client.list("p"))
 
 
+def with_cookie(answer: bytes) -> bytes:
+    return answer.replace(b"ETag", b"Set-Cookie: a=b\r\nETag")
+
+
+def as_localhost(url: str) -> str:
+    """Return the URL with a name, for which others keep cookies."""
+    return url.replace("127.0.0.1", "localhost")
+
+
 async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
     link = "/blob?md5=sign"
     bad = b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"
     async with (
         Script(whole(b"x"), bad) as volume,
-        Script(redirect(volume.url + link), redirect(volume.url + link)) as script,
-        mkv.Client(script.url, token="hush", patience_s=0.0) as client,
+        Script(*[with_cookie(redirect(volume.url + link))] * 2) as script,
+        mkv.Client(as_localhost(script.url), token="hush", patience_s=0.0) as client,
     ):
         assert await client.get("k") == b"x"
         assert b"Authorization: Bearer hush\r\n" in script.heads[0]
@@ -7160,6 +7169,7 @@ async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
         with pytest.raises(mkv.Unreachable, match="/blob") as caught:
             await client.get("k")
         assert "sign" not in str(caught.value)
+        assert not any(b"Cookie" in head for head in script.heads + volume.heads)
 
 
 async def test_what_is_behind_a_redirect_is_no_place_for_surprises(tmp_path: Path) -> None:
@@ -7499,6 +7509,22 @@ async def test_part_that_is_wrong_is_begun_anew(
         await client.get_to("damaged", target, hear=heard.append)
         assert target.read_bytes() == data and sum(heard) == len(data)
         assert list(tmp_path.iterdir()) == [target]
+
+
+async def test_download_is_on_disk_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            mkv.os, name, lambda *given, n=name, act=real: done.append(n) or act(*given)
+        )
+    async with Script(whole(b"x")) as volume:
+        answers = (about(1), redirect(volume.url + "/b"))
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            await client.get_to("k", tmp_path / "file")
+    assert done == ["fsync", "replace", "fsync"]
 
 
 @on_nginx_store
@@ -12868,6 +12894,7 @@ def test_what_has_no_key_is_named_and_the_rest_is_stored(
     source = tmp_path / "source"
     (source / "folder").mkdir(parents=True)
     (source / "good").write_bytes(b"x")
+    (source / f".mkv-{'0' * 32}.part").touch()  # of a download that was cut off
     (source / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"x")
     os.mkfifo(source / "pipe")
     (source / "nowhere").symlink_to("not there")
