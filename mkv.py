@@ -2069,6 +2069,10 @@ class Turn(NamedTuple):
     pending: list[Row]  # on the paths below the stems that were asked for
 
 
+class TurnTaken(Exception):
+    """Somebody else has written, against what was assumed: nothing was done."""
+
+
 class Session(ABC):
     """One connection to the index. It belongs to the thread that opened it, and raises the errors
     of its engine: see Engine.explain."""
@@ -2106,6 +2110,18 @@ class Session(ABC):
     @abstractmethod
     def commit(self) -> None:
         """Carry out all that was run; return when it is on disk."""
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        """Begin a transaction without waiting to hear that its turn has come, or return None. If
+        somebody else has written since this session did, whatever waits for the index next, at
+        the latest the commit, raises TurnTaken, and nothing was done."""
+        return None
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        """Commit, and return what there is then of keys and stems, as `begin` does."""
+        raise NotImplementedError
 
     @abstractmethod
     def roll_back(self) -> None:
@@ -2598,6 +2614,12 @@ def check_target(target: str, part: str, index: str) -> None:
 # a ring. The turns are numbered, so a session knows whether somebody else wrote in between. It
 # is two round trips, whatever it holds: turn and reads; changes and commit.
 #
+# Where nobody else writes it is one. Who had several turns in a row knows the state of the index,
+# as far as it remembers it, and assumes that the next turn is its own, too: turn, changes and
+# commit go out together, and if the turn is another, PostgreSQL refuses them all. What a PUT
+# claims need not be known for that: it is read after the claim, which is repeated if it is lower
+# than what is known of its key.
+#
 # If the connection breaks in a commit, only the index knows what has become of it. Each
 # transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
 # the broken connection is over, and reads it.
@@ -2637,8 +2659,14 @@ SETTINGS = {
 }
 NOW = "extract(epoch FROM clock_timestamp())::float8"
 TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING epoch, turn, {NOW}"
+# No other than that: NULL is refused there, and with it all that follows.
+TAKE_TURN_AFTER = f"""UPDATE meta
+    SET turn = CASE WHEN epoch = ?1 AND turn = ?2 AND NOT closed THEN turn + 1 END
+    RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
+ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
     JOIN pg_class ON pg_class.oid = attrelid
@@ -2658,10 +2686,47 @@ def load_psycopg() -> ModuleType:
     return psycopg
 
 
-@lru_cache(500)
-def in_postgres(query: str) -> str:
+def in_postgres(query: str) -> bytes:
     """Return a query with PostgreSQL's parameters."""
-    return re.sub(r"\?([0-9])", r"$\1", query)
+    return re.sub(r"\?([0-9])", r"$\1", query).encode()
+
+
+def dump_value(value: Any) -> bytes | None:
+    """Return a parameter as text of no type, which the columns give it: else each size of a number
+    were another statement to prepare."""
+    if value is None:
+        return None
+    return value.encode() if type(value) is str else repr(value).encode()
+
+
+LOADERS: Mapping[int, Callable[[bytes], Any]] = {  # by the type's number in PostgreSQL
+    16: lambda text: text == b"t",
+    20: int, 23: int,
+    701: float,
+    1700: int,  # a sum of whole numbers
+}  # fmt: skip
+
+
+def load_rows(result: Any) -> list[Row]:
+    loaders = [LOADERS.get(result.ftype(i), bytes.decode) for i in range(result.nfields)]
+    get = result.get_value
+    rows = list[Row]()
+    for number in range(result.ntuples):
+        row = []
+        for i, load in enumerate(loaders):
+            text = get(number, i)
+            row.append(None if text is None else load(text))
+        rows.append(tuple(row))
+    return rows
+
+
+@dataclass(slots=True)
+class Sent:
+    """A query that was sent, and what it has returned, after the next `_sync`."""
+
+    query: str
+    is_preparing: bool
+    rows: list[Row] = field(default_factory=list)
 
 
 class PostgresSession(Session):
@@ -2671,28 +2736,27 @@ class PostgresSession(Session):
         self._engine = engine
         self._readonly = readonly
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
+        self._prepared = 0
         self._seen = (0, 0)  # epoch and number of the last turn that was committed
         self._turn = (0, 0)
-        self._now_ns = 0  # at the beginning of this turn, by the clock of the database
+        self._in_a_row = 0  # turns of this session between which nobody else had one
+        self._seq = 0  # of the owner, as of this one
+        self._assumed: Row = ()  # what to begin with: owner and lease, if a turn is assumed
+        self._now_ns = 0  # when a turn came last, by the clock of the database
         self._at_ns = 0  # and by our own
         self._connect()
 
     def _connect(self) -> None:
-        psycopg = self._engine.psycopg
-        given = self._engine.parameters
-        self._db = psycopg.connect(
-            **given, autocommit=True, cursor_factory=psycopg.RawCursor, prepare_threshold=0
-        )
-        self._db.prepared_max = 300
-        # For as long as the connection lasts: all goes out together, and `sync` is one round trip.
-        # To leave it sends a Flush after the Sync, and by that stops PostgreSQL's clock for those
-        # who stand still in a transaction.
-        self._stack = contextlib.ExitStack()
-        self._pipeline = self._stack.enter_context(self._db.pipeline())
-        # Numbers go as text of no type, which the columns give them: else each size of a number
-        # were another statement to prepare.
-        self._db.adapters.register_dumper(int, self._engine.dumper)
-        self._db.adapters.register_dumper(float, self._engine.dumper)
+        """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
+        psycopg.pq: what is sent is kept until the next `_sync`, and goes out with it. psycopg's
+        cursors would make a system call or two of each statement, and wait for the GIL after
+        each of them while the event loop is busy."""
+        self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
+        self._pq = self._db.pgconn
+        self._pq.enter_pipeline_mode()
+        self._names = dict[str, bytes]()  # of prepared queries
+        self._sent = deque[Sent]()
+        self._forget()
         try:
             self._set_up()
         except Exception:
@@ -2722,31 +2786,100 @@ class PostgresSession(Session):
 
     def reopen(self) -> None:
         self.close()
-        self._queue.clear()
-        self._seen = (0, 0)
         self._connect()
+
+    def _forget(self) -> None:
+        self._queue.clear()
+        self._assumed = ()
+        self._in_a_row = 0
 
     def close(self) -> None:
         self._db.close()
-        with contextlib.suppress(self._engine.psycopg.Error):
-            self._stack.close()
 
-    def _send(self, query: str, values: Sequence[Any] = ()) -> Any:
-        """Send a query; return the cursor, which has its rows after the next sync."""
-        return self._db.execute(in_postgres(query), values)
+    def _send(self, query: str, values: Sequence[Any] = ()) -> Sent:
+        name = self._names.get(query)
+        if name is None:
+            name = b"%d" % self._prepared
+            self._prepared += 1
+            self._names[query] = name
+            self._pq.send_prepare(name, in_postgres(query))
+            self._sent.append(Sent(query, is_preparing=True))
+        self._pq.send_query_prepared(name, [dump_value(value) for value in values])
+        sent = Sent(query, is_preparing=False)
+        self._sent.append(sent)
+        return sent
 
-    def _send_queue(self) -> None:
+    def _send_queue(self) -> Sent | None:
+        """Send what is to be run, after the turn if that was only assumed; return what was sent
+        for that."""
+        turn = None
+        if self._assumed:
+            turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
+            self._send(RENEW, self._assumed)
+            self._assumed = ()
         queue = self._queue
         self._queue = []
         for query, values in queue:
             self._send(query, values)
+        return turn
+
+    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Sent:
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        return self._send(query, values)
+
+    def _sync(self, turn: Sent | None = None) -> None:
+        """Send all of that and wait for the answers, in one round trip; raises what the first one
+        that failed says. With the answers `turn` has come."""
+        failed = self._collect()
+        if failed is not None:
+            raise self._engine.error_of(failed)
+        if turn is not None:
+            self._at_ns = time.monotonic_ns()
+            if not turn.rows:
+                raise IndexFailed("another index has just taken its place")
+            ((epoch, number, now_s),) = turn.rows
+            self._turn = (epoch, number)
+            self._now_ns = round(now_s * 1e9)
+
+    def _collect(self) -> Any:
+        """Return the first result that is an error, None if there is none. After that PostgreSQL
+        has carried nothing out, and prepared nothing."""
+        status = self._engine.psycopg.pq.ExecStatus
+        failed = None
+        self._pq.pipeline_sync()
+        while True:
+            result = self._wait_for_result()
+            if self.is_lost:
+                raise self._engine.psycopg.OperationalError("the connection is lost")
+            if result is None:
+                continue  # the end of what one query returns
+            if result.status == status.PIPELINE_SYNC:
+                return failed
+            sent = self._sent.popleft()
+            if result.status == status.TUPLES_OK:
+                sent.rows = load_rows(result)
+            elif result.status != status.COMMAND_OK:
+                if sent.is_preparing:
+                    del self._names[sent.query]
+                failed = failed or result
+
+    def _wait_for_result(self) -> Any:
+        events = select.poll()
+        events.register(self._pq.socket, select.POLLIN | select.POLLOUT)
+        while self._pq.flush():
+            events.poll()
+            self._pq.consume_input()
+        events.modify(self._pq.socket, select.POLLIN)
+        while self._pq.is_busy():
+            events.poll()
+            self._pq.consume_input()
+        return self._pq.get_result()
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        self._send_queue()
-        cursor = self._send(query, values)
-        self._pipeline.sync()
-        rows: list[Row] = cursor.fetchall()
-        return rows
+        turn = self._send_queue()
+        sent = self._send(query, values)
+        self._sync(turn)
+        return sent.rows
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
         self._queue.append((statement, values))
@@ -2756,6 +2889,14 @@ class PostgresSession(Session):
         for query, values in self._look_up_queries(keys):
             found |= records_of_rows(self.select(query, values))
         return found
+
+    def _send_reads(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[list[Sent], list[Sent]]:
+        """Ask for records and what is pending; see read_answers."""
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        return records, pending
 
     def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
         for start in range(0, len(keys), PIECES[0]):
@@ -2789,47 +2930,55 @@ class PostgresSession(Session):
     ) -> Turn:
         """Each transaction renews the lease: that costs nothing here."""
         self.is_unsure = False
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        turn = self._send(TAKE_TURN)
+        turn = self._send_turn(TAKE_TURN)
         renewed = self._send(RENEW, (owner, lease_s))
-        records = [self._send(*query) for query in self._look_up_queries(keys)]
-        pending = [self._send(*query) for query in pending_queries(stems)]
-        self._pipeline.sync()
-        self._at_ns = time.monotonic_ns()
-        turns = turn.fetchall()
-        if not turns:
-            raise IndexFailed("another index has just taken its place")
-        ((epoch, number, now_s),) = turns
-        self._now_ns = round(now_s * 1e9)
-        self._turn = (epoch, number)
-        seqs = renewed.fetchall()
-        return Turn(
-            now_s=now_s,
-            is_next=self._turn == (self._seen[0], self._seen[1] + 1),
-            seq=seqs[0][0] if seqs else None,
-            records=records_of_rows(row for one in records for row in one.fetchall()),
-            pending=[row for one in pending for row in one.fetchall()],
-        )
+        reads = self._send_reads(keys, stems)
+        self._sync(turn)
+        epoch, number = self._seen
+        is_next = self._turn == (epoch, number + 1)
+        seqs = renewed.rows
+        self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
+        self._seq = seqs[0][0] if seqs else 0
+        seq = self._seq if seqs else None
+        return Turn(self._now_ns / 1e9, is_next, seq, *read_answers(*reads))
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        if self._in_a_row < ALONE_AFTER:
+            return None
+        self.is_unsure = False
+        self._assumed = (owner, lease_s)
+        self._in_a_row += 1
+        self._seq += 1
+        return Turn(self.time_ns() / 1e9, True, self._seq, {}, [])
 
     def commit(self) -> None:
-        self._send_queue()
+        self.commit_and_read([], ())
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        turn = self._send_queue()
+        reads = self._send_reads(keys, stems)
         self.is_unsure = True
         self._send("COMMIT")
-        self._pipeline.sync()
+        self._sync(turn)
         self._seen = self._turn
+        return read_answers(*reads)
 
     def roll_back(self) -> None:
-        """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
-        self._queue.clear()
-        self.close()
+        self._forget()
+        try:
+            self._send("ROLLBACK")
+            self._collect()
+        except self._engine.psycopg.Error:
+            self.close()
 
     def read_seq(self, owner: int) -> int | None:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        self._send(TAKE_TURN)
-        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
+        self._send_turn(TAKE_TURN)
+        sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
         self._send("COMMIT")
-        self._pipeline.sync()
-        return rows[0][0] if rows else None
+        self._sync()
+        return sent.rows[0][0] if sent.rows else None
 
     @contextlib.contextmanager
     def beside(self, other: Engine) -> Iterator[str]:
@@ -2840,6 +2989,13 @@ class PostgresSession(Session):
         ""."""
         rows = self.select(WRONG_ORDER, (self._engine.schema,))
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
+
+
+def read_answers(records: list[Sent], pending: list[Sent]) -> tuple[dict[str, Record], list[Row]]:
+    return (
+        records_of_rows(row for one in records for row in one.rows),
+        [row for one in pending for row in one.rows],
+    )
 
 
 def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
@@ -2864,14 +3020,22 @@ class PostgresEngine(Engine):
         self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
         self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
 
-        class Untyped(self.psycopg.adapt.Dumper):  # type: ignore[name-defined, misc]
-            def dump(self, number: float) -> bytes:
-                return repr(number).encode()
-
-        self.dumper = Untyped
-
     def connect(self, readonly: bool) -> PostgresSession:
         return PostgresSession(self, readonly)
+
+    def error_of(self, result: Any) -> Exception:
+        """Return what a result says that is an error."""
+        names = self.psycopg.pq.DiagnosticField
+        state = (result.error_field(names.SQLSTATE) or b"").decode()
+        table = result.error_field(names.TABLE_NAME)
+        if state == NOT_NULL_VIOLATION and table == b"meta":
+            return TurnTaken()
+        text = result.error_field(names.MESSAGE_PRIMARY) or result.error_message
+        try:
+            kind = self.psycopg.errors.lookup(state)
+        except KeyError:
+            kind = self.psycopg.OperationalError  # the connection broke
+        return cast(Exception, kind(text.decode(errors="replace")))
 
     def explain(self, error: Exception) -> Exception:
         psycopg = self.psycopg
@@ -2994,8 +3158,8 @@ class PostgresEngine(Engine):
 #
 # Mutations that wait are one batch and one transaction: what they say that they will ask for is
 # read with two queries, they are carried out on what is in memory, and at the end all is written
-# with a few statements. So a batch costs a few steps of SQLite, or two round trips to PostgreSQL,
-# whatever it holds.
+# with a few statements. So a batch costs a few steps of SQLite, or one or two round trips to
+# PostgreSQL, whatever it holds.
 #
 # The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
 # (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
@@ -3061,11 +3225,15 @@ class Transaction:
         # volumes of records -> how many came, or went, and their bytes:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
+        self._unread: tuple[list[str], set[str]] = ([], set())  # keys and stems; see `begin`
         self.now_s = 0.0
 
-    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
+    def begin(
+        self, keys: Collection[str] = (), paths: Iterable[str] = (), claimed: Collection[str] = ()
+    ) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn."""
+        from the last turn. Of the keys in `claimed` only new versions are claimed: if all else is
+        known, they are read with the commit, and until then they seem to have nothing."""
         known = len(self._records) + len(self._pending) + len(self._rows)
         if known > REMEMBERED or not self.is_alone:
             self._forget()
@@ -3074,7 +3242,15 @@ class Transaction:
         lease = self.lease
         is_due = lease.is_due()
         self._renewed_s = time.monotonic()
-        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        turn = None
+        if not unknown and not stems:
+            turn = self._session.assume_turn(lease.owner, lease.seconds)
+        if turn is not None:
+            self._unread = self._find_unknown(claimed, ())
+        else:
+            keys = {*keys, *claimed}
+            unknown, stems = self._find_unknown(keys, paths)
+            turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
         self.now_s = turn.now_s
         self.is_alone = turn.is_next
         if turn.is_next or is_complete:
@@ -3093,7 +3269,13 @@ class Transaction:
     def commit(self) -> None:
         """Write what has changed; return when it is on disk."""
         self.flush()
-        self._session.commit()
+        keys, stems = self._unread
+        if keys or stems:
+            records, rows = self._session.commit_and_read(keys, stems)
+            self._take(keys, records, stems, rows)
+            self._unread = ([], set())
+        else:
+            self._session.commit()
         self.lease.renewed_s = self._renewed_s
 
     def _forget(self) -> None:
@@ -3135,11 +3317,15 @@ class Transaction:
             self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
+        if stem in self._unread[1]:
+            return {}
         if stem not in self._pending:
             self._take((), {}, [stem], self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
+        if key in self._unread[0]:
+            return None
         if key not in self._records:
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
@@ -3258,14 +3444,25 @@ class Transaction:
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that is known of it, dead or
         alive."""
-        current = self.get(key)
-        pending = self._pending_of_stem(key_stem(key))
-        versions = [version_of(path) for _, path in pending]
-        if current is not None:
-            versions.append(current.version)
-        now_ns = self._session.time_ns()
-        version = next_version(now_ns, max(versions, default=None), random.getrandbits(16))
+        highest = max(self._versions(key), default=None)
+        version = next_version(self._session.time_ns(), highest, random.getrandbits(16))
         return blob_path(key, version, ext)
+
+    def _versions(self, key: str) -> list[str]:
+        current = self.get(key)
+        versions = [version_of(path) for _, path in self._pending_of_stem(key_stem(key))]
+        return versions if current is None else [*versions, current.version]
+
+    def is_low(self, key: str, path: str, claims: Collection[str]) -> bool:
+        """Whether a path that was drawn before the key was read is not what draw_path promises;
+        `claims` were drawn with it."""
+        drawn = {version_of(one) for one in claims}
+        return any(version > version_of(path) for version in {*self._versions(key)} - drawn)
+
+    def claim_higher(self, act: Callable[[Transaction], str], path: str) -> str:
+        """Claim anew in place of `path`, where nothing was written yet."""
+        self.change(self.pending_below(path), {})
+        return act(self)
 
     def claim(self, path: str, volumes: Collection[str], state: PendingState) -> None:
         """Note that this owner is about to write at `path`. What is in doubt stays so."""
@@ -3827,8 +4024,9 @@ class Mutation(NamedTuple):
     """What is to be done in a transaction, and the keys and paths that it will ask for."""
 
     act: Callable[[Transaction], Any]
-    keys: Collection[str]
-    paths: Collection[str]
+    keys: Collection[str] = ()
+    paths: Collection[str] = ()
+    claimed: str = ""  # or it only claims a new version of this key, and returns its path
 
 
 class Writer:
@@ -3844,13 +4042,20 @@ class Writer:
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
         of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
-            return self._write_together(mutations, session)
+            answers = self._write_together(mutations, session)
         except Exception as error:
             reason = self._engine.explain(error)
             is_damage = isinstance(reason, IndexDamaged)
             if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
                 raise reason from None
             return [self._write_alone(mutation, session) for mutation in mutations]
+        claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
+        drawn = {answers[i] for i in claims}
+        for i, key in claims.items():
+            if self._tx and self._tx.is_low(key, answers[i], drawn):
+                again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
+                answers[i] = self._write_alone(Mutation(again, [key]), session)
+        return answers
 
     def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
@@ -3866,6 +4071,7 @@ class Writer:
         come about; raises IndexUnsure if that is not to be found out."""
         keys = set[str]().union(*(one.keys for one in mutations))
         paths = set[str]().union(*(one.paths for one in mutations))
+        claimed = {one.claimed for one in mutations if one.claimed}
         deadline_s = math.inf
         while True:
             if session.is_lost:
@@ -3874,13 +4080,16 @@ class Writer:
             tx = self._tx or Transaction(session, self._lease)
             self._tx = None  # unless all goes well: what it remembers may not be so
             try:
-                tx.begin(keys, paths)
+                tx.begin(keys, paths, claimed)
                 for mutation in mutations:
                     try:
                         answers.append(mutation.act(tx))
                     except (MkvError, Overtaken) as error:
                         answers.append(error)
                 tx.commit()
+            except TurnTaken:
+                session.roll_back()
+                continue
             except Exception:
                 is_lost = session.is_lost
                 session.roll_back()
@@ -4057,6 +4266,11 @@ class Index:
         all of them; it may ask for more. An MkvError or Overtaken that it raises is passed on and
         undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(Mutation(mutation, keys, paths))
+
+    def claim(self, act: Callable[[Transaction], str], key: str) -> asyncio.Future[str]:
+        """Do the same with an act that only claims a new version of `key` and returns its path.
+        It raises nothing, and may be carried out twice: the key need not be read before."""
+        return self._writer.call(Mutation(act, claimed=key))
 
     async def _read(self, query: Callable[[Session], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -5674,11 +5888,18 @@ class Write:
     async def _claim_all(self, names: Collection[str]) -> None:
         """Note in the index that something may come there; only then it may be sent."""
         self.claimed.update(names)
-        await self._index.write(partial(self._claim, names), keys=[self._draft.key])
+        key = self._draft.key
+        if self.path:
+            await self._index.write(partial(self._claim, names), keys=[key])
+        else:
+            await self._index.claim(partial(self._claim_first, names), key)
+
+    def _claim_first(self, names: Collection[str], tx: Transaction) -> str:
+        self.path = tx.draw_path(self._draft.key, self._draft.ext)
+        self._claim(names, tx)
+        return self.path
 
     def _claim(self, names: Collection[str], tx: Transaction) -> None:
-        if not self.path:
-            self.path = tx.draw_path(self._draft.key, self._draft.ext)
         bound = not is_unconditional(self._draft.conditions)
         tx.claim(self.path, names, PendingState.BOUND if bound else PendingState.CLAIMED)
 
@@ -6393,7 +6614,7 @@ h1 { font-size: 1.2rem; margin: 0; letter-spacing: .02em; }
 h2 { font-size: 1rem; margin: 0 0 .6rem; }
 nav { display: flex; gap: .3rem; flex: 1; }
 nav a { padding: .45rem .8rem; border-radius: .5rem; color: var(--dim); text-decoration: none; }
-nav a[aria-current] { background: var(--back); color: var(--text); font-weight: 600; }
+nav a[aria-current="true"] { background: var(--back); color: var(--text); font-weight: 600; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
 p:empty { margin: 0; }
@@ -6432,9 +6653,10 @@ button.danger { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-bottom: .8rem; }
 .bar input { flex: 1; min-width: 10rem; }
 .actions { white-space: nowrap; text-align: right; }
-.button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
+.button { position: relative; overflow: hidden; }
+.button input { position: absolute; inset: 0; width: 100%; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
-#uploads:not(:empty) { margin-bottom: .8rem; }
+#uploads:not(:empty) { margin-bottom: .8rem; max-height: 40vh; overflow: auto; }
 .upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;
   align-items: center; padding: .2rem 0; overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--accent); }
@@ -6489,7 +6711,7 @@ PAGE_BODY = """
         <button>Show</button>
         <label class="button">Upload<input type="file" id="files" multiple></label>
       </form>
-      <div id="uploads" aria-live="polite"></div>
+      <div id="uploads"></div>
       <table><thead><tr><th>key<th class="number">size<th>type<th>changed<th></tr></thead>
         <tbody id="list"></tbody></table>
       <p id="remark" class="dim" role="status"></p>
@@ -6522,7 +6744,9 @@ const at = id => document.getElementById(id);
 // -- making what is seen: text is only ever text --
 
 function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
+  const is_drawn = tag === "svg" || tag === "polyline";
+  const space = is_drawn ? "http://www.w3.org/2000/svg" : "http://www.w3.org/1999/xhtml";
+  const element = document.createElementNS(space, tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value);
@@ -6558,25 +6782,18 @@ const count = value => value.toLocaleString("en");
 const rate = value => value >= 100 || value === 0 ? value.toFixed(0) : value.toFixed(1);
 
 function plot(values, label, write) {
-  const space = "http://www.w3.org/2000/svg";
-  const picture = document.createElementNS(space, "svg");
-  const line = document.createElementNS(space, "polyline");
   const most = Math.max(...values, 0);
   const least = Math.min(...values, 0);
-  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
-  picture.setAttribute("viewBox", "0 0 100 24");
-  picture.setAttribute("preserveAspectRatio", "none");
-  picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", told);
   const step = 100 / (Math.max(values.length, SAMPLES / 4) - 1);
   const points = values.map((value, i) => {
     const x = 100 - (values.length - 1 - i) * step;
     const y = 22 - 20 * (value - least) / (most - least || 1);
     return `${x.toFixed(1)},${y.toFixed(1)}`;
   });
-  line.setAttribute("points", points.join(" "));
-  picture.append(line);
-  return picture;
+  const told = `${label}: now ${write(newest(values))}, at most ${write(most)}`;
+  return make("svg",
+    { viewBox: "0 0 100 24", preserveAspectRatio: "none", role: "img", "aria-label": told },
+    make("polyline", { points: points.join(" ") }));
 }
 
 // -- talking to the server --
@@ -6623,44 +6840,33 @@ at("token-form").onsubmit = event => {
 let looks = [];  // when, and figures by their names; the newest is the last
 let timer = 0;
 
-// Samples of a metric, as [labels, value].
-function read_metric(text, name) {
-  const found = [];
-  for (const line of text.split("\n")) {
-    const [, own, labels, value] = /^([a-z_]+)(?:\{(.*)\})? (\S+)$/.exec(line) || [];
-    if (own !== name) continue;
-    const pairs = [...(labels || "").matchAll(/(\w+)="([^"]*)"/g)];
-    found.push([Object.fromEntries(pairs.map(pair => [pair[1], pair[2]])), Number(value)]);
+// The sum of a metric's samples, or of those only that have such a label.
+function total(metrics, name, label = "") {
+  let sum = 0;
+  for (const [, labels, value] of metrics.matchAll(RegExp(`^${name}\\{(.*)\\} (.*)$`, "gm"))) {
+    if (labels.includes(label)) sum += Number(value);
   }
-  return found;
-}
-
-function total(samples, fits = () => true) {
-  const values = samples.filter(([labels]) => fits(labels)).map(([, value]) => value);
-  return values.reduce((sum, value) => sum + value, 0);
+  return sum;
 }
 
 async function look() {
   const soon = { signal: AbortSignal.timeout(PATIENCE_MS) };
-  const [state, text] = await Promise.all([
+  const [state, metrics] = await Promise.all([
     ask(base + "-/status", soon).then(answer => answer.json()),
     ask(base + "-/metrics", soon).then(answer => answer.text()),
   ]);
-  const requests = read_metric(text, "mkv_http_requests_total");
-  const to_volumes = read_metric(text, "mkv_volume_requests_total");
-  const failures = read_metric(text, "mkv_volume_errors_total");
   const figures = {
     keys: state.keys,
     bytes: state.bytes,
     garbage: state.garbage,
-    requests: total(requests),
-    errors: total(requests, labels => labels.status >= "500"),
+    requests: total(metrics, "mkv_http_requests_total"),
+    errors: total(metrics, "mkv_http_requests_total", 'status="5'),
   };
   for (const one of state.volumes) {
-    const its = labels => labels.volume === one.name;
+    const its = `volume="${one.name}"`;
     figures["bytes " + one.name] = one.bytes;
-    figures["requests " + one.name] = total(to_volumes, its);
-    figures["errors " + one.name] = total(failures, its);
+    figures["requests " + one.name] = total(metrics, "mkv_volume_requests_total", its);
+    figures["errors " + one.name] = total(metrics, "mkv_volume_errors_total", its);
   }
   looks = [...looks.slice(-SAMPLES), { at: performance.now(), figures }];
   return state;
@@ -6752,7 +6958,9 @@ let following = "";
 let generation = 0;
 
 function go_to(where) {
-  location.hash = "keys=" + encodeURIComponent(where);
+  const hash = "#keys=" + encodeURIComponent(where);
+  if (location.hash === hash) list();
+  else location.hash = hash;
 }
 
 function folder_row(name) {
@@ -6792,11 +7000,7 @@ async function list(start = "") {
     const is_empty = at("list").childElementCount === 0;
     at("remark").textContent = is_empty ? "No keys here. Drop files to upload them." : "";
   } catch (error) {
-    if (mine !== generation) return;
-    at("remark").textContent = error.message;
-    if (start) return;
-    at("list").replaceChildren();  // what is there is of another prefix, or may be no more
-    at("more").hidden = true;
+    if (mine === generation) at("remark").textContent = error.message;
   }
 }
 
@@ -6985,11 +7189,7 @@ function route() {
   at("state").hidden = shows_keys;
   at("keys").hidden = !shows_keys;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash.startsWith(shows_keys ? "#keys" : "#state")) {
-      link.setAttribute("aria-current", "page");
-    } else {
-      link.removeAttribute("aria-current");
-    }
+    link.setAttribute("aria-current", link.hash === (shows_keys ? "#keys=" : "#state"));
   }
   if (!shows_keys) {
     watch();
@@ -6998,6 +7198,8 @@ function route() {
   try { prefix = decodeURIComponent(hash.slice("keys=".length)); } catch { prefix = ""; }
   at("prefix").value = prefix;
   at("upwards").disabled = prefix === "";
+  at("list").replaceChildren();  // what is there is of another prefix, or by another token
+  at("more").hidden = true;
   list();
 }
 

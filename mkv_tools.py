@@ -2747,6 +2747,9 @@ async def import_key(
 # == bench ========================================================================================
 # Several processes ask, each over kept connections: what is to be measured is the server. How much
 # of their time they were busy is in the report, since from some rate on they are the limit.
+#
+# They speak HTTP over plain streams, at 65 us a request, and not by Client, whose 235 us are more
+# than the server takes to answer: it would be Client that is measured.
 
 BENCH_PROCESSES = max(1, (os.cpu_count() or 2) // 2)  # the other half is for the server
 BENCH_PHASES = ("PUT", "GET", "READ", "HEAD")  # and then DELETE
@@ -2822,7 +2825,7 @@ class BenchPhase:
 
 
 class BenchConnection:
-    """A kept connection to one server. aiohttp's client would cost more than the server."""
+    """A kept connection to one server."""
 
     def __init__(self, host: str, port: int, is_tls: bool) -> None:
         self._place = (host, port)

@@ -12,6 +12,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import enum
 import errno
 import hashlib
@@ -105,18 +106,13 @@ def write_whole(file: Path, text: str) -> None:
     fresh.replace(file)
 
 
-def require_nginx() -> None:
-    """Skip, but fail in CI, where nginx is missing."""
-    if shutil.which("nginx") is None:
-        assert not os.environ.get("CI"), "CI must have nginx"
-        pytest.skip("nginx is not installed")
-
-
-def require_curl() -> None:
-    """The same for curl, which README tells people to use."""
-    if shutil.which("curl") is None:
-        assert not os.environ.get("CI"), "CI must have curl"
-        pytest.skip("curl is not installed")
+def require(program: str) -> str:
+    """Return the path of a program; skip, but fail in CI, where it is missing."""
+    path = shutil.which(program)
+    if path is None:
+        assert not os.environ.get("CI"), f"CI must have {program}"
+        pytest.skip(f"{program} is not installed")
+    return path
 
 
 def free_port() -> int:
@@ -134,7 +130,7 @@ class Nginx:
     def __init__(
         self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
     ) -> None:  # fmt: skip
-        require_nginx()
+        require("nginx")
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         settings_folder = folder.with_name(folder.name + "-conf")
@@ -214,7 +210,7 @@ class Postgres:
     which initdb refuses. It does not sync, since no test cuts the power; commits are all the same
     in its log when they are answered."""
 
-    def __init__(self, folder: Path, *settings: str) -> None:
+    def __init__(self, folder: Path, *settings: str, primary: Postgres | None = None) -> None:
         self.programs = find_postgres()
         if not self.programs:
             assert not os.environ.get("CI"), "CI must have PostgreSQL"
@@ -228,7 +224,10 @@ class Postgres:
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
             shutil.chown(folder, self._user)
-        self.run("initdb", "-D", self.data, "-U", "mkv", "-A", "trust", "-E", "UTF8", "--no-sync")
+        make = ["initdb", "-U", "mkv", "-A", "trust", "-E", "UTF8"]
+        if primary:
+            make = ["pg_basebackup", "-d", primary.url(), "-R", "--checkpoint=fast"]
+        self.run(*make, "-D", self.data, "--no-sync")
         self.begin()
 
     @property
@@ -283,12 +282,12 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def postgres_in(name: str, *settings: str) -> Iterator[Postgres]:
+def postgres_in(name: str, *settings: str, primary: Postgres | None = None) -> Iterator[Postgres]:
     """Run a cluster in a folder that others than root may enter."""
     folder = Path(tempfile.mkdtemp(prefix=f"mkv-{name}-"))
     folder.chmod(0o755)
     try:
-        with Postgres(folder, *settings) as cluster:
+        with Postgres(folder, *settings, primary=primary) as cluster:
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -785,7 +784,7 @@ def test_after_prefix_is_the_first_string_behind(prefix: str, more: str) -> None
 
 def test_extensions_are_those_of_nginx() -> None:
     """Needs Debian's nginx: a volume must answer with the type that the client gave."""
-    require_nginx()
+    require("nginx")
     types = dict(
         re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
     )
@@ -2645,10 +2644,16 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     answers = Counter[str]()
     number = 0
     while scissors.cuts < 200:
+        if chance.random() < 0.5:
+            await assume_turns(cut)
         scissors.left = chance.randrange(1, 6)
         keys = [f"k{number + i}" for i in range(4)]
         number += 4
-        writes = [cut.write(partial(claim_and_commit, record=make_record(k)), [k]) for k in keys]
+        if chance.random() < 0.5:
+            acts = [partial(claim_and_commit, record=make_record(key)) for key in keys]
+            writes = [cut.write(act, [key]) for act, key in zip(acts, keys, strict=True)]
+        else:
+            writes = [asyncio.ensure_future(put_in_two(cut, key)) for key in keys]
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         scissors.left = -1
         for key, outcome in zip(keys, outcomes, strict=True):
@@ -2662,14 +2667,98 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     scissors.close()
 
 
+async def assume_turns(index: mkv.Index) -> None:
+    """Write until it takes itself for the only one who does."""
+    for _ in range(mkv.ALONE_AFTER + 1):
+        await index.write(lambda tx: None)
+
+
+def claim_version(tx: mkv.Transaction, key: str) -> str:
+    path = tx.draw_path(key, "")
+    tx.claim(path, ("a", "b"), CLAIMED)
+    return path
+
+
+async def put_in_two(
+    index: mkv.Index, key: str, conditions: mkv.Conditions = mkv.UNCONDITIONAL
+) -> bool:
+    """As a PUT does: first a claim, then a commit."""
+    path = await index.claim(partial(claim_version, key=key), key)
+    record = make_record(key)._replace(version=mkv.version_of(path))
+    commit = partial(mkv.commit_put, record=record, conditions=conditions, delay_s=0.0)
+    return await index.write(commit, [key])
+
+
+def count_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one with each round trip to PostgreSQL."""
+    trips, collect = list[int](), mkv.PostgresSession._collect
+    monkeypatch.setattr(
+        mkv.PostgresSession, "_collect", lambda self: trips.append(1) or collect(self)
+    )
+    return trips
+
+
+@on_postgres
+async def test_claims_and_commits_of_a_lone_server_are_one_round_trip_each(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await assume_turns(index)
+    trips = count_trips(monkeypatch)
+    for _ in range(3):  # new keys, and then known ones
+        await asyncio.gather(*(put_in_two(index, f"k{i}") for i in range(300)))
+    assert len(trips) == 6
+
+
+@on_postgres
+async def test_turn_that_somebody_else_has_taken_is_not_assumed(index: mkv.Index, db: str) -> None:
+    """What is remembered is out of date then: no update is lost."""
+    other = mkv.Index(db)
+    await other.open()
+    assert await put_in_two(index, "k")
+    await assume_turns(index)
+    seen = mkv.Conditions(if_match=(f'"{make_record("k").digest}"',))
+    await other.write(partial(mkv.commit_delete, key="k", conditions=seen, delay_s=0.0))
+    assert await index.write(lambda tx: tx.get("k"), ["k"]) is None
+    assert await put_in_two(other, "k")
+    await assume_turns(index)
+    await other.write(partial(mkv.commit_delete, key="k", conditions=seen, delay_s=0.0))
+    with pytest.raises(mkv.PreconditionFailed):
+        await put_in_two(index, "k", seen)
+    assert await put_in_two(other, "k")
+    await other.close()
+    assert await put_in_two(index, "k") is False
+    assert (await index.totals())[mkv.ALL_KEYS] == (1, 5)
+
+
+@on_postgres
+@pytest.mark.parametrize("known", ["record", "pending"])
+async def test_claim_of_a_key_that_was_not_read_is_higher_than_all_that_is_known_of_it(
+    index: mkv.Index, db: str, known: str
+) -> None:
+    """And nothing is left of the first try, which was too low."""
+    record = make_record("k", time.time_ns() + 10**15)
+    if known == "record":
+        await put(index, record)
+    else:
+        await index.write(lambda tx: tx.add_garbage(record.path, ["a"]))
+    other = mkv.Index(db)
+    await other.open()
+    await assume_turns(other)
+    claim = partial(claim_version, key="k")
+    paths = await asyncio.gather(*(other.claim(claim, "k") for _ in range(3)))
+    assert all(mkv.version_of(path) > record.version for path in paths)
+    rows = await other.write(lambda tx: tx.pending_of("k"))
+    await other.close()
+    assert {path for _, path in rows} - {record.path} == set(paths) and len(set(paths)) == 3
+
+
 @on_postgres
 async def test_batch_is_two_round_trips_whatever_it_holds(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await index.renew()
-    trips, begins = list[int](), list[int]()
-    sync, begin = psycopg.Pipeline.sync, mkv.PostgresSession.begin
-    monkeypatch.setattr(psycopg.Pipeline, "sync", lambda self: trips.append(1) or sync(self))
+    begins, begin = list[int](), mkv.PostgresSession.begin
+    trips = count_trips(monkeypatch)
     monkeypatch.setattr(
         mkv.PostgresSession, "begin", lambda self, *asked: begins.append(1) or begin(self, *asked)
     )
@@ -2692,24 +2781,24 @@ async def test_commit_whose_answer_is_lost_while_another_is_under_way(
     """The database has not seen that the connection broke, and carries the commit out later: who
     asks waits for that."""
     commit = mkv.PostgresSession.commit
-    backends, pipelines = list[Any](), list[Any]()
+    backends = list[Any]()
 
     def lose(session: mkv.PostgresSession) -> None:
         if backends:
             return commit(session)
-        backends.append(session._db)
-        pipelines.append((session._pipeline, session._stack))
         session.is_unsure = True
         session._send_queue()
-        session._pipeline.sync()
+        session._sync()
+        old = copy.copy(session)
+        backends.append(old)
         session._connect()  # the old connection lives on, with its turn
         session.close()
 
         def end() -> None:
             eventually(lambda: postgres_waits(index), 20)
-            backends[0].execute("COMMIT" if came_about else "ROLLBACK")
-            pipelines[0][0].sync()
-            backends[0].close()
+            old._send("COMMIT" if came_about else "ROLLBACK")
+            old._sync()
+            old.close()
 
         threading.Thread(target=end, daemon=True).start()
         raise psycopg.OperationalError("the connection is lost")
@@ -5028,6 +5117,7 @@ def test_volume_is_not_shown_what_readers_show_the_server(front: Front) -> None:
             seen.append({name.lower(): value for name, value in self.headers.items()})
             self.send_response(200)
             self.send_header("Content-Length", "1")
+            self.send_header("X-Accel-Redirect", "/none")  # means nothing, from a volume
             self.end_headers()
             self.wfile.write(b"x")
 
@@ -5143,12 +5233,10 @@ def make_png(width: int, height: int) -> bytes:
 
 def require_chromium() -> str:
     """Return Chromium's path; skip, but fail in CI, where it is missing, or playwright is."""
-    path = shutil.which("chromium")
-    found = path is not None and importlib.util.find_spec("playwright") is not None
-    if not found or path is None:
-        assert not os.environ.get("CI"), "CI must have chromium and playwright"
-        pytest.skip("chromium, or playwright to drive it, is not installed")
-    return path
+    if importlib.util.find_spec("playwright") is None:
+        assert not os.environ.get("CI"), "CI must have playwright"
+        pytest.skip("playwright, which drives chromium, is not installed")
+    return require("chromium")
 
 
 @pytest.fixture(scope="class")
@@ -5256,6 +5344,11 @@ class TestPage:
             assert tab.download("my photos/ü 1.png") == ("ü 1.png", blob)
             target = f"{server.url}/{quote('my photos/ü 1.png')}"
             assert ask(target, "HEAD", token="boss")[1]["content-type"] == "image/png"
+            assert ask(target, "PUT", b"new", "boss")[0] == 204
+            tab.button("Delete my photos/ü 1.png").click()
+            tab.button("Delete it").click()
+            tab.wait_for_text("#notice", "It has changed meanwhile, and stays.")
+            tab.page.locator("#list", has_text="3 B").wait_for()
             tab.delete("my photos/ü 1.png")
             assert ask(target, token="boss")[0] == 404
             kept = tab.page.evaluate("[Object.keys(sessionStorage), Object.keys(localStorage)]")
@@ -5311,6 +5404,7 @@ class TestPage:
             replace_it.click()
             replace_it.wait_for(state="detached")
             eventually(lambda: read_back(shop, prefix + "a.txt") == b"new")
+            assert ask(f"{shop.url}/{prefix}e.txt")[0] == 404  # it was cancelled
             eventually(lambda: not tab.page.evaluate(stays))
 
     def test_a_key_that_is_a_script_is_text(self, browser: Any, shop: Program) -> None:
@@ -5360,7 +5454,10 @@ class TestPage:
             volumes[2].signal(signal.SIGKILL)
             tab.page.locator("td.down").wait_for()
             assert tab.page.locator("td.up").count() == 2
-            assert tab.page.locator("#tiles .figure").first.inner_text() == "2"
+            figures = tab.page.locator("#tiles .figure")
+            assert figures.first.inner_text() == "2"
+            eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
+            assert figures.nth(3).inner_text() != "0"  # requests a second: its own
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
@@ -5374,6 +5471,10 @@ class TestPage:
             server.config.write_text(toml_of(volumes[:2]))
             server.process.send_signal(signal.SIGHUP)
             eventually(lambda: "n2 (2 blobs)" in tab.text_after_look("#unconfigured"))
+            tab.page.evaluate(  # less patience, for this test
+                "() => { const own = AbortSignal.timeout.bind(AbortSignal);"
+                " AbortSignal.timeout = ms => own(ms / 10); }"
+            )
             server.process.send_signal(signal.SIGSTOP)
             assert "The server does not say how it is" in tab.text_after_look("#silence")
             server.process.send_signal(signal.SIGCONT)
@@ -5394,16 +5495,51 @@ class TestPage:
             tab.button("/").focus()
             tab.page.keyboard.press("Enter")
             tab.button(f"{'long' * 50}.txt").focus()
-            assert tab.page.evaluate(fits)
+            for width in (1200, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits), width
             tab.page.keyboard.press("Enter")
             tab.page.locator("#details[open]").wait_for()
             assert tab.page.evaluate(fits)
             tab.page.keyboard.press("Escape")
             tab.page.locator("#details[open]").wait_for(state="detached")
+            tab.button("one folder up").focus()
+            tab.page.keyboard.press("Enter")
+            tab.button(f"{folder}/").wait_for()
+            assert ask(f"{shop.url}/{folder}.new", "PUT", b"x")[0] == 201
+            tab.show(folder)
+            tab.button(".new").wait_for()
+            assert ask(f"{shop.url}/{folder}.newer", "PUT", b"x")[0] == 201
+            tab.show(folder)  # again
+            tab.button(".newer").wait_for()
+
+    def test_many_keys_come_page_by_page(self, browser: Any, shop: Program) -> None:
+        """200 each; here the server is asked for fewer."""
+        folder = f"many-{random.getrandbits(32):x}"
+        for i in range(3):
+            assert ask(f"{shop.url}/{folder}/{i}", "PUT")[0] == 201
+        with Tab(browser, shop.url) as tab:
+            tab.page.route(
+                "**/?prefix=*limit=200*",
+                lambda route: route.continue_(
+                    url=route.request.url.replace("limit=200", "limit=2")
+                ),
+            )
+            tab.page.goto(f"{shop.url}/-/{KEYS_VIEW}{folder}%2F")
+            tab.button("1").wait_for()
+            rows = tab.page.locator("#list tr")
+            assert rows.count() == 2
+            tab.button("More").click()
+            tab.button("2").wait_for()
+            assert rows.count() == 3 and not tab.page.locator("#more").is_visible()
 
     def test_page_behind_an_nginx_that_reads_for_it(self, browser: Any, front: Front) -> None:
         blob = make_png(40, 30)
         with Tab(browser, front.url, KEYS_VIEW) as tab:
+            tab.page.evaluate(
+                "() => { revoked = []; const own = URL.revokeObjectURL;"
+                " URL.revokeObjectURL = url => { revoked.push(url); own.call(URL, url); }; }"
+            )
             for is_signed_in in (False, True):
                 if is_signed_in:
                     tab.button("Token").click()
@@ -5412,22 +5548,24 @@ class TestPage:
                 tab.upload(name, blob)
                 tab.button(name).click()
                 tab.wait_for_image()
+                source = tab.page.evaluate("document.querySelector('#details img').src")
+                assert source.startswith("blob:") == is_signed_in
+                assert source in tab.page.evaluate("revoked")  # no memory keeps it
                 tab.page.keyboard.press("Escape")
                 assert tab.download(name) == (name, blob)
 
     def test_application_of_another_origin_uses_the_store(
-        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+        self, browser: Any, start: Callable[..., Program], shop: Program, tmp_path: Path
     ) -> None:
         """As README.md says: its origin is listed, and the volumes let pages read."""
         secrets = (VOLUME_SECRET, LINK_SECRET)
         with contextlib.ExitStack() as stack:
             volume = stack.enter_context(Nginx(tmp_path / "v", secrets, cors=True))
-            app = start()  # any server will do for an origin
             config = f'volume_secret = "{VOLUME_SECRET}"\nlink_secret = "{LINK_SECRET}"\n'
-            flags = ["--cors-origins", app.url, "--volume", volume.url, "--replicas", "1"]
+            flags = ["--cors-origins", shop.url, "--volume", volume.url, "--replicas", "1"]
             server = start(*flags, config=config + TOKENS)
-            page = stack.enter_context(Tab(browser, app.url)).page
-            page.goto(app.url + "/-/livez")  # without a policy
+            page = stack.enter_context(Tab(browser, shop.url)).page  # any origin will do
+            page.goto(shop.url + "/-/livez")  # without a policy
             use = """async ([url, secret]) => {
                 const headers = {Authorization: `Bearer ${secret}`, "Content-Type": "text/plain"};
                 const put = await fetch(url, {method: "PUT", body: "hello", headers});
@@ -5439,10 +5577,8 @@ class TestPage:
             }"""
             sent = [server.url + "/k", SECRETS["boss"]]
             assert page.evaluate(use, sent) == [201, True, 206, "hell", 204]
-            other = app.url.replace(
-                "127.0.0.1", "localhost"
-            )  # another origin, which is not listed
-            page.goto(other + "/-/livez")
+            unlisted = shop.url.replace("127.0.0.1", "localhost")
+            page.goto(unlisted + "/-/livez")
             with pytest.raises(Exception, match="Failed to fetch"):
                 page.evaluate(use, sent)
 
@@ -6076,7 +6212,7 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     ],
 )
 def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
-    require_curl()
+    require("curl")
     tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
     server = start(config=config.format(tokens=TOKENS, tenant=tenant))
     trial = server.said.splitlines()[1].removeprefix("try: ")
@@ -6312,7 +6448,7 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
 def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path) -> None:
     """A download again is nothing, unless the key has changed; and what was saved fits
     If-Match."""
-    require_curl()
+    require("curl")
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
     command = [
         "curl",
@@ -7841,7 +7977,7 @@ def test_readme_names_what_the_code_has() -> None:
 
 
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
-    require_curl()
+    require("curl")
     server = start()
     readme = (HERE / "README.md").read_text()
     trial = readme[readme.index("## Try it") : readme.index("## From Python")]
@@ -7874,7 +8010,7 @@ def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program
 
 def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
     """Its very words, with other ports; the index is not that of the first trial."""
-    require_nginx()
+    require("nginx")
     readme = (HERE / "README.md").read_text()
     by_hand = readme[readme.index("### By hand") : readme.index("### systemd")]
     (script,) = re.findall(r"^```sh\n(.*?)^```$", by_hand, re.MULTILINE | re.DOTALL)
@@ -9134,6 +9270,8 @@ def test_server_that_stands_still_in_a_transaction_loses_its_turn(fleet: Fleet) 
         AND query LIKE '%pending%' AND datname = 'postgres'"""
     with under_load(paused.url):
         for _ in range(200):
+            # so that the other does not assume its turn, but waits for it
+            assert ask(f"{other.url}/before", "PUT", b"x")[0] in (201, 204)
             paused.process.send_signal(signal.SIGSTOP)
             if fleet.ask(busy):
                 break
@@ -9195,6 +9333,36 @@ def test_database_that_is_killed_under_load_loses_nothing(tmp_path: Path) -> Non
                 assert read_through(f"{urls[0]}/{key}")[1] == body
         fleet.check_totals()
         eventually(lambda: fleet.count("claimed") == 0)
+
+
+def test_synchronous_standby_takes_over_and_has_all_that_was_acknowledged(tmp_path: Path) -> None:
+    """The primary is killed under load and stays away; the servers find the standby by
+    themselves."""
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(postgres_in("primary"))
+        standby = stack.enter_context(postgres_in("standby", primary=primary))
+        primary.ask("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        primary.ask("SELECT pg_reload_conf()")
+        in_step = "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+        eventually(lambda: primary.ask(in_step))
+        fleet = Fleet(tmp_path, standby, stack)
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        db = f"postgresql://mkv@{hosts}/postgres?target_session_attrs=read-write"
+        urls = [fleet.begin(db=f"{db}&schema={fleet.schema}").url for _ in range(2)]
+        stop = threading.Event()
+        with ThreadPoolExecutor(8) as pool:
+            work = [pool.submit(write_on, urls[n % 2], stop, n) for n in range(8)]
+            eventually(lambda: fleet.ask("SELECT 1 FROM record OFFSET 200"))
+            primary.kill()
+            standby.run("pg_ctl", "promote", "-D", standby.data)
+            eventually(lambda: all(200 < try_ask(f"{url}/p", "PUT", b"x") < 300 for url in urls))
+            stop.set()
+            results = [one.result() for one in work]
+        for known, answers in results:
+            assert answers.keys() <= {201, 204, 503, 504}, answers
+            for key, body in known.items():
+                assert read_through(f"{urls[0]}/{key}")[1] == body
+        fleet.check_totals()
 
 
 async def refusal(db: str) -> str:
@@ -9339,6 +9507,43 @@ def test_keys_are_shared_out_by_nginx_as_the_readme_says(tmp_path: Path) -> None
         assert sum(counts) == 100 and min(counts) > 10
         for key in keys:
             assert ask(f"{url}/{key}", "DELETE")[0] == 204
+
+
+def test_readmes_haproxy_goes_on_when_a_server_dies(fleet: Fleet) -> None:
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"^```\n(defaults\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    servers = [fleet.begin() for _ in range(2)]
+    front = free_port()
+    text = text.replace("bind :3000", f"bind 127.0.0.1:{front}")
+    for number, server in enumerate(servers, 1):
+        assert f"10.0.0.{number}:3000" in text
+        text = text.replace(f"10.0.0.{number}:3000", f"127.0.0.1:{server.port}")
+    file = fleet.folder / "haproxy.cfg"
+    file.write_text(text)
+    with contextlib.ExitStack() as stack:
+        command = [require("haproxy"), "-db", "-f", str(file)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        url = f"http://127.0.0.1:{front}"
+        eventually(lambda: try_ask(url + "/-/livez") == 200)
+        keys = ["a//b", "..", "%C3%A9%2F", *(f"k{i}" for i in range(17))]
+        for key in keys:
+            assert ask(f"{url}/{key}", "PUT", key.encode())[0] == 201
+        sums = [count_requests(server.url) for server in servers]
+        assert min(sums) >= 10, sums
+        servers[0].stop(signal.SIGKILL)
+        eventually(lambda: [try_ask(url + "/k0") for _ in range(10)] == [302] * 10)
+        for key in keys:
+            assert read_through(f"{url}/{key}")[1] == key.encode()
+            assert ask(f"{url}/{key}", "PUT", b"new")[0] == 204
+
+
+def count_requests(url: str) -> float:
+    """Return how many PUTs a server has answered."""
+    metrics = ask(url + "/-/metrics")[2].decode()
+    found = re.findall(r'mkv_http_requests_total\{method="PUT".*\} (\d+)', metrics)
+    return sum(map(int, found))
 
 
 # == Tools: fixtures ==============================================================================
@@ -9568,7 +9773,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     """Three volumes, volume1 to volume3."""
     made = Cluster(tmp_path, request.param)
     if made.kind == "nginx":
-        require_nginx()
+        require("nginx")
         made.start("volume1", "volume2", "volume3")
     made.configure("volume1", "volume2", "volume3", replicas=2)
     yield made
@@ -12656,7 +12861,7 @@ def test_copying_an_index_shows_progress(
 @pytest.fixture
 def shared(tmp_path: Path, postgres: Postgres) -> Iterator[Cluster]:
     """Three nginx volumes, and an index in a schema of its own."""
-    require_nginx()
+    require("nginx")
     made = Cluster(tmp_path, "nginx")
     schema = f"t{random.getrandbits(40):x}"
     made.db = postgres.url(schema)  # type: ignore[assignment]
@@ -12738,10 +12943,13 @@ async def test_server_that_slept_through_a_rebuild_sees_it(shared: Cluster) -> N
     record = make_record("asleep")
     await sleeper.write(lambda tx: tx.claim(record.path, record.volumes, CLAIMED), ["asleep"])
     await sleeper.write(lambda tx: tx.insert(make_record("lost", 1, ("volume1",))), ["lost"])
+    await assume_turns(sleeper)
+    seen = shared.postgres.ask("SELECT turn FROM meta", shared.schema)[0][0]
     await let_leases_end(sleeper)
     rebuild = shared.spawn("rebuild")
     said = await asyncio.to_thread(rebuild.communicate)
     assert rebuild.returncode == 1 and b"lost key" in said[0], said
+    shared.postgres.ask(f"UPDATE meta SET turn = {seen}", shared.schema)  # as it may happen
     assert await sleeper.get("lost") is None
     with pytest.raises(mkv.Lost):
         commit = partial(mkv.commit_put, record=record, conditions=mkv.UNCONDITIONAL, delay_s=0.0)
