@@ -8758,7 +8758,6 @@ FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
 KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
 SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
 PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
-CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 # What reading an answer can raise that is not as mkv's are.
 NOT_AS_MKV = (
     ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
@@ -9451,34 +9450,19 @@ class Download:
 
     def _check(self, response: ClientResponse) -> None:
         """Raise Unreachable unless just what is missing comes."""
-        part = read_part(response)
-        if part is not None and self._size in (None, part.size):
-            self._size = part.size
-            end = part.size if self._end is None else min(self._end, part.size)
-            if (part.first, part.end) == (self._at, end):
-                return
-        told = f"GET {without_query(str(response.url))} was answered {response.status}"
-        raise Unreachable(f"{told}, and not with what is missing", sent=True)
-
-
-class Part(NamedTuple):
-    """Which bytes of a blob an answer has."""
-
-    first: int
-    end: int
-    size: int  # of the whole blob
-
-
-def read_part(response: ClientResponse) -> Part | None:
-    """Return what the head of an answer says; None if it makes no sense."""
-    length = response.content_length
-    if length is not None and response.status == 200:
-        return Part(0, length, length)
-    found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if found is None or response.status != 206:
-        return None
-    part = Part(int(found[1]), int(found[2]) + 1, int(found[3]))
-    return part if part.end - part.first == length else None
+        length = response.content_length
+        if self._size is None and response.status == 200:
+            self._size = length
+        size = self._size or 0
+        end = size if self._end is None else min(self._end, size)
+        told = ""
+        if response.status == 206:
+            told = response.headers.get("Content-Range", "")
+        elif response.status == 200:
+            told = f"bytes 0-{(length or 0) - 1}/{length}"
+        if told != f"bytes {self._at}-{end - 1}/{size}" or length != end - self._at:
+            what = f"GET {without_query(str(response.url))} was answered {response.status}"
+            raise Unreachable(f"{what}, and not with what is missing", sent=True)
 
 
 def without_query(url: str) -> str:
