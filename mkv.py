@@ -2665,6 +2665,8 @@ TAKE_TURN_AFTER = f"""UPDATE meta
     RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+READER_WAITS_S = 10.0  # for an answer of the database
+WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
 NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
 ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
@@ -2846,9 +2848,10 @@ class PostgresSession(Session):
         has carried nothing out, and prepared nothing."""
         status = self._engine.psycopg.pq.ExecStatus
         failed = None
+        deadline_s = time.monotonic() + (READER_WAITS_S if self._readonly else WRITER_WAITS_S)
         self._pq.pipeline_sync()
         while True:
-            result = self._wait_for_result()
+            result = self._wait_for_result(deadline_s)
             if self.is_lost:
                 raise self._engine.psycopg.OperationalError("the connection is lost")
             if result is None:
@@ -2863,17 +2866,22 @@ class PostgresSession(Session):
                     del self._names[sent.query]
                 failed = failed or result
 
-    def _wait_for_result(self) -> Any:
-        events = select.poll()
-        events.register(self._pq.socket, select.POLLIN | select.POLLOUT)
+    def _wait_for_result(self, deadline_s: float) -> Any:
         while self._pq.flush():
-            events.poll()
-            self._pq.consume_input()
-        events.modify(self._pq.socket, select.POLLIN)
+            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
         while self._pq.is_busy():
-            events.poll()
-            self._pq.consume_input()
+            self._wait(select.POLLIN, deadline_s)
         return self._pq.get_result()
+
+    def _wait(self, events: int, deadline_s: float) -> None:
+        """Wait for the connection. A database that stands still counts as lost."""
+        left_s = deadline_s - time.monotonic()
+        waiting = select.poll()
+        waiting.register(self._pq.socket, events)
+        if left_s <= 0 or not waiting.poll(1000 * left_s):
+            self.close()
+            raise self._engine.psycopg.OperationalError("the database does not answer")
+        self._pq.consume_input()
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         turn = self._send_queue()

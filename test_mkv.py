@@ -2818,6 +2818,30 @@ def postgres_waits(index: mkv.Index) -> bool:
 
 
 @on_postgres
+async def test_database_that_stands_still_is_given_up(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backends are stopped; what they were asked for is asked for again, over new connections."""
+    record = make_record("k")
+    await put(index, record)
+    assert await index.get("k") == record
+    monkeypatch.setattr(mkv, "READER_WAITS_S", 0.3)
+    monkeypatch.setattr(mkv, "WRITER_WAITS_S", 0.3)
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'mkv' AND pid <> $1"
+    with psycopg.connect(**index.engine.parameters, cursor_factory=psycopg.RawCursor) as db:
+        pids = [pid for (pid,) in db.execute(query, [db.info.backend_pid]).fetchall()]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert await index.get("k") == record
+        assert await index.write(lambda tx: tx.now_s) > 0
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert len(pids) >= 2 and await put(index, make_record("l")) is True
+
+
+@on_postgres
 async def test_commit_whose_outcome_is_not_to_be_found_out_is_told_so(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
