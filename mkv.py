@@ -8991,10 +8991,10 @@ class Client:
         bad_reads = 0
         while True:
             blob = await self.head(key)
-            part = PartFile(Path(path), blob)
+            part = PartFile(Path(path))
             try:
                 await in_thread(part.open)
-                await self._fill(part, avoid, hear)
+                await self._fill(blob, part, avoid, hear)
                 await in_thread(part.finish)
                 return blob
             except Corrupt:
@@ -9195,9 +9195,8 @@ class Client:
             raise Corrupt(f"what is stored under {key!r} is not what was sent")
         return stored
 
-    async def _fill(self, part: PartFile, avoid: set[str], hear: Hear) -> None:
+    async def _fill(self, blob: Blob, part: PartFile, avoid: set[str], hear: Hear) -> None:
         """Read what the file lacks."""
-        blob = part.blob
         part.heard = part.size
         hear(part.size)
         download = Download(
@@ -9355,22 +9354,15 @@ class Retries:
         pause_s = min(FIRST_PAUSE_S * 2 ** min(self._count, 10), LONGEST_PAUSE_S) * random.uniform(
             0.5, 1
         )
-        pause_s = max(pause_s, read_retry_after(error.headers.get("Retry-After", "")))
+        wanted = error.headers.get("Retry-After", "")
+        if re.fullmatch("[0-9]{1,9}", wanted):  # seconds; nobody here gives a date
+            pause_s = max(pause_s, float(wanted))
         if now_s + pause_s > self._deadline_s:
             if doubt:
                 raise Unanswered(str(error)) from error
             raise error
         self._count += 1
         await asyncio.sleep(pause_s)
-
-
-def read_retry_after(value: str) -> float:
-    """Return for how many seconds a server wants to be left alone (RFC 9110, 10.2.3)."""
-    if re.fullmatch("[0-9]{1,9}", value):
-        return float(value)
-    with contextlib.suppress(ValueError, OverflowError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
-    return 0.0
 
 
 class Download:
@@ -9507,8 +9499,7 @@ class PartFile:
     stays when that is cut off. If the key has another blob by then, the digest will tell, and all
     is read anew. All but `close` is for a thread."""
 
-    def __init__(self, target: Path, blob: Blob) -> None:
-        self.blob = blob
+    def __init__(self, target: Path) -> None:
         self.size = 0  # bytes that have come
         self.heard = 0  # bytes that were told
         self.is_fresh = True  # nothing of it is from an earlier download
@@ -9528,8 +9519,6 @@ class PartFile:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
-        if os.fstat(self._fd).st_size > self.blob.size:
-            os.ftruncate(self._fd, 0)
         while piece := os.read(self._fd, FILE_BYTES):
             self.hasher.update(piece)
         self.size = self.hasher.size

@@ -7166,6 +7166,33 @@ async def test_write_without_an_answer_is_sent_again_only_if_that_does_no_harm()
         assert script.count(b"PUT") == 1
 
 
+async def test_nothing_is_sent_again_behind_the_clients_back() -> None:
+    """As aiohttp would, if a connection that it kept breaks."""
+    heads = list[bytes]()
+
+    async def answer_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(heads) == 1:
+            writer.write(GONE)
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    server = await asyncio.start_server(answer_first, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, mkv.Client(url) as client:
+        await client.delete("first")
+        with pytest.raises(mkv.Unanswered):
+            await client.delete("k", if_match='"a"')
+        assert len(heads) == 2
+
+
+async def test_what_is_stored_is_compared_with_what_was_sent() -> None:
+    for data in (b"y", flow(b"y")):
+        async with Script(STORED) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Corrupt, match="not what was sent"):
+                await client.put("k", data)
+
+
 async def test_write_whose_body_was_not_asked_for_was_not_carried_out() -> None:
     for data in (b"x", flow(b"x")):
         async with Script(b"", STORED) as script, mkv.Client(script.url) as client:
@@ -7278,13 +7305,22 @@ async def test_answer_of_no_mkv_is_strange(answer: bytes) -> None:
             await anext(client.list("p"))
 
 
+def with_cookie(answer: bytes) -> bytes:
+    return answer.replace(b"ETag", b"Set-Cookie: a=b\r\nETag")
+
+
+def as_localhost(url: str) -> str:
+    """Return the URL with a name, for which others keep cookies."""
+    return url.replace("127.0.0.1", "localhost")
+
+
 async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
     link = "/blob?md5=sign"
     bad = b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"
     async with (
         Script(whole(b"x"), bad) as volume,
-        Script(redirect(volume.url + link), redirect(volume.url + link)) as script,
-        mkv.Client(script.url, token="hush", patience_s=0.0) as client,
+        Script(*[with_cookie(redirect(volume.url + link))] * 2) as script,
+        mkv.Client(as_localhost(script.url), token="hush", patience_s=0.0) as client,
     ):
         assert await client.get("k") == b"x"
         assert b"Authorization: Bearer hush\r\n" in script.heads[0]
@@ -7293,6 +7329,7 @@ async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
         with pytest.raises(mkv.Unreachable, match="/blob") as caught:
             await client.get("k")
         assert "sign" not in str(caught.value)
+        assert not any(b"Cookie" in head for head in script.heads + volume.heads)
 
 
 async def test_what_is_behind_a_redirect_is_no_place_for_surprises(tmp_path: Path) -> None:
@@ -7375,6 +7412,20 @@ async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
         async with Script(about(10), link, link) as script, mkv.Client(script.url) as client:
             got = b"".join([piece async for piece in client.stream("k", 5)])
             assert got == b"56789" and len(volume.heads) == 2
+
+
+async def test_download_goes_on_as_long_as_anything_comes() -> None:
+    """Its patience is for what makes no progress: here each connection brings one byte."""
+    data = b"0123456789"
+    part = b"HTTP/1.1 206 P\r\nContent-Length: %d\r\nContent-Range: bytes %d-9/10\r\n\r\n%b"
+    parts = [part % (10 - i, i, data[i : i + 1]) for i in range(1, 10)]
+    async with Script(whole(data)[:-9], *parts) as volume:
+        link = redirect(volume.url + "/b", hashlib.sha256(data).hexdigest())
+        async with (
+            Script(*[link] * 10) as script,
+            mkv.Client(script.url, patience_s=0.12) as client,
+        ):
+            assert await client.get("k") == data
 
 
 async def test_server_that_hangs_is_given_up(start: Callable[..., Program]) -> None:
@@ -7568,12 +7619,12 @@ async def test_part_of_a_version_that_was_replaced_meanwhile_is_begun_anew(tmp_p
 
 async def test_nothing_is_downloaded_to_where_no_file_can_be(tmp_path: Path) -> None:
     for name in ("folder", "linked"):
-        async with Script(about(1), about(1)) as script, mkv.Client(script.url) as client:
+        async with Script(about(1)) as script, mkv.Client(script.url) as client:
             target = tmp_path / name
             if name == "folder":
                 target.mkdir()
             else:
-                part = mkv.PartFile(target, await client.head("k"))._path
+                part = mkv.PartFile(target)._path
                 part.symlink_to(tmp_path / "elsewhere")
             with pytest.raises(OSError, match=r"Is a directory|symbolic links"):
                 await client.get_to("k", target)
@@ -7607,8 +7658,7 @@ async def test_part_that_is_wrong_is_begun_anew(
     data, target, heard = os.urandom(3_000_000), tmp_path / "file", list[int]()
     async with mkv.Client(store.url) as client:
         await client.put("damaged", data)
-        blob = await client.head("damaged")
-        part = mkv.PartFile(target, blob)._path
+        part = mkv.PartFile(target)._path
         match damage:
             case "flipped":
                 part.write_bytes(b"?" + data[1:2_000_000])
@@ -7621,12 +7671,28 @@ async def test_part_that_is_wrong_is_begun_anew(
         assert list(tmp_path.iterdir()) == [target]
 
 
+async def test_download_is_on_disk_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            mkv.os, name, lambda *given, n=name, act=real: done.append(n) or act(*given)
+        )
+    async with Script(whole(b"x")) as volume:
+        answers = (about(1), redirect(volume.url + "/b"))
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            await client.get_to("k", tmp_path / "file")
+    assert done == ["fsync", "replace", "fsync"]
+
+
 @on_nginx_store
 async def test_one_download_into_a_file_at_a_time(store: Program, tmp_path: Path) -> None:
     data, target = os.urandom(3_000_000), tmp_path / "file"
     async with mkv.Client(store.url) as client:
         await client.put("twice", data)
-        part = mkv.PartFile(target, await client.head("twice"))
+        part = mkv.PartFile(target)
         part.open()
         with pytest.raises(mkv.Unavailable, match="is under way"):
             await client.get_to("twice", target)
@@ -13060,6 +13126,7 @@ def test_what_has_no_key_is_named_and_the_rest_is_stored(
     source = tmp_path / "source"
     (source / "folder").mkdir(parents=True)
     (source / "good").write_bytes(b"x")
+    (source / f".mkv-{'0' * 32}.part").touch()  # of a download that was cut off
     (source / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"x")
     os.mkfifo(source / "pipe")
     (source / "nowhere").symlink_to("not there")
