@@ -7201,12 +7201,12 @@ class Call:
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            if accel:
-                return self._let_proxy_read(record, headers)
-            link = self.store.locate(record)
+            link = self.request.prefix + self.path if accel else self.store.locate(record)
             if self.request.headers.get("accept") == LINK_TYPE:
                 headers["Content-Type"] = LINK_TYPE
                 return Response(200, headers, f"{link}\r\n".encode())
+            if accel:
+                return self._let_proxy_read(record, headers)
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
@@ -7221,9 +7221,6 @@ class Call:
 
     def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
         """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
-        if self.request.headers.get("accept") == LINK_TYPE:
-            headers["Content-Type"] = LINK_TYPE
-            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
         link, other = self.store.locate_inside(record)
         headers["Location"] = link
         headers["Mkv-Other"] = other
