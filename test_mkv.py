@@ -5396,10 +5396,12 @@ class TestPage:
     def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
         folder = f"phone-{random.getrandbits(32):x}"
         assert ask(f"{shop.url}/{folder}/{'long' * 50}.txt", "PUT", b"x")[0] == 201
-        with Tab(browser, shop.url, viewport={"width": 360, "height": 640}) as tab:
+        with Tab(browser, shop.url) as tab:
             tab.page.locator("td.up").first.wait_for()
             fits = "document.documentElement.scrollWidth <= innerWidth"
-            assert tab.page.evaluate(fits)
+            for width in (800, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits)
             for key in ("Tab", "Tab", "Enter"):
                 tab.page.keyboard.press(key)
             tab.page.get_by_label("prefix of the keys").focus()
