@@ -6281,11 +6281,13 @@ NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | s
 ).map("".join)  # fmt: skip
 
 
-@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@given(
+    st.sampled_from(["name=", "Name=", "DOWNLOAD=1&name="]), st.lists(NAMES_IN_LINKS, max_size=3)
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+def test_no_link_makes_a_header(volume: tuple[str, Path], begin: str, parts: list[str]) -> None:
     """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
-    query = "name=" + "&name=".join(parts).replace("#", "")
+    query = begin + "&name=".join(parts).replace("#", "")
     with contextlib.suppress(FileExistsError):
         (volume[1] / "aa").mkdir()
     (volume[1] / "aa" / "x").write_bytes(b"x")
