@@ -6432,7 +6432,8 @@ button.danger { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin-bottom: .8rem; }
 .bar input { flex: 1; min-width: 10rem; }
 .actions { white-space: nowrap; text-align: right; }
-.button input { position: absolute; width: 1px; height: 1px; opacity: 0; }
+.button { position: relative; overflow: hidden; }
+.button input { position: absolute; inset: 0; width: 100%; opacity: 0; }
 #drop.over { outline: 3px dashed var(--accent); outline-offset: -6px; }
 #uploads:not(:empty) { margin-bottom: .8rem; max-height: 40vh; overflow: auto; }
 .upload { display: grid; grid-template-columns: 1fr 8rem 11rem auto; gap: .6rem;

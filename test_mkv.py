@@ -105,18 +105,13 @@ def write_whole(file: Path, text: str) -> None:
     fresh.replace(file)
 
 
-def require_nginx() -> None:
-    """Skip, but fail in CI, where nginx is missing."""
-    if shutil.which("nginx") is None:
-        assert not os.environ.get("CI"), "CI must have nginx"
-        pytest.skip("nginx is not installed")
-
-
-def require_curl() -> None:
-    """The same for curl, which README tells people to use."""
-    if shutil.which("curl") is None:
-        assert not os.environ.get("CI"), "CI must have curl"
-        pytest.skip("curl is not installed")
+def require(program: str) -> str:
+    """Return the path of a program; skip, but fail in CI, where it is missing."""
+    path = shutil.which(program)
+    if path is None:
+        assert not os.environ.get("CI"), f"CI must have {program}"
+        pytest.skip(f"{program} is not installed")
+    return path
 
 
 def free_port() -> int:
@@ -134,7 +129,7 @@ class Nginx:
     def __init__(
         self, folder: Path, secrets: tuple[str, str] | None = None, cors: bool = False
     ) -> None:  # fmt: skip
-        require_nginx()
+        require("nginx")
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         settings_folder = folder.with_name(folder.name + "-conf")
@@ -785,7 +780,7 @@ def test_after_prefix_is_the_first_string_behind(prefix: str, more: str) -> None
 
 def test_extensions_are_those_of_nginx() -> None:
     """Needs Debian's nginx: a volume must answer with the type that the client gave."""
-    require_nginx()
+    require("nginx")
     types = dict(
         re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
     )
@@ -5144,12 +5139,10 @@ def make_png(width: int, height: int) -> bytes:
 
 def require_chromium() -> str:
     """Return Chromium's path; skip, but fail in CI, where it is missing, or playwright is."""
-    path = shutil.which("chromium")
-    found = path is not None and importlib.util.find_spec("playwright") is not None
-    if not found or path is None:
-        assert not os.environ.get("CI"), "CI must have chromium and playwright"
-        pytest.skip("chromium, or playwright to drive it, is not installed")
-    return path
+    if importlib.util.find_spec("playwright") is None:
+        assert not os.environ.get("CI"), "CI must have playwright"
+        pytest.skip("playwright, which drives chromium, is not installed")
+    return require("chromium")
 
 
 @pytest.fixture(scope="class")
@@ -5410,7 +5403,9 @@ class TestPage:
             tab.button("/").focus()
             tab.page.keyboard.press("Enter")
             tab.button(f"{'long' * 50}.txt").focus()
-            assert tab.page.evaluate(fits)
+            for width in (1200, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits), width
             tab.page.keyboard.press("Enter")
             tab.page.locator("#details[open]").wait_for()
             assert tab.page.evaluate(fits)
@@ -6125,7 +6120,7 @@ def test_restarted_worker_keeps_what_needs_a_restart(start: Callable[..., Progra
     ],
 )
 def test_greeting_can_be_tried(start: Callable[..., Program], config: str, token: str) -> None:
-    require_curl()
+    require("curl")
     tenant = token_toml("tenant", '["read", "write", "list"]', "tenant/")
     server = start(config=config.format(tokens=TOKENS, tenant=tenant))
     trial = server.said.splitlines()[1].removeprefix("try: ")
@@ -6363,7 +6358,7 @@ def test_volume_compares_dates_and_no_etags(volume: tuple[str, Path]) -> None:
 def test_curl_keeps_the_etag_through_the_redirect(store: Program, tmp_path: Path) -> None:
     """A download again is nothing, unless the key has changed; and what was saved fits
     If-Match."""
-    require_curl()
+    require("curl")
     url, etag, out = store.url + "/etag.txt", tmp_path / "etag", tmp_path / "out"
     command = [
         "curl",
@@ -7826,7 +7821,7 @@ def test_readme_names_what_the_code_has() -> None:
 
 
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
-    require_curl()
+    require("curl")
     server = start()
     readme = (HERE / "README.md").read_text()
     trial = readme[readme.index("## Try it") : readme.index("## From Python")]
@@ -7859,7 +7854,7 @@ def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program
 
 def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
     """Its very words, with other ports; the index is not that of the first trial."""
-    require_nginx()
+    require("nginx")
     readme = (HERE / "README.md").read_text()
     by_hand = readme[readme.index("### By hand") : readme.index("### systemd")]
     (script,) = re.findall(r"^```sh\n(.*?)^```$", by_hand, re.MULTILINE | re.DOTALL)
@@ -9326,6 +9321,43 @@ def test_keys_are_shared_out_by_nginx_as_the_readme_says(tmp_path: Path) -> None
             assert ask(f"{url}/{key}", "DELETE")[0] == 204
 
 
+def test_readmes_haproxy_goes_on_when_a_server_dies(fleet: Fleet) -> None:
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"^```\n(defaults\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    servers = [fleet.begin() for _ in range(2)]
+    front = free_port()
+    text = text.replace("bind :3000", f"bind 127.0.0.1:{front}")
+    for number, server in enumerate(servers, 1):
+        assert f"10.0.0.{number}:3000" in text
+        text = text.replace(f"10.0.0.{number}:3000", f"127.0.0.1:{server.port}")
+    file = fleet.folder / "haproxy.cfg"
+    file.write_text(text)
+    with contextlib.ExitStack() as stack:
+        command = [require("haproxy"), "-db", "-f", str(file)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        url = f"http://127.0.0.1:{front}"
+        eventually(lambda: try_ask(url + "/-/livez") == 200)
+        keys = ["a//b", "..", "%C3%A9%2F", *(f"k{i}" for i in range(17))]
+        for key in keys:
+            assert ask(f"{url}/{key}", "PUT", key.encode())[0] == 201
+        sums = [count_requests(server.url) for server in servers]
+        assert min(sums) >= 10, sums
+        servers[0].stop(signal.SIGKILL)
+        eventually(lambda: [try_ask(url + "/k0") for _ in range(10)] == [302] * 10)
+        for key in keys:
+            assert read_through(f"{url}/{key}")[1] == key.encode()
+            assert ask(f"{url}/{key}", "PUT", b"new")[0] == 204
+
+
+def count_requests(url: str) -> float:
+    """Return how many PUTs a server has answered."""
+    metrics = ask(url + "/-/metrics")[2].decode()
+    found = re.findall(r'mkv_http_requests_total\{method="PUT".*\} (\d+)', metrics)
+    return sum(map(int, found))
+
+
 # == Tools: fixtures ==============================================================================
 # mkv_tools.py over real nginx and over embedded volumes. This part stands alone: a Cluster has its
 # volumes under `data`, its configuration in mkv.toml, and runs tools in this process, or as
@@ -9553,7 +9585,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     """Three volumes, volume1 to volume3."""
     made = Cluster(tmp_path, request.param)
     if made.kind == "nginx":
-        require_nginx()
+        require("nginx")
         made.start("volume1", "volume2", "volume3")
     made.configure("volume1", "volume2", "volume3", replicas=2)
     yield made
@@ -12641,7 +12673,7 @@ def test_copying_an_index_shows_progress(
 @pytest.fixture
 def shared(tmp_path: Path, postgres: Postgres) -> Iterator[Cluster]:
     """Three nginx volumes, and an index in a schema of its own."""
-    require_nginx()
+    require("nginx")
     made = Cluster(tmp_path, "nginx")
     schema = f"t{random.getrandbits(40):x}"
     made.db = postgres.url(schema)  # type: ignore[assignment]
