@@ -6627,13 +6627,13 @@ main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
 p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
-  padding: 1rem; margin-bottom: 1rem; }
+  padding: 1rem; margin-bottom: 1rem; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
   margin-bottom: 1rem; }
 .tiles .card { margin: 0; }
 .figure { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 2rem; }
-td svg { width: 4.5rem; height: 1.3rem; }
+td svg { width: 3.5rem; height: 1.3rem; }
 td > span { display: inline-flex; align-items: center; gap: .5rem; vertical-align: middle; }
 .trend { white-space: nowrap; }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
@@ -6648,7 +6648,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .state { font-weight: 600; }
 .state > span::before { content: "\\25cf "; }
 .up { color: var(--good); } .readonly { color: var(--warn); } .down { color: var(--bad); }
-meter { width: 5rem; }
+meter { width: 4rem; }
 button, .button, input { font: inherit; color: inherit; border: 1px solid var(--line);
   border-radius: .5rem; padding: .4rem .8rem; background: var(--card); min-height: 2.4rem; }
 button, .button { cursor: pointer; }
@@ -7431,12 +7431,12 @@ class Call:
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            if accel:
-                return self._let_proxy_read(record, headers)
-            link = self.store.locate(record)
+            link = self.request.prefix + self.path if accel else self.store.locate(record)
             if self.request.headers.get("accept") == LINK_TYPE:
                 headers["Content-Type"] = LINK_TYPE
                 return Response(200, headers, f"{link}\r\n".encode())
+            if accel:
+                return self._let_proxy_read(record, headers)
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
@@ -7451,9 +7451,6 @@ class Call:
 
     def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
         """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
-        if self.request.headers.get("accept") == LINK_TYPE:
-            headers["Content-Type"] = LINK_TYPE
-            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
         link, other = self.store.locate_inside(record)
         headers["Location"] = link
         headers["Mkv-Other"] = other

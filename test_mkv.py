@@ -5507,10 +5507,12 @@ class TestPage:
     def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
         folder = f"phone-{random.getrandbits(32):x}"
         assert ask(f"{shop.url}/{folder}/{'long' * 50}.txt", "PUT", b"x")[0] == 201
-        with Tab(browser, shop.url, viewport={"width": 360, "height": 640}) as tab:
+        with Tab(browser, shop.url) as tab:
             tab.page.locator("td.up").first.wait_for()
             fits = "document.documentElement.scrollWidth <= innerWidth"
-            assert tab.page.evaluate(fits)
+            for width in (800, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits)
             for key in ("Tab", "Tab", "Enter"):
                 tab.page.keyboard.press(key)
             tab.page.get_by_label("prefix of the keys").focus()
@@ -6392,11 +6394,13 @@ NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | s
 ).map("".join)  # fmt: skip
 
 
-@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@given(
+    st.sampled_from(["name=", "Name=", "DOWNLOAD=1&name="]), st.lists(NAMES_IN_LINKS, max_size=3)
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+def test_no_link_makes_a_header(volume: tuple[str, Path], begin: str, parts: list[str]) -> None:
     """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
-    query = "name=" + "&name=".join(parts).replace("#", "")
+    query = begin + "&name=".join(parts).replace("#", "")
     with contextlib.suppress(FileExistsError):
         (volume[1] / "aa").mkdir()
     (volume[1] / "aa" / "x").write_bytes(b"x")
