@@ -2226,6 +2226,7 @@ async def test_sqlite_stays_off_the_event_loops_thread(
     [("k" * 1000, "a/b"), ("\1" * 1018, "a/b"), ("\U0010ffff" * 250, "a/" + "b" * 8000)],
 )
 @pytest.mark.parametrize("delimiter", ["", "!"])
+@on_sqlite
 async def test_page_of_a_list_is_bounded_in_bytes(
     index: mkv.Index, tail: str, content_type: str, delimiter: str
 ) -> None:
