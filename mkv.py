@@ -2059,6 +2059,18 @@ def end_of_stem(stem: str) -> str:
     return end or f"{stem}\1"  # what is shorter is a path of nobody's
 
 
+class Group(NamedTuple):
+    """What keys have in common in a list: all that comes before a delimiter, and that."""
+
+    start: int  # from which character on the delimiter is looked for
+    delimiter: str  # "": there are no groups
+
+    def prefix_of(self, key: str) -> str:
+        """Return what the group of a key begins with, "" if it is in none."""
+        cut = key.find(self.delimiter, self.start) if self.delimiter else -1
+        return key[: cut + len(self.delimiter)] if cut >= 0 else ""
+
+
 class Turn(NamedTuple):
     """What a transaction finds when its turn has come."""
 
@@ -2095,6 +2107,18 @@ class Session(ABC):
     @abstractmethod
     def scan(self, start: str, end: str | None) -> Iterator[Row]:
         """Yield the records from the key `start` to before `end`, few more than are taken."""
+
+    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
+        """Yield the same, but of each group of keys only the first."""
+        following: str | None = start
+        while following is not None:
+            rows = self.scan(following, end)
+            following = None
+            for row in rows:
+                yield row
+                if prefix := group.prefix_of(row[0]):
+                    following = after_prefix(prefix)
+                    break
 
     @abstractmethod
     def read_clock(self) -> float:
@@ -2665,6 +2689,22 @@ TAKE_TURN_AFTER = f"""UPDATE meta
     RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+# From a key to the next one that is not in its group. No character comes before chr(1) in a key.
+SCAN_GROUPS = f"""WITH RECURSIVE found AS (
+    (SELECT {COLUMNS}, 1 AS number FROM record WHERE key >= ?1 BOUND ORDER BY key LIMIT 1)
+    UNION ALL
+    SELECT following.*, number + 1
+    FROM found CROSS JOIN LATERAL (
+        SELECT {COLUMNS} FROM record
+        WHERE key >= CASE strpos(substr(found.key, ?3 + 1), ?4)
+            WHEN 0 THEN found.key || chr(1)
+            ELSE left(found.key, ?3 + strpos(substr(found.key, ?3 + 1), ?4) - 1) || ?5 END BOUND
+        ORDER BY key LIMIT 1
+    ) AS following
+    WHERE number < ?2
+) SELECT {COLUMNS} FROM found ORDER BY number"""
+READER_WAITS_S = 10.0  # for an answer of the database
+WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
 NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
 ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
@@ -2846,9 +2886,10 @@ class PostgresSession(Session):
         has carried nothing out, and prepared nothing."""
         status = self._engine.psycopg.pq.ExecStatus
         failed = None
+        deadline_s = time.monotonic() + (READER_WAITS_S if self._readonly else WRITER_WAITS_S)
         self._pq.pipeline_sync()
         while True:
-            result = self._wait_for_result()
+            result = self._wait_for_result(deadline_s)
             if self.is_lost:
                 raise self._engine.psycopg.OperationalError("the connection is lost")
             if result is None:
@@ -2863,17 +2904,22 @@ class PostgresSession(Session):
                     del self._names[sent.query]
                 failed = failed or result
 
-    def _wait_for_result(self) -> Any:
-        events = select.poll()
-        events.register(self._pq.socket, select.POLLIN | select.POLLOUT)
+    def _wait_for_result(self, deadline_s: float) -> Any:
         while self._pq.flush():
-            events.poll()
-            self._pq.consume_input()
-        events.modify(self._pq.socket, select.POLLIN)
+            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
         while self._pq.is_busy():
-            events.poll()
-            self._pq.consume_input()
+            self._wait(select.POLLIN, deadline_s)
         return self._pq.get_result()
+
+    def _wait(self, events: int, deadline_s: float) -> None:
+        """Wait for the connection. A database that stands still counts as lost."""
+        left_s = deadline_s - time.monotonic()
+        waiting = select.poll()
+        waiting.register(self._pq.socket, events)
+        if left_s <= 0 or not waiting.poll(1000 * left_s):
+            self.close()
+            raise self._engine.psycopg.OperationalError("the database does not answer")
+        self._pq.consume_input()
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         turn = self._send_queue()
@@ -2903,6 +2949,26 @@ class PostgresSession(Session):
             part = fill_up(keys[start : start + PIECES[0]])
             query = f"SELECT {COLUMNS} FROM record WHERE key IN {placeholders(len(part), 1)}"
             yield query, part
+
+    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
+        """In a few round trips, however many groups there are."""
+        after = after_prefix(group.delimiter)
+        if not after:
+            yield from super().scan_groups(start, end, group)
+            return
+        query = SCAN_GROUPS.replace("BOUND", "AND key < ?6" if end else "")
+        following: str | None = start
+        count = 16
+        while following is not None:
+            values = [following, count, group.start, group.delimiter, after]
+            rows = self.select(query, [*values, end] if end else values)
+            yield from rows
+            if len(rows) < count:
+                return
+            last = rows[-1][0]
+            prefix = group.prefix_of(last)
+            following = after_prefix(prefix) if prefix else f"{last}\1"
+            count = min(1024, 4 * count)
 
     def scan(self, start: str, end: str | None) -> Iterator[Row]:
         bound = "AND key < ?3" if end else ""
@@ -3817,24 +3883,20 @@ def list_keys(session: Session, query: ListQuery) -> bytes:
     that seeks past each common prefix."""
     keys, prefixes = list[str](), list[str]()  # each as it is sent
     room = LIST_BYTES - LIST_FRAME
-    start: str | None = max(query.prefix, query.start)
     following: str | None = None
-    end = after_prefix(query.prefix)
-    while start is not None and following is None:
-        rows = session.scan(start, end)
-        start = None
-        for record in map(record_of_row, rows):
-            cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
-            prefix = record.key[: cut + len(query.delimiter)] if cut >= 0 else ""
-            entry = json.dumps(prefix or describe(record))
-            room -= len(entry) + len(", ")
-            if room < 0 or len(keys) + len(prefixes) == query.limit:
-                following = record.key
-                break
-            if prefix:
-                prefixes.append(entry)
-                start = after_prefix(prefix)
-                break
+    group = Group(len(query.prefix), query.delimiter)
+    start = max(query.prefix, query.start)
+    rows = session.scan_groups(start, after_prefix(query.prefix), group)
+    for record in map(record_of_row, rows):
+        prefix = group.prefix_of(record.key)
+        entry = json.dumps(prefix or describe(record))
+        room -= len(entry) + len(", ")
+        if room < 0 or len(keys) + len(prefixes) == query.limit:
+            following = record.key
+            break
+        if prefix:
+            prefixes.append(entry)
+        else:
             keys.append(entry)
     page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
     page += f'"next": {json.dumps(following)}}}\n'
@@ -6619,13 +6681,13 @@ main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
 p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
-  padding: 1rem; margin-bottom: 1rem; }
+  padding: 1rem; margin-bottom: 1rem; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
   margin-bottom: 1rem; }
 .tiles .card { margin: 0; }
 .figure { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 2rem; }
-td svg { width: 4.5rem; height: 1.3rem; }
+td svg { width: 3.5rem; height: 1.3rem; }
 td > span { display: inline-flex; align-items: center; gap: .5rem; vertical-align: middle; }
 .trend { white-space: nowrap; }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
@@ -6640,7 +6702,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .state { font-weight: 600; }
 .state > span::before { content: "\\25cf "; }
 .up { color: var(--good); } .readonly { color: var(--warn); } .down { color: var(--bad); }
-meter { width: 5rem; }
+meter { width: 4rem; }
 button, .button, input { font: inherit; color: inherit; border: 1px solid var(--line);
   border-radius: .5rem; padding: .4rem .8rem; background: var(--card); min-height: 2.4rem; }
 button, .button { cursor: pointer; }
@@ -7423,12 +7485,12 @@ class Call:
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            if accel:
-                return self._let_proxy_read(record, headers)
-            link = self.store.locate(record)
+            link = self.request.prefix + self.path if accel else self.store.locate(record)
             if self.request.headers.get("accept") == LINK_TYPE:
                 headers["Content-Type"] = LINK_TYPE
                 return Response(200, headers, f"{link}\r\n".encode())
+            if accel:
+                return self._let_proxy_read(record, headers)
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
@@ -7443,9 +7505,6 @@ class Call:
 
     def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
         """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
-        if self.request.headers.get("accept") == LINK_TYPE:
-            headers["Content-Type"] = LINK_TYPE
-            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
         link, other = self.store.locate_inside(record)
         headers["Location"] = link
         headers["Mkv-Other"] = other
