@@ -3292,14 +3292,16 @@ class Transaction:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
         self._unread: tuple[list[str], set[str]] = ([], set())  # keys and stems; see `begin`
+        self.is_claiming = False  # the mutation that is carried out only claims
         self.now_s = 0.0
 
     def begin(
         self, keys: Collection[str] = (), paths: Iterable[str] = (), claimed: Collection[str] = ()
     ) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn. Of the keys in `claimed` only new versions are claimed: if all else is
-        known, they are read with the commit, and until then they seem to have nothing."""
+        from the last turn. Of the keys in `claimed` new versions are claimed: if all else is
+        known, they are read with the commit, and until then, to whoever only claims, they seem to
+        have nothing."""
         known = len(self._records) + len(self._pending) + len(self._rows)
         if known > REMEMBERED or not self.is_alone:
             self._forget()
@@ -3352,6 +3354,8 @@ class Transaction:
     def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
         unknown, stems = self._find_unknown(keys, paths)
+        if not stems.isdisjoint(self._unread[1]):
+            self.flush()
         records = self._session.look_up(unknown) if unknown else {}
         self._take(unknown, records, stems, self._session.read_pending(stems) if stems else [])
 
@@ -3383,16 +3387,18 @@ class Transaction:
             self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
-        if stem in self._unread[1]:
-            return {}
         if stem not in self._pending:
+            if stem in self._unread[1]:
+                if self.is_claiming:
+                    return {}
+                self.flush()  # what was claimed of it just now
             self._take((), {}, [stem], self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
-        if key in self._unread[0]:
-            return None
         if key not in self._records:
+            if self.is_claiming and key in self._unread[0]:
+                return None
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
 
@@ -4144,6 +4150,7 @@ class Writer:
             try:
                 tx.begin(keys, paths, claimed)
                 for mutation in mutations:
+                    tx.is_claiming = bool(mutation.claimed)
                     try:
                         answers.append(mutation.act(tx))
                     except (MkvError, Overtaken) as error:
@@ -6388,8 +6395,10 @@ class Store:
         """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted
         now is garbage."""
         try:
-            discard = partial(discard_put, key=key, path=write.path, doubts=write.doubts)
-            rows, outlived = await self.index.write(discard, keys=[key])
+            # Its claim may be carried out only now, and its path drawn, if it was cancelled.
+            rows, outlived = await self.index.write(
+                lambda tx: discard_put(tx, key, write.path, write.doubts), keys=[key]
+            )
         except (IndexFailed, IndexUnsure) as error:
             if self.index.engine.is_remote:  # the commit that failed may still come
                 self._undiscarded.append((key, write.path, dict(write.doubts)))

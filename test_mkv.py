@@ -2798,6 +2798,21 @@ async def test_claim_of_a_key_that_was_not_read_is_higher_than_all_that_is_known
 
 
 @on_postgres
+@pytest.mark.parametrize("declared", [True, False])
+async def test_others_in_a_batch_see_all_of_a_key_that_is_claimed_without_reading(
+    index: mkv.Index, db: str, declared: bool
+) -> None:
+    await index.write(lambda tx: tx.add_garbage(make_record("k").path, ["a"]))
+    other = mkv.Index(db)
+    await other.open()
+    await assume_turns(other)
+    claim = other.claim(partial(claim_version, key="k"), "k")
+    seen = other.write(lambda tx: tx.pending_of("k"), ["k"] if declared else ())
+    assert {path for _, path in await seen} == {make_record("k").path, await claim}
+    await other.close()
+
+
+@on_postgres
 async def test_page_of_a_list_is_a_few_round_trips_however_many_groups_it_has(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -10783,6 +10798,23 @@ def test_slow_volumes_do_not_help_each_other(
             await until(lambda: len(slow) == 4)
             assert len(await all_pending(store.index)) == 4
         await asyncio.gather(first, second)
+
+    cluster.use(work)
+
+
+@on_both_engines
+def test_put_that_is_cancelled_before_its_claim_leaves_none(cluster: Cluster) -> None:
+    async def work(store: Store) -> None:
+        go_on = threading.Event()
+        first = store.index.write(lambda tx: go_on.wait(20))
+        put = asyncio.create_task(put_one(store, "k", b"x"))
+        await asyncio.to_thread(eventually, lambda: store.index._writer._waiting)
+        put.cancel()
+        go_on.set()
+        await asyncio.wait([put])
+        assert await first and put.cancelled()
+        rows = await store.index.write(lambda tx: tx.pending_of("k"), ["k"])
+        assert not [row for row in rows.values() if row.state in mkv.CLAIMS]
 
     cluster.use(work)
 
