@@ -2059,6 +2059,18 @@ def end_of_stem(stem: str) -> str:
     return end or f"{stem}\1"  # what is shorter is a path of nobody's
 
 
+class Group(NamedTuple):
+    """What keys have in common in a list: all that comes before a delimiter, and that."""
+
+    start: int  # from which character on the delimiter is looked for
+    delimiter: str  # "": there are no groups
+
+    def prefix_of(self, key: str) -> str:
+        """Return what the group of a key begins with, "" if it is in none."""
+        cut = key.find(self.delimiter, self.start) if self.delimiter else -1
+        return key[: cut + len(self.delimiter)] if cut >= 0 else ""
+
+
 class Turn(NamedTuple):
     """What a transaction finds when its turn has come."""
 
@@ -2067,6 +2079,10 @@ class Turn(NamedTuple):
     seq: int | None  # of the owner that begins it; None if its lease has ended
     records: dict[str, Record]  # of the keys that were asked for
     pending: list[Row]  # on the paths below the stems that were asked for
+
+
+class TurnTaken(Exception):
+    """Somebody else has written, against what was assumed: nothing was done."""
 
 
 class Session(ABC):
@@ -2092,6 +2108,18 @@ class Session(ABC):
     def scan(self, start: str, end: str | None) -> Iterator[Row]:
         """Yield the records from the key `start` to before `end`, few more than are taken."""
 
+    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
+        """Yield the same, but of each group of keys only the first."""
+        following: str | None = start
+        while following is not None:
+            rows = self.scan(following, end)
+            following = None
+            for row in rows:
+                yield row
+                if prefix := group.prefix_of(row[0]):
+                    following = after_prefix(prefix)
+                    break
+
     @abstractmethod
     def read_clock(self) -> float:
         """Return the time by the index's own clock, in seconds."""
@@ -2106,6 +2134,18 @@ class Session(ABC):
     @abstractmethod
     def commit(self) -> None:
         """Carry out all that was run; return when it is on disk."""
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        """Begin a transaction without waiting to hear that its turn has come, or return None. If
+        somebody else has written since this session did, whatever waits for the index next, at
+        the latest the commit, raises TurnTaken, and nothing was done."""
+        return None
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        """Commit, and return what there is then of keys and stems, as `begin` does."""
+        raise NotImplementedError
 
     @abstractmethod
     def roll_back(self) -> None:
@@ -2598,6 +2638,12 @@ def check_target(target: str, part: str, index: str) -> None:
 # a ring. The turns are numbered, so a session knows whether somebody else wrote in between. It
 # is two round trips, whatever it holds: turn and reads; changes and commit.
 #
+# Where nobody else writes it is one. Who had several turns in a row knows the state of the index,
+# as far as it remembers it, and assumes that the next turn is its own, too: turn, changes and
+# commit go out together, and if the turn is another, PostgreSQL refuses them all. What a PUT
+# claims need not be known for that: it is read after the claim, which is repeated if it is lower
+# than what is known of its key.
+#
 # If the connection breaks in a commit, only the index knows what has become of it. Each
 # transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
 # the broken connection is over, and reads it.
@@ -2637,8 +2683,30 @@ SETTINGS = {
 }
 NOW = "extract(epoch FROM clock_timestamp())::float8"
 TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING epoch, turn, {NOW}"
+# No other than that: NULL is refused there, and with it all that follows.
+TAKE_TURN_AFTER = f"""UPDATE meta
+    SET turn = CASE WHEN epoch = ?1 AND turn = ?2 AND NOT closed THEN turn + 1 END
+    RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+# From a key to the next one that is not in its group. No character comes before chr(1) in a key.
+SCAN_GROUPS = f"""WITH RECURSIVE found AS (
+    (SELECT {COLUMNS}, 1 AS number FROM record WHERE key >= ?1 BOUND ORDER BY key LIMIT 1)
+    UNION ALL
+    SELECT following.*, number + 1
+    FROM found CROSS JOIN LATERAL (
+        SELECT {COLUMNS} FROM record
+        WHERE key >= CASE strpos(substr(found.key, ?3 + 1), ?4)
+            WHEN 0 THEN found.key || chr(1)
+            ELSE left(found.key, ?3 + strpos(substr(found.key, ?3 + 1), ?4) - 1) || ?5 END BOUND
+        ORDER BY key LIMIT 1
+    ) AS following
+    WHERE number < ?2
+) SELECT {COLUMNS} FROM found ORDER BY number"""
+READER_WAITS_S = 10.0  # for an answer of the database
+WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
+NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
+ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
     JOIN pg_class ON pg_class.oid = attrelid
@@ -2658,10 +2726,47 @@ def load_psycopg() -> ModuleType:
     return psycopg
 
 
-@lru_cache(500)
-def in_postgres(query: str) -> str:
+def in_postgres(query: str) -> bytes:
     """Return a query with PostgreSQL's parameters."""
-    return re.sub(r"\?([0-9])", r"$\1", query)
+    return re.sub(r"\?([0-9])", r"$\1", query).encode()
+
+
+def dump_value(value: Any) -> bytes | None:
+    """Return a parameter as text of no type, which the columns give it: else each size of a number
+    were another statement to prepare."""
+    if value is None:
+        return None
+    return value.encode() if type(value) is str else repr(value).encode()
+
+
+LOADERS: Mapping[int, Callable[[bytes], Any]] = {  # by the type's number in PostgreSQL
+    16: lambda text: text == b"t",
+    20: int, 23: int,
+    701: float,
+    1700: int,  # a sum of whole numbers
+}  # fmt: skip
+
+
+def load_rows(result: Any) -> list[Row]:
+    loaders = [LOADERS.get(result.ftype(i), bytes.decode) for i in range(result.nfields)]
+    get = result.get_value
+    rows = list[Row]()
+    for number in range(result.ntuples):
+        row = []
+        for i, load in enumerate(loaders):
+            text = get(number, i)
+            row.append(None if text is None else load(text))
+        rows.append(tuple(row))
+    return rows
+
+
+@dataclass(slots=True)
+class Sent:
+    """A query that was sent, and what it has returned, after the next `_sync`."""
+
+    query: str
+    is_preparing: bool
+    rows: list[Row] = field(default_factory=list)
 
 
 class PostgresSession(Session):
@@ -2671,28 +2776,27 @@ class PostgresSession(Session):
         self._engine = engine
         self._readonly = readonly
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
+        self._prepared = 0
         self._seen = (0, 0)  # epoch and number of the last turn that was committed
         self._turn = (0, 0)
-        self._now_ns = 0  # at the beginning of this turn, by the clock of the database
+        self._in_a_row = 0  # turns of this session between which nobody else had one
+        self._seq = 0  # of the owner, as of this one
+        self._assumed: Row = ()  # what to begin with: owner and lease, if a turn is assumed
+        self._now_ns = 0  # when a turn came last, by the clock of the database
         self._at_ns = 0  # and by our own
         self._connect()
 
     def _connect(self) -> None:
-        psycopg = self._engine.psycopg
-        given = self._engine.parameters
-        self._db = psycopg.connect(
-            **given, autocommit=True, cursor_factory=psycopg.RawCursor, prepare_threshold=0
-        )
-        self._db.prepared_max = 300
-        # For as long as the connection lasts: all goes out together, and `sync` is one round trip.
-        # To leave it sends a Flush after the Sync, and by that stops PostgreSQL's clock for those
-        # who stand still in a transaction.
-        self._stack = contextlib.ExitStack()
-        self._pipeline = self._stack.enter_context(self._db.pipeline())
-        # Numbers go as text of no type, which the columns give them: else each size of a number
-        # were another statement to prepare.
-        self._db.adapters.register_dumper(int, self._engine.dumper)
-        self._db.adapters.register_dumper(float, self._engine.dumper)
+        """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
+        psycopg.pq: what is sent is kept until the next `_sync`, and goes out with it. psycopg's
+        cursors would make a system call or two of each statement, and wait for the GIL after
+        each of them while the event loop is busy."""
+        self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
+        self._pq = self._db.pgconn
+        self._pq.enter_pipeline_mode()
+        self._names = dict[str, bytes]()  # of prepared queries
+        self._sent = deque[Sent]()
+        self._forget()
         try:
             self._set_up()
         except Exception:
@@ -2722,31 +2826,106 @@ class PostgresSession(Session):
 
     def reopen(self) -> None:
         self.close()
-        self._queue.clear()
-        self._seen = (0, 0)
         self._connect()
+
+    def _forget(self) -> None:
+        self._queue.clear()
+        self._assumed = ()
+        self._in_a_row = 0
 
     def close(self) -> None:
         self._db.close()
-        with contextlib.suppress(self._engine.psycopg.Error):
-            self._stack.close()
 
-    def _send(self, query: str, values: Sequence[Any] = ()) -> Any:
-        """Send a query; return the cursor, which has its rows after the next sync."""
-        return self._db.execute(in_postgres(query), values)
+    def _send(self, query: str, values: Sequence[Any] = ()) -> Sent:
+        name = self._names.get(query)
+        if name is None:
+            name = b"%d" % self._prepared
+            self._prepared += 1
+            self._names[query] = name
+            self._pq.send_prepare(name, in_postgres(query))
+            self._sent.append(Sent(query, is_preparing=True))
+        self._pq.send_query_prepared(name, [dump_value(value) for value in values])
+        sent = Sent(query, is_preparing=False)
+        self._sent.append(sent)
+        return sent
 
-    def _send_queue(self) -> None:
+    def _send_queue(self) -> Sent | None:
+        """Send what is to be run, after the turn if that was only assumed; return what was sent
+        for that."""
+        turn = None
+        if self._assumed:
+            turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
+            self._send(RENEW, self._assumed)
+            self._assumed = ()
         queue = self._queue
         self._queue = []
         for query, values in queue:
             self._send(query, values)
+        return turn
+
+    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Sent:
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        return self._send(query, values)
+
+    def _sync(self, turn: Sent | None = None) -> None:
+        """Send all of that and wait for the answers, in one round trip; raises what the first one
+        that failed says. With the answers `turn` has come."""
+        failed = self._collect()
+        if failed is not None:
+            raise self._engine.error_of(failed)
+        if turn is not None:
+            self._at_ns = time.monotonic_ns()
+            if not turn.rows:
+                raise IndexFailed("another index has just taken its place")
+            ((epoch, number, now_s),) = turn.rows
+            self._turn = (epoch, number)
+            self._now_ns = round(now_s * 1e9)
+
+    def _collect(self) -> Any:
+        """Return the first result that is an error, None if there is none. After that PostgreSQL
+        has carried nothing out, and prepared nothing."""
+        status = self._engine.psycopg.pq.ExecStatus
+        failed = None
+        deadline_s = time.monotonic() + (READER_WAITS_S if self._readonly else WRITER_WAITS_S)
+        self._pq.pipeline_sync()
+        while True:
+            result = self._wait_for_result(deadline_s)
+            if self.is_lost:
+                raise self._engine.psycopg.OperationalError("the connection is lost")
+            if result is None:
+                continue  # the end of what one query returns
+            if result.status == status.PIPELINE_SYNC:
+                return failed
+            sent = self._sent.popleft()
+            if result.status == status.TUPLES_OK:
+                sent.rows = load_rows(result)
+            elif result.status != status.COMMAND_OK:
+                if sent.is_preparing:
+                    del self._names[sent.query]
+                failed = failed or result
+
+    def _wait_for_result(self, deadline_s: float) -> Any:
+        while self._pq.flush():
+            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
+        while self._pq.is_busy():
+            self._wait(select.POLLIN, deadline_s)
+        return self._pq.get_result()
+
+    def _wait(self, events: int, deadline_s: float) -> None:
+        """Wait for the connection. A database that stands still counts as lost."""
+        left_s = deadline_s - time.monotonic()
+        waiting = select.poll()
+        waiting.register(self._pq.socket, events)
+        if left_s <= 0 or not waiting.poll(1000 * left_s):
+            self.close()
+            raise self._engine.psycopg.OperationalError("the database does not answer")
+        self._pq.consume_input()
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        self._send_queue()
-        cursor = self._send(query, values)
-        self._pipeline.sync()
-        rows: list[Row] = cursor.fetchall()
-        return rows
+        turn = self._send_queue()
+        sent = self._send(query, values)
+        self._sync(turn)
+        return sent.rows
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
         self._queue.append((statement, values))
@@ -2757,11 +2936,39 @@ class PostgresSession(Session):
             found |= records_of_rows(self.select(query, values))
         return found
 
+    def _send_reads(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[list[Sent], list[Sent]]:
+        """Ask for records and what is pending; see read_answers."""
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        return records, pending
+
     def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
         for start in range(0, len(keys), PIECES[0]):
             part = fill_up(keys[start : start + PIECES[0]])
             query = f"SELECT {COLUMNS} FROM record WHERE key IN {placeholders(len(part), 1)}"
             yield query, part
+
+    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
+        """In a few round trips, however many groups there are."""
+        after = after_prefix(group.delimiter)
+        if not after:
+            yield from super().scan_groups(start, end, group)
+            return
+        query = SCAN_GROUPS.replace("BOUND", "AND key < ?6" if end else "")
+        following: str | None = start
+        count = 16
+        while following is not None:
+            values = [following, count, group.start, group.delimiter, after]
+            rows = self.select(query, [*values, end] if end else values)
+            yield from rows
+            if len(rows) < count:
+                return
+            last = rows[-1][0]
+            prefix = group.prefix_of(last)
+            following = after_prefix(prefix) if prefix else f"{last}\1"
+            count = min(1024, 4 * count)
 
     def scan(self, start: str, end: str | None) -> Iterator[Row]:
         bound = "AND key < ?3" if end else ""
@@ -2789,47 +2996,55 @@ class PostgresSession(Session):
     ) -> Turn:
         """Each transaction renews the lease: that costs nothing here."""
         self.is_unsure = False
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        turn = self._send(TAKE_TURN)
+        turn = self._send_turn(TAKE_TURN)
         renewed = self._send(RENEW, (owner, lease_s))
-        records = [self._send(*query) for query in self._look_up_queries(keys)]
-        pending = [self._send(*query) for query in pending_queries(stems)]
-        self._pipeline.sync()
-        self._at_ns = time.monotonic_ns()
-        turns = turn.fetchall()
-        if not turns:
-            raise IndexFailed("another index has just taken its place")
-        ((epoch, number, now_s),) = turns
-        self._now_ns = round(now_s * 1e9)
-        self._turn = (epoch, number)
-        seqs = renewed.fetchall()
-        return Turn(
-            now_s=now_s,
-            is_next=self._turn == (self._seen[0], self._seen[1] + 1),
-            seq=seqs[0][0] if seqs else None,
-            records=records_of_rows(row for one in records for row in one.fetchall()),
-            pending=[row for one in pending for row in one.fetchall()],
-        )
+        reads = self._send_reads(keys, stems)
+        self._sync(turn)
+        epoch, number = self._seen
+        is_next = self._turn == (epoch, number + 1)
+        seqs = renewed.rows
+        self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
+        self._seq = seqs[0][0] if seqs else 0
+        seq = self._seq if seqs else None
+        return Turn(self._now_ns / 1e9, is_next, seq, *read_answers(*reads))
+
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        if self._in_a_row < ALONE_AFTER:
+            return None
+        self.is_unsure = False
+        self._assumed = (owner, lease_s)
+        self._in_a_row += 1
+        self._seq += 1
+        return Turn(self.time_ns() / 1e9, True, self._seq, {}, [])
 
     def commit(self) -> None:
-        self._send_queue()
+        self.commit_and_read([], ())
+
+    def commit_and_read(
+        self, keys: list[str], stems: Collection[str]
+    ) -> tuple[dict[str, Record], list[Row]]:
+        turn = self._send_queue()
+        reads = self._send_reads(keys, stems)
         self.is_unsure = True
         self._send("COMMIT")
-        self._pipeline.sync()
+        self._sync(turn)
         self._seen = self._turn
+        return read_answers(*reads)
 
     def roll_back(self) -> None:
-        """By ending the connection: psycopg forgets what it has prepared at a ROLLBACK."""
-        self._queue.clear()
-        self.close()
+        self._forget()
+        try:
+            self._send("ROLLBACK")
+            self._collect()
+        except self._engine.psycopg.Error:
+            self.close()
 
     def read_seq(self, owner: int) -> int | None:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        self._send(TAKE_TURN)
-        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
+        self._send_turn(TAKE_TURN)
+        sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
         self._send("COMMIT")
-        self._pipeline.sync()
-        return rows[0][0] if rows else None
+        self._sync()
+        return sent.rows[0][0] if sent.rows else None
 
     @contextlib.contextmanager
     def beside(self, other: Engine) -> Iterator[str]:
@@ -2840,6 +3055,13 @@ class PostgresSession(Session):
         ""."""
         rows = self.select(WRONG_ORDER, (self._engine.schema,))
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
+
+
+def read_answers(records: list[Sent], pending: list[Sent]) -> tuple[dict[str, Record], list[Row]]:
+    return (
+        records_of_rows(row for one in records for row in one.rows),
+        [row for one in pending for row in one.rows],
+    )
 
 
 def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
@@ -2864,14 +3086,22 @@ class PostgresEngine(Engine):
         self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
         self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
 
-        class Untyped(self.psycopg.adapt.Dumper):  # type: ignore[name-defined, misc]
-            def dump(self, number: float) -> bytes:
-                return repr(number).encode()
-
-        self.dumper = Untyped
-
     def connect(self, readonly: bool) -> PostgresSession:
         return PostgresSession(self, readonly)
+
+    def error_of(self, result: Any) -> Exception:
+        """Return what a result says that is an error."""
+        names = self.psycopg.pq.DiagnosticField
+        state = (result.error_field(names.SQLSTATE) or b"").decode()
+        table = result.error_field(names.TABLE_NAME)
+        if state == NOT_NULL_VIOLATION and table == b"meta":
+            return TurnTaken()
+        text = result.error_field(names.MESSAGE_PRIMARY) or result.error_message
+        try:
+            kind = self.psycopg.errors.lookup(state)
+        except KeyError:
+            kind = self.psycopg.OperationalError  # the connection broke
+        return cast(Exception, kind(text.decode(errors="replace")))
 
     def explain(self, error: Exception) -> Exception:
         psycopg = self.psycopg
@@ -2994,8 +3224,8 @@ class PostgresEngine(Engine):
 #
 # Mutations that wait are one batch and one transaction: what they say that they will ask for is
 # read with two queries, they are carried out on what is in memory, and at the end all is written
-# with a few statements. So a batch costs a few steps of SQLite, or two round trips to PostgreSQL,
-# whatever it holds.
+# with a few statements. So a batch costs a few steps of SQLite, or one or two round trips to
+# PostgreSQL, whatever it holds.
 #
 # The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
 # (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
@@ -3061,11 +3291,15 @@ class Transaction:
         # volumes of records -> how many came, or went, and their bytes:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
+        self._unread: tuple[list[str], set[str]] = ([], set())  # keys and stems; see `begin`
         self.now_s = 0.0
 
-    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
+    def begin(
+        self, keys: Collection[str] = (), paths: Iterable[str] = (), claimed: Collection[str] = ()
+    ) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn."""
+        from the last turn. Of the keys in `claimed` only new versions are claimed: if all else is
+        known, they are read with the commit, and until then they seem to have nothing."""
         known = len(self._records) + len(self._pending) + len(self._rows)
         if known > REMEMBERED or not self.is_alone:
             self._forget()
@@ -3074,7 +3308,15 @@ class Transaction:
         lease = self.lease
         is_due = lease.is_due()
         self._renewed_s = time.monotonic()
-        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        turn = None
+        if not unknown and not stems:
+            turn = self._session.assume_turn(lease.owner, lease.seconds)
+        if turn is not None:
+            self._unread = self._find_unknown(claimed, ())
+        else:
+            keys = {*keys, *claimed}
+            unknown, stems = self._find_unknown(keys, paths)
+            turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
         self.now_s = turn.now_s
         self.is_alone = turn.is_next
         if turn.is_next or is_complete:
@@ -3093,7 +3335,13 @@ class Transaction:
     def commit(self) -> None:
         """Write what has changed; return when it is on disk."""
         self.flush()
-        self._session.commit()
+        keys, stems = self._unread
+        if keys or stems:
+            records, rows = self._session.commit_and_read(keys, stems)
+            self._take(keys, records, stems, rows)
+            self._unread = ([], set())
+        else:
+            self._session.commit()
         self.lease.renewed_s = self._renewed_s
 
     def _forget(self) -> None:
@@ -3135,11 +3383,15 @@ class Transaction:
             self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
+        if stem in self._unread[1]:
+            return {}
         if stem not in self._pending:
             self._take((), {}, [stem], self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
+        if key in self._unread[0]:
+            return None
         if key not in self._records:
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
@@ -3258,14 +3510,25 @@ class Transaction:
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that is known of it, dead or
         alive."""
-        current = self.get(key)
-        pending = self._pending_of_stem(key_stem(key))
-        versions = [version_of(path) for _, path in pending]
-        if current is not None:
-            versions.append(current.version)
-        now_ns = self._session.time_ns()
-        version = next_version(now_ns, max(versions, default=None), random.getrandbits(16))
+        highest = max(self._versions(key), default=None)
+        version = next_version(self._session.time_ns(), highest, random.getrandbits(16))
         return blob_path(key, version, ext)
+
+    def _versions(self, key: str) -> list[str]:
+        current = self.get(key)
+        versions = [version_of(path) for _, path in self._pending_of_stem(key_stem(key))]
+        return versions if current is None else [*versions, current.version]
+
+    def is_low(self, key: str, path: str, claims: Collection[str]) -> bool:
+        """Whether a path that was drawn before the key was read is not what draw_path promises;
+        `claims` were drawn with it."""
+        drawn = {version_of(one) for one in claims}
+        return any(version > version_of(path) for version in {*self._versions(key)} - drawn)
+
+    def claim_higher(self, act: Callable[[Transaction], str], path: str) -> str:
+        """Claim anew in place of `path`, where nothing was written yet."""
+        self.change(self.pending_below(path), {})
+        return act(self)
 
     def claim(self, path: str, volumes: Collection[str], state: PendingState) -> None:
         """Note that this owner is about to write at `path`. What is in doubt stays so."""
@@ -3620,24 +3883,20 @@ def list_keys(session: Session, query: ListQuery) -> bytes:
     that seeks past each common prefix."""
     keys, prefixes = list[str](), list[str]()  # each as it is sent
     room = LIST_BYTES - LIST_FRAME
-    start: str | None = max(query.prefix, query.start)
     following: str | None = None
-    end = after_prefix(query.prefix)
-    while start is not None and following is None:
-        rows = session.scan(start, end)
-        start = None
-        for record in map(record_of_row, rows):
-            cut = record.key.find(query.delimiter, len(query.prefix)) if query.delimiter else -1
-            prefix = record.key[: cut + len(query.delimiter)] if cut >= 0 else ""
-            entry = json.dumps(prefix or describe(record))
-            room -= len(entry) + len(", ")
-            if room < 0 or len(keys) + len(prefixes) == query.limit:
-                following = record.key
-                break
-            if prefix:
-                prefixes.append(entry)
-                start = after_prefix(prefix)
-                break
+    group = Group(len(query.prefix), query.delimiter)
+    start = max(query.prefix, query.start)
+    rows = session.scan_groups(start, after_prefix(query.prefix), group)
+    for record in map(record_of_row, rows):
+        prefix = group.prefix_of(record.key)
+        entry = json.dumps(prefix or describe(record))
+        room -= len(entry) + len(", ")
+        if room < 0 or len(keys) + len(prefixes) == query.limit:
+            following = record.key
+            break
+        if prefix:
+            prefixes.append(entry)
+        else:
             keys.append(entry)
     page = f'{{"keys": [{", ".join(keys)}], "prefixes": [{", ".join(prefixes)}], '
     page += f'"next": {json.dumps(following)}}}\n'
@@ -3827,8 +4086,9 @@ class Mutation(NamedTuple):
     """What is to be done in a transaction, and the keys and paths that it will ask for."""
 
     act: Callable[[Transaction], Any]
-    keys: Collection[str]
-    paths: Collection[str]
+    keys: Collection[str] = ()
+    paths: Collection[str] = ()
+    claimed: str = ""  # or it only claims a new version of this key, and returns its path
 
 
 class Writer:
@@ -3844,13 +4104,20 @@ class Writer:
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
         of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
-            return self._write_together(mutations, session)
+            answers = self._write_together(mutations, session)
         except Exception as error:
             reason = self._engine.explain(error)
             is_damage = isinstance(reason, IndexDamaged)
             if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
                 raise reason from None
             return [self._write_alone(mutation, session) for mutation in mutations]
+        claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
+        drawn = {answers[i] for i in claims}
+        for i, key in claims.items():
+            if self._tx and self._tx.is_low(key, answers[i], drawn):
+                again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
+                answers[i] = self._write_alone(Mutation(again, [key]), session)
+        return answers
 
     def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
@@ -3866,6 +4133,7 @@ class Writer:
         come about; raises IndexUnsure if that is not to be found out."""
         keys = set[str]().union(*(one.keys for one in mutations))
         paths = set[str]().union(*(one.paths for one in mutations))
+        claimed = {one.claimed for one in mutations if one.claimed}
         deadline_s = math.inf
         while True:
             if session.is_lost:
@@ -3874,13 +4142,16 @@ class Writer:
             tx = self._tx or Transaction(session, self._lease)
             self._tx = None  # unless all goes well: what it remembers may not be so
             try:
-                tx.begin(keys, paths)
+                tx.begin(keys, paths, claimed)
                 for mutation in mutations:
                     try:
                         answers.append(mutation.act(tx))
                     except (MkvError, Overtaken) as error:
                         answers.append(error)
                 tx.commit()
+            except TurnTaken:
+                session.roll_back()
+                continue
             except Exception:
                 is_lost = session.is_lost
                 session.roll_back()
@@ -4057,6 +4328,11 @@ class Index:
         all of them; it may ask for more. An MkvError or Overtaken that it raises is passed on and
         undoes nothing; anything else is passed on too, and then nothing of it was done."""
         return self._writer.call(Mutation(mutation, keys, paths))
+
+    def claim(self, act: Callable[[Transaction], str], key: str) -> asyncio.Future[str]:
+        """Do the same with an act that only claims a new version of `key` and returns its path.
+        It raises nothing, and may be carried out twice: the key need not be read before."""
+        return self._writer.call(Mutation(act, claimed=key))
 
     async def _read(self, query: Callable[[Session], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -5674,11 +5950,18 @@ class Write:
     async def _claim_all(self, names: Collection[str]) -> None:
         """Note in the index that something may come there; only then it may be sent."""
         self.claimed.update(names)
-        await self._index.write(partial(self._claim, names), keys=[self._draft.key])
+        key = self._draft.key
+        if self.path:
+            await self._index.write(partial(self._claim, names), keys=[key])
+        else:
+            await self._index.claim(partial(self._claim_first, names), key)
+
+    def _claim_first(self, names: Collection[str], tx: Transaction) -> str:
+        self.path = tx.draw_path(self._draft.key, self._draft.ext)
+        self._claim(names, tx)
+        return self.path
 
     def _claim(self, names: Collection[str], tx: Transaction) -> None:
-        if not self.path:
-            self.path = tx.draw_path(self._draft.key, self._draft.ext)
         bound = not is_unconditional(self._draft.conditions)
         tx.claim(self.path, names, PendingState.BOUND if bound else PendingState.CLAIMED)
 
@@ -8759,10 +9042,10 @@ class Client:
         bad_reads = 0
         while True:
             blob = await self.head(key)
-            part = PartFile(Path(path), blob)
+            part = PartFile(Path(path))
             try:
                 await in_thread(part.open)
-                await self._fill(part, avoid, hear)
+                await self._fill(blob, part, avoid, hear)
                 await in_thread(part.finish)
                 return blob
             except Corrupt:
@@ -8963,9 +9246,8 @@ class Client:
             raise Corrupt(f"what is stored under {key!r} is not what was sent")
         return stored
 
-    async def _fill(self, part: PartFile, avoid: set[str], hear: Hear) -> None:
+    async def _fill(self, blob: Blob, part: PartFile, avoid: set[str], hear: Hear) -> None:
         """Read what the file lacks."""
-        blob = part.blob
         part.heard = part.size
         hear(part.size)
         download = Download(
@@ -9123,22 +9405,15 @@ class Retries:
         pause_s = min(FIRST_PAUSE_S * 2 ** min(self._count, 10), LONGEST_PAUSE_S) * random.uniform(
             0.5, 1
         )
-        pause_s = max(pause_s, read_retry_after(error.headers.get("Retry-After", "")))
+        wanted = error.headers.get("Retry-After", "")
+        if re.fullmatch("[0-9]{1,9}", wanted):  # seconds; nobody here gives a date
+            pause_s = max(pause_s, float(wanted))
         if now_s + pause_s > self._deadline_s:
             if doubt:
                 raise Unanswered(str(error)) from error
             raise error
         self._count += 1
         await asyncio.sleep(pause_s)
-
-
-def read_retry_after(value: str) -> float:
-    """Return for how many seconds a server wants to be left alone (RFC 9110, 10.2.3)."""
-    if re.fullmatch("[0-9]{1,9}", value):
-        return float(value)
-    with contextlib.suppress(ValueError, OverflowError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
-    return 0.0
 
 
 class Download:
@@ -9275,8 +9550,7 @@ class PartFile:
     stays when that is cut off. If the key has another blob by then, the digest will tell, and all
     is read anew. All but `close` is for a thread."""
 
-    def __init__(self, target: Path, blob: Blob) -> None:
-        self.blob = blob
+    def __init__(self, target: Path) -> None:
         self.size = 0  # bytes that have come
         self.heard = 0  # bytes that were told
         self.is_fresh = True  # nothing of it is from an earlier download
@@ -9296,8 +9570,6 @@ class PartFile:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
-        if os.fstat(self._fd).st_size > self.blob.size:
-            os.ftruncate(self._fd, 0)
         while piece := os.read(self._fd, FILE_BYTES):
             self.hasher.update(piece)
         self.size = self.hasher.size

@@ -2162,7 +2162,7 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
 # Copying, for people, over mkv's Client. Files, or keys, are gone through one after the other and
 # dealt with many at once, so memory grows neither with their number nor with their size. Each is
 # compared first: what has the same size and digest there already is left alone. What fails is
-# named, and the rest goes on, unless everything fails.
+# named, and the rest goes on, unless the server fails again and again or there is no more room.
 
 FAILURES_IN_A_ROW = 50  # of the server: then nothing will succeed
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
