@@ -5556,6 +5556,7 @@ class TestPage:
             assert figures.first.inner_text() == "2"
             eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
             assert figures.nth(3).inner_text() != "0"  # requests a second: its own
+            assert figures.nth(4).inner_text() == "0"  # of them answered with 5xx
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
