@@ -8295,7 +8295,7 @@ SECRETS = {
     "adder": "a-secret-5",
 }
 VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
-EVERYTHING = '["read", "write", "delete", "list", "admin"]'
+ALL_BUT_CREATE = '["read", "write", "delete", "list", "admin"]'
 
 
 def token_toml(name: str, allow: str, prefix: str = "") -> str:
@@ -8308,7 +8308,7 @@ def token_toml(name: str, allow: str, prefix: str = "") -> str:
 TOKENS = (
     token_toml("reader", '["read"]')
     + token_toml("writer", '["read", "write", "delete"]')
-    + token_toml("boss", EVERYTHING)
+    + token_toml("boss", ALL_BUT_CREATE)
     + token_toml("tenant", '["read", "write", "list"]', "tenant/")
 )
 
@@ -8371,7 +8371,7 @@ def access_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]
 # -- tokens that can only add --
 
 ONLY_ADDS = token_toml("adder", '["create"]', "backup/") + token_toml(
-    "boss", EVERYTHING.replace("[", '["create", ')
+    "boss", ALL_BUT_CREATE.replace("[", '["create", ')
 )
 
 
@@ -15026,7 +15026,7 @@ class Estate(Site):
         return [mkv.record_of_row(row) for row in rows]
 
 
-EVERYTHING: tuple[Fault, ...] = (
+ALL_FAULTS: tuple[Fault, ...] = (
     *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker,
     Estate.change_configuration, Estate.repair, Estate.back_up,
 )  # fmt: skip
@@ -15106,7 +15106,7 @@ def test_soak(tmp_path: Path) -> None:
     load = Load(strict=0.25, keys=4, round_s=8.0, sizes=small + large)
     with contextlib.ExitStack() as stack:
         estate = Estate(tmp_path, stack)
-        kinds = [kind for kind in EVERYTHING if estate.has_disk or kind is not Estate.fill_disk]
+        kinds = [kind for kind in ALL_FAULTS if estate.has_disk or kind is not Estate.fill_disk]
         traffic = Traffic(estate.address, load, random.getrandbits(32))
         run_among_faults(estate, traffic, LONG_S, kinds)
         audit = Audit(estate, traffic)
