@@ -4120,7 +4120,8 @@ class Writer:
         claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
         drawn = {answers[i] for i in claims}
         for i, key in claims.items():
-            if self._tx and self._tx.is_low(key, answers[i], drawn):
+            # Nothing is remembered after one of these has failed: then better once too often.
+            if self._tx is None or self._tx.is_low(key, answers[i], drawn):
                 again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
                 answers[i] = self._write_alone(Mutation(again, [key]), session)
         return answers
