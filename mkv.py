@@ -2703,6 +2703,8 @@ SCAN_GROUPS = f"""WITH RECURSIVE found AS (
     ) AS following
     WHERE number < ?2
 ) SELECT {COLUMNS} FROM found ORDER BY number"""
+READER_WAITS_S = 10.0  # for an answer of the database
+WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
 NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
 ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
@@ -2884,9 +2886,10 @@ class PostgresSession(Session):
         has carried nothing out, and prepared nothing."""
         status = self._engine.psycopg.pq.ExecStatus
         failed = None
+        deadline_s = time.monotonic() + (READER_WAITS_S if self._readonly else WRITER_WAITS_S)
         self._pq.pipeline_sync()
         while True:
-            result = self._wait_for_result()
+            result = self._wait_for_result(deadline_s)
             if self.is_lost:
                 raise self._engine.psycopg.OperationalError("the connection is lost")
             if result is None:
@@ -2901,17 +2904,22 @@ class PostgresSession(Session):
                     del self._names[sent.query]
                 failed = failed or result
 
-    def _wait_for_result(self) -> Any:
-        events = select.poll()
-        events.register(self._pq.socket, select.POLLIN | select.POLLOUT)
+    def _wait_for_result(self, deadline_s: float) -> Any:
         while self._pq.flush():
-            events.poll()
-            self._pq.consume_input()
-        events.modify(self._pq.socket, select.POLLIN)
+            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
         while self._pq.is_busy():
-            events.poll()
-            self._pq.consume_input()
+            self._wait(select.POLLIN, deadline_s)
         return self._pq.get_result()
+
+    def _wait(self, events: int, deadline_s: float) -> None:
+        """Wait for the connection. A database that stands still counts as lost."""
+        left_s = deadline_s - time.monotonic()
+        waiting = select.poll()
+        waiting.register(self._pq.socket, events)
+        if left_s <= 0 or not waiting.poll(1000 * left_s):
+            self.close()
+            raise self._engine.psycopg.OperationalError("the database does not answer")
+        self._pq.consume_input()
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         turn = self._send_queue()
@@ -4112,7 +4120,8 @@ class Writer:
         claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
         drawn = {answers[i] for i in claims}
         for i, key in claims.items():
-            if self._tx and self._tx.is_low(key, answers[i], drawn):
+            # Nothing is remembered after one of these has failed: then better once too often.
+            if self._tx is None or self._tx.is_low(key, answers[i], drawn):
                 again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
                 answers[i] = self._write_alone(Mutation(again, [key]), session)
         return answers
@@ -6685,13 +6694,13 @@ main { max-width: 72rem; margin: 0 auto; padding: 1.2rem; }
 .dim { color: var(--dim); }
 p:empty { margin: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .7rem;
-  padding: 1rem; margin-bottom: 1rem; }
+  padding: 1rem; margin-bottom: 1rem; overflow-x: auto; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1rem;
   margin-bottom: 1rem; }
 .tiles .card { margin: 0; }
 .figure { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 2rem; }
-td svg { width: 4.5rem; height: 1.3rem; }
+td svg { width: 3.5rem; height: 1.3rem; }
 td > span { display: inline-flex; align-items: center; gap: .5rem; vertical-align: middle; }
 .trend { white-space: nowrap; }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.5;
@@ -6706,7 +6715,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .state { font-weight: 600; }
 .state > span::before { content: "\\25cf "; }
 .up { color: var(--good); } .readonly { color: var(--warn); } .down { color: var(--bad); }
-meter { width: 5rem; }
+meter { width: 4rem; }
 button, .button, input { font: inherit; color: inherit; border: 1px solid var(--line);
   border-radius: .5rem; padding: .4rem .8rem; background: var(--card); min-height: 2.4rem; }
 button, .button { cursor: pointer; }
@@ -7489,12 +7498,12 @@ class Call:
         if verdict is Verdict.NOT_MODIFIED:
             return Response(304, headers)
         if self.request.method == "GET":
-            if accel:
-                return self._let_proxy_read(record, headers)
-            link = self.store.locate(record)
+            link = self.request.prefix + self.path if accel else self.store.locate(record)
             if self.request.headers.get("accept") == LINK_TYPE:
                 headers["Content-Type"] = LINK_TYPE
                 return Response(200, headers, f"{link}\r\n".encode())
+            if accel:
+                return self._let_proxy_read(record, headers)
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
@@ -7509,9 +7518,6 @@ class Call:
 
     def _let_proxy_read(self, record: Record, headers: dict[str, str]) -> Response:
         """Answer a GET so that an nginx in front reads the blob, as README.md's does."""
-        if self.request.headers.get("accept") == LINK_TYPE:
-            headers["Content-Type"] = LINK_TYPE
-            return Response(200, headers, f"{self.request.prefix}{self.path}\r\n".encode())
         link, other = self.store.locate_inside(record)
         headers["Location"] = link
         headers["Mkv-Other"] = other
@@ -8824,7 +8830,6 @@ FILE_BYTES = 1024 * 1024  # that are handed to a thread at once
 KERNEL_BYTES = 4 * 1024 * 1024  # that may have left this process and not this machine,
 SLOWEST_LINK = 64 * 1024  # and bytes a second at which they do
 PAGE_BYTES = 2 * LIST_BYTES  # no answer of the server itself has more
-CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 # What reading an answer can raise that is not as mkv's are.
 NOT_AS_MKV = (
     ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
@@ -9049,10 +9054,10 @@ class Client:
         bad_reads = 0
         while True:
             blob = await self.head(key)
-            part = PartFile(Path(path), blob)
+            part = PartFile(Path(path))
             try:
                 await in_thread(part.open)
-                await self._fill(part, avoid, hear)
+                await self._fill(blob, part, avoid, hear)
                 await in_thread(part.finish)
                 return blob
             except Corrupt:
@@ -9253,9 +9258,8 @@ class Client:
             raise Corrupt(f"what is stored under {key!r} is not what was sent")
         return stored
 
-    async def _fill(self, part: PartFile, avoid: set[str], hear: Hear) -> None:
+    async def _fill(self, blob: Blob, part: PartFile, avoid: set[str], hear: Hear) -> None:
         """Read what the file lacks."""
-        blob = part.blob
         part.heard = part.size
         hear(part.size)
         download = Download(
@@ -9413,22 +9417,15 @@ class Retries:
         pause_s = min(FIRST_PAUSE_S * 2 ** min(self._count, 10), LONGEST_PAUSE_S) * random.uniform(
             0.5, 1
         )
-        pause_s = max(pause_s, read_retry_after(error.headers.get("Retry-After", "")))
+        wanted = error.headers.get("Retry-After", "")
+        if re.fullmatch("[0-9]{1,9}", wanted):  # seconds; nobody here gives a date
+            pause_s = max(pause_s, float(wanted))
         if now_s + pause_s > self._deadline_s:
             if doubt:
                 raise Unanswered(str(error)) from error
             raise error
         self._count += 1
         await asyncio.sleep(pause_s)
-
-
-def read_retry_after(value: str) -> float:
-    """Return for how many seconds a server wants to be left alone (RFC 9110, 10.2.3)."""
-    if re.fullmatch("[0-9]{1,9}", value):
-        return float(value)
-    with contextlib.suppress(ValueError, OverflowError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
-    return 0.0
 
 
 class Download:
@@ -9525,34 +9522,19 @@ class Download:
 
     def _check(self, response: ClientResponse) -> None:
         """Raise Unreachable unless just what is missing comes."""
-        part = read_part(response)
-        if part is not None and self._size in (None, part.size):
-            self._size = part.size
-            end = part.size if self._end is None else min(self._end, part.size)
-            if (part.first, part.end) == (self._at, end):
-                return
-        told = f"GET {without_query(str(response.url))} was answered {response.status}"
-        raise Unreachable(f"{told}, and not with what is missing", sent=True)
-
-
-class Part(NamedTuple):
-    """Which bytes of a blob an answer has."""
-
-    first: int
-    end: int
-    size: int  # of the whole blob
-
-
-def read_part(response: ClientResponse) -> Part | None:
-    """Return what the head of an answer says; None if it makes no sense."""
-    length = response.content_length
-    if length is not None and response.status == 200:
-        return Part(0, length, length)
-    found = CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if found is None or response.status != 206:
-        return None
-    part = Part(int(found[1]), int(found[2]) + 1, int(found[3]))
-    return part if part.end - part.first == length else None
+        length = response.content_length
+        if self._size is None and response.status == 200:
+            self._size = length
+        size = self._size or 0
+        end = size if self._end is None else min(self._end, size)
+        told = ""
+        if response.status == 206:
+            told = response.headers.get("Content-Range", "")
+        elif response.status == 200:
+            told = f"bytes 0-{(length or 0) - 1}/{length}"
+        if told != f"bytes {self._at}-{end - 1}/{size}" or length != end - self._at:
+            what = f"GET {without_query(str(response.url))} was answered {response.status}"
+            raise Unreachable(f"{what}, and not with what is missing", sent=True)
 
 
 def without_query(url: str) -> str:
@@ -9565,8 +9547,7 @@ class PartFile:
     stays when that is cut off. If the key has another blob by then, the digest will tell, and all
     is read anew. All but `close` is for a thread."""
 
-    def __init__(self, target: Path, blob: Blob) -> None:
-        self.blob = blob
+    def __init__(self, target: Path) -> None:
         self.size = 0  # bytes that have come
         self.heard = 0  # bytes that were told
         self.is_fresh = True  # nothing of it is from an earlier download
@@ -9586,8 +9567,6 @@ class PartFile:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self._path))
         while not self._lock():
             pass
-        if os.fstat(self._fd).st_size > self.blob.size:
-            os.ftruncate(self._fd, 0)
         while piece := os.read(self._fd, FILE_BYTES):
             self.hasher.update(piece)
         self.size = self.hasher.size

@@ -2160,9 +2160,10 @@ async def token(config: Config, options: argparse.Namespace, report: Report) -> 
 
 # == put, get, ls, rm, import =====================================================================
 # Copying, for people, over mkv's Client. Files, or keys, are gone through one after the other and
-# dealt with many at once, so memory grows neither with their number nor with their size. Each is
-# compared first: what has the same size and digest there already is left alone. What fails is
-# named, and the rest goes on, unless everything fails.
+# dealt with many at once, so memory grows neither with their number (of files: in one folder) nor
+# with their size. Each is compared first: what has the same size and digest there already is left
+# alone. What fails is named, and the rest goes on, unless the server fails again and again or
+# there is no more room.
 
 FAILURES_IN_A_ROW = 50  # of the server: then nothing will succeed
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -3299,7 +3300,8 @@ COMMANDS: Mapping[str, Command] = {
         put,
         "Store files and folders, many at once. What is there already, by size and digest, is "
         "left alone: so the same command goes on, and copies what has changed. A folder's name is "
-        "part of the keys unless its path ends with a slash.",
+        "part of the keys unless its path ends with a slash. If two files would become one key, "
+        "nothing is stored.",
         [
             SERVER,
             argument("paths", metavar="PATH", nargs="+", help="a file or a folder"),

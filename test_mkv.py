@@ -2177,10 +2177,12 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
 
 
 def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
-    """All that they do with the index goes through its face."""
+    """All that they do with the index goes through its face; what they note for themselves is in
+    scratch databases."""
     source = (HERE / "mkv_tools.py").read_text()
     tree = ast.parse(source)
-    others = [node for node in tree.body if getattr(node, "name", "") != "Notes"]
+    scratch = ("Notes", "check_apart")
+    others = [node for node in tree.body if getattr(node, "name", "") not in scratch]
     calls = {
         node.attr
         for other in others
@@ -2224,6 +2226,7 @@ async def test_sqlite_stays_off_the_event_loops_thread(
     [("k" * 1000, "a/b"), ("\1" * 1018, "a/b"), ("\U0010ffff" * 250, "a/" + "b" * 8000)],
 )
 @pytest.mark.parametrize("delimiter", ["", "!"])
+@on_sqlite
 async def test_page_of_a_list_is_bounded_in_bytes(
     index: mkv.Index, tail: str, content_type: str, delimiter: str
 ) -> None:
@@ -2886,6 +2889,30 @@ def postgres_waits(index: mkv.Index) -> bool:
     query = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     with psycopg.connect(**index.engine.parameters) as db:
         return bool(db.execute(query).fetchall())
+
+
+@on_postgres
+async def test_database_that_stands_still_is_given_up(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backends are stopped; what they were asked for is asked for again, over new connections."""
+    record = make_record("k")
+    await put(index, record)
+    assert await index.get("k") == record
+    monkeypatch.setattr(mkv, "READER_WAITS_S", 0.3)
+    monkeypatch.setattr(mkv, "WRITER_WAITS_S", 0.3)
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'mkv' AND pid <> $1"
+    with psycopg.connect(**index.engine.parameters, cursor_factory=psycopg.RawCursor) as db:
+        pids = [pid for (pid,) in db.execute(query, [db.info.backend_pid]).fetchall()]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert await index.get("k") == record
+        assert await index.write(lambda tx: tx.now_s) > 0
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    assert len(pids) >= 2 and await put(index, make_record("l")) is True
 
 
 @on_postgres
@@ -5530,6 +5557,7 @@ class TestPage:
             assert figures.first.inner_text() == "2"
             eventually(lambda: tab.text_after_look("#volumes .bad") not in ("", "0"))
             assert figures.nth(3).inner_text() != "0"  # requests a second: its own
+            assert figures.nth(4).inner_text() == "0"  # of them answered with 5xx
             tab.page.get_by_role("link", name="Keys").click()
             assert [tab.download("k.txt") for _ in range(3)] == [("k.txt", b"alive")] * 3
             for volume in volumes:
@@ -5555,10 +5583,12 @@ class TestPage:
     def test_keyboard_and_phone_are_enough(self, browser: Any, shop: Program) -> None:
         folder = f"phone-{random.getrandbits(32):x}"
         assert ask(f"{shop.url}/{folder}/{'long' * 50}.txt", "PUT", b"x")[0] == 201
-        with Tab(browser, shop.url, viewport={"width": 360, "height": 640}) as tab:
+        with Tab(browser, shop.url) as tab:
             tab.page.locator("td.up").first.wait_for()
             fits = "document.documentElement.scrollWidth <= innerWidth"
-            assert tab.page.evaluate(fits)
+            for width in (800, 360):
+                tab.page.set_viewport_size({"width": width, "height": 640})
+                assert tab.page.evaluate(fits)
             for key in ("Tab", "Tab", "Enter"):
                 tab.page.keyboard.press(key)
             tab.page.get_by_label("prefix of the keys").focus()
@@ -6440,11 +6470,13 @@ NAMES_IN_LINKS = st.text(st.characters(min_codepoint=33, max_codepoint=126)) | s
 ).map("".join)  # fmt: skip
 
 
-@given(st.lists(NAMES_IN_LINKS, max_size=3))
+@given(
+    st.sampled_from(["name=", "Name=", "DOWNLOAD=1&name="]), st.lists(NAMES_IN_LINKS, max_size=3)
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
-def test_no_link_makes_a_header(volume: tuple[str, Path], parts: list[str]) -> None:
+def test_no_link_makes_a_header(volume: tuple[str, Path], begin: str, parts: list[str]) -> None:
     """Whatever it says the name is: both kinds of volume make the same of it, or nothing."""
-    query = "name=" + "&name=".join(parts).replace("#", "")
+    query = begin + "&name=".join(parts).replace("#", "")
     with contextlib.suppress(FileExistsError):
         (volume[1] / "aa").mkdir()
     (volume[1] / "aa" / "x").write_bytes(b"x")
@@ -7214,6 +7246,33 @@ async def test_write_without_an_answer_is_sent_again_only_if_that_does_no_harm()
         assert script.count(b"PUT") == 1
 
 
+async def test_nothing_is_sent_again_behind_the_clients_back() -> None:
+    """As aiohttp would, if a connection that it kept breaks."""
+    heads = list[bytes]()
+
+    async def answer_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        if len(heads) == 1:
+            writer.write(GONE)
+            heads.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    server = await asyncio.start_server(answer_first, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, mkv.Client(url) as client:
+        await client.delete("first")
+        with pytest.raises(mkv.Unanswered):
+            await client.delete("k", if_match='"a"')
+        assert len(heads) == 2
+
+
+async def test_what_is_stored_is_compared_with_what_was_sent() -> None:
+    for data in (b"y", flow(b"y")):
+        async with Script(STORED) as script, mkv.Client(script.url) as client:
+            with pytest.raises(mkv.Corrupt, match="not what was sent"):
+                await client.put("k", data)
+
+
 async def test_write_whose_body_was_not_asked_for_was_not_carried_out() -> None:
     for data in (b"x", flow(b"x")):
         async with Script(b"", STORED) as script, mkv.Client(script.url) as client:
@@ -7326,13 +7385,22 @@ async def test_answer_of_no_mkv_is_strange(answer: bytes) -> None:
             await anext(client.list("p"))
 
 
+def with_cookie(answer: bytes) -> bytes:
+    return answer.replace(b"ETag", b"Set-Cookie: a=b\r\nETag")
+
+
+def as_localhost(url: str) -> str:
+    """Return the URL with a name, for which others keep cookies."""
+    return url.replace("127.0.0.1", "localhost")
+
+
 async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
     link = "/blob?md5=sign"
     bad = b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"
     async with (
         Script(whole(b"x"), bad) as volume,
-        Script(redirect(volume.url + link), redirect(volume.url + link)) as script,
-        mkv.Client(script.url, token="hush", patience_s=0.0) as client,
+        Script(*[with_cookie(redirect(volume.url + link))] * 2) as script,
+        mkv.Client(as_localhost(script.url), token="hush", patience_s=0.0) as client,
     ):
         assert await client.get("k") == b"x"
         assert b"Authorization: Bearer hush\r\n" in script.heads[0]
@@ -7341,6 +7409,7 @@ async def test_no_volume_sees_the_token_and_no_message_a_link() -> None:
         with pytest.raises(mkv.Unreachable, match="/blob") as caught:
             await client.get("k")
         assert "sign" not in str(caught.value)
+        assert not any(b"Cookie" in head for head in script.heads + volume.heads)
 
 
 async def test_what_is_behind_a_redirect_is_no_place_for_surprises(tmp_path: Path) -> None:
@@ -7423,6 +7492,20 @@ async def test_part_that_is_not_what_was_asked_for_is_asked_for_again(
         async with Script(about(10), link, link) as script, mkv.Client(script.url) as client:
             got = b"".join([piece async for piece in client.stream("k", 5)])
             assert got == b"56789" and len(volume.heads) == 2
+
+
+async def test_download_goes_on_as_long_as_anything_comes() -> None:
+    """Its patience is for what makes no progress: here each connection brings one byte."""
+    data = b"0123456789"
+    part = b"HTTP/1.1 206 P\r\nContent-Length: %d\r\nContent-Range: bytes %d-9/10\r\n\r\n%b"
+    parts = [part % (10 - i, i, data[i : i + 1]) for i in range(1, 10)]
+    async with Script(whole(data)[:-9], *parts) as volume:
+        link = redirect(volume.url + "/b", hashlib.sha256(data).hexdigest())
+        async with (
+            Script(*[link] * 10) as script,
+            mkv.Client(script.url, patience_s=0.12) as client,
+        ):
+            assert await client.get("k") == data
 
 
 async def test_server_that_hangs_is_given_up(start: Callable[..., Program]) -> None:
@@ -7616,12 +7699,12 @@ async def test_part_of_a_version_that_was_replaced_meanwhile_is_begun_anew(tmp_p
 
 async def test_nothing_is_downloaded_to_where_no_file_can_be(tmp_path: Path) -> None:
     for name in ("folder", "linked"):
-        async with Script(about(1), about(1)) as script, mkv.Client(script.url) as client:
+        async with Script(about(1)) as script, mkv.Client(script.url) as client:
             target = tmp_path / name
             if name == "folder":
                 target.mkdir()
             else:
-                part = mkv.PartFile(target, await client.head("k"))._path
+                part = mkv.PartFile(target)._path
                 part.symlink_to(tmp_path / "elsewhere")
             with pytest.raises(OSError, match=r"Is a directory|symbolic links"):
                 await client.get_to("k", target)
@@ -7655,8 +7738,7 @@ async def test_part_that_is_wrong_is_begun_anew(
     data, target, heard = os.urandom(3_000_000), tmp_path / "file", list[int]()
     async with mkv.Client(store.url) as client:
         await client.put("damaged", data)
-        blob = await client.head("damaged")
-        part = mkv.PartFile(target, blob)._path
+        part = mkv.PartFile(target)._path
         match damage:
             case "flipped":
                 part.write_bytes(b"?" + data[1:2_000_000])
@@ -7669,12 +7751,28 @@ async def test_part_that_is_wrong_is_begun_anew(
         assert list(tmp_path.iterdir()) == [target]
 
 
+async def test_download_is_on_disk_before_it_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            mkv.os, name, lambda *given, n=name, act=real: done.append(n) or act(*given)
+        )
+    async with Script(whole(b"x")) as volume:
+        answers = (about(1), redirect(volume.url + "/b"))
+        async with Script(*answers) as script, mkv.Client(script.url) as client:
+            await client.get_to("k", tmp_path / "file")
+    assert done == ["fsync", "replace", "fsync"]
+
+
 @on_nginx_store
 async def test_one_download_into_a_file_at_a_time(store: Program, tmp_path: Path) -> None:
     data, target = os.urandom(3_000_000), tmp_path / "file"
     async with mkv.Client(store.url) as client:
         await client.put("twice", data)
-        part = mkv.PartFile(target, await client.head("twice"))
+        part = mkv.PartFile(target)
         part.open()
         with pytest.raises(mkv.Unavailable, match="is under way"):
             await client.get_to("twice", target)
@@ -8198,7 +8296,7 @@ SECRETS = {
     "adder": "a-secret-5",
 }
 VOLUME_SECRET, LINK_SECRET = "volume-secret-5", "link-secret-6"
-EVERYTHING = '["read", "write", "delete", "list", "admin"]'
+ALL_BUT_CREATE = '["read", "write", "delete", "list", "admin"]'
 
 
 def token_toml(name: str, allow: str, prefix: str = "") -> str:
@@ -8211,7 +8309,7 @@ def token_toml(name: str, allow: str, prefix: str = "") -> str:
 TOKENS = (
     token_toml("reader", '["read"]')
     + token_toml("writer", '["read", "write", "delete"]')
-    + token_toml("boss", EVERYTHING)
+    + token_toml("boss", ALL_BUT_CREATE)
     + token_toml("tenant", '["read", "write", "list"]', "tenant/")
 )
 
@@ -8274,7 +8372,7 @@ def access_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]
 # -- tokens that can only add --
 
 ONLY_ADDS = token_toml("adder", '["create"]', "backup/") + token_toml(
-    "boss", EVERYTHING.replace("[", '["create", ')
+    "boss", ALL_BUT_CREATE.replace("[", '["create", ')
 )
 
 
@@ -13177,6 +13275,7 @@ def test_what_has_no_key_is_named_and_the_rest_is_stored(
     source = tmp_path / "source"
     (source / "folder").mkdir(parents=True)
     (source / "good").write_bytes(b"x")
+    (source / f".mkv-{'0' * 32}.part").touch()  # of a download that was cut off
     (source / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"x")
     os.mkfifo(source / "pipe")
     (source / "nowhere").symlink_to("not there")
@@ -13358,7 +13457,7 @@ def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -
     server = start()
     source, back = tmp_path / "source", tmp_path / "back"
     source.mkdir()
-    for i in range(400):
+    for i in range(200):
         (source / f"{i}").write_bytes(os.urandom(20_000))
 
     def run(*line: object) -> subprocess.Popen[bytes]:
@@ -13377,7 +13476,7 @@ def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -
         before = how_many()
         out, _ = run(*command).communicate(timeout=120)
         facts = json.loads(out)
-        assert facts["same"] > 20 and facts["copied"] + facts["same"] == 400 and before < 400
+        assert facts["same"] > 20 and facts["copied"] + facts["same"] == 200 and before < 200
     assert digests_below(back) == digests_below(source)
 
 
@@ -13468,7 +13567,7 @@ def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: P
     server = start()
     (tmp_path / "source").mkdir()
     with open(tmp_path / "source" / "large", "wb") as file:
-        file.truncate(300_000_000)
+        file.truncate(150_000_000)
     for command in (
         ["put", server.url, f"{tmp_path}/source/"],
         ["get", server.url, "", "-o", str(tmp_path / "back")],
@@ -13480,8 +13579,8 @@ def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: P
             with contextlib.suppress(OSError, ValueError):
                 peak = max(peak, peak_memory(process.pid))
             time.sleep(0.02)
-        assert process.returncode == 0 and 10_000_000 < peak < 150_000_000
-    assert (tmp_path / "back" / "large").stat().st_size == 300_000_000
+        assert process.returncode == 0 and 10_000_000 < peak < 120_000_000
+    assert (tmp_path / "back" / "large").stat().st_size == 150_000_000
 
 
 def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) -> None:
@@ -14931,7 +15030,7 @@ class Estate(Site):
         return [mkv.record_of_row(row) for row in rows]
 
 
-EVERYTHING: tuple[Fault, ...] = (
+ALL_FAULTS: tuple[Fault, ...] = (
     *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker,
     Estate.change_configuration, Estate.repair, Estate.back_up,
 )  # fmt: skip
@@ -15011,7 +15110,7 @@ def test_soak(tmp_path: Path) -> None:
     load = Load(strict=0.25, keys=4, round_s=8.0, sizes=small + large)
     with contextlib.ExitStack() as stack:
         estate = Estate(tmp_path, stack)
-        kinds = [kind for kind in EVERYTHING if estate.has_disk or kind is not Estate.fill_disk]
+        kinds = [kind for kind in ALL_FAULTS if estate.has_disk or kind is not Estate.fill_disk]
         traffic = Traffic(estate.address, load, random.getrandbits(32))
         run_among_faults(estate, traffic, LONG_S, kinds)
         audit = Audit(estate, traffic)
