@@ -117,9 +117,12 @@ def require(program: str) -> str:
 
 def free_port() -> int:
     """Return a port that nobody has, below those that connections get: so it is free again after a
-    kill."""
+    kill. Tests that run at the same time have ports of their own, since it is free only until
+    somebody takes it."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + 3_000 * (worker % 4)
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(first, first + 3_000)
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
 
@@ -219,7 +222,6 @@ class Postgres:
             assert not os.environ.get("CI"), "CI must have psycopg"
             pytest.skip("PostgreSQL needs psycopg, which is not installed")
         self.folder = folder
-        self.port = free_port()
         self.settings = settings
         self._user = "postgres" if os.geteuid() == 0 else None
         if self._user:
@@ -228,6 +230,7 @@ class Postgres:
         if primary:
             make = ["pg_basebackup", "-d", primary.url(), "-R", "--checkpoint=fast"]
         self.run(*make, "-D", self.data, "--no-sync")
+        self.port = free_port()
         self.begin()
 
     @property
@@ -250,7 +253,8 @@ class Postgres:
             self.process = subprocess.Popen(
                 command, user=self._user, cwd="/", stdout=log, stderr=log, start_new_session=True
             )
-        eventually(self.answers)
+        eventually(lambda: self.process.poll() is not None or self.answers())
+        assert self.process.poll() is None, (self.folder / "log").read_text()
 
     def answers(self) -> bool:
         try:
