@@ -8176,6 +8176,39 @@ def test_readmes_units_are_understood_by_systemd(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout + ended.stderr) == (0, "")
 
 
+def test_readmes_logrotate_starts_a_new_log(tmp_path: Path) -> None:
+    readme = (HERE / "README.md").read_text()
+    (text,) = re.findall(r"^```\n(/srv/mkv/\.access\.log .*?)^```$", readme, re.M | re.S)
+    user = "" if os.geteuid() else "su root root"
+    with Nginx(tmp_path / "v") as volume:
+        text = text.replace("/srv/mkv", str(volume.folder)).replace("su mkv mkv", user)
+        (tmp_path / "mkv").write_text(text)
+        (tmp_path / "mkv").chmod(0o644)
+        log = volume.folder / ".access.log"
+        assert ask(volume.url + "/one")[0] == 404
+        eventually(lambda: "/one" in log.read_text())
+        command = [require("logrotate"), "-f", "-s", tmp_path / "state", tmp_path / "mkv"]
+        subprocess.run(command, check=True)
+        eventually(log.exists)
+        assert ask(volume.url + "/two")[0] == 404
+        eventually(lambda: "/two" in log.read_text())
+        old = (volume.folder / ".access.log.1").read_text()
+        assert "/one" in old and "/two" not in old
+
+
+def test_readmes_rsync_copies_a_volume(start: Callable[..., Program], tmp_path: Path) -> None:
+    (command,) = re.findall(r"`rsync ([^`]+)`", (HERE / "README.md").read_text())
+    server = start()
+    assert ask(server.url + "/k", "PUT", b"hello")[0] == 201
+    sidecars = sorted((server.folder / "mkv-data").rglob("*.key"))
+    folder = sidecars[0].parents[2]
+    copy = tmp_path / "copy"
+    command = command.replace("elsewhere:/srv/mkv", str(copy)).replace("/srv/mkv", str(folder))
+    subprocess.run(["bash", "-ec", f"{require('rsync')} {command}"], check=True)
+    copied = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert len(copied) == 2 and not [name for name in copied if name.startswith(".")]
+
+
 def test_compose_file_runs_what_is_in_the_repository() -> None:
     compose = yaml.safe_load((HERE / "compose.yaml").read_text())
     # The first that knows dockerfile_inline.
