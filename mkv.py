@@ -2091,6 +2091,7 @@ class Session(ABC):
 
     is_lost = False  # it broke: `reopen` it
     is_unsure = False  # and that in a commit: see `read_seq`
+    has_time = False  # an answer may take as long as it takes: see `take_time`
 
     @abstractmethod
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
@@ -2130,6 +2131,15 @@ class Session(ABC):
     ) -> Turn:
         """Begin a transaction that writes, once no other does: until its end, none will. Renew
         the owner's lease (one that has ended stays so), if asked to, and look up what is named."""
+
+    @contextlib.contextmanager
+    def take_time(self) -> Iterator[None]:
+        """For what looks at all keys, and takes as long as there are many."""
+        self.has_time = True
+        try:
+            yield
+        finally:
+            self.has_time = False
 
     @abstractmethod
     def commit(self) -> None:
@@ -2886,7 +2896,8 @@ class PostgresSession(Session):
         has carried nothing out, and prepared nothing."""
         status = self._engine.psycopg.pq.ExecStatus
         failed = None
-        deadline_s = time.monotonic() + (READER_WAITS_S if self._readonly else WRITER_WAITS_S)
+        waits_s = READER_WAITS_S if self._readonly else WRITER_WAITS_S
+        deadline_s = math.inf if self.has_time else time.monotonic() + waits_s
         self._pq.pipeline_sync()
         while True:
             result = self._wait_for_result(deadline_s)
@@ -2916,7 +2927,7 @@ class PostgresSession(Session):
         left_s = deadline_s - time.monotonic()
         waiting = select.poll()
         waiting.register(self._pq.socket, events)
-        if left_s <= 0 or not waiting.poll(1000 * left_s):
+        if left_s <= 0 or not waiting.poll(None if self.has_time else 1000 * left_s):
             self.close()
             raise self._engine.psycopg.OperationalError("the database does not answer")
         self._pq.consume_input()
@@ -4503,7 +4514,7 @@ class Replacement:
 def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record, bool]]:
     """Return a page of the records that the index `new` lacks or has in an older version, and
     which of the two."""
-    with session.beside(new) as fresh:
+    with session.beside(new) as fresh, session.take_time():
         query = f"""SELECT new.version IS NOT NULL, old.*
             FROM record AS old LEFT JOIN {fresh}.record AS new ON new.key = old.key
             WHERE old.key > ?1 AND (new.version IS NULL OR new.version < old.version)
@@ -4515,7 +4526,8 @@ def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record,
 def check_new_index(keys: int, size: int, session: Session) -> None:
     """Raise IndexFailed unless the new index is sound and holds what was read."""
     damage = session.find_damage()
-    ((count, total),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
+    with session.take_time():
+        ((count, total),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
     rows = (count, int(total))
     if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
         found = f"{damage or 'ok'}, {rows}"

@@ -2920,6 +2920,25 @@ async def test_database_that_stands_still_is_given_up(
 
 
 @on_postgres
+async def test_what_looks_at_all_keys_may_take_its_time(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Say the check of a rebuilt index with a billion keys."""
+    monkeypatch.setattr(mkv, "READER_WAITS_S", 0.1)
+
+    def sleep(session: mkv.Session) -> list[Any]:
+        return session.select("SELECT 1 FROM pg_sleep(0.5)")
+
+    def sleep_long(session: mkv.Session) -> list[Any]:
+        with session.take_time():
+            return sleep(session)
+
+    assert await index._read(sleep_long) == [(1,)]
+    with pytest.raises(mkv.IndexFailed):
+        await index._read(sleep)
+
+
+@on_postgres
 async def test_commit_whose_outcome_is_not_to_be_found_out_is_told_so(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
