@@ -2081,8 +2081,36 @@ class Turn(NamedTuple):
     pending: list[Row]  # on the paths below the stems that were asked for
 
 
-class TurnTaken(Exception):
-    """Somebody else has written, against what was assumed: nothing was done."""
+class MustWait(Exception):
+    """Something was asked for that only an answer of the index tells, where nobody may wait."""
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """A query that was sent, and what it has returned, once its flight has landed."""
+
+    query: str
+    is_preparing: bool
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """Queries that were sent together. The flights of a session land in the order in which they
+    departed."""
+
+    turn: Sent | None = None  # what a transaction begins with, if it does
+    records: Sequence[Sent] = ()
+    pending: Sequence[Sent] = ()
+    failed: Any = None  # the first result that is an error: after that nothing was done
+    has_landed: bool = False
+
+    def read(self) -> tuple[dict[str, Record], list[Row]]:
+        """Return the records, and what is pending, that were asked for."""
+        return (
+            records_of_rows(row for one in self.records for row in one.rows),
+            [row for one in self.pending for row in one.rows],
+        )
 
 
 class Session(ABC):
@@ -2145,16 +2173,38 @@ class Session(ABC):
     def commit(self) -> None:
         """Carry out all that was run; return when it is on disk."""
 
-    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
-        """Begin a transaction without waiting to hear that its turn has come, or return None. If
-        somebody else has written since this session did, whatever waits for the index next, at
-        the latest the commit, raises TurnTaken, and nothing was done."""
+    # Where the engine is far away, some things need no thread that waits: they are sent from the
+    # event loop, which hears when the answer comes. The defaults are those of an engine that is
+    # not.
+
+    may_wait = True  # else whatever needs an answer raises MustWait
+    waits_s = math.inf  # for an answer
+
+    def send_look_up(self, keys: list[str]) -> Flight | None:
+        """Ask for records, or return None."""
         return None
 
-    def commit_and_read(
-        self, keys: list[str], stems: Collection[str]
-    ) -> tuple[dict[str, Record], list[Row]]:
-        """Commit, and return what there is then of keys and stems, as `begin` does."""
+    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+        """Begin a transaction that ends with `send_commit` or `drop`, or return None. Its turn is
+        not known to have come: if somebody else has written since this session did, the flight
+        fails."""
+        return None
+
+    def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
+        """Commit, and ask for what there is then of keys and stems, as `begin` does."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Forget what was run since a turn was assumed."""
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        """Return the socket to listen to for answers."""
+        raise NotImplementedError
+
+    def go_on(self) -> bool:
+        """Send what waits, as far as that is possible now, and take the answers that have come;
+        return whether all was sent."""
         raise NotImplementedError
 
     @abstractmethod
@@ -2715,7 +2765,6 @@ SCAN_GROUPS = f"""WITH RECURSIVE found AS (
 ) SELECT {COLUMNS} FROM found ORDER BY number"""
 READER_WAITS_S = 10.0  # for an answer of the database
 WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
-NOT_NULL_VIOLATION = "23502"  # PostgreSQL's SQLSTATE
 ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
@@ -2770,13 +2819,7 @@ def load_rows(result: Any) -> list[Row]:
     return rows
 
 
-@dataclass(slots=True)
-class Sent:
-    """A query that was sent, and what it has returned, after the next `_sync`."""
-
-    query: str
-    is_preparing: bool
-    rows: list[Row] = field(default_factory=list)
+Reads = tuple[Sequence[Sent], Sequence[Sent]]  # of records, and of what is pending
 
 
 class PostgresSession(Session):
@@ -2787,7 +2830,7 @@ class PostgresSession(Session):
         self._readonly = readonly
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
         self._prepared = 0
-        self._seen = (0, 0)  # epoch and number of the last turn that was committed
+        self._seen = (0, 0)  # epoch and number of the last turn, as far as nothing has failed
         self._turn = (0, 0)
         self._in_a_row = 0  # turns of this session between which nobody else had one
         self._seq = 0  # of the owner, as of this one
@@ -2805,7 +2848,8 @@ class PostgresSession(Session):
         self._pq = self._db.pgconn
         self._pq.enter_pipeline_mode()
         self._names = dict[str, bytes]()  # of prepared queries
-        self._sent = deque[Sent]()
+        self._sent = deque[Sent]()  # and not answered yet
+        self._flights = deque[Flight]()  # that have not landed
         self._forget()
         try:
             self._set_up()
@@ -2834,14 +2878,22 @@ class PostgresSession(Session):
     def is_lost(self) -> bool:  # type: ignore[override]
         return bool(self._db.closed)
 
+    @property
+    def waits_s(self) -> float:  # type: ignore[override]
+        return READER_WAITS_S if self._readonly else WRITER_WAITS_S
+
     def reopen(self) -> None:
         self.close()
         self._connect()
 
     def _forget(self) -> None:
+        self.drop()
+        self._seen = (0, 0)
+        self._in_a_row = 0
+
+    def drop(self) -> None:
         self._queue.clear()
         self._assumed = ()
-        self._in_a_row = 0
 
     def close(self) -> None:
         self._db.close()
@@ -2877,50 +2929,58 @@ class PostgresSession(Session):
         self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
         return self._send(query, values)
 
-    def _sync(self, turn: Sent | None = None) -> None:
-        """Send all of that and wait for the answers, in one round trip; raises what the first one
-        that failed says. With the answers `turn` has come."""
-        failed = self._collect()
-        if failed is not None:
-            raise self._engine.error_of(failed)
-        if turn is not None:
-            self._at_ns = time.monotonic_ns()
-            if not turn.rows:
-                raise IndexFailed("another index has just taken its place")
-            ((epoch, number, now_s),) = turn.rows
-            self._turn = (epoch, number)
-            self._now_ns = round(now_s * 1e9)
-
-    def _collect(self) -> Any:
-        """Return the first result that is an error, None if there is none. After that PostgreSQL
-        has carried nothing out, and prepared nothing."""
-        status = self._engine.psycopg.pq.ExecStatus
-        failed = None
-        waits_s = READER_WAITS_S if self._readonly else WRITER_WAITS_S
-        deadline_s = math.inf if self.has_time else time.monotonic() + waits_s
+    def _depart(self, turn: Sent | None = None, reads: Reads = ((), ())) -> Flight:
+        """Send all of that."""
+        flight = Flight(turn, *reads)
         self._pq.pipeline_sync()
-        while True:
-            result = self._wait_for_result(deadline_s)
+        self._flights.append(flight)
+        return flight
+
+    def _sync(self, flight: Flight) -> None:
+        """Wait until a flight lands, in one round trip; raises what the first result says that is
+        an error."""
+        self._wait_for(flight)
+        if flight.failed is not None:
+            raise self._engine.error_of(flight.failed)
+
+    def _wait_for(self, flight: Flight) -> None:
+        deadline_s = math.inf if self.has_time else time.monotonic() + self.waits_s
+        while self._pq.flush():
+            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
+        self._take()
+        while not flight.has_landed:
+            self._wait(select.POLLIN, deadline_s)
+            self._take()
+
+    def _take(self) -> None:
+        """Take what has come."""
+        status = self._engine.psycopg.pq.ExecStatus
+        while self._flights and not self._pq.is_busy():
+            result = self._pq.get_result()
             if self.is_lost:
                 raise self._engine.psycopg.OperationalError("the connection is lost")
             if result is None:
                 continue  # the end of what one query returns
+            flight = self._flights[0]
             if result.status == status.PIPELINE_SYNC:
-                return failed
+                self._land(flight)
+                continue
             sent = self._sent.popleft()
             if result.status == status.TUPLES_OK:
                 sent.rows = load_rows(result)
             elif result.status != status.COMMAND_OK:
                 if sent.is_preparing:
                     del self._names[sent.query]
-                failed = failed or result
+                flight.failed = flight.failed or result
 
-    def _wait_for_result(self, deadline_s: float) -> Any:
-        while self._pq.flush():
-            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
-        while self._pq.is_busy():
-            self._wait(select.POLLIN, deadline_s)
-        return self._pq.get_result()
+    def _land(self, flight: Flight) -> None:
+        self._flights.popleft()
+        flight.has_landed = True
+        if flight.turn is not None and flight.turn.rows:
+            ((epoch, number, now_s),) = flight.turn.rows
+            self._turn = (epoch, number)
+            self._now_ns = round(now_s * 1e9)
+            self._at_ns = time.monotonic_ns()
 
     def _wait(self, events: int, deadline_s: float) -> None:
         """Wait for the connection. A database that stands still counts as lost."""
@@ -2932,10 +2992,21 @@ class PostgresSession(Session):
             raise self._engine.psycopg.OperationalError("the database does not answer")
         self._pq.consume_input()
 
+    def fileno(self) -> int:
+        return int(self._pq.socket)
+
+    def go_on(self) -> bool:
+        is_sent = not self._pq.flush()
+        self._pq.consume_input()
+        self._take()
+        return is_sent
+
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        turn = self._send_queue()
+        if not self.may_wait:
+            raise MustWait
+        self._send_queue()
         sent = self._send(query, values)
-        self._sync(turn)
+        self._sync(self._depart())
         return sent.rows
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
@@ -2947,10 +3018,13 @@ class PostgresSession(Session):
             found |= records_of_rows(self.select(query, values))
         return found
 
-    def _send_reads(
-        self, keys: list[str], stems: Collection[str]
-    ) -> tuple[list[Sent], list[Sent]]:
-        """Ask for records and what is pending; see read_answers."""
+    def send_look_up(self, keys: list[str]) -> Flight | None:
+        flight = self._depart(None, self._send_reads(keys, ()))
+        self._pq.flush()
+        return flight
+
+    def _send_reads(self, keys: list[str], stems: Collection[str]) -> Reads:
+        """Ask for records and what is pending."""
         records = [self._send(*query) for query in self._look_up_queries(keys)]
         pending = [self._send(*query) for query in pending_queries(stems)]
         return records, pending
@@ -3009,44 +3083,47 @@ class PostgresSession(Session):
         self.is_unsure = False
         turn = self._send_turn(TAKE_TURN)
         renewed = self._send(RENEW, (owner, lease_s))
-        reads = self._send_reads(keys, stems)
-        self._sync(turn)
+        flight = self._depart(turn, self._send_reads(keys, stems))
+        self._sync(flight)
+        if not turn.rows:
+            raise IndexFailed("another index has just taken its place")
         epoch, number = self._seen
         is_next = self._turn == (epoch, number + 1)
         seqs = renewed.rows
         self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
         self._seq = seqs[0][0] if seqs else 0
         seq = self._seq if seqs else None
-        return Turn(self._now_ns / 1e9, is_next, seq, *read_answers(*reads))
+        return Turn(self._now_ns / 1e9, is_next, seq, *flight.read())
+
+    def commit(self) -> None:
+        self._send_queue()
+        self.is_unsure = True
+        self._send("COMMIT")
+        self._sync(self._depart())
+        self._seen = self._turn
 
     def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
         if self._in_a_row < ALONE_AFTER:
             return None
-        self.is_unsure = False
         self._assumed = (owner, lease_s)
-        self._in_a_row += 1
         self._seq += 1
         return Turn(self.time_ns() / 1e9, True, self._seq, {}, [])
 
-    def commit(self) -> None:
-        self.commit_and_read([], ())
-
-    def commit_and_read(
-        self, keys: list[str], stems: Collection[str]
-    ) -> tuple[dict[str, Record], list[Row]]:
+    def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
         turn = self._send_queue()
         reads = self._send_reads(keys, stems)
-        self.is_unsure = True
         self._send("COMMIT")
-        self._sync(turn)
-        self._seen = self._turn
-        return read_answers(*reads)
+        epoch, number = self._seen
+        self._seen = (epoch, number + 1)
+        flight = self._depart(turn, reads)
+        self._pq.flush()
+        return flight
 
     def roll_back(self) -> None:
         self._forget()
         try:
             self._send("ROLLBACK")
-            self._collect()
+            self._wait_for(self._depart())
         except self._engine.psycopg.Error:
             self.close()
 
@@ -3054,7 +3131,7 @@ class PostgresSession(Session):
         self._send_turn(TAKE_TURN)
         sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
         self._send("COMMIT")
-        self._sync()
+        self._sync(self._depart())
         return sent.rows[0][0] if sent.rows else None
 
     @contextlib.contextmanager
@@ -3066,13 +3143,6 @@ class PostgresSession(Session):
         ""."""
         rows = self.select(WRONG_ORDER, (self._engine.schema,))
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
-
-
-def read_answers(records: list[Sent], pending: list[Sent]) -> tuple[dict[str, Record], list[Row]]:
-    return (
-        records_of_rows(row for one in records for row in one.rows),
-        [row for one in pending for row in one.rows],
-    )
 
 
 def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
@@ -3104,9 +3174,6 @@ class PostgresEngine(Engine):
         """Return what a result says that is an error."""
         names = self.psycopg.pq.DiagnosticField
         state = (result.error_field(names.SQLSTATE) or b"").decode()
-        table = result.error_field(names.TABLE_NAME)
-        if state == NOT_NULL_VIOLATION and table == b"meta":
-            return TurnTaken()
         text = result.error_field(names.MESSAGE_PRIMARY) or result.error_message
         try:
             kind = self.psycopg.errors.lookup(state)
@@ -3279,6 +3346,16 @@ class Lease:
         return time.monotonic() > self.renewed_s + self.seconds / RENEWALS
 
 
+class Unread(NamedTuple):
+    """What is to be read for a transaction."""
+
+    keys: list[str]
+    stems: set[str]
+
+
+NOTHING = Unread([], set())
+
+
 class Transaction:
     """What a mutation may do: the records, what is pending, and with both, always, the totals.
 
@@ -3302,38 +3379,26 @@ class Transaction:
         # volumes of records -> how many came, or went, and their bytes:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
-        self._unread: tuple[list[str], set[str]] = ([], set())  # keys and stems; see `begin`
+        self._unread = NOTHING  # what is read with the commit
+        self._away = set[str]()  # stems of that, for which a flight is under way
         self.is_claiming = False  # the mutation that is carried out only claims
         self.now_s = 0.0
 
-    def begin(
-        self, keys: Collection[str] = (), paths: Iterable[str] = (), claimed: Collection[str] = ()
-    ) -> None:
+    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn. Of the keys in `claimed` new versions are claimed: if all else is
-        known, they are read with the commit, and until then, to whoever only claims, they seem to
-        have nothing."""
-        known = len(self._records) + len(self._pending) + len(self._rows)
-        if known > REMEMBERED or not self.is_alone:
+        from the last turn."""
+        if self._is_full() or not self.is_alone:
             self._forget()
         unknown, stems = self._find_unknown(keys, paths)
         is_complete = not (self._records or self._pending or self._rows)
         lease = self.lease
         is_due = lease.is_due()
         self._renewed_s = time.monotonic()
-        turn = None
-        if not unknown and not stems:
-            turn = self._session.assume_turn(lease.owner, lease.seconds)
-        if turn is not None:
-            self._unread = self._find_unknown(claimed, ())
-        else:
-            keys = {*keys, *claimed}
-            unknown, stems = self._find_unknown(keys, paths)
-            turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
         self.now_s = turn.now_s
         self.is_alone = turn.is_next
         if turn.is_next or is_complete:
-            self._take(unknown, turn.records, stems, turn.pending)
+            self._take(Unread(unknown, stems), turn.records, turn.pending)
         else:  # what was remembered may not be so
             self._forget()
             self.read_ahead(keys, paths)
@@ -3345,17 +3410,45 @@ class Transaction:
         if is_due:
             self._end_leases()
 
+    def begin_at_once(
+        self, keys: Collection[str], paths: Iterable[str], claimed: Collection[str]
+    ) -> bool:
+        """Begin without waiting, if all that belongs to keys and paths is known from the last
+        turns. Of the keys in `claimed` new versions are claimed: what belongs to them is read with
+        the commit, and until then, to whoever only claims, they seem to have nothing."""
+        if self.lease.is_due() or self._is_full() or any(self._find_unknown(keys, paths)):
+            return False
+        unread = self._find_unknown(claimed, ())
+        if not self._away.isdisjoint(unread.stems):
+            return False
+        turn = self._session.assume_turn(self.lease.owner, self.lease.seconds)
+        if turn is None or turn.seq is None:
+            return False
+        self._unread = unread
+        self.now_s = turn.now_s
+        self.lease.seq = turn.seq
+        return True
+
     def commit(self) -> None:
         """Write what has changed; return when it is on disk."""
         self.flush()
-        keys, stems = self._unread
-        if keys or stems:
-            records, rows = self._session.commit_and_read(keys, stems)
-            self._take(keys, records, stems, rows)
-            self._unread = ([], set())
-        else:
-            self._session.commit()
+        self._session.commit()
         self.lease.renewed_s = self._renewed_s
+
+    def send_commit(self) -> tuple[Flight, Unread]:
+        """Do so after `begin_at_once`, but return at once. Call `land` when the flight has; until
+        then the next transaction can begin at once, too."""
+        unread = self._unread
+        self._unread = NOTHING
+        self._away |= unread.stems
+        return self._session.send_commit(*unread), unread
+
+    def land(self, flight: Flight, unread: Unread) -> None:
+        self._take(unread, *flight.read())
+        self._away -= unread.stems
+
+    def _is_full(self) -> bool:
+        return len(self._records) + len(self._pending) + len(self._rows) > REMEMBERED
 
     def _forget(self) -> None:
         self._records.clear()
@@ -3364,33 +3457,24 @@ class Transaction:
 
     def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
-        unknown, stems = self._find_unknown(keys, paths)
-        if not stems.isdisjoint(self._unread[1]):
-            self.flush()
-        records = self._session.look_up(unknown) if unknown else {}
-        self._take(unknown, records, stems, self._session.read_pending(stems) if stems else [])
+        unread = self._find_unknown(keys, paths)
+        keys, stems = unread
+        records = self._session.look_up(keys) if keys else {}
+        self._take(unread, records, self._session.read_pending(stems) if stems else [])
 
-    def _find_unknown(
-        self, keys: Collection[str], paths: Iterable[str]
-    ) -> tuple[list[str], set[str]]:
+    def _find_unknown(self, keys: Collection[str], paths: Iterable[str]) -> Unread:
         stems = {path[:KEY_STEM] for path in paths}
         stems.update(map(key_stem, keys))
-        return (
+        return Unread(
             [key for key in keys if key not in self._records],
             {stem for stem in stems if stem not in self._pending},
         )
 
-    def _take(
-        self,
-        keys: Iterable[str],
-        records: Mapping[str, Record],
-        stems: Iterable[str],
-        rows: Iterable[Row],
-    ) -> None:
-        """Remember what was read of keys and stems."""
-        for key in keys:
+    def _take(self, unread: Unread, records: Mapping[str, Record], rows: Iterable[Row]) -> None:
+        """Remember what was read."""
+        for key in unread.keys:
             self._records[key] = records.get(key)
-        for stem in stems:
+        for stem in unread.stems:
             self._pending[stem] = {}
         for row in rows:
             self._rows.setdefault(row[0], set()).add(row)
@@ -3399,16 +3483,14 @@ class Transaction:
 
     def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
         if stem not in self._pending:
-            if stem in self._unread[1]:
-                if self.is_claiming:
-                    return {}
-                self.flush()  # what was claimed of it just now
-            self._take((), {}, [stem], self._session.read_pending([stem]))
+            if self.is_claiming and stem in self._unread.stems:
+                return {}
+            self._take(Unread([], {stem}), {}, self._session.read_pending([stem]))
         return self._pending[stem]
 
     def get(self, key: str) -> Record | None:
         if key not in self._records:
-            if self.is_claiming and key in self._unread[0]:
+            if self.is_claiming and key in self._unread.keys:
                 return None
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
@@ -3536,11 +3618,11 @@ class Transaction:
         versions = [version_of(path) for _, path in self._pending_of_stem(key_stem(key))]
         return versions if current is None else [*versions, current.version]
 
-    def is_low(self, key: str, path: str, claims: Collection[str]) -> bool:
+    def is_low(self, key: str, path: str, drawn: Collection[str]) -> bool:
         """Whether a path that was drawn before the key was read is not what draw_path promises;
-        `claims` were drawn with it."""
-        drawn = {version_of(one) for one in claims}
-        return any(version > version_of(path) for version in {*self._versions(key)} - drawn)
+        the versions in `drawn` were drawn with it."""
+        version = version_of(path)
+        return any(one > version and one not in drawn for one in self._versions(key))
 
     def claim_higher(self, act: Callable[[Transaction], str], path: str) -> str:
         """Claim anew in place of `path`, where nothing was written yet."""
@@ -3975,29 +4057,15 @@ def read_totals(session: Session) -> dict[str, tuple[int, int]]:
 
 
 class IndexThread:
-    """One thread and the session that it opens on first use; nobody else touches that.
+    """One thread and the session that it opens on first use; nobody else touches that. A hop to it
+    goes through a plain queue: an executor and its futures cost twice as much."""
 
-    `call` lets the items that wait share one hop: `carry_out` answers a list of them, `observe`
-    hears how many. A call runs to its end even if whoever awaits it is cancelled. A hop goes
-    through a plain queue: an executor and its futures cost twice as much.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        readonly: bool,
-        carry_out: Callable[[list[Any], Session], list[Any]] = lambda *_: [],
-        observe: Callable[[int], None] = lambda size: None,
-    ) -> None:
+    def __init__(self, engine: Engine, readonly: bool) -> None:
         self._engine = engine
         self._readonly = readonly
-        self._carry_out = carry_out
-        self._observe = observe
         self._session: Session | None = None
         self._thread: threading.Thread | None = None
         self._jobs = queue.SimpleQueue[Job | None]()
-        self._waiting: list[Question] = []
-        self._busy = False  # a batch is on its way
 
     # -- on the thread --
 
@@ -4038,39 +4106,8 @@ class IndexThread:
         self._put(work, partial(settle_future, future))
         return await future
 
-    def call(self, item: Any) -> asyncio.Future[Any]:
-        future = asyncio.get_running_loop().create_future()
-        self.ask(item, partial(settle_future, future))
-        return future
-
-    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
-        """Have `hear` called with the answer, or an exception; it must not raise."""
-        self._waiting.append((item, hear))
-        if not self._busy:
-            self._busy = True
-            # with what else is asked in this turn of the loop
-            asyncio.get_running_loop().call_soon(self._send)
-
-    def _send(self) -> None:
-        batch = self._waiting[:BATCH]
-        del self._waiting[:BATCH]
-        self._observe(len(batch))
-        items = [item for item, _ in batch]
-        self._put(partial(self._carry_out, items), partial(self._deliver, batch))
-
-    def _deliver(self, batch: list[Question], result: Any) -> None:
-        if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
-            result = [result] * len(batch)
-        for (_, hear), answer in zip(batch, result, strict=True):
-            hear(answer)
-        self._busy = bool(self._waiting)
-        if self._busy:
-            self._send()
-
     async def close(self) -> None:
         """Finish what is queued, then close. May be called twice."""
-        while self._busy:
-            await self.run(lambda session: None)
         if self._thread is None:
             return
         if self._session is not None:
@@ -4094,9 +4131,261 @@ def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
+@dataclass(slots=True, eq=False)
+class Trip:
+    """Items that went off with a flight."""
+
+    items: list[Any]
+    flight: Flight
+    # of a transaction:
+    tx: Transaction | None = None
+    answers: list[Any] = field(default_factory=list)
+    seq: int = 0
+    unread: Unread = NOTHING
+    # of who sent them:
+    batch: list[Question] = field(default_factory=list)
+    departed_s: float = 0.0
+    timer: asyncio.Handle | None = None
+
+
+class Again(NamedTuple):
+    """In place of an answer: another item, to be carried out for it."""
+
+    item: Any
+
+
+class Work(ABC):
+    """What is done with the items that wait in a Batcher."""
+
+    # Between flights. If an index answers sooner, only one is under way: one batch costs less
+    # than two of half the size, above all one that has to be synced to a disk.
+    apart_s = 0.001
+
+    @abstractmethod
+    def carry_out(self, items: list[Any], session: Session) -> list[Any]:
+        """On the thread: return the answers to all of them."""
+
+    @abstractmethod
+    def depart(self, items: list[Any], session: Session) -> Trip | None:
+        """On the loop: send them, or return None if that cannot be; then nothing was done."""
+
+    @abstractmethod
+    def land(self, trip: Trip) -> list[Any]:
+        """On the loop: return the answers, once the flight has landed."""
+
+    @abstractmethod
+    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+        """On the thread: the first of these trips has failed, or its connection broke. Return
+        what each has for answers, or raises."""
+
+
+class Batcher(IndexThread):
+    """Lets the items that wait share one hop to the thread; or one flight, if the session has
+    such. Then the event loop uses the session itself, while nothing is done on the thread: to wait
+    there for a database far away would hold up what comes next, and each hop waits for the GIL."""
+
+    def __init__(
+        self, engine: Engine, readonly: bool, work: Work, observe: Callable[[int], None]
+    ) -> None:
+        super().__init__(engine, readonly)
+        self._work = work
+        self._observe = observe  # hears how many items go together
+        self._waiting: list[Question] = []
+        self._is_on_thread = False
+        self._trips = deque[Trip]()  # under way
+        self._trip_s = 0.0  # how long the last one took
+        self._next: asyncio.Handle | None = None  # call of `_send`
+        self._listened = -1  # the socket of the session, while it is listened to
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    def call(self, item: Any) -> asyncio.Future[Any]:
+        """Answer an item. That goes on to its end even if whoever awaits it is cancelled."""
+        future = asyncio.get_running_loop().create_future()
+        self.ask(item, partial(settle_future, future))
+        return future
+
+    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
+        """Have `hear` called with the answer, or an exception; it must not raise."""
+        self._waiting.append((item, hear))
+        self._is_idle.clear()
+        if self._next is None and not self._is_on_thread and len(self._trips) < FLIGHTS:
+            # with what else is asked in this turn of the loop
+            self._next = asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        """Send what waits, if it is time to."""
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        if self._is_on_thread or len(self._trips) == FLIGHTS:
+            return
+        if not self._waiting:
+            if not self._trips:
+                self._is_idle.set()
+            return
+        early_s = self._find_early()
+        if early_s > 0:
+            self._next = asyncio.get_running_loop().call_later(early_s, self._send)
+        elif not self._depart() and not self._trips and not self._is_on_thread:
+            self._send_to_thread()
+
+    def _find_early(self) -> float:
+        """Return how long to wait, so that flights depart at even distances."""
+        if not self._trips:
+            return 0.0
+        apart_s = max(self._work.apart_s, self._trip_s / FLIGHTS)
+        return self._trips[-1].departed_s + apart_s - asyncio.get_running_loop().time()
+
+    def _take_waiting(self, count: int) -> list[Question]:
+        batch = self._waiting[:count]
+        del self._waiting[:count]
+        self._observe(len(batch))
+        return batch
+
+    def _send_to_thread(self) -> None:
+        self._is_on_thread = True
+        batch = self._take_waiting(BATCH)
+        carry_out = partial(self._work.carry_out, [item for item, _ in batch])
+        self._put(carry_out, partial(self._hear_thread, batch))
+
+    def _hear_thread(self, batch: list[Question], result: Any) -> None:
+        self._is_on_thread = False
+        self._deliver(batch, result)
+        self._send()
+
+    def _deliver(self, batch: list[Question], result: Any) -> None:
+        if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
+            result = [result] * len(batch)
+        for (_, hear), answer in zip(batch, result, strict=True):
+            if isinstance(answer, Again):
+                self._waiting.append((answer.item, hear))
+            else:
+                hear(answer)
+
+    # -- flights --
+
+    def _depart(self) -> bool:
+        """Send what waits on a flight, if that is possible."""
+        session = self._session
+        if session is None or session.is_lost:
+            return False
+        items = [item for item, _ in self._waiting[:FLIGHT_ITEMS]]
+        trip = None
+        session.may_wait = False
+        try:
+            trip = self._work.depart(items, session)
+        except Exception:  # in the middle of sending
+            self._close_session(session)
+        session.may_wait = True
+        if trip is not None:
+            loop = asyncio.get_running_loop()
+            trip.batch = self._take_waiting(FLIGHT_ITEMS)
+            trip.departed_s = loop.time()
+            trip.timer = loop.call_later(session.waits_s, self._give_up, session)
+            self._trips.append(trip)
+        if trip is not None or (self._trips and session.is_lost):
+            self._hear(session)
+        return trip is not None
+
+    def _hear(self, session: Session) -> None:
+        """Take what has come, and deliver it."""
+        is_sent = True
+        try:
+            is_sent = session.go_on()
+        except Exception:  # what is wrong the thread will find out
+            self._close_session(session)
+        while self._trips and self._trips[0].flight.has_landed:
+            if self._trips[0].flight.failed is not None:
+                break
+            self._land(self._trips.popleft())
+        if self._trips and (session.is_lost or self._trips[0].flight.failed is not None):
+            self._settle()
+        self._listen(session, is_sent)
+        self._send()
+
+    def _land(self, trip: Trip) -> None:
+        cast(asyncio.Handle, trip.timer).cancel()
+        self._trip_s = asyncio.get_running_loop().time() - trip.departed_s
+        try:
+            result: Any = self._work.land(trip)
+        except Exception as error:
+            result = self._engine.explain(error)
+        self._deliver(trip.batch, result)
+
+    def _settle(self) -> None:
+        """Have the thread find out what has become of all trips, and do what was not done."""
+        self._is_on_thread = True
+        trips = list(self._trips)
+        self._trips.clear()
+        for trip in trips:
+            cast(asyncio.Handle, trip.timer).cancel()
+        self._put(partial(self._work.settle, trips), partial(self._hear_settled, trips))
+
+    def _hear_settled(self, trips: list[Trip], results: Any) -> None:
+        self._is_on_thread = False
+        if isinstance(results, Exception):
+            results = [results] * len(trips)
+        for trip, result in zip(trips, results, strict=True):
+            self._deliver(trip.batch, result)
+        self._send()
+
+    def _give_up(self, session: Session) -> None:
+        """An answer is late."""
+        self._close_session(session)
+        self._hear(session)
+
+    def _listen(self, session: Session, is_sent: bool) -> None:
+        """Have `_hear` called when an answer comes, or when more can be sent."""
+        if not self._trips:
+            self._stop_listening()
+            return
+        loop = asyncio.get_running_loop()
+        if self._listened < 0:
+            self._listened = session.fileno()
+            loop.add_reader(self._listened, self._hear, session)
+        if is_sent:
+            loop.remove_writer(self._listened)
+        else:
+            loop.add_writer(self._listened, self._hear, session)
+
+    def _stop_listening(self) -> None:
+        if self._listened >= 0:
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._listened)
+            loop.remove_writer(self._listened)
+            self._listened = -1
+
+    def _close_session(self, session: Session) -> None:
+        self._stop_listening()  # the number of its socket may soon be another's
+        session.close()
+
+    async def close(self) -> None:
+        await self._is_idle.wait()
+        await super().close()
+
+
 def get_all(keys: list[str], session: Session) -> list[Record | None]:
     found = session.look_up(keys)
     return [found.get(key) for key in keys]
+
+
+class Getter(Work):
+    """Looks keys up."""
+
+    def carry_out(self, keys: list[str], session: Session) -> list[Record | None]:
+        return get_all(keys, session)
+
+    def depart(self, keys: list[str], session: Session) -> Trip | None:
+        flight = session.send_look_up(keys)
+        return None if flight is None else Trip(keys, flight)
+
+    def land(self, trip: Trip) -> list[Record | None]:
+        found, _ = trip.flight.read()
+        return [found.get(key) for key in trip.items]
+
+    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+        return [get_all(trip.items, session) for trip in trips]
 
 
 class Mutation(NamedTuple):
@@ -4108,34 +4397,28 @@ class Mutation(NamedTuple):
     claimed: str = ""  # or it only claims a new version of this key, and returns its path
 
 
-class Writer:
-    """Carries mutations out, many in one transaction. Lives on the thread that writes."""
+class Writer(Work):
+    """Carries mutations out, many in one transaction."""
+
+    apart_s = 0.002
 
     def __init__(self, engine: Engine, lease: Lease) -> None:
         self._engine = engine
         self._lease = lease
         self._tx: Transaction | None = None
 
-    def write_all(self, mutations: list[Mutation], session: Session) -> list[Any]:
+    def carry_out(self, mutations: list[Mutation], session: Session) -> list[Any]:
         """Carry all mutations out in one transaction; what one raises is its answer. If that is no
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
         of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
-            answers = self._write_together(mutations, session)
+            return self._write_together(mutations, session)
         except Exception as error:
             reason = self._engine.explain(error)
             is_damage = isinstance(reason, IndexDamaged)
             if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
                 raise reason from None
             return [self._write_alone(mutation, session) for mutation in mutations]
-        claims = {i: one.claimed for i, one in enumerate(mutations) if one.claimed}
-        drawn = {answers[i] for i in claims}
-        for i, key in claims.items():
-            # Nothing is remembered after one of these has failed: then better once too often.
-            if self._tx is None or self._tx.is_low(key, answers[i], drawn):
-                again = partial(Transaction.claim_higher, act=mutations[i].act, path=answers[i])
-                answers[i] = self._write_alone(Mutation(again, [key]), session)
-        return answers
 
     def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
@@ -4149,28 +4432,17 @@ class Writer:
     def _write_together(self, mutations: list[Mutation], session: Session) -> list[Any]:
         """Do so, and again where the connection breaks before the commit, or in one that has not
         come about; raises IndexUnsure if that is not to be found out."""
-        keys = set[str]().union(*(one.keys for one in mutations))
-        paths = set[str]().union(*(one.paths for one in mutations))
-        claimed = {one.claimed for one in mutations if one.claimed}
+        keys, paths, claimed = find_named(mutations)
         deadline_s = math.inf
         while True:
             if session.is_lost:
                 session.reopen()
-            answers = list[Any]()
             tx = self._tx or Transaction(session, self._lease)
             self._tx = None  # unless all goes well: what it remembers may not be so
             try:
-                tx.begin(keys, paths, claimed)
-                for mutation in mutations:
-                    tx.is_claiming = bool(mutation.claimed)
-                    try:
-                        answers.append(mutation.act(tx))
-                    except (MkvError, Overtaken) as error:
-                        answers.append(error)
+                tx.begin(keys | claimed, paths)
+                answers = act_together(mutations, tx)
                 tx.commit()
-            except TurnTaken:
-                session.roll_back()
-                continue
             except Exception:
                 is_lost = session.is_lost
                 session.roll_back()
@@ -4180,21 +4452,17 @@ class Writer:
                 self._tx = tx
                 return answers
             deadline_s = min(deadline_s, time.monotonic() + RECONNECT_S)
-            if self._find_out(session, deadline_s):
+            if self._reconnect(session, deadline_s, session.is_unsure) == self._lease.seq:
                 return answers
 
-    def _find_out(self, session: Session, deadline_s: float) -> bool:
-        """Connect again; return whether the commit in which the connection broke, if it was in
-        one, has come about."""
-        is_unsure = session.is_unsure
+    def _reconnect(self, session: Session, deadline_s: float, is_unsure: bool) -> int | None:
+        """Connect again, and return the number of the last transaction that was committed, if
+        nobody knows; raises IndexUnsure if that is not to be found out."""
         reason = ""
         while True:
             try:
                 session.reopen()
-                if not is_unsure:
-                    return False
-                seq = session.read_seq(self._lease.owner)
-                return seq == self._lease.seq
+                return session.read_seq(self._lease.owner) if is_unsure else None
             except Exception as error:
                 if not session.is_lost and is_unsure:
                     reason = str(error)
@@ -4206,7 +4474,81 @@ class Writer:
                 raise IndexUnsure(f"whether that was done is not known: {reason}")
             time.sleep(RECONNECT_EVERY_S)
 
+    # -- in one flight --
 
+    def depart(self, mutations: list[Mutation], session: Session) -> Trip | None:
+        tx = self._tx
+        if tx is None or not tx.begin_at_once(*find_named(mutations)):
+            return None
+        self._tx = None
+        try:
+            answers = act_together(mutations, tx)
+            tx.flush()
+        except Exception:  # MustWait, or what `carry_out` looks after
+            session.drop()
+            return None
+        flight, unread = tx.send_commit()
+        self._tx = tx
+        return Trip(mutations, flight, tx, answers, self._lease.seq, unread)
+
+    def land(self, trip: Trip) -> list[Any]:
+        """A claim that turns out to be too low is made again."""
+        tx = cast(Transaction, trip.tx)
+        tx.land(trip.flight, trip.unread)
+        return self._check_claims(trip, tx if tx is self._tx else None)
+
+    def _check_claims(self, trip: Trip, tx: Transaction | None) -> list[Any]:
+        """Return the answers. If nothing is remembered, a claim is better made once too often."""
+        answers = trip.answers
+        claims = {i: one.claimed for i, one in enumerate(trip.items) if one.claimed}
+        drawn = {version_of(answers[i]) for i in claims}
+        for i, key in claims.items():
+            if tx is None or tx.is_low(key, answers[i], drawn):
+                act = partial(Transaction.claim_higher, act=trip.items[i].act, path=answers[i])
+                answers[i] = Again(Mutation(act, [key]))
+        return answers
+
+    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+        self._tx = None
+        done = 0
+        if session.is_lost:
+            seq = self._reconnect(session, time.monotonic() + RECONNECT_S, is_unsure=True)
+            seqs = [trip.seq for trip in trips]
+            done = seqs.index(seq) + 1 if seq in seqs else 0
+        else:
+            session.roll_back()
+        results: list[Any] = [self._check_claims(trip, None) for trip in trips[:done]]
+        for trip in trips[done:]:
+            try:
+                results.append(self.carry_out(trip.items, session))
+            except Exception as error:
+                results.append(self._engine.explain(error))
+        return results
+
+
+def find_named(mutations: list[Mutation]) -> tuple[set[str], set[str], set[str]]:
+    """Return the keys, the paths, and the claimed keys that mutations name."""
+    return (
+        set[str]().union(*(one.keys for one in mutations)),
+        set[str]().union(*(one.paths for one in mutations)),
+        {one.claimed for one in mutations if one.claimed},
+    )
+
+
+def act_together(mutations: list[Mutation], tx: Transaction) -> list[Any]:
+    """Return the answers of all mutations, refusals among them."""
+    answers = list[Any]()
+    for mutation in mutations:
+        tx.is_claiming = bool(mutation.claimed)
+        try:
+            answers.append(mutation.act(tx))
+        except (MkvError, Overtaken) as error:
+            answers.append(error)
+    return answers
+
+
+FLIGHTS = 4  # of a session that may be under way
+FLIGHT_ITEMS = 100  # items on a flight: bounds how long the event loop is kept
 RECONNECT_S = 10.0  # how long a write waits for another connection in place of one that broke
 RECONNECT_EVERY_S = 0.1
 
@@ -4227,9 +4569,9 @@ class Index:
         self._lease = Lease(role=role, seconds=lease_s)
         self._has_entered = False
         engine = self.engine
-        write_all = Writer(engine, self._lease).write_all
-        self._writer = IndexThread(engine, False, write_all, partial(observe, "write"))
-        self._getter = IndexThread(engine, True, get_all, partial(observe, "get"))
+        writer = Writer(engine, self._lease)
+        self._writer = Batcher(engine, False, writer, partial(observe, "write"))
+        self._getter = Batcher(engine, True, Getter(), partial(observe, "get"))
         self._readers = [IndexThread(engine, True), IndexThread(engine, True)]
         self._listers = [IndexThread(engine, True), IndexThread(engine, True)]
 

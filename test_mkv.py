@@ -2686,6 +2686,13 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     """200 cuts, at any piece of what is sent and received: in turns, reads, changes, commits and
     their answers, and in new connections, too."""
     monkeypatch.setattr(mkv, "RECONNECT_EVERY_S", 0.01)
+    monkeypatch.setattr(mkv.Batcher, "_find_early", lambda self: 0.0)
+    settle, broken = mkv.Writer.settle, Counter[int]()
+    monkeypatch.setattr(
+        mkv.Writer,
+        "settle",
+        lambda self, trips, session: broken.update([len(trips)]) or settle(self, trips, session),
+    )
     chance = random.Random(5)
     scissors = Scissors(postgres.port, chance)
     cut = mkv.Index(db.replace(str(postgres.port), str(scissors.port)))
@@ -2698,11 +2705,17 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
         scissors.left = chance.randrange(1, 6)
         keys = [f"k{number + i}" for i in range(4)]
         number += 4
-        if chance.random() < 0.5:
-            acts = [partial(claim_and_commit, record=make_record(key)) for key in keys]
-            writes = [cut.write(act, [key]) for act, key in zip(acts, keys, strict=True)]
-        else:
-            writes = [asyncio.ensure_future(put_in_two(cut, key)) for key in keys]
+        is_in_one = chance.random() < 0.5
+        writes = []
+        for key in keys:
+            if is_in_one:
+                act = partial(claim_and_commit, record=make_record(key))
+                writes.append(cut.write(act, [key]))
+            else:
+                writes.append(asyncio.ensure_future(put_in_two(cut, key)))
+            if chance.random() < 0.5:
+                await asyncio.sleep(0)  # then the next one goes on another flight
+                await asyncio.sleep(0)
         outcomes = await asyncio.gather(*writes, return_exceptions=True)
         scissors.left = -1
         for key, outcome in zip(keys, outcomes, strict=True):
@@ -2711,6 +2724,7 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
             is_there = await index.get(key) is not None
             assert (outcome is True and is_there) or (told == "IndexFailed" and not is_there), told
     assert answers["bool"] > 0.9 * number, answers
+    assert broken[1] > 10 and broken[2] + broken[3] + broken[4] > 10, broken
     assert (await index.totals())[mkv.ALL_KEYS][0] == answers["bool"]
     await cut.close()
     scissors.close()
@@ -2740,9 +2754,9 @@ async def put_in_two(
 
 def count_trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by one with each round trip to PostgreSQL."""
-    trips, collect = list[int](), mkv.PostgresSession._collect
+    trips, depart = list[int](), mkv.PostgresSession._depart
     monkeypatch.setattr(
-        mkv.PostgresSession, "_collect", lambda self: trips.append(1) or collect(self)
+        mkv.PostgresSession, "_depart", lambda *asked: trips.append(1) or depart(*asked)
     )
     return trips
 
@@ -2754,8 +2768,172 @@ async def test_claims_and_commits_of_a_lone_server_are_one_round_trip_each(
     await assume_turns(index)
     trips = count_trips(monkeypatch)
     for _ in range(3):  # new keys, and then known ones
-        await asyncio.gather(*(put_in_two(index, f"k{i}") for i in range(300)))
+        puts = [put_in_two(index, f"k{i}") for i in range(mkv.FLIGHT_ITEMS)]
+        await asyncio.gather(*puts)
     assert len(trips) == 6
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked in one turn of the loop departs at once, on a flight of its own."""
+    monkeypatch.setattr(mkv.Batcher, "_find_early", lambda self: 0.0)
+
+
+@contextlib.contextmanager
+def turns_kept(postgres: Postgres, index: mkv.Index, statement: str = "") -> Iterator[None]:
+    """Keep the turn, so that all who want it wait; carry out `statement` with it."""
+    options = f"-c search_path={index.engine.schema}"
+    with psycopg.connect(postgres.url(), options=options) as db:
+        db.execute("SELECT 1 FROM meta FOR UPDATE")
+        yield
+        if statement:
+            db.execute(statement)
+
+
+async def under_way(index: mkv.Index, count: int) -> None:
+    """Wait until so many flights are, and let what else is asked try to depart."""
+    await until(lambda: len(index._writer._trips) >= count)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert len(index._writer._trips) == count
+
+
+@on_postgres
+async def test_batches_are_under_way_at_the_same_time(
+    index: mkv.Index, postgres: Postgres, apart: None
+) -> None:
+    """And each sees what those before have done."""
+    await assume_turns(index)
+    assert await put_in_two(index, "k")
+    seen = list[int]()
+
+    def grow(tx: mkv.Transaction) -> int:
+        record = tx.get("k")
+        assert record
+        tx.remove(record)
+        tx.insert(record._replace(size=record.size + 1))
+        seen.append(record.size)
+        return record.size
+
+    with turns_kept(postgres, index):
+        writes = []
+        for number in range(mkv.FLIGHTS + 2):
+            writes.append(index.write(grow, ["k"]))
+            await under_way(index, min(number + 1, mkv.FLIGHTS))
+    assert await asyncio.gather(*writes) == seen == [5, 6, 7, 8, 9, 10]
+    assert (await index.totals())[mkv.ALL_KEYS] == (1, 11)
+
+
+@on_postgres
+async def test_flights_depart_at_even_distances(
+    index: mkv.Index, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one does not take the few items that come just after the first."""
+    await assume_turns(index)
+    monkeypatch.setattr(mkv.Writer, "apart_s", 0.05)
+    departed = list[tuple[float, int]]()
+    depart = mkv.Writer.depart
+
+    def note(self: Any, mutations: list[Any], session: Any) -> Any:
+        departed.append((asyncio.get_running_loop().time(), len(mutations)))
+        return depart(self, mutations, session)
+
+    monkeypatch.setattr(mkv.Writer, "depart", note)
+    with turns_kept(postgres, index):
+        writes = []
+        for _ in range(20):
+            writes.append(index.write(lambda tx: None))
+            await asyncio.sleep(0)
+        await under_way(index, 2)
+    await asyncio.gather(*writes)
+    (first_s, one), (second_s, all_others) = departed
+    assert (one, all_others) == (1, 19) and second_s - first_s > 0.049
+
+
+@on_postgres
+async def test_flights_after_one_that_fails_fail_too_and_all_is_done_once(
+    index: mkv.Index, postgres: Postgres, apart: None
+) -> None:
+    """Somebody else had the turn that the first one assumed, and created one of the keys."""
+    await assume_turns(index)
+    new = mkv.Conditions(if_none_match=("*",))
+    paths = {key: await index.claim(partial(claim_version, key=key), key) for key in "abc"}
+    values = ", ".join(map(repr, mkv.row_of_record(make_record("b"))))
+    taken = f"UPDATE meta SET turn = turn + 1; INSERT INTO record VALUES ({values})"
+    with turns_kept(postgres, index, taken):
+        writes = []
+        for number, key in enumerate("abc"):
+            record = make_record(key)._replace(version=mkv.version_of(paths[key]))
+            commit = partial(mkv.commit_put, record=record, conditions=new, delay_s=0.0)
+            writes.append(index.write(commit, [key]))
+            await under_way(index, number + 1)
+    answers = await asyncio.gather(*writes, return_exceptions=True)
+    assert answers[::2] == [True, True] and isinstance(answers[1], mkv.PreconditionFailed)
+    assert (await index.totals())[mkv.ALL_KEYS] == (2, 10)  # the one is in no total
+
+
+@on_postgres
+async def test_what_has_to_wait_for_an_answer_waits_until_all_flights_have_landed(
+    index: mkv.Index, postgres: Postgres, apart: None
+) -> None:
+    """It asks for what it did not name. A claim under way is as it was, or is made anew."""
+    await index.write(lambda tx: tx.insert(make_record("old")), ["old"])
+    await index.write(lambda tx: [tx._forget(), tx.read_ahead(["k"])])
+    await assume_turns(index)
+    with turns_kept(postgres, index):
+        claim = index.claim(partial(claim_version, key="new"), "new")
+        await under_way(index, 1)
+        acts = [lambda tx: tx.insert(make_record("k")), lambda tx: tx.get("old")]
+        written = asyncio.gather(*(index.write(act, ["k"]) for act in acts))
+        await under_way(index, 1)
+    assert await written == [None, make_record("old")]
+    rows = await index.write(lambda tx: tx.pending_of("new"), ["new"])
+    assert {path for _, path in rows} == {await claim}
+    assert await index.get("k") == make_record("k")
+
+
+@on_postgres
+async def test_batch_that_no_socket_takes_in_one_piece_departs_in_several(
+    index: mkv.Index, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop goes on meanwhile."""
+    await assume_turns(index)
+    monkeypatch.setattr(mkv, "FLIGHT_ITEMS", 2000)
+    go_on, sent = mkv.PostgresSession.go_on, list[bool]()
+    monkeypatch.setattr(
+        mkv.PostgresSession, "go_on", lambda self: sent.append(go_on(self)) or sent[-1]
+    )
+    keys = [f"k{i}" for i in range(2000)]
+    await index.write(lambda tx: tx.read_ahead(keys))
+    records = [make_record(key)._replace(content_type="c" * 8000) for key in keys]
+    with turns_kept(postgres, index):
+        writes = [index.write(partial(mkv.Transaction.insert, record=one)) for one in records]
+        await under_way(index, 1)
+        assert False in sent
+    await asyncio.gather(*writes)
+    assert sent[-1] is True and await index.get("k7") == records[7]
+
+
+@on_postgres
+async def test_index_that_took_the_place_of_the_old_one_has_other_turns(
+    index: mkv.Index, db: str, postgres: Postgres
+) -> None:
+    """Even with the same number: a server that slept through a rebuild assumes nothing of it."""
+    await put(index, make_record("k"))
+    await assume_turns(index)
+    assert await index.write(lambda tx: tx.get("k"), ["k"]) == make_record("k")
+    await let_leases_end(index)
+    await index.write(lambda tx: None)
+    ((turn,),) = postgres.ask("SELECT turn FROM meta", index.engine.schema)
+    engine = mkv.open_engine(db)
+    new = engine.beside()
+    other = mkv.Index(new)
+    await other.prepare()
+    await other.close()
+    postgres.ask("UPDATE owner SET role = 'rebuilder'", index.engine.schema)
+    engine.put_in_place(new, index.owner, keep=False)
+    postgres.ask(f"UPDATE meta SET turn = {turn}", index.engine.schema)
+    assert await index.write(lambda tx: tx.get("k"), ["k"]) is None
 
 
 @on_postgres
@@ -2866,7 +3044,7 @@ async def test_commit_whose_answer_is_lost_while_another_is_under_way(
             return commit(session)
         session.is_unsure = True
         session._send_queue()
-        session._sync()
+        session._sync(session._depart())
         old = copy.copy(session)
         backends.append(old)
         session._connect()  # the old connection lives on, with its turn
@@ -2875,7 +3053,7 @@ async def test_commit_whose_answer_is_lost_while_another_is_under_way(
         def end() -> None:
             eventually(lambda: postgres_waits(index), 20)
             old._send("COMMIT" if came_about else "ROLLBACK")
-            old._sync()
+            old._sync(old._depart())
             old.close()
 
         threading.Thread(target=end, daemon=True).start()
@@ -2896,12 +3074,16 @@ def postgres_waits(index: mkv.Index) -> bool:
 
 
 @on_postgres
+@pytest.mark.parametrize("on_flights", [True, False])
 async def test_database_that_stands_still_is_given_up(
-    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch, on_flights: bool
 ) -> None:
-    """Backends are stopped; what they were asked for is asked for again, over new connections."""
+    """Backends are stopped; what they were asked for is asked for again, over new connections, and
+    not done twice when they go on."""
     record = make_record("k")
     await put(index, record)
+    if on_flights:
+        await assume_turns(index)
     assert await index.get("k") == record
     monkeypatch.setattr(mkv, "READER_WAITS_S", 0.3)
     monkeypatch.setattr(mkv, "WRITER_WAITS_S", 0.3)
@@ -2912,11 +3094,12 @@ async def test_database_that_stands_still_is_given_up(
         os.kill(pid, signal.SIGSTOP)
     try:
         assert await index.get("k") == record
-        assert await index.write(lambda tx: tx.now_s) > 0
+        await index.write(lambda tx: tx.insert(make_record("m")), ["m"] if on_flights else ["n"])
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
     assert len(pids) >= 2 and await put(index, make_record("l")) is True
+    assert (await index.totals())[mkv.ALL_KEYS] == (3, 15)
 
 
 @on_postgres
