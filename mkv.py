@@ -2114,8 +2114,8 @@ class Flight:
 
 
 class Session(ABC):
-    """One connection to the index. It belongs to the thread that opened it, and raises the errors
-    of its engine: see Engine.explain."""
+    """One connection to the index, for one user at a time. It raises the errors of its engine:
+    see Engine.explain."""
 
     is_lost = False  # it broke: `reopen` it
     is_unsure = False  # and that in a commit: see `read_seq`
@@ -2173,22 +2173,21 @@ class Session(ABC):
     def commit(self) -> None:
         """Carry out all that was run; return when it is on disk."""
 
-    # Where the engine is far away, some things need no thread that waits: they are sent from the
-    # event loop, which hears when the answer comes. The defaults are those of an engine that is
-    # not.
+    # What the event loop can send without waiting, if `has_flights`; answers come with `go_on`.
 
-    may_wait = True  # else whatever needs an answer raises MustWait
+    has_flights = False
+    may_wait = True  # else what needs an answer raises MustWait
     waits_s = math.inf  # for an answer
 
-    def send_look_up(self, keys: list[str]) -> Flight | None:
-        """Ask for records, or return None."""
-        return None
+    def send_look_up(self, keys: list[str]) -> Flight:
+        """Ask for records."""
+        raise NotImplementedError
 
-    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
-        """Begin a transaction that ends with `send_commit` or `drop`, or return None. Its turn is
-        not known to have come: if somebody else has written since this session did, the flight
-        fails."""
-        return None
+    def assume_turn(self, owner: int, lease_s: float) -> int | None:
+        """Begin a transaction whose turn has not come yet, and return its `seq`, or None. It ends
+        with `drop` or `send_commit`; that flight fails if somebody else has written since this
+        session did."""
+        raise NotImplementedError
 
     def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
         """Commit, and ask for what there is then of keys and stems, as `begin` does."""
@@ -2704,6 +2703,11 @@ def check_target(target: str, part: str, index: str) -> None:
 # claims need not be known for that: it is read after the claim, which is repeated if it is lower
 # than what is known of its key.
 #
+# So there is nothing to wait for in between, and no need of a thread: the event loop sends such a
+# transaction, or a lookup, as a Flight, and the next ones while the first is under way. The
+# connection keeps their order; each assumes the turn after the one before, so after one that has
+# failed all fail. Then the thread finds out what was done, and does what was not.
+#
 # If the connection breaks in a commit, only the index knows what has become of it. Each
 # transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
 # the broken connection is over, and reads it.
@@ -2825,6 +2829,8 @@ Reads = tuple[Sequence[Sent], Sequence[Sent]]  # of records, and of what is pend
 class PostgresSession(Session):
     """A connection to a database and one schema of it."""
 
+    has_flights = True
+
     def __init__(self, engine: PostgresEngine, readonly: bool) -> None:
         self._engine = engine
         self._readonly = readonly
@@ -2930,7 +2936,7 @@ class PostgresSession(Session):
         return self._send(query, values)
 
     def _depart(self, turn: Sent | None = None, reads: Reads = ((), ())) -> Flight:
-        """Send all of that."""
+        """Let all of that go out together, with the next `go_on`."""
         flight = Flight(turn, *reads)
         self._pq.pipeline_sync()
         self._flights.append(flight)
@@ -3018,10 +3024,8 @@ class PostgresSession(Session):
             found |= records_of_rows(self.select(query, values))
         return found
 
-    def send_look_up(self, keys: list[str]) -> Flight | None:
-        flight = self._depart(None, self._send_reads(keys, ()))
-        self._pq.flush()
-        return flight
+    def send_look_up(self, keys: list[str]) -> Flight:
+        return self._depart(None, self._send_reads(keys, ()))
 
     def _send_reads(self, keys: list[str], stems: Collection[str]) -> Reads:
         """Ask for records and what is pending."""
@@ -3102,12 +3106,12 @@ class PostgresSession(Session):
         self._sync(self._depart())
         self._seen = self._turn
 
-    def assume_turn(self, owner: int, lease_s: float) -> Turn | None:
+    def assume_turn(self, owner: int, lease_s: float) -> int | None:
         if self._in_a_row < ALONE_AFTER:
             return None
         self._assumed = (owner, lease_s)
         self._seq += 1
-        return Turn(self.time_ns() / 1e9, True, self._seq, {}, [])
+        return self._seq
 
     def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
         turn = self._send_queue()
@@ -3115,9 +3119,7 @@ class PostgresSession(Session):
         self._send("COMMIT")
         epoch, number = self._seen
         self._seen = (epoch, number + 1)
-        flight = self._depart(turn, reads)
-        self._pq.flush()
-        return flight
+        return self._depart(turn, reads)
 
     def roll_back(self) -> None:
         self._forget()
@@ -3297,8 +3299,8 @@ class PostgresEngine(Engine):
 
 # == Index ========================================================================================
 # The engine behind threads: one session writes, a few read, each opened on the thread that uses
-# it. Calls that wait while a thread works are handed to it together, so that they share one hop,
-# and mutations one transaction.
+# it. Calls that wait meanwhile go together, so that they share one hop to the thread, or one
+# flight to a database that is far away, and mutations one transaction.
 #
 # Mutations that wait are one batch and one transaction: what they say that they will ask for is
 # read with two queries, they are carried out on what is in memory, and at the end all is written
@@ -3421,12 +3423,12 @@ class Transaction:
         unread = self._find_unknown(claimed, ())
         if not self._away.isdisjoint(unread.stems):
             return False
-        turn = self._session.assume_turn(self.lease.owner, self.lease.seconds)
-        if turn is None or turn.seq is None:
+        seq = self._session.assume_turn(self.lease.owner, self.lease.seconds)
+        if seq is None:
             return False
+        self.lease.seq = seq
+        self.now_s = self._session.time_ns() / 1e9
         self._unread = unread
-        self.now_s = turn.now_s
-        self.lease.seq = turn.seq
         return True
 
     def commit(self) -> None:
@@ -4268,7 +4270,7 @@ class Batcher(IndexThread):
     def _depart(self) -> bool:
         """Send what waits on a flight, if that is possible."""
         session = self._session
-        if session is None or session.is_lost:
+        if session is None or not session.has_flights or session.is_lost:
             return False
         items = [item for item, _ in self._waiting[:FLIGHT_ITEMS]]
         trip = None
@@ -4377,8 +4379,7 @@ class Getter(Work):
         return get_all(keys, session)
 
     def depart(self, keys: list[str], session: Session) -> Trip | None:
-        flight = session.send_look_up(keys)
-        return None if flight is None else Trip(keys, flight)
+        return Trip(keys, session.send_look_up(keys))
 
     def land(self, trip: Trip) -> list[Record | None]:
         found, _ = trip.flight.read()

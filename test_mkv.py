@@ -2028,7 +2028,7 @@ async def test_failed_flush_is_the_answer_of_its_mutation_alone(index: mkv.Index
     assert await index.get_many(["a", "wrong"]) == [make_record("a"), None]
 
 
-ACTS = st.tuples(
+INDEX_ACTS = st.tuples(
     st.sampled_from(
         ["claim", "copy", "commit", "discard", "delete", "settle", "forget", "release", "mark"]
     ),
@@ -2069,7 +2069,7 @@ def act_on(tx: mkv.Transaction, act: str, key: str, version: int, volumes: set[s
 
 
 @settings(max_examples=2000 if os.environ.get("CI") else 300, deadline=None)
-@given(st.lists(ACTS, max_size=25))
+@given(st.lists(INDEX_ACTS, max_size=25))
 def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: list[Any]) -> None:
     """One that lives on, beside one for each act, which has to read all that it needs."""
     with open_sqlite("file::memory:") as quick, open_sqlite("file::memory:") as plain:
@@ -2080,7 +2080,7 @@ def test_what_a_transaction_remembers_and_reads_ahead_makes_no_difference(acts: 
     max_examples=100 if os.environ.get("CI") else 20,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(st.lists(ACTS, max_size=25))
+@given(st.lists(INDEX_ACTS, max_size=25))
 def test_what_it_remembers_in_postgresql_makes_no_difference(
     postgres: Postgres, acts: list[Any]
 ) -> None:
@@ -2178,6 +2178,21 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
     assert {row.path for row in between} >= {low, high}
     assert all(low <= row.path <= high for row in between)
     assert len(await index.due_on("a")) == 30 == len(await index.unclaimed_on("a"))
+
+
+@pytest.mark.parametrize("file", ["mkv.py", "mkv_tools.py", "test_mkv.py"])
+def test_no_name_of_a_module_is_given_twice(file: str) -> None:
+    """The second constant of a name would silently hold for what uses the first."""
+    names = Counter[str]()
+    for node in ast.parse((HERE / file).read_text()).body:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names[node.name] += 1
+            case ast.Assign(targets=targets):
+                names.update(one.id for one in targets if isinstance(one, ast.Name))
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names[name] += 1
+    assert len(names) > 20 and [name for name, count in names.items() if count > 1] == []
 
 
 def test_tools_know_nothing_of_sql_but_for_their_own_notes() -> None:
@@ -14004,7 +14019,7 @@ def test_import_from_what_is_no_minikeyvalue_says_so(
 # First the checker, then what it is fed with.
 
 ABSENT = ""  # the state of a key that is not there; else its state is the name of a value
-OTHER = "another value"  # any that an excerpt of a history does not mention
+UNMENTIONED = "another value"  # any that an excerpt of a history does not mention
 SHORT_STORY = 8  # requests that are shown from their beginning
 FOREVER = 1 << 63  # ns; when a request that was never answered has ended
 
@@ -14191,7 +14206,7 @@ def possible_starts(part: Iterable[Operation], whole: Iterable[Operation]) -> li
     one."""
     written = {one.value for one in whole if one.outcome is Outcome.DONE}
     mentioned = {one.value for one in part} | {one.if_match for one in part}
-    return sorted({ABSENT, OTHER} | (mentioned & written))
+    return sorted({ABSENT, UNMENTIONED} | (mentioned & written))
 
 
 def last_true(count: int, holds: Callable[[int], bool]) -> int:
