@@ -4496,10 +4496,11 @@ class Writer(Work):
         """A claim that turns out to be too low is made again."""
         tx = cast(Transaction, trip.tx)
         tx.land(trip.flight, trip.unread)
-        return self._check_claims(trip, tx if tx is self._tx else None)
+        return self._check_claims(trip, tx)
 
     def _check_claims(self, trip: Trip, tx: Transaction | None) -> list[Any]:
-        """Return the answers. If nothing is remembered, a claim is better made once too often."""
+        """Return the answers. If what was read with the commit is lost, a claim is better made
+        once too often."""
         answers = trip.answers
         claims = {i: one.claimed for i, one in enumerate(trip.items) if one.claimed}
         drawn = {version_of(answers[i]) for i in claims}

@@ -2813,6 +2813,15 @@ async def under_way(index: mkv.Index, count: int) -> None:
     assert len(index._writer._trips) == count
 
 
+def grow(tx: mkv.Transaction) -> int:
+    """Let the blob of "k" be longer by one byte; return how long it was."""
+    record = tx.get("k")
+    assert record
+    tx.remove(record)
+    tx.insert(record._replace(size=record.size + 1))
+    return record.size
+
+
 @on_postgres
 async def test_batches_are_under_way_at_the_same_time(
     index: mkv.Index, postgres: Postgres, apart: None
@@ -2820,22 +2829,12 @@ async def test_batches_are_under_way_at_the_same_time(
     """And each sees what those before have done."""
     await assume_turns(index)
     assert await put_in_two(index, "k")
-    seen = list[int]()
-
-    def grow(tx: mkv.Transaction) -> int:
-        record = tx.get("k")
-        assert record
-        tx.remove(record)
-        tx.insert(record._replace(size=record.size + 1))
-        seen.append(record.size)
-        return record.size
-
     with turns_kept(postgres, index):
         writes = []
         for number in range(mkv.FLIGHTS + 2):
             writes.append(index.write(grow, ["k"]))
             await under_way(index, min(number + 1, mkv.FLIGHTS))
-    assert await asyncio.gather(*writes) == seen == [5, 6, 7, 8, 9, 10]
+    assert await asyncio.gather(*writes) == [5, 6, 7, 8, 9, 10]
     assert (await index.totals())[mkv.ALL_KEYS] == (1, 11)
 
 
@@ -2882,7 +2881,13 @@ async def test_flights_after_one_that_fails_fail_too_and_all_is_done_once(
             commit = partial(mkv.commit_put, record=record, conditions=new, delay_s=0.0)
             writes.append(index.write(commit, [key]))
             await under_way(index, number + 1)
+        claim = index.claim(partial(claim_version, key="d"), "d")
+        await under_way(index, 4)
     answers = await asyncio.gather(*writes, return_exceptions=True)
+    assert set(await index.write(lambda tx: tx.pending_of("d"), ["d"])) == {
+        (volume, await claim) for volume in "ab"
+    }
+    assert await index.write(lambda tx: tx._away) == set()
     assert answers[::2] == [True, True] and isinstance(answers[1], mkv.PreconditionFailed)
     assert (await index.totals())[mkv.ALL_KEYS] == (2, 10)  # the one is in no total
 
@@ -2891,20 +2896,41 @@ async def test_flights_after_one_that_fails_fail_too_and_all_is_done_once(
 async def test_what_has_to_wait_for_an_answer_waits_until_all_flights_have_landed(
     index: mkv.Index, postgres: Postgres, apart: None
 ) -> None:
-    """It asks for what it did not name. A claim under way is as it was, or is made anew."""
+    """It asks for what it did not name; and what others of its batch did before is undone."""
     await index.write(lambda tx: tx.insert(make_record("old")), ["old"])
+    assert await put_in_two(index, "k")
     await index.write(lambda tx: [tx._forget(), tx.read_ahead(["k"])])
     await assume_turns(index)
     with turns_kept(postgres, index):
         claim = index.claim(partial(claim_version, key="new"), "new")
         await under_way(index, 1)
-        acts = [lambda tx: tx.insert(make_record("k")), lambda tx: tx.get("old")]
-        written = asyncio.gather(*(index.write(act, ["k"]) for act in acts))
+        written = asyncio.gather(*(index.write(act, ["k"]) for act in (grow, ask_for_old)))
         await under_way(index, 1)
-    assert await written == [None, make_record("old")]
+    assert await written == [5, make_record("old")]
     rows = await index.write(lambda tx: tx.pending_of("new"), ["new"])
     assert {path for _, path in rows} == {await claim}
-    assert await index.get("k") == make_record("k")
+    assert await index.write(grow, ["k"]) == 6
+
+
+def ask_for_old(tx: mkv.Transaction) -> mkv.Record | None:
+    return tx.get("old")
+
+
+@on_postgres
+async def test_key_that_is_read_by_one_flight_is_not_claimed_by_the_next(
+    index: mkv.Index, postgres: Postgres, apart: None
+) -> None:
+    """What the second one reads would be out of date by the time that it lands: a commit may have
+    been remembered in between."""
+    await assume_turns(index)
+    with turns_kept(postgres, index):
+        claims = [index.claim(partial(claim_version, key="k"), "k")]
+        await under_way(index, 1)
+        claims.append(index.claim(partial(claim_version, key="k"), "k"))
+        await under_way(index, 1)
+    rows = await index.write(lambda tx: tx.pending_of("k"), ["k"])
+    assert {path for _, path in rows} == set(await asyncio.gather(*claims)) and len(rows) == 4
+    assert await index.write(lambda tx: tx._away) == set()
 
 
 @on_postgres
@@ -2992,6 +3018,35 @@ async def test_claim_of_a_key_that_was_not_read_is_higher_than_all_that_is_known
     rows = await other.write(lambda tx: tx.pending_of("k"))
     await other.close()
     assert {path for _, path in rows} - {record.path} == set(paths) and len(set(paths)) == 3
+
+
+@on_postgres
+async def test_claim_whose_answer_is_lost_is_higher_than_all_that_is_known_of_its_key(
+    index: mkv.Index, db: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was committed, but what was read after it never came."""
+    record = make_record("k", time.time_ns() + 10**15)
+    await put(index, record)
+    other = mkv.Index(db)
+    await other.open()
+    await assume_turns(other)
+    query = "SELECT 1 FROM pending WHERE state = 'claimed'"
+    go_on = mkv.PostgresSession.go_on
+
+    def lose(session: mkv.PostgresSession) -> bool:
+        monkeypatch.setattr(mkv.PostgresSession, "go_on", go_on)
+        assert session._pq.flush() == 0
+        with psycopg.connect(**other.engine.parameters) as reader:
+            reader.execute(f"SET search_path = {other.engine.schema}")
+            eventually(lambda: reader.execute(query).fetchall())
+        raise psycopg.OperationalError("the connection is lost")
+
+    monkeypatch.setattr(mkv.PostgresSession, "go_on", lose)
+    path = await other.claim(partial(claim_version, key="k"), "k")
+    assert mkv.version_of(path) > record.version
+    rows = await other.write(lambda tx: tx.pending_of("k"))
+    await other.close()
+    assert {one for _, one in rows} == {path}
 
 
 @on_postgres
