@@ -14991,13 +14991,14 @@ def test_two_writes_at_once_both_succeed(store: Program, steps: str, size: int) 
 
 
 class Site:
-    """Four volumes, a server with two workers, and its tools; all of it to be broken on purpose,
+    """Four volumes, a server with some workers, and its tools; all of it to be broken on purpose,
     and healed."""
 
-    WORKERS = 2
-
-    def __init__(self, folder: Path, stack: contextlib.ExitStack, db: str = "") -> None:
+    def __init__(
+        self, folder: Path, stack: contextlib.ExitStack, db: str = "", workers: int = 2
+    ) -> None:
         self.folder = folder
+        self.workers = workers
         self.db = db or str(folder / "data" / "index.db")
         self.volumes = [stack.enter_context(Nginx(folder / f"n{i}")) for i in range(4)]
         self.weights = [1.0] * len(self.volumes)
@@ -15017,7 +15018,7 @@ class Site:
     def configuration(self) -> str:
         settings = {
             "data": str(self.folder / "data"), "db": self.db, "replicas": 2,
-            "workers": self.WORKERS, "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
+            "workers": self.workers, "volume_timeout": 0.7, "garbage_delay": self.garbage_delay_s,
             "list_rate": 0.0, "access_log": False,
         }  # fmt: skip
         lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
@@ -15103,6 +15104,20 @@ class Site:
         self.reload()
         self.begin_tool("rebalance")
 
+    @contextlib.contextmanager
+    def end_sessions(self, chance: random.Random) -> Iterator[None]:
+        """End connections to PostgreSQL, in the middle of what they do."""
+        query = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+            WHERE application_name = 'mkv' AND random() < 0.7"""
+        with psycopg.connect(mkv.split_schema(self.db)[0]) as db:
+            for _ in range(5):
+                db.execute(query)
+                time.sleep(chance.uniform(0.01, 0.2))
+        yield
+
+    def kinds_of_faults(self) -> Sequence[Fault]:
+        return (*FAULTS, Site.end_sessions) if mkv.is_postgres(self.db) else FAULTS
+
     def break_and_heal(self, chance: random.Random, kinds: Sequence[Fault], until: float) -> None:
         """Break one thing after another until then; every kind has its turn, whatever that
         takes."""
@@ -15138,9 +15153,15 @@ patient = pytest.mark.timeout(2 * LONG_S + 600)
 
 
 @pytest.fixture
-def site(tmp_path: Path, db: str) -> Iterator[Site]:
+def site(request: pytest.FixtureRequest, tmp_path: Path, db: str) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
-        yield Site(tmp_path, stack, db)
+        yield Site(tmp_path, stack, db, workers=request.param)
+
+
+# With one worker all turns of an index in PostgreSQL are its own, and it assumes them.
+on_all_sites = pytest.mark.parametrize(
+    ("db", "site"), [("sqlite", 2), ("postgres", 2), ("postgres", 1)], indirect=True
+)
 
 
 def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
@@ -15172,20 +15193,23 @@ def check_answers(site: Site, traffic: Traffic) -> None:
         assert traffic.answers[answer] > 5, traffic.answers
 
 
+@on_all_sites
 def test_answers_have_an_order_whatever_fails(site: Site) -> None:
     traffic = Traffic(site.address, Load(), SEED)
-    run_among_faults(site, traffic, 9.0, FAULTS)
+    run_among_faults(site, traffic, 9.0, site.kinds_of_faults())
     check_answers(site, traffic)
 
 
+@on_all_sites
 @long
 @patient
 def test_answers_have_an_order_for_long(site: Site) -> None:
     traffic = Traffic(site.address, Load(), random.getrandbits(32))
-    run_among_faults(site, traffic, LONG_S, FAULTS)
+    run_among_faults(site, traffic, LONG_S, site.kinds_of_faults())
     check_answers(site, traffic)
 
 
+@on_all_sites
 def test_slow_and_conditional_writes_have_an_order(site: Site) -> None:
     """Without faults; this load finds soonest what a slow write and conditional ones do to each
     other."""
@@ -15309,7 +15333,7 @@ class Estate(Site):
     def kill_worker(self, chance: random.Random) -> Iterator[None]:
         os.kill(chance.choice(children_of(self.server.process.pid)), signal.SIGKILL)
         yield
-        eventually(lambda: len(children_of(self.server.process.pid)) == self.WORKERS)
+        eventually(lambda: len(children_of(self.server.process.pid)) == self.workers)
 
     @contextlib.contextmanager
     def change_configuration(self, chance: random.Random) -> Iterator[None]:
