@@ -4201,6 +4201,20 @@ class Batcher(IndexThread):
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
+    async def run(self, work: Callable[[Session], T]) -> T:
+        while not self._is_idle.is_set():
+            await self._is_idle.wait()
+        self._is_idle.clear()
+        self._is_on_thread = True
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._put(work, partial(self._hear_one, future))
+        return await future
+
+    def _hear_one(self, future: asyncio.Future[Any], result: Any) -> None:
+        self._is_on_thread = False
+        settle_future(future, result)
+        self._send()
+
     def call(self, item: Any) -> asyncio.Future[Any]:
         """Answer an item. That goes on to its end even if whoever awaits it is cancelled."""
         future = asyncio.get_running_loop().create_future()

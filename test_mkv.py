@@ -58,7 +58,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self
 from unittest.mock import Mock
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -2914,6 +2914,58 @@ async def test_what_has_to_wait_for_an_answer_waits_until_all_flights_have_lande
 
 def ask_for_old(tx: mkv.Transaction) -> mkv.Record | None:
     return tx.get("old")
+
+
+class Echo(mkv.Work):
+    """Answers with the items themselves, once a flight has landed."""
+
+    def __init__(self, flight: mkv.Flight) -> None:
+        self._flight = flight
+
+    def depart(self, items: list[Any], session: mkv.Session) -> mkv.Trip:
+        return mkv.Trip(items, self._flight)
+
+    def land(self, trip: mkv.Trip) -> list[Any]:
+        return trip.items
+
+    carry_out = settle = None
+
+
+async def test_room_for_more_is_waited_for_only_while_there_is_more_to_send() -> None:
+    """Else the loop would run in circles until the answer comes."""
+    flight, calls = mkv.Flight(), list[bool]()
+    here, there = socket.socketpair()
+
+    def go_on() -> bool:
+        calls.append(len(calls) > 0)  # in two pieces
+        return calls[-1]
+
+    with here, there:
+        batcher = mkv.Batcher(None, False, Echo(flight), lambda size: None)
+        session = SimpleNamespace(
+            has_flights=True, is_lost=False, waits_s=30.0, fileno=here.fileno, go_on=go_on
+        )
+        batcher._session = session
+        answer = batcher.call("item")
+        await until(lambda: len(calls) == 2)
+        await asyncio.sleep(0.05)
+        assert calls == [False, True]
+        flight.has_landed = True
+        there.send(b"x")
+        assert await answer == "item" and len(calls) == 3
+
+
+@on_postgres
+async def test_nothing_departs_while_the_thread_uses_the_session(index: mkv.Index) -> None:
+    await assume_turns(index)
+    work, may_end = threading.Event(), threading.Event()
+    run = asyncio.ensure_future(index._writer.run(lambda _: work.set() or may_end.wait(30)))
+    await until(work.is_set)
+    written = index.write(lambda tx: tx.now_s)
+    await under_way(index, 0)
+    assert not written.done()
+    may_end.set()
+    assert await run and await written > 0
 
 
 @on_postgres
