@@ -2105,6 +2105,10 @@ class Flight:
     failed: Any = None  # the first result that is an error: after that nothing was done
     has_landed: bool = False
 
+    def is_well(self) -> bool:
+        """Whether it has landed, and all was done."""
+        return self.has_landed and self.failed is None
+
     def read(self) -> tuple[dict[str, Record], list[Row]]:
         """Return the records, and what is pending, that were asked for."""
         return (
@@ -2753,6 +2757,9 @@ TAKE_TURN_AFTER = f"""UPDATE meta
     RETURNING epoch, turn, {NOW}"""
 RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
     WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
+# The same, and only as this `seq`: whatever becomes of a flight, none is carried out before it.
+RENEW_AS = f"""UPDATE owner SET until = {NOW} + ?2, seq = CASE WHEN seq + 1 = ?3 THEN ?3 END
+    WHERE id = ?1 AND role <> 'gone'"""
 # From a key to the next one that is not in its group. No character comes before chr(1) in a key.
 SCAN_GROUPS = f"""WITH RECURSIVE found AS (
     (SELECT {COLUMNS}, 1 AS number FROM record WHERE key >= ?1 BOUND ORDER BY key LIMIT 1)
@@ -2840,14 +2847,14 @@ class PostgresSession(Session):
         self._turn = (0, 0)
         self._in_a_row = 0  # turns of this session between which nobody else had one
         self._seq = 0  # of the owner, as of this one
-        self._assumed: Row = ()  # what to begin with: owner and lease, if a turn is assumed
+        self._assumed: Row = ()  # what to begin with, if a turn is assumed: see RENEW_AS
         self._now_ns = 0  # when a turn came last, by the clock of the database
         self._at_ns = 0  # and by our own
         self._connect()
 
     def _connect(self) -> None:
         """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
-        psycopg.pq: what is sent is kept until the next `_sync`, and goes out with it. psycopg's
+        psycopg.pq: what is sent is kept until its flight departs, and goes out with it. psycopg's
         cursors would make a system call or two of each statement, and wait for the GIL after
         each of them while the event loop is busy."""
         self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
@@ -2923,7 +2930,7 @@ class PostgresSession(Session):
         turn = None
         if self._assumed:
             turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
-            self._send(RENEW, self._assumed)
+            self._send(RENEW_AS, self._assumed)
             self._assumed = ()
         queue = self._queue
         self._queue = []
@@ -2969,8 +2976,11 @@ class PostgresSession(Session):
                 continue  # the end of what one query returns
             flight = self._flights[0]
             if result.status == status.PIPELINE_SYNC:
-                self._land(flight)
+                self._note_landing(flight)
                 continue
+            if not self._sent:  # in place of the flight's end: the backend was told to end
+                self.close()
+                raise self._engine.psycopg.OperationalError("the connection is lost")
             sent = self._sent.popleft()
             if result.status == status.TUPLES_OK:
                 sent.rows = load_rows(result)
@@ -2979,7 +2989,7 @@ class PostgresSession(Session):
                     del self._names[sent.query]
                 flight.failed = flight.failed or result
 
-    def _land(self, flight: Flight) -> None:
+    def _note_landing(self, flight: Flight) -> None:
         self._flights.popleft()
         flight.has_landed = True
         if flight.turn is not None and flight.turn.rows:
@@ -3109,8 +3119,8 @@ class PostgresSession(Session):
     def assume_turn(self, owner: int, lease_s: float) -> int | None:
         if self._in_a_row < ALONE_AFTER:
             return None
-        self._assumed = (owner, lease_s)
         self._seq += 1
+        self._assumed = (owner, lease_s, self._seq)
         return self._seq
 
     def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
@@ -3354,6 +3364,10 @@ class Unread(NamedTuple):
     keys: list[str]
     stems: set[str]
 
+    def all_stems(self) -> set[str]:
+        """Return the stems of the keys of which anything is to be read."""
+        return self.stems.union(map(key_stem, self.keys))
+
 
 NOTHING = Unread([], set())
 
@@ -3382,7 +3396,7 @@ class Transaction:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
         self._unread = NOTHING  # what is read with the commit
-        self._away = set[str]()  # stems of that, for which a flight is under way
+        self._away = set[str]()  # stems of keys that are read by flights under way
         self.is_claiming = False  # the mutation that is carried out only claims
         self.now_s = 0.0
 
@@ -3421,7 +3435,7 @@ class Transaction:
         if self.lease.is_due() or self._is_full() or any(self._find_unknown(keys, paths)):
             return False
         unread = self._find_unknown(claimed, ())
-        if not self._away.isdisjoint(unread.stems):
+        if not self._away.isdisjoint(unread.all_stems()):
             return False
         seq = self._session.assume_turn(self.lease.owner, self.lease.seconds)
         if seq is None:
@@ -3438,16 +3452,16 @@ class Transaction:
         self.lease.renewed_s = self._renewed_s
 
     def send_commit(self) -> tuple[Flight, Unread]:
-        """Do so after `begin_at_once`, but return at once. Call `land` when the flight has; until
-        then the next transaction can begin at once, too."""
+        """Do so after `begin_at_once`, but return at once. Call `take_answers` when the
+        flight has landed; until then the next transactions can begin at once, too."""
         unread = self._unread
         self._unread = NOTHING
-        self._away |= unread.stems
+        self._away |= unread.all_stems()
         return self._session.send_commit(*unread), unread
 
-    def land(self, flight: Flight, unread: Unread) -> None:
+    def take_answers(self, flight: Flight, unread: Unread) -> None:
         self._take(unread, *flight.read())
-        self._away -= unread.stems
+        self._away -= unread.all_stems()
 
     def _is_full(self) -> bool:
         return len(self._records) + len(self._pending) + len(self._rows) > REMEMBERED
@@ -4059,8 +4073,8 @@ def read_totals(session: Session) -> dict[str, tuple[int, int]]:
 
 
 class IndexThread:
-    """One thread and the session that it opens on first use; nobody else touches that. A hop to it
-    goes through a plain queue: an executor and its futures cost twice as much."""
+    """One thread and the session that it opens on first use. A hop to it goes through a plain
+    queue: an executor and its futures cost twice as much."""
 
     def __init__(self, engine: Engine, readonly: bool) -> None:
         self._engine = engine
@@ -4176,15 +4190,16 @@ class Work(ABC):
         """On the loop: return the answers, once the flight has landed."""
 
     @abstractmethod
-    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
         """On the thread: the first of these trips has failed, or its connection broke. Return
         what each has for answers, or raises."""
 
 
 class Batcher(IndexThread):
     """Lets the items that wait share one hop to the thread; or one flight, if the session has
-    such. Then the event loop uses the session itself, while nothing is done on the thread: to wait
-    there for a database far away would hold up what comes next, and each hop waits for the GIL."""
+    such, which the event loop sends itself: each hop waits for the GIL, and a thread that waits
+    for a database far away holds up what comes next. The two use the session in turn: the thread
+    while `_is_on_thread`, the loop while it is not."""
 
     def __init__(
         self, engine: Engine, readonly: bool, work: Work, observe: Callable[[int], None]
@@ -4243,7 +4258,9 @@ class Batcher(IndexThread):
         early_s = self._find_early()
         if early_s > 0:
             self._next = asyncio.get_running_loop().call_later(early_s, self._send)
-        elif not self._depart() and not self._trips and not self._is_on_thread:
+        elif self._depart():
+            self._hear(cast(Session, self._session))
+        elif not self._trips:
             self._send_to_thread()
 
     def _find_early(self) -> float:
@@ -4282,27 +4299,28 @@ class Batcher(IndexThread):
     # -- flights --
 
     def _depart(self) -> bool:
-        """Send what waits on a flight, if that is possible."""
+        """Send what waits on a flight; return False if it has to wait for an answer before, which
+        is for the thread to do, once no flight is under way."""
         session = self._session
         if session is None or not session.has_flights or session.is_lost:
             return False
         items = [item for item, _ in self._waiting[:FLIGHT_ITEMS]]
-        trip = None
         session.may_wait = False
         try:
             trip = self._work.depart(items, session)
-        except Exception:  # in the middle of sending
+        except Exception:  # in the middle of sending: `_hear` sees to the flights before
             self._close_session(session)
-        session.may_wait = True
-        if trip is not None:
-            loop = asyncio.get_running_loop()
-            trip.batch = self._take_waiting(FLIGHT_ITEMS)
-            trip.departed_s = loop.time()
-            trip.timer = loop.call_later(session.waits_s, self._give_up, session)
-            self._trips.append(trip)
-        if trip is not None or (self._trips and session.is_lost):
-            self._hear(session)
-        return trip is not None
+            return True
+        finally:
+            session.may_wait = True
+        if trip is None:
+            return False
+        loop = asyncio.get_running_loop()
+        trip.batch = self._take_waiting(FLIGHT_ITEMS)
+        trip.departed_s = loop.time()
+        trip.timer = loop.call_later(session.waits_s, self._give_up, session)
+        self._trips.append(trip)
+        return True
 
     def _hear(self, session: Session) -> None:
         """Take what has come, and deliver it."""
@@ -4311,12 +4329,10 @@ class Batcher(IndexThread):
             is_sent = session.go_on()
         except Exception:  # what is wrong the thread will find out
             self._close_session(session)
-        while self._trips and self._trips[0].flight.has_landed:
-            if self._trips[0].flight.failed is not None:
-                break
+        while self._trips and self._trips[0].flight.is_well():
             self._land(self._trips.popleft())
         if self._trips and (session.is_lost or self._trips[0].flight.failed is not None):
-            self._settle()
+            self._find_outcome()
         self._listen(session, is_sent)
         self._send()
 
@@ -4329,16 +4345,16 @@ class Batcher(IndexThread):
             result = self._engine.explain(error)
         self._deliver(trip.batch, result)
 
-    def _settle(self) -> None:
+    def _find_outcome(self) -> None:
         """Have the thread find out what has become of all trips, and do what was not done."""
         self._is_on_thread = True
         trips = list(self._trips)
         self._trips.clear()
         for trip in trips:
             cast(asyncio.Handle, trip.timer).cancel()
-        self._put(partial(self._work.settle, trips), partial(self._hear_settled, trips))
+        self._put(partial(self._work.find_outcome, trips), partial(self._hear_outcome, trips))
 
-    def _hear_settled(self, trips: list[Trip], results: Any) -> None:
+    def _hear_outcome(self, trips: list[Trip], results: Any) -> None:
         self._is_on_thread = False
         if isinstance(results, Exception):
             results = [results] * len(trips)
@@ -4399,7 +4415,7 @@ class Getter(Work):
         found, _ = trip.flight.read()
         return [found.get(key) for key in trip.items]
 
-    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
         return [get_all(trip.items, session) for trip in trips]
 
 
@@ -4471,8 +4487,9 @@ class Writer(Work):
                 return answers
 
     def _reconnect(self, session: Session, deadline_s: float, is_unsure: bool) -> int | None:
-        """Connect again, and return the number of the last transaction that was committed, if
-        nobody knows; raises IndexUnsure if that is not to be found out."""
+        """Connect again; if it `is_unsure` what was committed, return the number of the last
+        transaction that was, None if the owner is gone. Raises IndexUnsure if that is not to be
+        found out."""
         reason = ""
         while True:
             try:
@@ -4481,6 +4498,7 @@ class Writer(Work):
             except Exception as error:
                 if not session.is_lost and is_unsure:
                     reason = str(error)
+                    session.close()  # it is in the middle of a transaction
                 elif time.monotonic() > deadline_s:
                     reason = str(self._engine.explain(error))
                     if not is_unsure:
@@ -4509,14 +4527,19 @@ class Writer(Work):
     def land(self, trip: Trip) -> list[Any]:
         """A claim that turns out to be too low is made again."""
         tx = cast(Transaction, trip.tx)
-        tx.land(trip.flight, trip.unread)
+        tx.take_answers(trip.flight, trip.unread)
         return self._check_claims(trip, tx)
 
     def _check_claims(self, trip: Trip, tx: Transaction | None) -> list[Any]:
         """Return the answers. If what was read with the commit is lost, a claim is better made
         once too often."""
         answers = trip.answers
-        claims = {i: one.claimed for i, one in enumerate(trip.items) if one.claimed}
+        unread = trip.unread.all_stems()
+        claims = {
+            i: one.claimed
+            for i, one in enumerate(trip.items)
+            if one.claimed and key_stem(one.claimed) in unread
+        }
         drawn = {version_of(answers[i]) for i in claims}
         for i, key in claims.items():
             if tx is None or tx.is_low(key, answers[i], drawn):
@@ -4524,7 +4547,7 @@ class Writer(Work):
                 answers[i] = Again(Mutation(act, [key]))
         return answers
 
-    def settle(self, trips: list[Trip], session: Session) -> list[Any]:
+    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
         self._tx = None
         done = 0
         if session.is_lost:

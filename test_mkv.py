@@ -2702,10 +2702,10 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
     their answers, and in new connections, too."""
     monkeypatch.setattr(mkv, "RECONNECT_EVERY_S", 0.01)
     monkeypatch.setattr(mkv.Batcher, "_find_early", lambda self: 0.0)
-    settle, broken = mkv.Writer.settle, Counter[int]()
+    settle, broken = mkv.Writer.find_outcome, Counter[int]()
     monkeypatch.setattr(
         mkv.Writer,
-        "settle",
+        "find_outcome",
         lambda self, trips, session: broken.update([len(trips)]) or settle(self, trips, session),
     )
     chance = random.Random(5)
@@ -2811,6 +2811,7 @@ async def under_way(index: mkv.Index, count: int) -> None:
     for _ in range(5):
         await asyncio.sleep(0)
     assert len(index._writer._trips) == count
+    assert count == 0 or not index._writer._is_on_thread
 
 
 def grow(tx: mkv.Transaction) -> int:
@@ -2928,16 +2929,23 @@ class Echo(mkv.Work):
     def land(self, trip: mkv.Trip) -> list[Any]:
         return trip.items
 
-    carry_out = settle = None
+    carry_out = find_outcome = None
 
 
-async def test_room_for_more_is_waited_for_only_while_there_is_more_to_send() -> None:
-    """Else the loop would run in circles until the answer comes."""
+async def test_room_for_more_is_waited_for_only_while_there_is_more_to_send(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the loop would run in circles until the answer comes. And half an answer is no reason
+    for one more flight."""
+    monkeypatch.setattr(mkv, "FLIGHTS", 1)
     flight, calls = mkv.Flight(), list[bool]()
     here, there = socket.socketpair()
+    here.setblocking(False)
 
     def go_on() -> bool:
         calls.append(len(calls) > 0)  # in two pieces
+        with contextlib.suppress(BlockingIOError):
+            here.recv(1)
         return calls[-1]
 
     with here, there:
@@ -2950,9 +2958,47 @@ async def test_room_for_more_is_waited_for_only_while_there_is_more_to_send() ->
         await until(lambda: len(calls) == 2)
         await asyncio.sleep(0.05)
         assert calls == [False, True]
+        another = batcher.call("another item")
+        there.send(b"x")
+        await until(lambda: len(calls) == 3)
+        assert len(batcher._trips) == 1
         flight.has_landed = True
         there.send(b"x")
-        assert await answer == "item" and len(calls) == 3
+        assert await answer == "item"
+        there.send(b"x")
+        assert await another == "another item"
+
+
+@on_postgres
+async def test_only_what_is_known_departs(
+    index: mkv.Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else waits on a thread, the renewal of the lease among it; and from time to time what is
+    remembered is forgotten."""
+    monkeypatch.setattr(mkv, "REMEMBERED", 20)
+    await assume_turns(index)
+
+    def find_thread(tx: mkv.Transaction) -> int:
+        return threading.get_ident()
+
+    here = threading.get_ident()
+    assert await index.write(find_thread) == here
+    assert await index.write(find_thread, ["k"]) != here
+    assert await index.write(find_thread, ["k"]) == here
+    for number in range(30):
+        await put_in_two(index, f"k{number}")
+        assert len(index._writer._work._tx._records) < 30
+    index._lease.renewed_s = -math.inf
+    assert await index.write(find_thread) != here
+    assert not index._lease.is_due()
+
+
+async def test_close_waits_for_what_was_asked(index: mkv.Index) -> None:
+    await put(index, make_record("k"))
+    await index.get("k")
+    asked = [index.get("k") for _ in range(mkv.BATCH + 1)]
+    await index.close()
+    assert all(one.done() and one.result() == make_record("k") for one in asked)
 
 
 @on_postgres
