@@ -3015,11 +3015,14 @@ async def test_nothing_departs_while_the_thread_uses_the_session(index: mkv.Inde
 
 
 @on_postgres
+@pytest.mark.parametrize("unknown", ["all", "record"])
 async def test_key_that_is_read_by_one_flight_is_not_claimed_by_the_next(
-    index: mkv.Index, postgres: Postgres, apart: None
+    index: mkv.Index, postgres: Postgres, apart: None, unknown: str
 ) -> None:
     """What the second one reads would be out of date by the time that it lands: a commit may have
     been remembered in between."""
+    if unknown == "record":
+        await index.write(lambda tx: tx.pending_of("k"))
     await assume_turns(index)
     with turns_kept(postgres, index):
         claims = [index.claim(partial(claim_version, key="k"), "k")]
@@ -3029,6 +3032,82 @@ async def test_key_that_is_read_by_one_flight_is_not_claimed_by_the_next(
     rows = await index.write(lambda tx: tx.pending_of("k"), ["k"])
     assert {path for _, path in rows} == set(await asyncio.gather(*claims)) and len(rows) == 4
     assert await index.write(lambda tx: tx._away) == set()
+
+
+@on_postgres
+async def test_claims_of_a_key_that_is_known_are_made_once(
+    index: mkv.Index, postgres: Postgres, apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time that the first one lands there is a higher one of the next flight."""
+    assert await put_in_two(index, "k")
+    await assume_turns(index)
+    again, claim_higher = list[str](), mkv.Transaction.claim_higher
+    monkeypatch.setattr(
+        mkv.Transaction,
+        "claim_higher",
+        lambda tx, act, path: again.append(path) or claim_higher(tx, act, path),
+    )
+    with turns_kept(postgres, index):
+        claims = []
+        for number in range(3):
+            claims.append(index.claim(partial(claim_version, key="k"), "k"))
+            await under_way(index, number + 1)
+    assert len(set(await asyncio.gather(*claims))) == 3 and again == []
+
+
+@on_postgres
+async def test_flight_is_carried_out_only_after_the_one_before_it(
+    index: mkv.Index, postgres: Postgres
+) -> None:
+    """Whatever has become of that: the owner counts its transactions."""
+    await index.write(lambda tx: tx.insert(make_record("k")), ["k"])
+    await assume_turns(index)
+    postgres.ask("UPDATE owner SET seq = seq - 1", index.engine.schema)
+    here = threading.get_ident()
+    assert await index.write(lambda tx: threading.get_ident(), ["k"]) != here
+    assert await index.write(grow, ["k"]) == 5
+    assert (await index.totals())[mkv.ALL_KEYS] == (1, 6)
+
+
+class Ended:
+    """A connection of libpq whose backend was told to end, and says so in place of the end of a
+    flight, once it has committed."""
+
+    def __init__(self, pq: Any) -> None:
+        self._pq = pq
+        self._has_committed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pq, name)
+
+    def get_result(self) -> Any:
+        result = self._pq.get_result()
+        status = psycopg.pq.ExecStatus
+        if result is not None and result.command_status == b"COMMIT":
+            self._has_committed = True
+        is_end = result is not None and result.status == status.PIPELINE_SYNC
+        if not (is_end and self._has_committed):
+            return result
+        said = b"terminating connection due to administrator command"
+        return SimpleNamespace(
+            status=status.FATAL_ERROR, error_field=lambda name: None, error_message=said
+        )
+
+
+@on_postgres
+@pytest.mark.parametrize("on_flights", [True, False])
+async def test_commit_after_which_the_backend_ends_is_done_once(
+    index: mkv.Index, on_flights: bool
+) -> None:
+    await put(index, make_record("k"))
+    await assume_turns(index)
+    session = index._writer._session
+    session._pq = Ended(session._pq)
+    if not on_flights:
+        index._lease.renewed_s = -math.inf
+    assert await index.write(grow, ["k"]) == 5
+    assert isinstance(session._pq, psycopg.pq.PGconn)  # there is another connection
+    assert await index.write(grow, ["k"]) == 6
 
 
 @on_postgres
