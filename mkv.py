@@ -2843,7 +2843,8 @@ class PostgresSession(Session):
         self._readonly = readonly
         self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
         self._prepared = 0
-        self._seen = (0, 0)  # epoch and number of the last turn, as far as nothing has failed
+        # Epoch and number of the last turn; after a failure, until the next `begin`, a guess.
+        self._seen = (0, 0)
         self._turn = (0, 0)
         self._in_a_row = 0  # turns of this session between which nobody else had one
         self._seq = 0  # of the owner, as of this one
@@ -2863,7 +2864,7 @@ class PostgresSession(Session):
         self._names = dict[str, bytes]()  # of prepared queries
         self._sent = deque[Sent]()  # and not answered yet
         self._flights = deque[Flight]()  # that have not landed
-        self._forget()
+        self.drop()
         try:
             self._set_up()
         except Exception:
@@ -2898,11 +2899,6 @@ class PostgresSession(Session):
     def reopen(self) -> None:
         self.close()
         self._connect()
-
-    def _forget(self) -> None:
-        self.drop()
-        self._seen = (0, 0)
-        self._in_a_row = 0
 
     def drop(self) -> None:
         self._queue.clear()
@@ -3132,7 +3128,7 @@ class PostgresSession(Session):
         return self._depart(turn, reads)
 
     def roll_back(self) -> None:
-        self._forget()
+        self.drop()
         try:
             self._send("ROLLBACK")
             self._wait_for(self._depart())

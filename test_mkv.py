@@ -2708,6 +2708,12 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
         "find_outcome",
         lambda self, trips, session: broken.update([len(trips)]) or settle(self, trips, session),
     )
+    to_thread, jobs = mkv.Batcher._send_to_thread, list[bool]()
+    monkeypatch.setattr(
+        mkv.Batcher,
+        "_send_to_thread",
+        lambda self: jobs.append(self._is_on_thread) or to_thread(self),
+    )
     chance = random.Random(5)
     scissors = Scissors(postgres.port, chance)
     cut = mkv.Index(db.replace(str(postgres.port), str(scissors.port)))
@@ -2739,6 +2745,7 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
             is_there = await index.get(key) is not None
             assert (outcome is True and is_there) or (told == "IndexFailed" and not is_there), told
     assert answers["bool"] > 0.9 * number, answers
+    assert jobs and not any(jobs)  # never while another one is there
     assert broken[1] > 10 and broken[2] + broken[3] + broken[4] > 10, broken
     assert (await index.totals())[mkv.ALL_KEYS][0] == answers["bool"]
     await cut.close()
@@ -2969,6 +2976,10 @@ async def test_room_for_more_is_waited_for_only_while_there_is_more_to_send(
         assert await another == "another item"
 
 
+def find_thread(tx: mkv.Transaction) -> int:
+    return threading.get_ident()
+
+
 @on_postgres
 async def test_only_what_is_known_departs(
     index: mkv.Index, monkeypatch: pytest.MonkeyPatch
@@ -2977,9 +2988,6 @@ async def test_only_what_is_known_departs(
     remembered is forgotten."""
     monkeypatch.setattr(mkv, "REMEMBERED", 20)
     await assume_turns(index)
-
-    def find_thread(tx: mkv.Transaction) -> int:
-        return threading.get_ident()
 
     here = threading.get_ident()
     assert await index.write(find_thread) == here
@@ -2995,7 +3003,6 @@ async def test_only_what_is_known_departs(
 
 async def test_close_waits_for_what_was_asked(index: mkv.Index) -> None:
     await put(index, make_record("k"))
-    await index.get("k")
     asked = [index.get("k") for _ in range(mkv.BATCH + 1)]
     await index.close()
     assert all(one.done() and one.result() == make_record("k") for one in asked)
@@ -3021,9 +3028,9 @@ async def test_key_that_is_read_by_one_flight_is_not_claimed_by_the_next(
 ) -> None:
     """What the second one reads would be out of date by the time that it lands: a commit may have
     been remembered in between."""
+    await assume_turns(index)
     if unknown == "record":
         await index.write(lambda tx: tx.pending_of("k"))
-    await assume_turns(index)
     with turns_kept(postgres, index):
         claims = [index.claim(partial(claim_version, key="k"), "k")]
         await under_way(index, 1)
@@ -3062,9 +3069,11 @@ async def test_flight_is_carried_out_only_after_the_one_before_it(
     """Whatever has become of that: the owner counts its transactions."""
     await index.write(lambda tx: tx.insert(make_record("k")), ["k"])
     await assume_turns(index)
-    postgres.ask("UPDATE owner SET seq = seq - 1", index.engine.schema)
+    await index.write(lambda tx: tx.get("k"), ["k"])
     here = threading.get_ident()
-    assert await index.write(lambda tx: threading.get_ident(), ["k"]) != here
+    assert await index.write(find_thread, ["k"]) == here
+    postgres.ask("UPDATE owner SET seq = seq - 1", index.engine.schema)
+    assert await index.write(find_thread, ["k"]) != here
     assert await index.write(grow, ["k"]) == 5
     assert (await index.totals())[mkv.ALL_KEYS] == (1, 6)
 
