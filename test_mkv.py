@@ -3009,10 +3009,15 @@ async def test_close_waits_for_what_was_asked(index: mkv.Index) -> None:
 
 
 @on_postgres
-async def test_nothing_departs_while_the_thread_uses_the_session(index: mkv.Index) -> None:
+async def test_loop_and_thread_use_a_session_in_turn(index: mkv.Index, postgres: Postgres) -> None:
     await assume_turns(index)
     work, may_end = threading.Event(), threading.Event()
-    run = asyncio.ensure_future(index._writer.run(lambda _: work.set() or may_end.wait(30)))
+    with turns_kept(postgres, index):
+        index.write(lambda tx: None)
+        await under_way(index, 1)
+        run = asyncio.ensure_future(index._writer.run(lambda _: work.set() or may_end.wait(30)))
+        await under_way(index, 1)
+        assert index._writer._jobs.empty() and not work.is_set()
     await until(work.is_set)
     written = index.write(lambda tx: tx.now_s)
     await under_way(index, 0)
