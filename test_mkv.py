@@ -3009,6 +3009,23 @@ async def test_close_waits_for_what_was_asked(index: mkv.Index) -> None:
 
 
 @on_postgres
+async def test_who_could_not_ask_what_was_committed_says_so_and_goes_on(
+    index: mkv.Index, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn for which it waits, to ask, does not come in time."""
+    monkeypatch.setattr(mkv, "SETTINGS", mkv.SETTINGS | {"lock_timeout": "0.2s"})
+    await assume_turns(index)
+    with turns_kept(postgres, index):
+        written = index.write(lambda tx: None)
+        await under_way(index, 1)
+        index._writer._close_session(index._writer._session)
+        index._writer._hear(index._writer._session)
+        with pytest.raises(mkv.IndexUnsure, match="lock timeout"):
+            await written
+    assert await index.write(lambda tx: tx.now_s) > 0
+
+
+@on_postgres
 async def test_loop_and_thread_use_a_session_in_turn(index: mkv.Index, postgres: Postgres) -> None:
     await assume_turns(index)
     work, may_end = threading.Event(), threading.Event()
