@@ -2974,9 +2974,10 @@ class PostgresSession(Session):
             if result.status == status.PIPELINE_SYNC:
                 self._note_landing(flight)
                 continue
-            if not self._sent:  # in place of the flight's end: the backend was told to end
+            if result.status == status.FATAL_ERROR and self._engine.is_fatal(result):
+                # The backend ends; that may come in place of the flight's end.
                 self.close()
-                raise self._engine.psycopg.OperationalError("the connection is lost")
+                raise self._engine.error_of(result)
             sent = self._sent.popleft()
             if result.status == status.TUPLES_OK:
                 sent.rows = load_rows(result)
@@ -3177,6 +3178,11 @@ class PostgresEngine(Engine):
 
     def connect(self, readonly: bool) -> PostgresSession:
         return PostgresSession(self, readonly)
+
+    def is_fatal(self, result: Any) -> bool:
+        """Whether the connection ends with this error, whatever it was about."""
+        severity = self.psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
+        return result.error_field(severity) in (b"FATAL", b"PANIC")
 
     def error_of(self, result: Any) -> Exception:
         """Return what a result says that is an error."""
