@@ -2845,10 +2845,9 @@ class PostgresSession(Session):
         self._prepared = 0
         # Epoch and number of the last turn; after a failure, until the next `begin`, a guess.
         self._seen = (0, 0)
-        self._turn = (0, 0)
         self._in_a_row = 0  # turns of this session between which nobody else had one
         self._seq = 0  # of the owner, as of this one
-        self._assumed: Row = ()  # what to begin with, if a turn is assumed: see RENEW_AS
+        self._assumed: Row = ()  # values of RENEW_AS, once a turn is assumed
         self._now_ns = 0  # when a turn came last, by the clock of the database
         self._at_ns = 0  # and by our own
         self._connect()
@@ -2902,7 +2901,6 @@ class PostgresSession(Session):
 
     def drop(self) -> None:
         self._queue.clear()
-        self._assumed = ()
 
     def close(self) -> None:
         self._db.close()
@@ -2920,19 +2918,11 @@ class PostgresSession(Session):
         self._sent.append(sent)
         return sent
 
-    def _send_queue(self) -> Sent | None:
-        """Send what is to be run, after the turn if that was only assumed; return what was sent
-        for that."""
-        turn = None
-        if self._assumed:
-            turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
-            self._send(RENEW_AS, self._assumed)
-            self._assumed = ()
+    def _send_queue(self) -> None:
         queue = self._queue
         self._queue = []
         for query, values in queue:
             self._send(query, values)
-        return turn
 
     def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Sent:
         self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
@@ -2990,8 +2980,7 @@ class PostgresSession(Session):
         self._flights.popleft()
         flight.has_landed = True
         if flight.turn is not None and flight.turn.rows:
-            ((epoch, number, now_s),) = flight.turn.rows
-            self._turn = (epoch, number)
+            ((_, _, now_s),) = flight.turn.rows
             self._now_ns = round(now_s * 1e9)
             self._at_ns = time.monotonic_ns()
 
@@ -3098,8 +3087,9 @@ class PostgresSession(Session):
         self._sync(flight)
         if not turn.rows:
             raise IndexFailed("another index has just taken its place")
-        epoch, number = self._seen
-        is_next = self._turn == (epoch, number + 1)
+        ((epoch, number, _),) = turn.rows
+        is_next = self._seen == (epoch, number - 1)
+        self._seen = (epoch, number)
         seqs = renewed.rows
         self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
         self._seq = seqs[0][0] if seqs else 0
@@ -3111,7 +3101,6 @@ class PostgresSession(Session):
         self.is_unsure = True
         self._send("COMMIT")
         self._sync(self._depart())
-        self._seen = self._turn
 
     def assume_turn(self, owner: int, lease_s: float) -> int | None:
         if self._in_a_row < ALONE_AFTER:
@@ -3121,7 +3110,9 @@ class PostgresSession(Session):
         return self._seq
 
     def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
-        turn = self._send_queue()
+        turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
+        self._send(RENEW_AS, self._assumed)
+        self._send_queue()
         reads = self._send_reads(keys, stems)
         self._send("COMMIT")
         epoch, number = self._seen
@@ -3333,6 +3324,8 @@ RENEWALS = 3  # of a lease, before it would end
 LONGEST_LEASE_S = 3600.0
 GONE_S = 86400.0  # how long it is remembered who is gone, for who wakes up and asks
 BATCH = 1000  # calls in one hop: bounds how long the others wait
+FLIGHT_ITEMS = 100  # calls on one flight: bounds how long the event loop is kept
+FLIGHTS = 4  # of a session that may be under way
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
 # Of these for all but the entries: `next` may have 6 bytes for each of a key.
 LIST_FRAME = 8 * 1024
@@ -3363,12 +3356,9 @@ class Lease:
 class Unread(NamedTuple):
     """What is to be read for a transaction."""
 
-    keys: list[str]
-    stems: set[str]
-
-    def all_stems(self) -> set[str]:
-        """Return the stems of the keys of which anything is to be read."""
-        return self.stems.union(map(key_stem, self.keys))
+    keys: list[str]  # whose records
+    stems: set[str]  # what is pending below which
+    all_stems: frozenset[str] = frozenset()  # of the keys, too
 
 
 NOTHING = Unread([], set())
@@ -3407,16 +3397,16 @@ class Transaction:
         from the last turn."""
         if self._is_full() or not self.is_alone:
             self._forget()
-        unknown, stems = self._find_unknown(keys, paths)
+        unread = self._find_unknown(keys, paths)
         is_complete = not (self._records or self._pending or self._rows)
         lease = self.lease
         is_due = lease.is_due()
         self._renewed_s = time.monotonic()
-        turn = self._session.begin(lease.owner, lease.seconds, is_due, unknown, stems)
+        turn = self._session.begin(lease.owner, lease.seconds, is_due, unread.keys, unread.stems)
         self.now_s = turn.now_s
         self.is_alone = turn.is_next
         if turn.is_next or is_complete:
-            self._take(Unread(unknown, stems), turn.records, turn.pending)
+            self._take(unread, turn.records, turn.pending)
         else:  # what was remembered may not be so
             self._forget()
             self.read_ahead(keys, paths)
@@ -3437,7 +3427,7 @@ class Transaction:
         if self.lease.is_due() or self._is_full() or any(self._find_unknown(keys, paths)):
             return False
         unread = self._find_unknown(claimed, ())
-        if not self._away.isdisjoint(unread.all_stems()):
+        if not self._away.isdisjoint(unread.all_stems):
             return False
         seq = self._session.assume_turn(self.lease.owner, self.lease.seconds)
         if seq is None:
@@ -3458,12 +3448,12 @@ class Transaction:
         flight has landed; until then the next transactions can begin at once, too."""
         unread = self._unread
         self._unread = NOTHING
-        self._away |= unread.all_stems()
-        return self._session.send_commit(*unread), unread
+        self._away |= unread.all_stems
+        return self._session.send_commit(unread.keys, unread.stems), unread
 
     def take_answers(self, flight: Flight, unread: Unread) -> None:
         self._take(unread, *flight.read())
-        self._away -= unread.all_stems()
+        self._away -= unread.all_stems
 
     def _is_full(self) -> bool:
         return len(self._records) + len(self._pending) + len(self._rows) > REMEMBERED
@@ -3476,17 +3466,17 @@ class Transaction:
     def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
         unread = self._find_unknown(keys, paths)
-        keys, stems = unread
-        records = self._session.look_up(keys) if keys else {}
-        self._take(unread, records, self._session.read_pending(stems) if stems else [])
+        records = self._session.look_up(unread.keys) if unread.keys else {}
+        rows = self._session.read_pending(unread.stems) if unread.stems else []
+        self._take(unread, records, rows)
 
     def _find_unknown(self, keys: Collection[str], paths: Iterable[str]) -> Unread:
-        stems = {path[:KEY_STEM] for path in paths}
-        stems.update(map(key_stem, keys))
-        return Unread(
-            [key for key in keys if key not in self._records],
-            {stem for stem in stems if stem not in self._pending},
-        )
+        stem_of = {key: key_stem(key) for key in keys}
+        stems = {path[:KEY_STEM] for path in paths}.union(stem_of.values())
+        unknown = [key for key in keys if key not in self._records]
+        unread = {stem for stem in stems if stem not in self._pending}
+        all_stems = frozenset(unread).union(stem_of[key] for key in unknown)
+        return Unread(unknown, unread, all_stems)
 
     def _take(self, unread: Unread, records: Mapping[str, Record], rows: Iterable[Row]) -> None:
         """Remember what was read."""
@@ -4222,14 +4212,20 @@ class Batcher(IndexThread):
         while not self._is_idle.is_set():
             await self._is_idle.wait()
         self._is_idle.clear()
-        self._is_on_thread = True
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._put(work, partial(self._hear_one, future))
+        self._give_to_thread(work, partial(settle_future, future))
         return await future
 
-    def _hear_one(self, future: asyncio.Future[Any], result: Any) -> None:
+    def _give_to_thread(
+        self, work: Callable[[Session], Any], deliver: Callable[[Any], None]
+    ) -> None:
+        """Leave the session to the thread until it has done `work`."""
+        self._is_on_thread = True
+        self._put(work, partial(self._hear_thread, deliver))
+
+    def _hear_thread(self, deliver: Callable[[Any], None], result: Any) -> None:
         self._is_on_thread = False
-        settle_future(future, result)
+        deliver(result)
         self._send()
 
     def call(self, item: Any) -> asyncio.Future[Any]:
@@ -4279,15 +4275,9 @@ class Batcher(IndexThread):
         return batch
 
     def _send_to_thread(self) -> None:
-        self._is_on_thread = True
         batch = self._take_waiting(BATCH)
         carry_out = partial(self._work.carry_out, [item for item, _ in batch])
-        self._put(carry_out, partial(self._hear_thread, batch))
-
-    def _hear_thread(self, batch: list[Question], result: Any) -> None:
-        self._is_on_thread = False
-        self._deliver(batch, result)
-        self._send()
+        self._give_to_thread(carry_out, partial(self._deliver, batch))
 
     def _deliver(self, batch: list[Question], result: Any) -> None:
         if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
@@ -4349,20 +4339,18 @@ class Batcher(IndexThread):
 
     def _find_outcome(self) -> None:
         """Have the thread find out what has become of all trips, and do what was not done."""
-        self._is_on_thread = True
         trips = list(self._trips)
         self._trips.clear()
         for trip in trips:
             cast(asyncio.Handle, trip.timer).cancel()
-        self._put(partial(self._work.find_outcome, trips), partial(self._hear_outcome, trips))
+        find_outcome = partial(self._work.find_outcome, trips)
+        self._give_to_thread(find_outcome, partial(self._deliver_all, trips))
 
-    def _hear_outcome(self, trips: list[Trip], results: Any) -> None:
-        self._is_on_thread = False
+    def _deliver_all(self, trips: list[Trip], results: Any) -> None:
         if isinstance(results, Exception):
             results = [results] * len(trips)
         for trip, result in zip(trips, results, strict=True):
             self._deliver(trip.batch, result)
-        self._send()
 
     def _give_up(self, session: Session) -> None:
         """An answer is late."""
@@ -4536,7 +4524,7 @@ class Writer(Work):
         """Return the answers. If what was read with the commit is lost, a claim is better made
         once too often."""
         answers = trip.answers
-        unread = trip.unread.all_stems()
+        unread = trip.unread.all_stems
         claims = {
             i: one.claimed
             for i, one in enumerate(trip.items)
@@ -4588,8 +4576,6 @@ def act_together(mutations: list[Mutation], tx: Transaction) -> list[Any]:
     return answers
 
 
-FLIGHTS = 4  # of a session that may be under way
-FLIGHT_ITEMS = 100  # items on a flight: bounds how long the event loop is kept
 RECONNECT_S = 10.0  # how long a write waits for another connection in place of one that broke
 RECONNECT_EVERY_S = 0.1
 
