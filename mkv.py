@@ -22,7 +22,7 @@ blob without a sidecar is an unfinished write; a sidecar without a blob is nothi
 be rebuilt from the sidecars. A mark is there only while a volume that should delete a sidecar does
 not answer, or may not have carried out a late write.
 
-    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 507
+    PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 504 507
     GET /key      302 to a volume            304 404 412 503
     HEAD /key     200 from the index alone   304 404 412
     DELETE /key   204                        404 412 503 504
@@ -34,8 +34,8 @@ Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar,
         the record is on disk.
-    I2  Anything else to a PUT leaves the key as it was, and what was written is deleted, sidecars
-        before the answer.
+    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is deleted,
+        sidecars before the answer. 504: PostgreSQL does not tell whether it was committed.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
     I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not
         after a crash, not by rebuild, with the index or, while a volume with the mark is there,
