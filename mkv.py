@@ -116,26 +116,16 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import (
-    IO,
-    Any,
-    ClassVar,
-    NamedTuple,
-    NoReturn,
-    Protocol,
-    Self,
-    TypeVar,
-    assert_never,
-    cast,
-)
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
 from aiohttp import (
@@ -219,13 +209,13 @@ class ConfigError(MkvError):
         super().__init__("\n".join(self.faults))
 
 class VolumeError(Unavailable):
-    """One request to one volume failed; `volume` is its name. It was sent `sent` times: 0 if
-    nobody could be connected to, 2 if a kept connection had broken before."""
+    """One request to one volume failed; `volume` is its name. What was sent may still be carried
+    out for `doubt_s` seconds; None: nothing was sent."""
 
-    def __init__(self, volume: str, detail: str, sent: int = 1) -> None:
+    def __init__(self, volume: str, detail: str, doubt_s: float | None = None) -> None:
         super().__init__(f"volume {volume}: {detail}")
         self.volume = volume
-        self.sent = sent
+        self.doubt_s = doubt_s
 
 class VolumeDown(VolumeError): """Nobody answers there, or the connection broke."""
 class VolumeTimeout(VolumeError):
@@ -245,6 +235,7 @@ URL = re.compile(
 )
 ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
+PLACE = re.compile(VOLUME_NAME.pattern + "(~[0-9a-f]{8})?")
 POSTGRES = re.compile(r"postgres(ql)?://")
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
@@ -590,7 +581,8 @@ def parse_volume_flag(flag: str) -> dict[str, str]:
 MAX_KEY_BYTES = 1024
 END_OF_TIME_NS = 2**62  # in 2116; every version is below, so that a higher one fits its digits
 PATH = re.compile(
-    r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:\.([a-z0-9]{1,8}))?"
+    r"/([0-9a-f]{2})/([0-9a-f]{2})/(\1\2[0-9a-f]{60})-([0-9a-f]{20})(?:~[0-9a-f]{8})?"
+    r"(?:\.([a-z0-9]{1,8}))?"
 )
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -685,14 +677,37 @@ def blob_path(key: str, version: str, ext: str) -> str:
     return f"{key_stem(key)}{version}{'.' if ext else ''}{ext}"
 
 
+def place_path(path: str, place: str) -> str:
+    """Return where on its volume the blob of the version at `path` lies at `place`."""
+    _, sign, tag = place.partition("~")
+    return f"{path[:STEM]}{sign}{tag}{path[STEM:]}"
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Undo place_path: return the path without its tag, and the tag with its sign, "" if it has
+    none."""
+    stem = stem_of(path)
+    return path[:STEM] + path[len(stem) :], stem[STEM:]
+
+
+def stem_of(path: str) -> str:
+    """Return a path without extension: what a blob and its sidecar have in common."""
+    return path.partition(".")[0]
+
+
+def volume_of(place: str) -> str:
+    return place.partition("~")[0]
+
+
 def sidecar_path(path: str) -> str:
     """Return the path of the sidecar beside the blob at `path`."""
-    return path[:STEM] + ".key"
+    return f"{stem_of(path)}.key"
 
 
-def mark_path(path: str) -> str:
-    """Return the path of the mark that says that the version of the blob at `path` is dead."""
-    return path[:STEM] + ".del"
+def tombstone_path(path: str) -> str:
+    """Return the path of the tombstone that says that the version of the blob at `path` is
+    dead."""
+    return f"{path[:STEM]}.del"
 
 
 def version_of(path: str) -> str:
@@ -700,8 +715,8 @@ def version_of(path: str) -> str:
 
 
 def parse_path(path: str) -> tuple[str, str, str] | None:
-    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a mark's path, else
-    None."""
+    """Return (hash of the key, version, extension) of a blob's, a sidecar's or a tombstone's path,
+    else None."""
     found = PATH.fullmatch(path)
     return (found[3], found[4], found[5] or "") if found else None
 
@@ -711,19 +726,12 @@ def version_ns(version: str) -> int:
     return int(version[:16], 16)
 
 
-def next_version(now_ns: int, newest: str | None, salt: int) -> str:
-    """Return a version for a write at `now_ns` that is higher than `newest`, whatever the clock
-    says.
-
-    `salt` is 16 random bits. Raises Unavailable from the year 2116 on.
-    """
-    least_ns = version_ns(newest) + 1 if newest else 0
-    chosen_ns = max(now_ns, least_ns)
-    if chosen_ns >= END_OF_TIME_NS:
-        raise Unavailable(
-            "the clock of the index server, or this key's version, is beyond the year 2116"
-        )
-    return f"{chosen_ns:016x}{salt:04x}"
+def make_version(at_ns: int, tag: str) -> str:
+    """Return the version drawn at `at_ns` by the owner with this tag; raises Unavailable from the
+    year 2116 on."""
+    if at_ns >= END_OF_TIME_NS:
+        raise Unavailable("the clock of the index, or a version in it, is beyond the year 2116")
+    return f"{at_ns:016x}{tag}"
 
 
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
@@ -842,9 +850,11 @@ class Ring:
         return tuple((chosen + spare)[:replicas])
 
 
-# == Records, sidecars, marks =====================================================================
-# A key's row in the index, and its sidecar: the same facts as JSON. A mark says that a version is
-# dead.
+# == Records, sidecars, tombstones ================================================================
+# A key's row in the index, and its sidecar: the same facts as JSON. A tombstone says that a
+# version is dead. A place is where on a volume a replica lies: the volume's name, then ~tag if
+# there is one
+# in its path.
 
 MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 SIDECAR_FIELDS = {
@@ -858,16 +868,22 @@ SIDECAR_FIELDS = {
 
 
 class Record(NamedTuple):
-    """What the index knows of a key. `volumes` are names, sorted, so that a rebuild gives the same
-    row. A tuple, since each GET makes one, and a dataclass takes twice as long to make."""
+    """What the index knows of a key. `places` are sorted, so that a rebuild gives the same row, and
+    at most one is on each volume. A tuple, since each GET makes one, and a dataclass takes twice as
+    long to make."""
 
     key: str
     version: str
-    volumes: tuple[str, ...]
+    places: tuple[str, ...]
     size: int
     digest: str
     content_type: str
     ext: str
+
+    @property
+    def volumes(self) -> tuple[str, ...]:
+        """The names of the volumes that have a replica."""
+        return tuple(map(volume_of, self.places))
 
     @property
     def etag(self) -> str:
@@ -875,11 +891,19 @@ class Record(NamedTuple):
 
     @property
     def path(self) -> str:
+        """Its path where the place has no tag."""
         return blob_path(self.key, self.version, self.ext)
+
+    def path_on(self, volume: str) -> str:
+        """Return its path on a volume that has it."""
+        for place in self.places:
+            if volume_of(place) == volume:
+                return place_path(self.path, place)
+        raise KeyError(volume)
 
     @property
     def modified_s(self) -> float:
-        """When it was written, in Unix seconds, by the clock of the index server."""
+        """When it was written, in Unix seconds, by the clock of the index."""
         return version_ns(self.version) / 1e9
 
     @property
@@ -894,31 +918,32 @@ def encode_sidecar(record: Record) -> bytes:
     ).encode()
 
 
-def encode_mark(path: str, volumes: Collection[str]) -> bytes:
-    """Say on a volume that the version of the blob at `path` is dead, though `volumes` may still
+def encode_tombstone(path: str, places: Collection[str]) -> bytes:
+    """Say on a volume that the version of the blob at `path` is dead, though `places` may still
     show its sidecar."""
-    return json.dumps({"blob": path, "volumes": sorted(volumes)}).encode()
+    return json.dumps({"blob": path, "volumes": sorted(places)}).encode()
 
 
-def decode_mark(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
-    """Read the mark found at `path`: the blob's path and the volumes; raises ValueError."""
+def decode_tombstone(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
+    """Read the tombstone found at `path`: the blob's path without a tag, and the places; raises
+    ValueError."""
     try:
         facts = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     blob = facts.get("blob") if isinstance(facts, dict) else None
-    if type(blob) is not str or parse_path(blob) is None or mark_path(blob) != path:
+    if type(blob) is not str or parse_path(blob) is None or tombstone_path(blob) != path:
         raise ValueError("it names another version than its path")
-    names = facts.get("volumes")
-    if type(names) is not list or not all(
-        type(name) is str and VOLUME_NAME.fullmatch(name) for name in names
+    places = facts.get("volumes")
+    if type(places) is not list or not all(
+        type(place) is str and PLACE.fullmatch(place) for place in places
     ):
         raise ValueError("it names no volumes")
-    return blob, tuple(names)
+    return split_path(blob)[0], tuple(places)
 
 
 def decode_sidecar(data: bytes, path: str) -> Record:
-    """Read the sidecar found at `path` (volumes empty); raises ValueError with what is wrong with
+    """Read the sidecar found at `path` (places empty); raises ValueError with what is wrong with
     it."""
     if len(data) > MAX_SIDECAR_BYTES:
         raise ValueError(f"it has more than {MAX_SIDECAR_BYTES} bytes")
@@ -930,7 +955,7 @@ def decode_sidecar(data: bytes, path: str) -> Record:
         type(facts.get(name)) is not kind for name, kind in SIDECAR_FIELDS.items()
     ):
         raise ValueError("a field is missing or of the wrong type")
-    record = Record(volumes=(), **{name: facts[name] for name in SIDECAR_FIELDS})
+    record = Record(places=(), **{name: facts[name] for name in SIDECAR_FIELDS})
     try:
         check_key(record.key)
     except BadRequest as error:
@@ -940,7 +965,7 @@ def decode_sidecar(data: bytes, path: str) -> Record:
     if not 0 <= record.size < 2**63 or not re.fullmatch(r"[0-9a-f]{64}", record.digest):
         raise ValueError("size or digest is malformed")
     blob = record.path
-    if parse_path(blob) is None or sidecar_path(blob) != path:
+    if parse_path(blob) is None or sidecar_path(blob) != split_path(path)[0]:
         raise ValueError("it names another key or version than its path")
     if version_ns(record.version) >= END_OF_TIME_NS:
         raise ValueError("its version is far in the future")
@@ -1175,138 +1200,232 @@ def choose_replica(
     return alive[turn % len(alive)] if alive else None
 
 
-def retry_delay_s(attempts: int) -> float:
-    """How long garbage that could not be deleted `attempts` times waits: doubling from 1 s to an
-    hour."""
-    return float(min(2 ** min(attempts, 12), 3600))
+def retry_delay_s(waited_s: float) -> float:
+    """How long garbage that has waited for so long waits until it is tried again: doubling from
+    1 s to an hour."""
+    return min(max(waited_s, 1.0), 3600.0)
 
 
-class PendingState(enum.StrEnum):
-    """What a row of `pending` says of a path on a volume.
-
-    The first five are claims: their owner is about to write there. No record names the place yet,
-    but for the fifth.
-    """
-
-    CLAIMED = "claimed"  # by a PUT without a condition
-    # the same; since then a write has come that this one may have come just before
-    OVERTAKEN = "overtaken"
-    BOUND = "bound"  # by a PUT under a condition
-    COPYING = "copying"  # by a tool, which copies a replica of the key's record
-    REMAKING = "remaking"  # by a tool, which makes a bad replica anew where the record names it
-    GARBAGE = "garbage"  # to be deleted
-    WATCHED = "watched"  # has been deleted, but a write that was never answered may still come
-    DELETING = "deleting"  # to be deleted, and a DELETE that was never answered may still come
-    KEPT = "kept"  # a record names the place, but if the record goes, such a write may still come
-    MARK = "mark"  # a mark, to be deleted when nothing else of its version is pending
+# How long what was sent and not answered may still be carried out: by a volume that did not answer
+# in time, and after the connection to it broke or whoever sent it was killed.
+HUNG_S = 24 * 3600.0
+BROKEN_S = 300.0
+ANSWERED = 0.0
+Sent = Mapping[str, float]  # place -> for so many seconds may what was sent there still come
 
 
-TOOL_CLAIMS = (PendingState.COPYING, PendingState.REMAKING)
-CLAIMS = (PendingState.CLAIMED, PendingState.OVERTAKEN, PendingState.BOUND, *TOOL_CLAIMS)
-DEAD = (PendingState.GARBAGE, PendingState.WATCHED, PendingState.DELETING)
+class Dead(NamedTuple):
+    """A place to be deleted: no record names it, nor ever will. Times are seconds of the index's
+    own clock. The fields are in the order of the columns."""
 
-
-class Pending(NamedTuple):
-    """A place on a volume that is claimed or to be deleted. Times are seconds of the index's own
-    clock. The fields are in the order of the columns: thousands a second are made and written."""
-
-    path: str  # of the blob; of a mark: its own
+    path: str  # of the blob; or of a tombstone that nobody needs any more
     volume: str
-    state: PendingState
-    owner: int | None = None  # of a claim
-    due_s: float | None = None  # when it is to be deleted, or looked at again; None: not now
-    attempts: int = 0  # to delete it
-    since_s: float = 0.0  # when it became garbage, or a doubt about it began
-    # until when what was never answered may still come; None: there is no such thing
-    doubt_s: float | None = None
-    sent: int = 1  # how many times a sidecar may come there, or has come
+    due_s: float  # when its readers are done, or it is to be looked at again
+    since_s: float  # when it died
+    doubt_s: float | None = None  # until when what was never answered may still come
+    owner: int | None = None  # who has claimed it and may be writing there
+    key: str = ""  # "": not known
 
     @property
-    def version(self) -> str:
-        return version_of(self.path)
+    def is_tombstone(self) -> bool:
+        return self.path.endswith(".del")
+
+    def is_gone(self, found: bool | None, asked_s: float) -> bool:
+        """Whether nothing is there nor will be, once its volume was asked at `asked_s` to delete
+        it: its sidecar was `found`, was not there, or (None) there was no answer. It was sent once
+        only, so if it was found no other will come."""
+        if found is None:
+            return False
+        settled = self.owner is None and (self.doubt_s is None or self.doubt_s <= asked_s)
+        return found or settled
 
 
-Rows = Mapping[Place, Pending]
+class Burial(NamedTuple):
+    """What must not come back although the index may be lost, from the lowest version up: how many
+    of `asked_s`, and which volumes have tombstones of them (by their paths)."""
+
+    rows: Sequence[Dead]
+    tombstones: Mapping[str, Collection[str]]
+    asked_s: float  # by the clock of the index
+
+    def by_version(self) -> Iterator[list[Dead]]:
+        for _, rows in groupby(self.rows, lambda row: version_of(row.path)):
+            yield list(rows)
 
 
-class Doubt(NamedTuple):
-    """A volume was sent something and has not answered: for how many seconds it may come, and how
-    many sidecars come or have come there."""
+class Reach(NamedTuple):
+    """What a burial can count on: the volumes that answer, how many of them take tombstones, and
+    how many tombstones a version needs."""
 
-    seconds: float
-    sidecars: int = 1
-
-
-HUNG = Doubt(24 * 3600.0)  # it did not answer in time
-BROKEN_OFF = Doubt(300.0)  # the connection broke, or whoever sent it was killed or gave up
-BLOB_BROKEN_OFF = BROKEN_OFF._replace(sidecars=0)
-Doubts = Mapping[str, Doubt]  # volume -> what may come there
-NO_DOUBTS: Doubts = {}
+    answering: Collection[str]
+    takers: int
+    copies: int
 
 
-def bury(
-    rows: Rows,
-    path: str,
-    volumes: Iterable[str],
-    now_s: float,
-    delay_s: float,
-    doubts: Doubts = NO_DOUBTS,
-) -> dict[Place, Pending]:
-    """Return `rows` with garbage at `path` on `volumes`, due in `delay_s`. What is garbage already
-    stays as it is."""
-    after = dict(rows)
-    for volume in volumes:
-        old = rows.get((volume, path))
-        if old is not None and old.state in DEAD:
-            continue
-        doubt = doubts.get(volume)
-        if doubt is None and old is not None and old.state in TOOL_CLAIMS:
-            # The tool may write there now, and again if its connection breaks.
-            doubt = HUNG._replace(sidecars=2)
-        new = Pending(
-            path=path, volume=volume, state=PendingState.GARBAGE, due_s=now_s + delay_s,
-            since_s=now_s,
-            doubt_s=now_s + doubt.seconds if doubt else None, sent=doubt.sidecars if doubt else 1,
-        )  # fmt: skip
-        if old is not None:
-            new = new._replace(sent=old.sent + new.sent - 1)
-        if old is not None and old.doubt_s is not None:
-            new = new._replace(doubt_s=max(old.doubt_s, new.doubt_s or 0.0))
-        after[volume, path] = new
-    return after
+@dataclass(slots=True)
+class Pending:
+    """What is on volumes, or may come there, and in no record, of one key.
+
+    A claim says that its owner is about to write: it is there before the first byte, and goes in
+    the transaction that commits the record. So what a crash leaves on the volumes is known.
+    """
+
+    claims: dict[tuple[str, int], tuple[str, ...]]  # (path without tag, owner) -> places
+    dead: dict[Place, Dead]
+    tombstones: dict[str, set[str]]  # path -> volumes that have it
+
+    def copy(self) -> Pending:
+        tombstones = {path: set(volumes) for path, volumes in self.tombstones.items()}
+        return Pending(dict(self.claims), dict(self.dead), tombstones)
+
+    def become(self, other: Pending) -> None:
+        self.claims = other.claims
+        self.dead = other.dead
+        self.tombstones = other.tombstones
+
+    def rows(self) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
+        """Return the rows of claims, of what is dead, and of tombstones, by what identifies
+        them."""
+        claims = {claim: (*claim, " ".join(places)) for claim, places in self.claims.items()}
+        dead = {(path, volume): tuple(row) for (volume, path), row in self.dead.items()}
+        marked = {
+            (path, volume): (path, volume)
+            for path, volumes in self.tombstones.items()
+            for volume in volumes
+        }
+        return claims, dead, marked
+
+    def claimed_at(self, path: str) -> set[str]:
+        """Return the places that are claimed for the version at `path`."""
+        return {place for (at, _), places in self.claims.items() if at == path for place in places}
+
+    def end_write(
+        self, path: str, claimed: AbstractSet[str], sent: Sent, named: Collection[str],
+        now_s: float, key: str,
+    ) -> None:  # fmt: skip
+        """End what was claimed at `path`, since its owner is done: a record names the places in
+        `named`, the others to which something was sent are dead. It says so even if nothing is
+        known of its claims any more."""
+        for (at, owner), places in list(self.claims.items()):
+            if at == path and not claimed.isdisjoint(places):
+                del self.claims[at, owner]
+        for place in claimed:
+            if place not in sent:
+                self.dead.pop((volume_of(place), place_path(path, place)), None)
+        for place, doubt in sent.items():
+            if place in named:
+                continue
+            until_s = now_s + doubt if doubt else None
+            row = Dead(place_path(path, place), volume_of(place), now_s, now_s, until_s, None, key)
+            self.dead[row.volume, row.path] = row
+
+    def kill_places(
+        self, path: str, places: Iterable[str], due_s: float, now_s: float, key: str,
+        owner: int | None = None,
+    ) -> None:  # fmt: skip
+        """Places that a record named, or that `owner` has claimed, are dead now."""
+        for place in places:
+            row = Dead(place_path(path, place), volume_of(place), due_s, now_s, None, owner, key)
+            self.dead.setdefault((row.volume, row.path), row)
+
+    def kill_version(self, record: Record, due_s: float, now_s: float) -> None:
+        """The version of `record` is dead: what it names, and what somebody claims for it."""
+        path = record.path
+        self.kill_places(path, record.places, due_s, now_s, record.key)
+        for (at, owner), places in list(self.claims.items()):
+            if at == path:
+                self.kill_places(path, places, due_s, now_s, record.key, owner)
+                del self.claims[at, owner]
+
+    def above(self, version: str, asked_s: float) -> Burial:
+        """Return all that is dead of higher versions than `version`, which lives ("": none)."""
+        rows = [
+            row
+            for row in self.dead.values()
+            if version_of(row.path) > version and not row.is_tombstone
+        ]
+        rows.sort(key=lambda row: version_of(row.path))
+        known = {path: frozenset(volumes) for path, volumes in self.tombstones.items()}
+        return Burial(rows, known, asked_s)
+
+    def settle(self, row: Dead, found: bool | None, asked_s: float, now_s: float) -> None:
+        """Note what a volume said when it was asked to delete `row`, as that was at `asked_s`. If
+        it is not gone it is looked at again, ever more seldom."""
+        place = (row.volume, row.path)
+        current = self.dead.get(place)
+        if current is None:
+            return
+        if found or (current == row and row.is_gone(found, asked_s)):
+            del self.dead[place]
+            if not row.is_tombstone:
+                self.release_tombstones(row.path, row.key, now_s)
+            return
+        due_s = now_s + retry_delay_s(now_s - current.since_s)
+        if current.doubt_s is not None and now_s < current.doubt_s:
+            due_s = min(due_s, current.doubt_s)
+        self.dead[place] = current._replace(due_s=due_s)
+
+    def release_tombstones(self, path: str, key: str, now_s: float) -> None:
+        """Have the tombstones of the version at `path` deleted if nothing of it is dead, or can
+        become dead, any more."""
+        version = version_of(path)
+        left = any(
+            version_of(one.path) == version and not one.is_tombstone for one in self.dead.values()
+        )
+        left = left or any(version_of(at) == version for at, _ in self.claims)
+        if not left:
+            path = tombstone_path(path)
+            for volume in self.tombstones.pop(path, ()):
+                self.dead[volume, path] = Dead(path, volume, now_s, now_s, None, None, key)
+
+    def disown(self, owner: int, now_s: float) -> None:
+        """An owner is taken for dead: what it has claimed is, too. Volumes may still carry out what
+        it has sent."""
+        until_s = now_s + BROKEN_S
+        for (path, claimer), places in list(self.claims.items()):
+            if claimer == owner:
+                del self.claims[path, claimer]
+                self.kill_places(path, places, now_s, now_s, "", owner)
+        for place, row in self.dead.items():
+            if row.owner == owner:
+                doubt_s = max(until_s, row.doubt_s or 0.0)
+                self.dead[place] = row._replace(doubt_s=doubt_s, owner=None)
+
+    def forget(self, volume: str, path: str, now_s: float) -> None:
+        """What is at a place, or a tombstone, does not matter any more: its volume is gone."""
+        self.tombstones.get(path, set()).discard(volume)
+        row = self.dead.pop((volume, path), None)
+        if row is not None and not row.is_tombstone:
+            self.release_tombstones(path, row.key, now_s)
+
+    def end_doubt(self, volume: str, path: str, doubt_s: float | None) -> None:
+        """What was in doubt at the sidecar or blob `path` has been answered after all (None), or
+        cannot come any more after `doubt_s`."""
+        for place, row in self.dead.items():
+            if row.volume == volume and stem_of(row.path) == stem_of(path) and row.doubt_s:
+                until_s = None if doubt_s is None else min(row.doubt_s, doubt_s)
+                self.dead[place] = row._replace(doubt_s=until_s)
 
 
-def end_claims(
-    rows: Rows, path: str, named: Collection[str], now_s: float, doubts: Doubts
-) -> dict[Place, Pending]:
-    """Return `rows` without claims at `path`: what the record now names is done with, unless in
-    doubt; the rest is garbage."""
-    after = dict(rows)
-    for place, row in rows.items():
-        if row.path != path or row.state not in CLAIMS:
-            continue
-        if row.volume not in named:
-            after = bury(after, path, [row.volume], now_s, 0.0, doubts)
-            continue
-        del after[place]
-        times_s = [] if row.doubt_s is None else [row.doubt_s]
-        sent = row.sent
-        if row.volume in doubts:
-            times_s.append(now_s + doubts[row.volume].seconds)
-            sent += doubts[row.volume].sidecars - 1
-        if times_s:
-            doubt_s = max(times_s)
-            kept = row._replace(state=PendingState.KEPT, owner=None, since_s=now_s, sent=sent)
-            after[place] = kept._replace(due_s=doubt_s, doubt_s=doubt_s)
-    return after
+def can_be_buried(burial: Burial, reach: Reach) -> bool:
+    """Whether all of it can be deleted, or get tombstones, if the volumes are what they seem."""
+    if reach.takers >= reach.copies:
+        return True
+    return all(
+        len(burial.tombstones.get(tombstone_path(row.path), ())) >= reach.copies
+        or row.is_gone(False if row.volume in reach.answering else None, burial.asked_s)
+        for row in burial.rows
+    )
 
 
-def plan_discard(rows: Rows, path: str, now_s: float, doubts: Doubts) -> dict[Place, Pending]:
-    """Return `rows` after the PUT to `path` has been given up: nobody else writes there, so these
-    are all doubts."""
-    after = {place: row for place, row in rows.items() if row.path != path}
-    return bury(
-        after, path, [row.volume for row in rows.values() if row.path == path], now_s, 0.0, doubts
+def must_be_buried(row: Dead, burial: Burial, copies: int) -> bool:
+    """Whether `row`, which is above what lives, may not just be deleted: something of a lower
+    version is dead too, and could take its place in a rebuild."""
+    version = version_of(row.path)
+    return any(
+        version_of(other.path) < version
+        and len(burial.tombstones.get(tombstone_path(other.path), ())) < copies
+        for other in burial.rows
     )
 
 
@@ -1325,169 +1444,26 @@ def only_if_absent(conditions: Conditions) -> Conditions:
     return conditions._replace(if_none_match=("*",))
 
 
-def lets_before(conditions: Conditions) -> bool:
-    """Whether a write under these conditions would also have gone through if any PUT had come just
-    before it."""
-    if conditions.if_none_match is not None:
-        return False
-    if conditions.if_match is not None:
-        return "*" in conditions.if_match
-    return conditions.unmodified_since_s is None
+ANY_TAG = "*"
 
 
-def tell_others(
-    rows: Rows, path: str, conditions: Conditions, now_s: float
-) -> dict[Place, Pending]:
-    """Return `rows` after a write under `conditions` has been committed: what it means to claims
-    but those at `path`.
+class Drawn(NamedTuple):
+    """The first and the highest version that one owner has drawn, and the tag of all of them.
+    What an index of an earlier edition had drawn has any tag. If the first is above the highest,
+    it only says that versions up to there have been seen."""
 
-    A PUT under way may have happened just before it, if neither has a condition that forbids that.
-    What a tool copies is a dead version now, and it may still be writing.
-    """
-    after = dict(rows)
-    for place, row in rows.items():
-        if row.path == path:
-            continue
-        if row.state is PendingState.CLAIMED and lets_before(conditions):
-            after[place] = row._replace(state=PendingState.OVERTAKEN)
-        elif row.state in TOOL_CLAIMS:
-            after = bury(after, row.path, [row.volume], now_s, 0.0)
-    return after
+    tag: str
+    first_ns: int
+    highest_ns: int
 
 
-class Commit(enum.Enum):
-    """What becomes of a PUT whose replicas are written."""
-
-    DONE = "it becomes the key's record"
-    OVERTAKEN = "a newer write is there; it is as if this one had come just before a newer one"
-    CHANGED = "the key is no longer what its conditions ask for"
-    LOST = "newer writes leave no moment at which it could have happened"
-
-
-def decide_put(
-    record: Record, conditions: Conditions, current: Record | None, rows: Rows
-) -> Commit:
-    """Say what becomes of the PUT that made `record`; `rows` are what is pending on its key.
-
-    Versions have the order in which writes began. A write that ends after a newer one cannot
-    become the record, since rebuild takes the highest version. Its claims say whether there was a
-    moment at which it may have happened.
-    """
-    if decide_conditions(conditions, current) is not Verdict.PROCEED:
-        return Commit.CHANGED
-    path = record.path
-    ours = [row for row in rows.values() if row.path == path and row.state in CLAIMS]
-    claims = {row.volume: row.state for row in ours}
-    if not claims.keys() >= set(record.volumes):
-        return Commit.LOST
-    versions = [row.version for row in rows.values() if row.state not in CLAIMS]
-    if current is not None:
-        versions.append(current.version)
-    if max(versions, default="") < record.version:
-        return Commit.DONE
-    overtaken = all(state is PendingState.OVERTAKEN for state in claims.values())
-    return Commit.OVERTAKEN if overtaken else Commit.LOST
-
-
-def plan_put(
-    record: Record, conditions: Conditions, current: Record | None, rows: Rows,
-    now_s: float, delay_s: float, doubts: Doubts,
-) -> dict[Place, Pending]:  # fmt: skip
-    """Return what is pending on the key after the PUT that made `record` is DONE."""
-    path = record.path
-    after = end_claims(rows, path, record.volumes, now_s, doubts)
-    if current is not None:
-        after = bury(after, current.path, current.volumes, now_s, delay_s)
-    return tell_others(after, path, conditions, now_s)
-
-
-def plan_delete(
-    current: Record, conditions: Conditions, rows: Rows, now_s: float, delay_s: float
-) -> dict[Place, Pending]:
-    """Return what is pending on the key after `current` is deleted."""
-    after = bury(rows, current.path, current.volumes, now_s, delay_s)
-    return tell_others(after, "", conditions, now_s)
-
-
-def is_gone(row: Pending, seen: Mapping[Place, bool]) -> bool:
-    """Whether no sidecar is at the row's place, nor will be. `seen` is place -> whether one was
-    just deleted there.
-
-    Where a write may still come, that nothing is there proves nothing. That it has come and was
-    deleted does. A blob that may come without a sidecar is nothing.
-    """
-    if not row.sent:
-        return True
-    found = seen.get((row.volume, row.path))
-    if found is None:
-        return False
-    return row.doubt_s is None or row.sent <= found
-
-
-def plan_marks(rows: Rows, seen: Mapping[Place, bool], copies: int) -> dict[str, list[str]]:
-    """Return path of a blob -> volumes that may still show its sidecar, for each dead version that
-    needs marks.
-
-    `rows` are what is pending on a key, `seen` as in is_gone; a version needs `copies` marks.
-    """
-    marks = Counter(
-        row.version
-        for row in rows.values()
-        if row.state is PendingState.MARK and row.doubt_s is None
+def is_drawn(version: str, drawn: Iterable[Drawn]) -> bool:
+    """Whether an index has given this version out, as its rows of what was drawn say."""
+    at_ns = version_ns(version)
+    return any(
+        row.tag in (ANY_TAG, version[16:]) and row.first_ns <= at_ns <= row.highest_ns
+        for row in drawn
     )
-    needed = defaultdict[str, list[str]](list)
-    for row in rows.values():
-        if row.state in DEAD and not is_gone(row, seen) and marks[row.version] < copies:
-            needed[row.path].append(row.volume)
-    return dict(needed)
-
-
-def paths_to_delete(row: Pending) -> tuple[str, ...]:
-    """Return the files to delete for a row that is due, in that order: a blob without a sidecar is
-    nothing."""
-    if row.state is PendingState.MARK:
-        return (row.path,)
-    return (sidecar_path(row.path), row.path) if row.state in DEAD else ()
-
-
-def settle(row: Pending, found: bool, now_s: float) -> Pending | None:
-    """Return what becomes of a row when its place has been deleted (`found`) or was not there;
-    None: it is done with.
-
-    A place that a write may still come to is looked at again, ever more seldom.
-    """
-    proven = found and row.sent == 1 and row.state is not PendingState.DELETING
-    if row.state not in DEAD or proven or row.doubt_s is None or row.doubt_s <= now_s:
-        return None
-    attempts = row.attempts + 1
-    due_s = min(row.doubt_s, now_s + retry_delay_s(attempts))
-    state = PendingState.WATCHED if row.state is PendingState.GARBAGE else row.state
-    return row._replace(state=state, attempts=attempts, due_s=due_s, sent=max(0, row.sent - found))
-
-
-def put_off(row: Pending, doubt: Doubt | None, now_s: float) -> Pending:
-    """Return what becomes of a row when its place could not be deleted; `doubt`: a DELETE may
-    still come.
-
-    Such a DELETE could hit a replica that a tool brings back there.
-    """
-    attempts = row.attempts + 1
-    after = row._replace(attempts=attempts, due_s=now_s + retry_delay_s(attempts))
-    if doubt is None or row.state not in DEAD:
-        return after
-    doubt_s = max(row.doubt_s or 0.0, now_s + doubt.seconds)
-    return after._replace(state=PendingState.DELETING, doubt_s=doubt_s)
-
-
-def end_doubt(row: Pending, doubt_s: float | None) -> Pending:
-    """Return what becomes of a row when a volume has answered a PUT after all (`doubt_s` is None),
-    or cannot any more."""
-    if row.doubt_s is None or row.state is PendingState.DELETING:
-        return row
-    after = row._replace(doubt_s=None if doubt_s is None else min(row.doubt_s, doubt_s))
-    if row.state is PendingState.WATCHED:
-        return after._replace(state=PendingState.GARBAGE, due_s=min(row.due_s or 0.0, row.since_s))
-    return after._replace(due_s=after.doubt_s or 0.0) if row.state is PendingState.KEPT else after
 
 
 def authorize(
@@ -1930,19 +1906,23 @@ class AnswerReader:
 # the next two sections: a Session is one connection, for one thread; an Engine opens sessions, and
 # keeps others away. All else is one text of SQL, with parameters ?1, ?2 and so on.
 #
-# What is on a volume and in no record is in `pending`. A claim is there before the first byte is
-# written, and goes in the transaction that commits the record. So what a crash leaves on the
-# volumes is known.
+# What is on a volume and in no record is in one of three tables: `claim` has one row a PUT, from
+# before the first byte until the commit; `dead` has the places that are to be deleted; `tombstone`
+# the versions that are noted as dead on a volume. See Pending for what that means.
 #
-# Whoever claims is an owner: a row that says until when it is alive, and is renewed long before.
-# Anybody may end the lease of one that is late: then its claims become garbage, and no rebuild
-# brings back what was never acknowledged. If it lives after all, its next commit finds that.
+# Whoever claims is an owner: a row with a random number, so that no two can have one, that says
+# until when it is alive, and is renewed long before. Anybody may end the lease of one that is late:
+# its claims are dead then. If it lives after all, its next commit finds that.
 #
-# Times in `pending` and `owner` are of the index's own clock. SQLite's runs with the machine's
+# `drawn` says which versions this index has given out: a row for each owner that drew any, with the
+# tag in which they end. So a whole copy of the index, however old, tells what is dead of all that
+# it knew: a version that was drawn, and that no record and no claim in the copy names.
+#
+# Times in `dead` and `owner` are of the index's own clock. SQLite's runs with the machine's
 # monotonic clock: a step of the wall clock neither hastens nor delays a deletion; after a boot it
 # goes on from the wall clock. PostgreSQL's is the clock of its machine.
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RECORDS = """
 CREATE TABLE record (key TEXT PRIMARY KEY, version TEXT NOT NULL, volumes TEXT NOT NULL,
     size INTEGER NOT NULL,
@@ -1951,22 +1931,29 @@ CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL,
     bytes INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
 PENDING = """
-CREATE TABLE pending (path TEXT NOT NULL, volume TEXT NOT NULL, state TEXT NOT NULL,
-    owner INTEGER, due REAL,
-    attempts INTEGER NOT NULL, since REAL NOT NULL, doubt REAL, sent INTEGER NOT NULL,
+CREATE TABLE claim (path TEXT NOT NULL, owner INTEGER NOT NULL, places TEXT NOT NULL,
+    PRIMARY KEY (path, owner)) STRICT, WITHOUT ROWID;
+CREATE TABLE dead (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL,
+    since REAL NOT NULL, doubt REAL, owner INTEGER, key TEXT NOT NULL,
     PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
-CREATE INDEX pending_due ON pending (volume, due) WHERE due IS NOT NULL;
-CREATE INDEX pending_since ON pending (since) WHERE state = 'garbage';
+CREATE INDEX dead_due ON dead (volume, due);
+CREATE INDEX dead_since ON dead (since);
+CREATE INDEX dead_owner ON dead (owner) WHERE owner IS NOT NULL;
+CREATE TABLE tombstone (path TEXT NOT NULL, volume TEXT NOT NULL,
+    PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
 """
 OWNERS = """
 CREATE TABLE owner (id INTEGER PRIMARY KEY, role TEXT NOT NULL, until REAL NOT NULL,
     seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 """
+DRAWN = """
+CREATE TABLE drawn (tag TEXT PRIMARY KEY, first INTEGER NOT NULL,
+    highest INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+CREATE INDEX drawn_highest ON drawn (highest);
+"""
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 FIELDS = 7
-PENDING_COLUMNS = "path, volume, state, owner, due, attempts, since, doubt, sent"
-PENDING_STATES = {state.value: state for state in PendingState}
-PENDING_TEXTS = {state: state.value for state in PendingState}
+DEAD_COLUMNS = "path, volume, due, since, doubt, owner, key"
 Row = tuple[Any, ...]
 KEY_STEM = STEM - 20  # as key_stem
 PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
@@ -1991,39 +1978,13 @@ class IndexUnsure(Unfinished):
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
-    key, version, volumes, size, digest, content_type, ext = row
-    return Record(key, version, tuple(volumes.split()), int(size), digest, content_type, ext)
+    key, version, places, size, digest, content_type, ext = row
+    return Record(key, version, tuple(places.split()), int(size), digest, content_type, ext)
 
 
 def row_of_record(record: Record) -> Row:
     r = record
-    return r.key, r.version, " ".join(r.volumes), r.size, r.digest, r.content_type, r.ext
-
-
-def pending_of_rows(rows: Iterable[Row]) -> list[Pending]:
-    """Return what rows say: one of claims may name several volumes."""
-    found: list[Pending] = []
-    for row in rows:
-        state = PENDING_STATES[row[2]]
-        rest = row[3:]
-        for volume in row[1].split():
-            found.append(Pending(row[0], volume, state, *rest))
-    return found
-
-
-def rows_of_pending(pending: Iterable[Pending]) -> set[Row]:
-    """Return the rows that say this of one path. Claims that differ only in the volume share one:
-    a row costs more than all else of a claim, and most of them are gone soon."""
-    rows: set[Row] = set()
-    claims: dict[Row, list[str]] = {}  # all but path and volume -> volumes
-    for one in pending:
-        if one.owner is None:
-            rows.add((one.path, one.volume, PENDING_TEXTS[one.state], *one[3:]))
-        else:
-            claims.setdefault(one[2:], []).append(one.volume)
-    for (state, *rest), volumes in claims.items():
-        rows.add((one.path, " ".join(sorted(volumes)), PENDING_TEXTS[state], *rest))
-    return rows
+    return r.key, r.version, " ".join(r.places), r.size, r.digest, r.content_type, r.ext
 
 
 @lru_cache(64)
@@ -2055,8 +2016,7 @@ def fill_up(keys: list[str]) -> list[str]:
 
 def end_of_stem(stem: str) -> str:
     """Return the first string after all paths of the key that `stem` is of."""
-    end = after_prefix(stem) if len(stem) == KEY_STEM else None
-    return end or f"{stem}\1"  # what is shorter is a path of nobody's
+    return after_prefix(stem) or ""
 
 
 class Group(NamedTuple):
@@ -2075,46 +2035,11 @@ class Turn(NamedTuple):
     """What a transaction finds when its turn has come."""
 
     now_s: float  # by the index's own clock
-    is_next: bool  # nobody else has written since this session did
+    wall_ns: int  # the same as Unix nanoseconds, for versions
+    highest_ns: int  # of all versions that were drawn
     seq: int | None  # of the owner that begins it; None if its lease has ended
     records: dict[str, Record]  # of the keys that were asked for
-    pending: list[Row]  # on the paths below the stems that were asked for
-
-
-class MustWait(Exception):
-    """Something was asked for that only an answer of the index tells, where nobody may wait."""
-
-
-@dataclass(slots=True, eq=False)
-class Sent:
-    """A query that was sent, and what it has returned, once its flight has landed."""
-
-    query: str
-    is_preparing: bool
-    rows: list[Row] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """Queries that were sent together. The flights of a session land in the order in which they
-    departed."""
-
-    turn: Sent | None = None  # what a transaction begins with, if it does
-    records: Sequence[Sent] = ()
-    pending: Sequence[Sent] = ()
-    failed: Any = None  # the first result that is an error: after that nothing was done
-    has_landed: bool = False
-
-    def is_well(self) -> bool:
-        """Whether it has landed, and all was done."""
-        return self.has_landed and self.failed is None
-
-    def read(self) -> tuple[dict[str, Record], list[Row]]:
-        """Return the records, and what is pending, that were asked for."""
-        return (
-            records_of_rows(row for one in self.records for row in one.rows),
-            [row for one in self.pending for row in one.rows],
-        )
+    pending: dict[str, Pending]  # on the keys whose stems were asked for
 
 
 class Session(ABC):
@@ -2122,7 +2047,6 @@ class Session(ABC):
     see Engine.explain."""
 
     is_lost = False  # it broke: `reopen` it
-    is_unsure = False  # and that in a commit: see `read_seq`
     has_time = False  # an answer may take as long as it takes: see `take_time`
 
     @abstractmethod
@@ -2159,10 +2083,11 @@ class Session(ABC):
 
     @abstractmethod
     def begin(
-        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
     ) -> Turn:
         """Begin a transaction that writes, once no other does: until its end, none will. Renew
-        the owner's lease (one that has ended stays so), if asked to, and look up what is named."""
+        the owner's lease (one that has ended stays so), if asked to, and look up what is named. If
+        it is not to be `durable`, the next one that is takes it to the disk."""
 
     @contextlib.contextmanager
     def take_time(self) -> Iterator[None]:
@@ -2175,40 +2100,7 @@ class Session(ABC):
 
     @abstractmethod
     def commit(self) -> None:
-        """Carry out all that was run; return when it is on disk."""
-
-    # What the event loop can send without waiting, if `has_flights`; answers come with `go_on`.
-
-    has_flights = False
-    may_wait = True  # else what needs an answer raises MustWait
-    waits_s = math.inf  # for an answer
-
-    def send_look_up(self, keys: list[str]) -> Flight:
-        """Ask for records."""
-        raise NotImplementedError
-
-    def assume_turn(self, owner: int, lease_s: float) -> int | None:
-        """Begin a transaction whose turn has not come yet, and return its `seq`, or None. It ends
-        with `drop` or `send_commit`; that flight fails if somebody else has written since this
-        session did."""
-        raise NotImplementedError
-
-    def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
-        """Commit, and ask for what there is then of keys and stems, as `begin` does."""
-        raise NotImplementedError
-
-    def drop(self) -> None:
-        """Forget what was run since a turn was assumed."""
-        raise NotImplementedError
-
-    def fileno(self) -> int:
-        """Return the socket to listen to for answers."""
-        raise NotImplementedError
-
-    def go_on(self) -> bool:
-        """Send what waits, as far as that is possible now, and take the answers that have come;
-        return whether all was sent."""
-        raise NotImplementedError
+        """Carry out all that was run; return when it is on disk, if it is to be."""
 
     @abstractmethod
     def roll_back(self) -> None:
@@ -2227,10 +2119,6 @@ class Session(ABC):
         known of it. None of its is under way then."""
         raise NotImplementedError
 
-    def time_ns(self) -> int:
-        """Return the time of the wall, for versions."""
-        return time.time_ns()
-
     def find_damage(self) -> str:
         """Return what is wrong with the index, or ""."""
         return ""
@@ -2248,21 +2136,49 @@ class Session(ABC):
             values = placeholders(len(piece[0]), len(piece))
             self.run(before + values + after, list(chain.from_iterable(piece)))
 
-    def read_pending(self, stems: Collection[str]) -> list[Row]:
-        """Return what is pending on the paths of some keys."""
-        found: list[Row] = []
+    def read_pending(self, stems: Sequence[str]) -> dict[str, Pending]:
+        """Return what is pending on the keys whose paths begin with `stems`."""
+        rows = list[Row]()
         for query, values in pending_queries(stems):
-            found += self.select(query, values)
-        return found
+            rows += self.select(query, values)
+        return make_pending(stems, rows)
 
 
-def pending_queries(stems: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the queries for what is pending on the paths of some keys."""
+def pending_queries(stems: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the queries for what is pending on some keys."""
     for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
-        query = f"""WITH span AS (VALUES {placeholders(2, len(piece))})
-            SELECT {PENDING_COLUMNS} FROM span CROSS JOIN pending
-            WHERE path >= column1 AND path < column2"""
+        query = PENDING_QUERY.replace("SPANS", placeholders(2, len(piece)))
         yield query, list(chain.from_iterable(piece))
+
+
+def make_pending(stems: Iterable[str], rows: Iterable[Row]) -> dict[str, Pending]:
+    """Return what is pending on keys, as rows of PENDING_QUERY say."""
+    found = {stem: Pending({}, {}, {}) for stem in stems}
+    for row in rows:
+        note_row(found[row[1][:KEY_STEM]], row)
+    return found
+
+
+# Claims (path, places, owner), what is dead, and tombstones, of some keys in one query.
+PENDING_QUERY = f"""WITH span AS (VALUES SPANS)
+    SELECT 'claim', path, places, 0.0, 0.0, 0.0, owner, '' FROM span CROSS JOIN claim
+        WHERE path >= column1 AND path < column2
+    UNION ALL SELECT 'dead', {DEAD_COLUMNS} FROM span CROSS JOIN dead
+        WHERE path >= column1 AND path < column2
+    UNION ALL SELECT 'tombstone', path, volume, 0.0, 0.0, 0.0, 0, '' FROM span
+        CROSS JOIN tombstone WHERE path >= column1 AND path < column2"""
+
+
+def note_row(pending: Pending, row: Row) -> None:
+    """Add a row of PENDING_QUERY to what is pending on its key."""
+    match row[0]:
+        case "claim":
+            pending.claims[row[1], row[6]] = tuple(row[2].split())
+        case "dead":
+            dead = Dead(*row[1:])
+            pending.dead[dead.volume, dead.path] = dead
+        case "tombstone":
+            pending.tombstones.setdefault(row[1], set()).add(row[2])
 
 
 class Engine(ABC):
@@ -2337,29 +2253,14 @@ class Engine(ABC):
 # == SQLite =======================================================================================
 # The index in one file, for the processes of one machine.
 
-FROM_1_TO_2 = """
-INSERT INTO pending
-    SELECT path, volume, 'garbage', NULL, due, attempts, since, NULL, 1 FROM garbage;
-INSERT OR IGNORE INTO pending
-    SELECT path, volume, 'claimed', owner, NULL, 0, 0, NULL, 1 FROM claim;
-DROP TABLE garbage;
-DROP TABLE claim;
-"""
-FROM_2_TO_3 = """
-INSERT INTO owner SELECT DISTINCT owner, 'server', 0, 0 FROM pending WHERE owner IS NOT NULL;
-"""
 CLOCK = """
 CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
 INSERT INTO clock VALUES ('', 0);
 """
-# From a schema to this one. Until the third, owners were numbers, and nobody knew who lived.
-SQLITE_STEPS = {
-    0: RECORDS + PENDING + CLOCK + OWNERS,
-    1: PENDING + CLOCK + FROM_1_TO_2 + OWNERS + FROM_2_TO_3,
-    2: OWNERS + FROM_2_TO_3,
-}
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
 INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+WAL_BYTES = 16 * 1024 * 1024
+COPY = "copy"  # in place of a boot, in an index that is a copy: rebuild reads it, nobody serves it
 COPYING = ".tmp"  # at the end of a copy's name while it is made
 TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
 
@@ -2378,12 +2279,10 @@ class SqliteSession(Session):
 
     def __init__(self, uri: str) -> None:
         self.db = sqlite3.connect(uri, uri=True, timeout=WRITERS_S, isolation_level=None)
-        # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
-        # would find that, and a rebuild would bring the key back (I4).
-        self.db.execute("PRAGMA synchronous = FULL")
         self.db.execute("PRAGMA cache_size = -32768")
-        self._seen: int | None = None  # SQLite's data_version at the last turn
-        self._ahead_s = 0.0
+        # A log that grew beside a long reader shrinks again.
+        self.db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        self._is_durable: bool | None = None  # what the next transaction will be
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         return self.db.execute(query, values).fetchall()
@@ -2412,25 +2311,24 @@ class SqliteSession(Session):
         return time.monotonic() + float(ahead_s)
 
     def begin(
-        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
     ) -> Turn:
+        if durable is not self._is_durable:
+            # A commit that is not synced is synced with the next one that is: the log is one file.
+            self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._is_durable = durable
         self.db.execute("BEGIN IMMEDIATE")
-        (seen,) = self.db.execute("PRAGMA data_version").fetchone()
-        is_next = seen == self._seen
-        if not is_next:
-            self._seen = seen
-            self._ahead_s = self.read_clock() - time.monotonic()
-        now_s = time.monotonic() + self._ahead_s
-        is_owner = True
+        query = """SELECT ahead, (SELECT max(highest) FROM drawn),
+            (SELECT count(*) FROM owner WHERE id = ?1) FROM clock"""
+        ((ahead_s, highest_ns, is_owner),) = self.select(query, (lease.owner,))
+        now_s = time.monotonic() + ahead_s
         if renew:
-            query = "UPDATE owner SET until = ?2 WHERE id = ?1 AND role <> 'gone'"
-            is_owner = self.db.execute(query, (owner, now_s + lease_s)).rowcount == 1
-        elif not is_next:
-            query = "SELECT 1 FROM owner WHERE id = ?1 AND role <> 'gone'"
-            is_owner = bool(self.select(query, (owner,)))
+            values = (lease.owner, now_s + lease.seconds)
+            self.run("UPDATE owner SET until = ?2 WHERE id = ?1", values)
         records = self.look_up(keys) if keys else {}
-        pending = self.read_pending(stems) if stems else []
-        return Turn(now_s, is_next, 0 if is_owner else None, records, pending)
+        pending = self.read_pending(stems) if stems else {}
+        seq = 0 if is_owner else None
+        return Turn(now_s, time.time_ns(), highest_ns or 0, seq, records, pending)
 
     def commit(self) -> None:
         self.db.execute("COMMIT")
@@ -2455,9 +2353,10 @@ class SqliteSession(Session):
             self.db.execute("DETACH fresh")
 
 
-def prepare_sqlite(db: sqlite3.Connection) -> None:
+def prepare_sqlite(session: SqliteSession) -> None:
     """Make the tables of a new index, bring an older one to this schema, set the clock after a
     boot; raises sqlite3.DatabaseError if it is of another schema."""
+    db = session.db
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -2471,21 +2370,25 @@ def prepare_sqlite(db: sqlite3.Connection) -> None:
     with db:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (*SQLITE_STEPS, SCHEMA_VERSION):
+        if version == 0:
+            for statement in (RECORDS + PENDING + OWNERS + DRAWN + CLOCK).split(";"):
+                db.execute(statement)
+        elif version not in (3, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(
-                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}"
+                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}, and 3 from mkv 1"
             )
-        if version not in (0, SCHEMA_VERSION):
-            keep_copy(db, version)
-        for statement in SQLITE_STEPS.get(version, "").split(";"):
-            db.execute(statement)
-        if version != SCHEMA_VERSION:
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
-        latest = db.execute("SELECT coalesce(max(since), 0) FROM pending").fetchone()[0]
+        table = "pending" if version == 3 else "dead"
+        latest = db.execute(f"SELECT coalesce(max(since), 0) FROM {table}").fetchone()[0]
         # A clock that was not set yet takes nothing back.
         ahead = max(time.time(), latest) - time.monotonic()
-        db.execute("UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+        query = "UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot NOT IN (?1, ?3)"
+        db.execute(query, (boot, ahead, COPY))
+        if version == 3:
+            keep_copy(db, version)
+            migrate(session, PENDING + DRAWN)
+            session.run("DROP TABLE pending")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def keep_copy(db: sqlite3.Connection, version: int) -> None:
@@ -2540,7 +2443,9 @@ class SqliteEngine(Engine):
         return explain_sqlite(error)
 
     def prepare(self, session: Session) -> None:
-        prepare_sqlite(cast(SqliteSession, session).db)
+        prepare_sqlite(cast(SqliteSession, session))
+        if session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)):
+            raise IndexDamaged("it is a copy, which lacks what came after it: run rebuild with it")
 
     def _lock(self, suffix: str, exclusive: bool) -> None:
         self._locks.append(lock_file(self.path + suffix, exclusive))
@@ -2602,7 +2507,7 @@ class SqliteEngine(Engine):
         db = cast(SqliteSession, session).db
         if not db.execute("PRAGMA user_version").fetchone()[0]:
             return "it is empty"
-        prepare_sqlite(db)
+        prepare_sqlite(cast(SqliteSession, session))
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
         return "" if soundness == "ok" else soundness
@@ -2620,8 +2525,7 @@ def copy_index(target: str, db: sqlite3.Connection) -> int:
         db.backup(copy)  # in one step: one snapshot, while writers go on
         copy.execute("PRAGMA journal_mode = DELETE")
         with copy:
-            # by the time that it is restored, what is claimed now may be committed
-            copy.execute("DELETE FROM pending WHERE owner IS NOT NULL")
+            copy.execute("UPDATE clock SET boot = ?", (COPY,))
         soundness = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if soundness != "ok":
             raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
@@ -2698,19 +2602,7 @@ def check_target(target: str, part: str, index: str) -> None:
 #
 # A transaction that writes begins with an UPDATE of the one row of `meta`, its turn: that is what
 # BEGIN IMMEDIATE is to SQLite, at any isolation level, for absent keys too, and nobody can wait in
-# a ring. The turns are numbered, so a session knows whether somebody else wrote in between. It
-# is two round trips, whatever it holds: turn and reads; changes and commit.
-#
-# Where nobody else writes it is one. Who had several turns in a row knows the state of the index,
-# as far as it remembers it, and assumes that the next turn is its own, too: turn, changes and
-# commit go out together, and if the turn is another, PostgreSQL refuses them all. What a PUT
-# claims need not be known for that: it is read after the claim, which is repeated if it is lower
-# than what is known of its key.
-#
-# So there is nothing to wait for in between, and no need of a thread: the event loop sends such a
-# transaction, or a lookup, as a Flight, and the next ones while the first is under way. The
-# connection keeps their order; each assumes the turn after the one before, so after one that has
-# failed all fail. Then the thread finds out what was done, and does what was not.
+# a ring. It is a few round trips, whatever it holds: turn, reads, changes and commit.
 #
 # If the connection breaks in a commit, only the index knows what has become of it. Each
 # transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
@@ -2719,15 +2611,16 @@ def check_target(target: str, part: str, index: str) -> None:
 # A session that stands still in a transaction loses its connection, and with that its turn.
 
 META = """
-CREATE TABLE meta (schema INTEGER NOT NULL, epoch INTEGER NOT NULL, turn INTEGER NOT NULL,
-    closed BOOLEAN NOT NULL);
+CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL);
 """
 # What is written again and again needs room beside it, and its dead rows go soon.
 STORAGE = """
 ALTER TABLE meta SET (fillfactor = 10);
 ALTER TABLE owner SET (fillfactor = 10);
 ALTER TABLE total SET (fillfactor = 10);
-ALTER TABLE pending SET (autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE claim SET (autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE dead SET (autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE drawn SET (fillfactor = 10);
 """
 IN_POSTGRES = {
     "TEXT": 'TEXT COLLATE "C"',  # the order of bytes, whatever the database has
@@ -2735,6 +2628,14 @@ IN_POSTGRES = {
     "REAL": "DOUBLE PRECISION",
     " STRICT, WITHOUT ROWID": "",
 }
+
+
+def tables_in_postgres(tables: str) -> str:
+    for sqlite, postgres in IN_POSTGRES.items():
+        tables = tables.replace(sqlite, postgres)
+    return tables
+
+
 CONNECTING: Mapping[str, Any] = {  # unless the URL says otherwise
     "connect_timeout": 5,
     "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
@@ -2750,16 +2651,8 @@ SETTINGS = {
     "jit": "off",
 }
 NOW = "extract(epoch FROM clock_timestamp())::float8"
-TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING epoch, turn, {NOW}"
-# No other than that: NULL is refused there, and with it all that follows.
-TAKE_TURN_AFTER = f"""UPDATE meta
-    SET turn = CASE WHEN epoch = ?1 AND turn = ?2 AND NOT closed THEN turn + 1 END
-    RETURNING epoch, turn, {NOW}"""
-RENEW = f"""UPDATE owner SET until = {NOW} + ?2, seq = seq + 1
-    WHERE id = ?1 AND role <> 'gone' RETURNING seq"""
-# The same, and only as this `seq`: whatever becomes of a flight, none is carried out before it.
-RENEW_AS = f"""UPDATE owner SET until = {NOW} + ?2, seq = CASE WHEN seq + 1 = ?3 THEN ?3 END
-    WHERE id = ?1 AND role <> 'gone'"""
+TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING {NOW}"
+RENEW = f"UPDATE owner SET until = {NOW} + ?2, seq = seq + 1 WHERE id = ?1 RETURNING seq"
 # From a key to the next one that is not in its group. No character comes before chr(1) in a key.
 SCAN_GROUPS = f"""WITH RECURSIVE found AS (
     (SELECT {COLUMNS}, 1 AS number FROM record WHERE key >= ?1 BOUND ORDER BY key LIMIT 1)
@@ -2776,7 +2669,6 @@ SCAN_GROUPS = f"""WITH RECURSIVE found AS (
 ) SELECT {COLUMNS} FROM found ORDER BY number"""
 READER_WAITS_S = 10.0  # for an answer of the database
 WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
-ALONE_AFTER = 4  # turns in a row, the next one is assumed
 WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
     FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
     JOIN pg_class ON pg_class.oid = attrelid
@@ -2830,40 +2722,34 @@ def load_rows(result: Any) -> list[Row]:
     return rows
 
 
-Reads = tuple[Sequence[Sent], Sequence[Sent]]  # of records, and of what is pending
+@dataclass(slots=True, eq=False)
+class Query:
+    """A query that was sent, and what it has returned."""
+
+    text: str
+    is_preparing: bool
+    rows: list[Row] = field(default_factory=list)
 
 
 class PostgresSession(Session):
     """A connection to a database and one schema of it."""
 
-    has_flights = True
-
     def __init__(self, engine: PostgresEngine, readonly: bool) -> None:
         self._engine = engine
         self._readonly = readonly
-        self._queue: list[tuple[str, Sequence[Any]]] = []  # to be run
         self._prepared = 0
-        # Epoch and number of the last turn; after a failure, until the next `begin`, a guess.
-        self._seen = (0, 0)
-        self._in_a_row = 0  # turns of this session between which nobody else had one
-        self._seq = 0  # of the owner, as of this one
-        self._assumed: Row = ()  # values of RENEW_AS, once a turn is assumed
-        self._now_ns = 0  # when a turn came last, by the clock of the database
-        self._at_ns = 0  # and by our own
         self._connect()
 
     def _connect(self) -> None:
         """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
-        psycopg.pq: what is sent is kept until its flight departs, and goes out with it. psycopg's
+        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that. psycopg's
         cursors would make a system call or two of each statement, and wait for the GIL after
         each of them while the event loop is busy."""
         self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
         self._pq = self._db.pgconn
         self._pq.enter_pipeline_mode()
         self._names = dict[str, bytes]()  # of prepared queries
-        self._sent = deque[Sent]()  # and not answered yet
-        self._flights = deque[Flight]()  # that have not landed
-        self.drop()
+        self._sent = deque[Query]()  # and not answered yet
         try:
             self._set_up()
         except Exception:
@@ -2891,98 +2777,63 @@ class PostgresSession(Session):
     def is_lost(self) -> bool:  # type: ignore[override]
         return bool(self._db.closed)
 
-    @property
-    def waits_s(self) -> float:  # type: ignore[override]
-        return READER_WAITS_S if self._readonly else WRITER_WAITS_S
-
     def reopen(self) -> None:
         self.close()
         self._connect()
 
-    def drop(self) -> None:
-        self._queue.clear()
-
     def close(self) -> None:
         self._db.close()
 
-    def _send(self, query: str, values: Sequence[Any] = ()) -> Sent:
-        name = self._names.get(query)
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        self._send(statement, values)
+
+    def _send(self, text: str, values: Sequence[Any] = ()) -> Query:
+        name = self._names.get(text)
         if name is None:
             name = b"%d" % self._prepared
             self._prepared += 1
-            self._names[query] = name
-            self._pq.send_prepare(name, in_postgres(query))
-            self._sent.append(Sent(query, is_preparing=True))
+            self._names[text] = name
+            self._pq.send_prepare(name, in_postgres(text))
+            self._sent.append(Query(text, is_preparing=True))
         self._pq.send_query_prepared(name, [dump_value(value) for value in values])
-        sent = Sent(query, is_preparing=False)
-        self._sent.append(sent)
-        return sent
+        query = Query(text, is_preparing=False)
+        self._sent.append(query)
+        return query
 
-    def _send_queue(self) -> None:
-        queue = self._queue
-        self._queue = []
-        for query, values in queue:
-            self._send(query, values)
-
-    def _send_turn(self, query: str, values: Sequence[Any] = ()) -> Sent:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        return self._send(query, values)
-
-    def _depart(self, turn: Sent | None = None, reads: Reads = ((), ())) -> Flight:
-        """Let all of that go out together, with the next `go_on`."""
-        flight = Flight(turn, *reads)
+    def _sync(self) -> None:
+        """Wait for the answers to all that was sent, in one round trip; raises what the first
+        says that is an error: after that nothing was done."""
         self._pq.pipeline_sync()
-        self._flights.append(flight)
-        return flight
-
-    def _sync(self, flight: Flight) -> None:
-        """Wait until a flight lands, in one round trip; raises what the first result says that is
-        an error."""
-        self._wait_for(flight)
-        if flight.failed is not None:
-            raise self._engine.error_of(flight.failed)
-
-    def _wait_for(self, flight: Flight) -> None:
-        deadline_s = math.inf if self.has_time else time.monotonic() + self.waits_s
+        waits_s = READER_WAITS_S if self._readonly else WRITER_WAITS_S
+        deadline_s = math.inf if self.has_time else time.monotonic() + waits_s
         while self._pq.flush():
             self._wait(select.POLLIN | select.POLLOUT, deadline_s)
-        self._take()
-        while not flight.has_landed:
-            self._wait(select.POLLIN, deadline_s)
-            self._take()
-
-    def _take(self) -> None:
-        """Take what has come."""
+        failed: Exception | None = None
         status = self._engine.psycopg.pq.ExecStatus
-        while self._flights and not self._pq.is_busy():
+        while True:
+            while self._pq.is_busy():
+                self._wait(select.POLLIN, deadline_s)
             result = self._pq.get_result()
             if self.is_lost:
                 raise self._engine.psycopg.OperationalError("the connection is lost")
             if result is None:
                 continue  # the end of what one query returns
-            flight = self._flights[0]
             if result.status == status.PIPELINE_SYNC:
-                self._note_landing(flight)
-                continue
+                break
             if result.status == status.FATAL_ERROR and self._engine.is_fatal(result):
-                # The backend ends; that may come in place of the flight's end.
+                # The backend ends; that may come in place of the end of what was sent.
                 self.close()
                 raise self._engine.error_of(result)
-            sent = self._sent.popleft()
+            query = self._sent.popleft()
             if result.status == status.TUPLES_OK:
-                sent.rows = load_rows(result)
+                query.rows = load_rows(result)
             elif result.status != status.COMMAND_OK:
-                if sent.is_preparing:
-                    del self._names[sent.query]
-                flight.failed = flight.failed or result
-
-    def _note_landing(self, flight: Flight) -> None:
-        self._flights.popleft()
-        flight.has_landed = True
-        if flight.turn is not None and flight.turn.rows:
-            ((_, _, now_s),) = flight.turn.rows
-            self._now_ns = round(now_s * 1e9)
-            self._at_ns = time.monotonic_ns()
+                if query.is_preparing:
+                    del self._names[query.text]
+                if failed is None and result.status == status.FATAL_ERROR:
+                    failed = self._engine.error_of(result)
+        if failed is not None:
+            raise failed
 
     def _wait(self, events: int, deadline_s: float) -> None:
         """Wait for the connection. A database that stands still counts as lost."""
@@ -2994,40 +2845,16 @@ class PostgresSession(Session):
             raise self._engine.psycopg.OperationalError("the database does not answer")
         self._pq.consume_input()
 
-    def fileno(self) -> int:
-        return int(self._pq.socket)
-
-    def go_on(self) -> bool:
-        is_sent = not self._pq.flush()
-        self._pq.consume_input()
-        self._take()
-        return is_sent
-
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        if not self.may_wait:
-            raise MustWait
-        self._send_queue()
         sent = self._send(query, values)
-        self._sync(self._depart())
+        self._sync()
         return sent.rows
 
-    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
-        self._queue.append((statement, values))
-
     def look_up(self, keys: list[str]) -> dict[str, Record]:
-        found: dict[str, Record] = {}
+        rows = list[Row]()
         for query, values in self._look_up_queries(keys):
-            found |= records_of_rows(self.select(query, values))
-        return found
-
-    def send_look_up(self, keys: list[str]) -> Flight:
-        return self._depart(None, self._send_reads(keys, ()))
-
-    def _send_reads(self, keys: list[str], stems: Collection[str]) -> Reads:
-        """Ask for records and what is pending."""
-        records = [self._send(*query) for query in self._look_up_queries(keys)]
-        pending = [self._send(*query) for query in pending_queries(stems)]
-        return records, pending
+            rows += self.select(query, values)
+        return {row[0]: record_of_row(row) for row in rows}
 
     def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
         for start in range(0, len(keys), PIECES[0]):
@@ -3073,65 +2900,46 @@ class PostgresSession(Session):
         ((now_s,),) = self.select(f"SELECT {NOW}")
         return float(now_s)
 
-    def time_ns(self) -> int:
-        return self._now_ns + time.monotonic_ns() - self._at_ns
-
     def begin(
-        self, owner: int, lease_s: float, renew: bool, keys: list[str], stems: Collection[str]
+        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
     ) -> Turn:
-        """Each transaction renews the lease: that costs nothing here."""
-        self.is_unsure = False
-        turn = self._send_turn(TAKE_TURN)
-        renewed = self._send(RENEW, (owner, lease_s))
-        flight = self._depart(turn, self._send_reads(keys, stems))
-        self._sync(flight)
+        """In one round trip. Each transaction renews the lease: that costs nothing here."""
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        if not durable:
+            self._send("SET LOCAL synchronous_commit = off")
+        turn = self._send(TAKE_TURN)
+        renewed = self._send(RENEW, (lease.owner, lease.seconds))
+        highest = self._send("SELECT max(highest) FROM drawn")
+        records = [self._send(*query) for query in self._look_up_queries(keys)]
+        pending = [self._send(*query) for query in pending_queries(stems)]
+        self._sync()
         if not turn.rows:
             raise IndexFailed("another index has just taken its place")
-        ((epoch, number, _),) = turn.rows
-        is_next = self._seen == (epoch, number - 1)
-        self._seen = (epoch, number)
-        seqs = renewed.rows
-        self._in_a_row = self._in_a_row + 1 if is_next and seqs else 0
-        self._seq = seqs[0][0] if seqs else 0
-        seq = self._seq if seqs else None
-        return Turn(self._now_ns / 1e9, is_next, seq, *flight.read())
+        ((now_s,),) = turn.rows
+        return Turn(
+            now_s=now_s, wall_ns=round(now_s * 1e9), highest_ns=highest.rows[0][0] or 0,
+            seq=renewed.rows[0][0] if renewed.rows else None,
+            records={row[0]: record_of_row(row) for one in records for row in one.rows},
+            pending=make_pending(stems, chain.from_iterable(one.rows for one in pending)),
+        )  # fmt: skip
 
     def commit(self) -> None:
-        self._send_queue()
-        self.is_unsure = True
         self._send("COMMIT")
-        self._sync(self._depart())
-
-    def assume_turn(self, owner: int, lease_s: float) -> int | None:
-        if self._in_a_row < ALONE_AFTER:
-            return None
-        self._seq += 1
-        self._assumed = (owner, lease_s, self._seq)
-        return self._seq
-
-    def send_commit(self, keys: list[str], stems: Collection[str]) -> Flight:
-        turn = self._send_turn(TAKE_TURN_AFTER, self._seen)
-        self._send(RENEW_AS, self._assumed)
-        self._send_queue()
-        reads = self._send_reads(keys, stems)
-        self._send("COMMIT")
-        epoch, number = self._seen
-        self._seen = (epoch, number + 1)
-        return self._depart(turn, reads)
+        self._sync()
 
     def roll_back(self) -> None:
-        self.drop()
         try:
             self._send("ROLLBACK")
-            self._wait_for(self._depart())
+            self._sync()
         except self._engine.psycopg.Error:
             self.close()
 
     def read_seq(self, owner: int) -> int | None:
-        self._send_turn(TAKE_TURN)
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
+        self._send(TAKE_TURN)
         sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
         self._send("COMMIT")
-        self._sync(self._depart())
+        self._sync()
         return sent.rows[0][0] if sent.rows else None
 
     @contextlib.contextmanager
@@ -3143,10 +2951,6 @@ class PostgresSession(Session):
         ""."""
         rows = self.select(WRONG_ORDER, (self._engine.schema,))
         return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
-
-
-def records_of_rows(rows: Iterable[Row]) -> dict[str, Record]:
-    return {row[0]: record_of_row(row) for row in rows}
 
 
 class PostgresEngine(Engine):
@@ -3210,6 +3014,12 @@ class PostgresEngine(Engine):
             if not session.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"):
                 self._make_tables(session)
             ((version,),) = session.select("SELECT schema FROM meta")
+            if version == 3:
+                migrate(session, tables_in_postgres(PENDING + DRAWN))
+                session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
+                session.run("ALTER TABLE meta DROP COLUMN epoch")
+                session.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
+                version = SCHEMA_VERSION
             if version != SCHEMA_VERSION:
                 raise IndexDamaged(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
             if wrong := cast(PostgresSession, session).find_wrong_order():
@@ -3220,15 +3030,12 @@ class PostgresEngine(Engine):
             raise
 
     def _make_tables(self, session: Session) -> None:
-        tables = RECORDS + PENDING + OWNERS + META
-        for sqlite, postgres in IN_POSTGRES.items():
-            tables = tables.replace(sqlite, postgres)
-        for statement in (tables + STORAGE).split(";"):
+        for statement in (
+            tables_in_postgres(RECORDS + PENDING + OWNERS + DRAWN + META) + STORAGE
+        ).split(";"):
             if statement.strip():
                 session.run(statement)
-        session.run(
-            "INSERT INTO meta VALUES (?1, ?2, 0, false)", (SCHEMA_VERSION, random.getrandbits(62))
-        )
+        session.run("INSERT INTO meta VALUES (?1, 0, false)", (SCHEMA_VERSION,))
 
     def enter(self) -> None:
         """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
@@ -3300,32 +3107,80 @@ class PostgresEngine(Engine):
         return kept if keep else ""
 
 
+# == Migration ====================================================================================
+# From the index of the second edition, schema 3, to this one, in one transaction, while nobody else
+# uses it. What was claimed is dead, and may still be written; what is kept or made anew has no row
+# now, since a record names it. All versions up to the highest were drawn by anybody.
+
+
+def migrate(session: Session, tables: str) -> None:
+    """Make the tables that are new, and bring over what is pending; raises Occupied."""
+    now_s = session.read_clock()
+    owners = "SELECT role, until FROM owner WHERE role <> 'gone' AND until > ?1"
+    for role, until_s in session.select(owners, (now_s,)):
+        raise Occupied(role, until_s)
+    for statement in tables.split(";"):
+        if statement.strip():
+            session.run(statement)
+    after = ("", "")
+    query = """SELECT path, volume, state, due, since, doubt FROM pending
+        WHERE (path, volume) > (?1, ?2) ORDER BY path, volume LIMIT ?3"""
+    while rows := session.select(query, (*after, PENDING_PAGE)):
+        dead = list[Row]()
+        marks = list[Row]()
+        for path, volumes, state, due_s, since_s, doubt_s in rows:
+            for volume in volumes.split():
+                if state == "mark" and doubt_s is None:
+                    marks.append((path, volume))
+                elif state in ("claimed", "overtaken", "bound", "copying"):
+                    dead.append((path, volume, now_s, now_s, now_s + BROKEN_S, None, ""))
+                elif state in ("garbage", "watched", "deleting"):
+                    due_s = now_s if due_s is None else due_s
+                    dead.append((path, volume, due_s, since_s, doubt_s, None, ""))
+        session.run_on_rows("INSERT INTO dead VALUES ", dead)
+        session.run_on_rows("INSERT INTO tombstone VALUES ", marks)
+        after = rows[-1][:2]
+    session.run(RELEASE_TOMBSTONES, (now_s, STEM))
+    session.run("""DELETE FROM tombstone WHERE EXISTS (SELECT 1 FROM dead
+        WHERE dead.path = tombstone.path AND dead.volume = tombstone.volume)""")
+    session.run("DELETE FROM total WHERE name = ?1", (GARBAGE,))
+    session.run("INSERT INTO total SELECT ?1, count(*), 0 FROM dead", (GARBAGE,))
+    session.run("DELETE FROM owner")
+    versions = f"""SELECT max(version) FROM (SELECT version FROM record
+        UNION ALL SELECT substr(path, {STEM - 19}, 20) FROM pending) AS drawn_before"""
+    ((highest,),) = session.select(versions)
+    if highest is not None:
+        session.run("INSERT INTO drawn VALUES (?1, ?2, ?3)", (ANY_TAG, 0, version_ns(highest)))
+
+
+RELEASE_TOMBSTONES = """INSERT INTO dead SELECT path, volume, ?1, ?1, NULL, NULL, ''
+    FROM tombstone WHERE NOT EXISTS (SELECT 1 FROM dead
+        WHERE dead.path >= substr(tombstone.path, 1, ?2)
+        AND dead.path < substr(tombstone.path, 1, ?2) || '~~')"""
+
+
 # == Index ========================================================================================
 # The engine behind threads: one session writes, a few read, each opened on the thread that uses
-# it. Calls that wait meanwhile go together, so that they share one hop to the thread, or one
-# flight to a database that is far away, and mutations one transaction.
+# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and mutations
+# one transaction: what they say that they will ask for is read with two queries, they are carried
+# out on what is in memory, and at the end all is written with a few statements. So a batch costs a
+# few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A transaction knows
+# nothing of the one before it.
 #
-# Mutations that wait are one batch and one transaction: what they say that they will ask for is
-# read with two queries, they are carried out on what is in memory, and at the end all is written
-# with a few statements. So a batch costs a few steps of SQLite, or one or two round trips to
-# PostgreSQL, whatever it holds.
+# What a transaction has written is durable when it is answered, but for those that only claim, put
+# off or settle: they are on disk with the next one that is. What a power cut takes of them is the
+# claim of a PUT that nobody was answered.
 #
 # The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
 # (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
 # error of an engine leaves these sections.
 
-NO_ROWS = set[Row]()
-REMEMBERED = 6000  # records, keys and paths, from one transaction to the next
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
-# What an owner is. One that moves replicas wants no other such one, one that rebuilds nobody; gone
-# is one whose lease has ended.
-SERVER, TOOL, MOVER, REBUILDER, GONE = "server", "tool", "mover", "rebuilder", "gone"
+# What an owner is. One that moves replicas wants no other such one, one that rebuilds nobody.
+SERVER, TOOL, MOVER, REBUILDER = "server", "tool", "mover", "rebuilder"
 RENEWALS = 3  # of a lease, before it would end
 LONGEST_LEASE_S = 3600.0
-GONE_S = 86400.0  # how long it is remembered who is gone, for who wakes up and asks
 BATCH = 1000  # calls in one hop: bounds how long the others wait
-FLIGHT_ITEMS = 100  # calls on one flight: bounds how long the event loop is kept
-FLIGHTS = 4  # of a session that may be under way
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
 # Of these for all but the entries: `next` may have 6 bytes for each of a key.
 LIST_FRAME = 8 * 1024
@@ -3339,167 +3194,106 @@ def open_engine(db: str) -> Engine:
     return PostgresEngine(db) if is_postgres(db) else SqliteEngine(db)
 
 
-@dataclass(slots=True, kw_only=True)
+def awake_s() -> float:
+    """Return the time by a clock that no step of the wall clock moves, and that goes on while the
+    machine sleeps, as others' do (clock_gettime(2))."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Lease:
-    """Who this process is to the index, and since when that holds."""
+    """Who this process is to the index, and until when that holds. One that has ended is never
+    renewed: another one takes its place."""
 
     role: str = TOOL
     seconds: float = 15.0
     owner: int = 0  # the number of its row; 0: it has none yet
     seq: int = 0  # of its last transaction, where the engine counts them
-    renewed_s: float = -math.inf  # by the monotonic clock
+    tag: str = ""  # at the end of the versions that it draws; "": it has drawn none
+    renewed_s: float = -math.inf  # by awake_s
 
     def is_due(self) -> bool:
-        return time.monotonic() > self.renewed_s + self.seconds / RENEWALS
+        return awake_s() > self.renewed_s + self.seconds / RENEWALS
 
-
-class Unread(NamedTuple):
-    """What is to be read for a transaction."""
-
-    keys: list[str]  # whose records
-    stems: set[str]  # what is pending below which
-    all_stems: frozenset[str] = frozenset()  # of the keys, too
-
-
-NOTHING = Unread([], set())
+    def has_ended(self) -> bool:
+        """Whether others may take it for dead, so that it must write to no place any more (R5)."""
+        return awake_s() >= self.renewed_s + self.seconds
 
 
 class Transaction:
     """What a mutation may do: the records, what is pending, and with both, always, the totals.
 
-    It works on what it has read, in memory; `flush` writes it. What it has read it remembers for
-    the next transaction, unless somebody else has written in between: most of what a commit asks
-    for is what its claim has written.
+    It works on what it has read, in memory; `flush` writes what has become different.
     """
 
-    def __init__(self, session: Session, lease: Lease | None = None) -> None:
+    def __init__(self, session: Session, lease: Lease) -> None:
         self._session = session
-        self.lease = lease or Lease()
-        self.is_alone = True  # nobody else has written before this turn
-        self._renewed_s = 0.0  # when this turn began to renew the lease, if it did
+        self.lease = lease  # another one, if this one has ended
+        self.now_s = 0.0
         self._records = dict[str, Record | None]()
-        self._pending = dict[str, dict[Place, Pending]]()  # stem of a key -> all of the key
-        self._rows = dict[str, set[Row]]()  # path -> what is stored, or is one of `_claims`
-        # and this is to be written:
+        self._pending = dict[str, Pending]()  # by the stems of keys
+        # What is stored of these, and claims of keys of which nothing was read.
+        self._stored = dict[str, Pending]()
+        self._claims = list[Row]()
         self._changed = set[str]()  # keys
-        self._claims: list[Row] = []  # of paths of which nothing is stored
-        self._touched = set[str]()  # paths
         # volumes of records -> how many came, or went, and their bytes:
         self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
         self._garbage = 0
-        self._unread = NOTHING  # what is read with the commit
-        self._away = set[str]()  # stems of keys that are read by flights under way
-        self.is_claiming = False  # the mutation that is carried out only claims
-        self.now_s = 0.0
+        self._wall_ns = 0
+        self._highest_ns = 0  # that was drawn
+        self._drawn: Drawn | None = None  # of these, by this transaction
 
-    def begin(self, keys: Collection[str] = (), paths: Iterable[str] = ()) -> None:
-        """Wait for the turn to write, and read what belongs to keys and paths, if it is not known
-        from the last turn."""
-        if self._is_full() or not self.is_alone:
-            self._forget()
-        unread = self._find_unknown(keys, paths)
-        is_complete = not (self._records or self._pending or self._rows)
-        lease = self.lease
-        is_due = lease.is_due()
-        self._renewed_s = time.monotonic()
-        turn = self._session.begin(lease.owner, lease.seconds, is_due, unread.keys, unread.stems)
+    def begin(
+        self, keys: Collection[str] = (), paths: Iterable[str] = (), durable: bool = True
+    ) -> None:
+        """Wait for the turn to write, and read what belongs to keys and paths; raises Occupied if
+        another owner does not allow it."""
+        stems = {path[:KEY_STEM] for path in paths}.union(map(key_stem, keys))
+        is_due = self.lease.is_due()
+        asked_s = awake_s()
+        turn = self._session.begin(self.lease, is_due, durable, [*keys], [*stems])
         self.now_s = turn.now_s
-        self.is_alone = turn.is_next
-        if turn.is_next or is_complete:
-            self._take(unread, turn.records, turn.pending)
-        else:  # what was remembered may not be so
-            self._forget()
-            self.read_ahead(keys, paths)
+        self._wall_ns = turn.wall_ns
+        self._highest_ns = turn.highest_ns
+        self._records = {key: turn.records.get(key) for key in keys}
+        self._take(turn.pending)
+        self._renewed_s = asked_s if is_due else self.lease.renewed_s
         if turn.seq is None:
-            self._register()
+            self._register(asked_s)
         else:
-            lease.seq = turn.seq
-            self._renewed_s = self._renewed_s if is_due else lease.renewed_s
+            self.lease.seq = turn.seq
         if is_due:
             self._end_leases()
 
-    def begin_at_once(
-        self, keys: Collection[str], paths: Iterable[str], claimed: Collection[str]
-    ) -> bool:
-        """Begin without waiting, if all that belongs to keys and paths is known from the last
-        turns. Of the keys in `claimed` new versions are claimed: what belongs to them is read with
-        the commit, and until then, to whoever only claims, they seem to have nothing."""
-        if self.lease.is_due() or self._is_full() or any(self._find_unknown(keys, paths)):
-            return False
-        unread = self._find_unknown(claimed, ())
-        if not self._away.isdisjoint(unread.all_stems):
-            return False
-        seq = self._session.assume_turn(self.lease.owner, self.lease.seconds)
-        if seq is None:
-            return False
-        self.lease.seq = seq
-        self.now_s = self._session.time_ns() / 1e9
-        self._unread = unread
-        return True
-
-    def commit(self) -> None:
-        """Write what has changed; return when it is on disk."""
-        self.flush()
-        self._session.commit()
+    def end(self) -> None:
+        """Hear that it is committed."""
         self.lease.renewed_s = self._renewed_s
-
-    def send_commit(self) -> tuple[Flight, Unread]:
-        """Do so after `begin_at_once`, but return at once. Call `take_answers` when the
-        flight has landed; until then the next transactions can begin at once, too."""
-        unread = self._unread
-        self._unread = NOTHING
-        self._away |= unread.all_stems
-        return self._session.send_commit(unread.keys, unread.stems), unread
-
-    def take_answers(self, flight: Flight, unread: Unread) -> None:
-        self._take(unread, *flight.read())
-        self._away -= unread.all_stems
-
-    def _is_full(self) -> bool:
-        return len(self._records) + len(self._pending) + len(self._rows) > REMEMBERED
-
-    def _forget(self) -> None:
-        self._records.clear()
-        self._pending.clear()
-        self._rows.clear()
+        if self._drawn:
+            self.lease.tag = self._drawn.tag
 
     def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
-        unread = self._find_unknown(keys, paths)
-        records = self._session.look_up(unread.keys) if unread.keys else {}
-        rows = self._session.read_pending(unread.stems) if unread.stems else []
-        self._take(unread, records, rows)
-
-    def _find_unknown(self, keys: Collection[str], paths: Iterable[str]) -> Unread:
-        stem_of = {key: key_stem(key) for key in keys}
-        stems = {path[:KEY_STEM] for path in paths}.union(stem_of.values())
         unknown = [key for key in keys if key not in self._records]
-        unread = {stem for stem in stems if stem not in self._pending}
-        all_stems = frozenset(unread).union(stem_of[key] for key in unknown)
-        return Unread(unknown, unread, all_stems)
+        records = self._session.look_up(unknown) if unknown else {}
+        self._records |= {key: records.get(key) for key in unknown}
+        stems = {path[:KEY_STEM] for path in paths}.union(map(key_stem, keys))
+        self._read_pending(stems - self._pending.keys())
 
-    def _take(self, unread: Unread, records: Mapping[str, Record], rows: Iterable[Row]) -> None:
-        """Remember what was read."""
-        for key in unread.keys:
-            self._records[key] = records.get(key)
-        for stem in unread.stems:
-            self._pending[stem] = {}
-        for row in rows:
-            self._rows.setdefault(row[0], set()).add(row)
-        for pending in pending_of_rows(rows):
-            self._pending[pending.path[:KEY_STEM]][pending.volume, pending.path] = pending
+    def _read_pending(self, stems: Collection[str]) -> None:
+        if not stems:
+            return
+        self._write_claims()
+        self._take(self._session.read_pending([*stems]))
 
-    def _pending_of_stem(self, stem: str) -> dict[Place, Pending]:
-        if stem not in self._pending:
-            if self.is_claiming and stem in self._unread.stems:
-                return {}
-            self._take(Unread([], {stem}), {}, self._session.read_pending([stem]))
-        return self._pending[stem]
+    def _take(self, pending: Mapping[str, Pending]) -> None:
+        for stem, one in pending.items():
+            self._pending[stem] = one
+            self._stored[stem] = one.copy()
+
+    # -- records --
 
     def get(self, key: str) -> Record | None:
         if key not in self._records:
-            if self.is_claiming and key in self._unread.keys:
-                return None
             self._records[key] = self._session.look_up([key]).get(key)
         return self._records[key]
 
@@ -3520,56 +3314,61 @@ class Transaction:
         total[0] += sign
         total[1] += sign * record.size
 
-    def pending_below(self, start: str) -> dict[Place, Pending]:
-        """Return what is pending on paths that begin with `start`: of a key, of a version, or at
-        one path."""
-        if len(start) < KEY_STEM:
-            return self._pending_of_many(start)
-        rows = self._pending_of_stem(start[:KEY_STEM])
-        return {place: row for place, row in rows.items() if place[1].startswith(start)}
+    # -- what is pending --
 
-    def _pending_of_many(self, start: str) -> dict[Place, Pending]:
-        self.flush()
-        query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ?1 AND path < ?2"
-        rows = pending_of_rows(self._session.select(query, (start, after_prefix(start))))
-        return {(row.volume, row.path): row for row in rows}
+    def pending_at(self, path: str) -> Pending:
+        """Return what is pending on the key that a path belongs to: to be read, and changed."""
+        stem = path[:KEY_STEM]
+        if stem not in self._pending:
+            self._read_pending([stem])
+        return self._pending[stem]
 
-    def pending_of(self, key: str) -> dict[Place, Pending]:
-        return dict(self._pending_of_stem(key_stem(key)))
+    def pending_of(self, key: str) -> Pending:
+        return self.pending_at(key_stem(key))
 
-    def change(self, before: Rows, after: Rows) -> None:
-        """Make `after` of the rows `before`, and keep the total of the garbage."""
-        for place in before:
-            if place not in after:
-                self._put(place, None)
-        for place, new in after.items():
-            old = before.get(place)
-            if new is not old and new != old:
-                self._put(place, new)
+    def draw_path(self, key: str, ext: str) -> str:
+        """Return the path of a new version of `key`, higher than all that were ever drawn."""
+        at_ns = max(self._wall_ns, self._highest_ns + 1)
+        if self._drawn is None:
+            self._drawn = Drawn(self.lease.tag or self._choose_tag(), at_ns, at_ns)
+        version = make_version(at_ns, self._drawn.tag)
+        self._highest_ns = at_ns
+        self._drawn = self._drawn._replace(highest_ns=at_ns)
+        return blob_path(key, version, ext)
 
-    def _put(self, place: Place, new: Pending | None) -> None:
-        path = place[1]
-        rows = self._pending_of_stem(path[:KEY_STEM])
-        old = rows.pop(place, None)
-        if old is not None and old.state is PendingState.GARBAGE:
-            self._garbage -= 1
-        if new is not None:
-            rows[place] = new
-            if new.state is PendingState.GARBAGE:
-                self._garbage += 1
-        self._touched.add(path)
+    def _choose_tag(self) -> str:
+        """Return a tag that no owner has had; raises Unavailable if there is none left."""
+        taken = {tag for (tag,) in self._session.select("SELECT tag FROM drawn")}
+        if len(taken) > TAGS // 2:
+            raise Unavailable("too many servers have written to this index: rebuild it")
+        while (tag := f"{random.getrandbits(16):04x}") in taken:
+            pass
+        return tag
+
+    def claim(self, path: str, places: Iterable[str]) -> None:
+        """Note that this owner is about to write there. Of its key nothing need be read."""
+        names = tuple(places)
+        pending = self._pending.get(path[:KEY_STEM])
+        if pending is None:
+            self._claims.append((path, self.lease.owner, " ".join(names)))
+            return
+        mine = (path, self.lease.owner)
+        pending.claims[mine] = pending.claims.get(mine, ()) + names
+
+    def note_drawn(self, rows: Iterable[Drawn]) -> None:
+        """Take over what another index has drawn."""
+        self._session.run_on_rows(INSERT_DRAWN, [tuple(row) for row in rows], REPLACE_DRAWN)
+
+    # -- writing --
 
     def flush(self) -> None:
         """Write what has changed."""
-        if self._changed:
-            self._write_records()
-        if self._claims:
-            self._session.run_on_rows("INSERT INTO pending VALUES ", self._claims)
-            self._claims.clear()
-        if self._touched:
-            self._write_pending()
-        if self._totals or self._garbage:
-            self._write_totals()
+        self._write_records()
+        self._write_claims()
+        self._write_pending()
+        self._write_totals()
+        if self._drawn:
+            self._session.run_on_rows(INSERT_DRAWN, [tuple(self._drawn)], REPLACE_DRAWN)
 
     def _write_totals(self) -> None:
         blobs = Counter({GARBAGE: self._garbage})
@@ -3578,9 +3377,10 @@ class Transaction:
             for name in (ALL_KEYS, *volumes):
                 blobs[name] += total[0]
                 size[name] += total[1]
-        rows: list[Row] = [(name, count, size[name]) for name, count in blobs.items()]
+        names = [name for name in blobs if blobs[name] or size[name]]
         after = """ ON CONFLICT (name) DO UPDATE
             SET blobs = total.blobs + excluded.blobs, bytes = total.bytes + excluded.bytes"""
+        rows: list[Row] = [(name, blobs[name], size[name]) for name in names]
         self._session.run_on_rows("INSERT INTO total VALUES ", rows, after)
         self._totals.clear()
         self._garbage = 0
@@ -3598,226 +3398,42 @@ class Transaction:
         self._session.run_on_rows("INSERT INTO record VALUES ", rows, REPLACE_RECORD)
         self._changed.clear()
 
+    def _write_claims(self) -> None:
+        self._session.run_on_rows("INSERT INTO claim VALUES ", self._claims, ADD_PLACES)
+        self._claims.clear()
+
     def _write_pending(self) -> None:
-        gone: list[Row] = []
-        new: list[Row] = []
-        for path in self._touched:
-            of_key = self._pending[path[:KEY_STEM]].values()
-            rows = rows_of_pending([row for row in of_key if row.path == path])
-            stored = self._rows.pop(path, NO_ROWS)
-            if rows:
-                self._rows[path] = rows
-            gone += [row[:2] for row in stored - rows]
-            new += rows - stored
-        delete = "DELETE FROM pending WHERE (path, volume) IN (VALUES "
-        self._session.run_on_rows(delete, gone, ")")
-        self._session.run_on_rows("INSERT INTO pending VALUES ", new)
-        self._touched.clear()
-
-    def draw_path(self, key: str, ext: str) -> str:
-        """Return the path of a new version of `key`, higher than all that is known of it, dead or
-        alive."""
-        highest = max(self._versions(key), default=None)
-        version = next_version(self._session.time_ns(), highest, random.getrandbits(16))
-        return blob_path(key, version, ext)
-
-    def _versions(self, key: str) -> list[str]:
-        current = self.get(key)
-        versions = [version_of(path) for _, path in self._pending_of_stem(key_stem(key))]
-        return versions if current is None else [*versions, current.version]
-
-    def is_low(self, key: str, path: str, drawn: Collection[str]) -> bool:
-        """Whether a path that was drawn before the key was read is not what draw_path promises;
-        the versions in `drawn` were drawn with it."""
-        version = version_of(path)
-        return any(one > version and one not in drawn for one in self._versions(key))
-
-    def claim_higher(self, act: Callable[[Transaction], str], path: str) -> str:
-        """Claim anew in place of `path`, where nothing was written yet."""
-        self.change(self.pending_below(path), {})
-        return act(self)
-
-    def claim(self, path: str, volumes: Collection[str], state: PendingState) -> None:
-        """Note that this owner is about to write at `path`. What is in doubt stays so."""
-        before = self.pending_below(path)
-        if not before and path not in self._rows and state is not PendingState.REMAKING:
-            self._claim_new(path, volumes, state)
-            return
-        if any(row.state is PendingState.OVERTAKEN for row in before.values()):
-            state = PendingState.OVERTAKEN
-        after = dict(before)
-        for volume in volumes:
-            new = Pending(path, volume, state, self.lease.owner)
-            if state is PendingState.REMAKING:
-                new = new._replace(sent=2)  # one may be there
-            old = before.get((volume, path))
-            if old is not None and old.state in CLAIMS:  # of a run of a tool that was killed
-                new = new._replace(since_s=self.now_s, doubt_s=self.now_s + BROKEN_OFF.seconds)
-            elif old is not None:
-                new = new._replace(since_s=old.since_s, doubt_s=old.doubt_s)
-            if old is not None:
-                new = new._replace(sent=new.sent + old.sent)
-            after[volume, path] = new
-        self.change(before, after)
-
-    def _claim_new(self, path: str, volumes: Collection[str], state: PendingState) -> None:
-        """Do the same for a path of which nothing is known: that is what each PUT begins with."""
-        pending = self._pending_of_stem(path[:KEY_STEM])
-        for volume in volumes:
-            pending[volume, path] = Pending(path, volume, state, self.lease.owner)
-        claim = Pending(path, " ".join(sorted(volumes)), state, self.lease.owner)
-        row = (*claim[:2], PENDING_TEXTS[state], *claim[3:])
-        self._rows[path] = {row}
-        self._claims.append(row)
-
-    def end_claims(self, path: str, named: Collection[str], doubts: Doubts = NO_DOUBTS) -> None:
-        """End all claims at `path`: the record names the volumes in `named`, what the others have
-        is garbage."""
-        before = self.pending_below(path)
-        self.change(before, end_claims(before, path, named, self.now_s, doubts))
-
-    def add_garbage(
-        self, path: str, volumes: Iterable[str], delay_s: float = 0.0, doubts: Doubts = NO_DOUBTS
-    ) -> None:
-        """Have what is at `path` deleted from `volumes` in `delay_s`, so that readers under way
-        can finish."""
-        before = self.pending_below(path)
-        self.change(before, bury(before, path, volumes, self.now_s, delay_s, doubts))
-
-    def end_copies(self, path: str, sent: Mapping[str, int]) -> None:
-        """Note that copies that turned to garbage while they were made were answered for: volume
-        -> how many sidecars must still be expected there, for none to have been found that may
-        have been the copy's."""
-        before = self.pending_below(path)
-        after = dict(before)
-        for volume, count in sent.items():
-            row = before.get((volume, path))
-            if (
-                row is not None
-                and row.state in (PendingState.GARBAGE, PendingState.WATCHED)
-                and row.sent >= count
-            ):
-                garbage = row._replace(state=PendingState.GARBAGE, due_s=self.now_s, doubt_s=None)
-                after[volume, path] = garbage
-        self.change(before, after)
-
-    def keep(self, path: str, volumes: Collection[str]) -> None:
-        """Take back that what is at `path` on `volumes` is garbage: a record names it."""
-        before = self.pending_below(path)
-        after = dict(before)
-        for place, row in before.items():
-            if row.path == path and row.volume in volumes:
-                del after[place]
-                if row.doubt_s is not None:
-                    kept = row._replace(state=PendingState.KEPT, owner=None, due_s=row.doubt_s)
-                    after[place] = kept
-        self.change(before, after)
-
-    def settle(
-        self, seen: Mapping[Pending, bool], failed: Mapping[Pending, Doubt | None] | None = None
-    ) -> None:
-        """Note where garbage has been deleted (row -> whether its sidecar was there), and where
-        that failed (row -> what may still come of it): there it is tried again later. A row that
-        has changed since it was read is left as it is."""
-        ends = {row: settle(row, found, self.now_s) for row, found in seen.items()}
-        ends |= {row: put_off(row, doubt, self.now_s) for row, doubt in (failed or {}).items()}
-        for row, after in ends.items():
-            place = (row.volume, row.path)
-            before = self._row_at(*place)
-            if before.get(place) == row:
-                self.change(before, {} if after is None else {place: after})
-                self._release_marks(row.path)
-
-    def note_found(self, places: Iterable[Place]) -> None:
-        """Note that the sidecars at `places`, which were in doubt, had come and were deleted."""
-        for volume, path in places:
-            before = self._row_at(volume, path)
-            after = dict(before)
-            for place, row in before.items():
-                after[place] = row._replace(sent=max(0, row.sent - 1))
-            self.change(before, after)
-
-    def end_doubts(self, volume: str, paths: Iterable[str], answered: bool) -> None:
-        """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any
-        more."""
-        doubt_s = None if answered else self.now_s + BROKEN_OFF.seconds
-        for path in paths:
-            rows = self.pending_below(path[:STEM])
-            is_mark = path.endswith(".del")
-            before = {
-                p: row
-                for p, row in rows.items()
-                if row.volume == volume and row.path.endswith(".del") == is_mark
-            }
-            self.change(before, {place: end_doubt(row, doubt_s) for place, row in before.items()})
-
-    def forget(self, places: Iterable[Place]) -> None:
-        """Give up what is pending at `places`, whose volume will not come back."""
-        for volume, path in places:
-            self.change(self._row_at(volume, path), {})
-            self._release_marks(path)
-
-    def _row_at(self, volume: str, path: str) -> dict[Place, Pending]:
-        """Return the row there, unless somebody has claimed the place meanwhile."""
-        rows = self.pending_below(path)
-        return {
-            place: row
-            for place, row in rows.items()
-            if place == (volume, path) and row.state not in CLAIMS
-        }
-
-    def release_all_marks(self) -> None:
-        self.flush()
-        query = "SELECT DISTINCT path FROM pending WHERE state = 'mark'"
-        paths = [path for (path,) in self._session.select(query)]
-        self.read_ahead((), paths)
-        for path in paths:
-            self._release_marks(path)
-
-    def _release_marks(self, path: str) -> None:
-        """Have the marks of a version deleted if no sidecar of it is pending."""
-        rows = self.pending_below(path[:STEM])
-        before = {
-            place: row
-            for place, row in rows.items()
-            if row.state is PendingState.MARK and row.due_s is None
-        }
-        if all(row.state is PendingState.MARK or not row.sent for row in rows.values()):
-            after = {place: row._replace(due_s=self.now_s) for place, row in before.items()}
-            self.change(before, after)
-
-    def add_marks(
-        self, paths: Iterable[str], volumes: Collection[str], doubtful: Collection[str]
-    ) -> None:
-        """Note that `volumes` have the marks of the versions of the blobs at `paths`; those in
-        `doubtful` perhaps."""
-        for path in paths:
-            mark = mark_path(path)
-            before = self.pending_below(mark)
-            after = dict(before)
-            for volume in volumes:
-                after[volume, mark] = Pending(path=mark, volume=volume, state=PendingState.MARK)
-            for volume in doubtful:
-                doubt_s = self.now_s + HUNG.seconds
-                after[volume, mark] = Pending(
-                    path=mark, volume=volume, state=PendingState.MARK, doubt_s=doubt_s
-                )
-            self.change(before, after)
-            self._release_marks(path)
+        """Write what differs from what is stored."""
+        gone = defaultdict[str, list[Row]](list)  # by table
+        new = defaultdict[str, list[Row]](list)
+        for stem, pending in self._pending.items():
+            stored = self._stored[stem]
+            if pending == stored:
+                continue
+            for table, before, after in zip(TABLES, stored.rows(), pending.rows(), strict=True):
+                gone[table] += [place for place in before if place not in after]
+                new[table] += [row for at, row in after.items() if before.get(at) != row]
+            self._garbage += len(pending.dead) - len(stored.dead)
+            self._stored[stem] = pending.copy()
+        for table, columns in TABLES.items():
+            delete = f"DELETE FROM {table} WHERE ({columns}) IN (VALUES "
+            self._session.run_on_rows(delete, gone[table], ")")
+            self._session.run_on_rows(f"INSERT INTO {table} VALUES ", new[table], REPLACE[table])
 
     # -- owners --
 
-    def _register(self) -> None:
-        """Become an owner, with a number that nobody had before; raises Unavailable if another one
-        does not allow that."""
-        lease = self.lease
-        self._check_others(lease.role)
-        ((number,),) = self._session.select("SELECT coalesce(max(id), 0) + 1 FROM owner")
-        if lease.owner:
+    def _register(self, asked_s: float) -> None:
+        """Become an owner, with a number that nobody else has; raises Occupied if another one does
+        not allow that."""
+        ended = self.lease
+        self._check_others(ended.role)
+        if ended.owner:
             log.warning("the lease of this process had ended: what it was writing is given up")
-        lease.owner = number
-        lease.seq = random.getrandbits(62)  # should this fail, another one gets the number
-        values = (number, lease.role, self.now_s + lease.seconds, lease.seq)
+        # should the commit not be heard, nobody can be taken for this one
+        owner = random.getrandbits(62)
+        self.lease = Lease(role=ended.role, seconds=ended.seconds, owner=owner, seq=1)
+        self._renewed_s = asked_s
+        values = (owner, ended.role, self.now_s + ended.seconds, 1)
         self._session.run("INSERT INTO owner VALUES (?1, ?2, ?3, ?4)", values)
 
     def take_role(self, role: str, by_lock: bool = False) -> None:
@@ -3830,7 +3446,7 @@ class Transaction:
         self._session.run("UPDATE owner SET role = ?2 WHERE id = ?1", values)
 
     def _check_others(self, role: str) -> None:
-        query = "SELECT role, until FROM owner WHERE role <> 'gone' AND id <> ?1"
+        query = "SELECT role, until FROM owner WHERE id <> ?1"
         for other, until_s in self._session.select(query, (self.lease.owner,)):
             if is_in_the_way(role, other) and self._is_alive(until_s):
                 raise Occupied(other, until_s)
@@ -3841,20 +3457,23 @@ class Transaction:
         return self.now_s <= until_s <= self.now_s + LONGEST_LEASE_S
 
     def _end_leases(self) -> None:
-        """End the leases of those that are late, and forget those that are gone for long, but for
-        the last: no number is given twice."""
-        query = "SELECT id, until FROM owner WHERE role <> 'gone'"
-        for number, until_s in self._session.select(query):
+        """End the leases of those that are late."""
+        for number, until_s in self._session.select("SELECT id, until FROM owner"):
             if not self._is_alive(until_s) and number != self.lease.owner:
                 self._end_lease(number)
-        forget = """DELETE FROM owner WHERE role = 'gone' AND until < ?1
-            AND id < (SELECT max(id) FROM owner)"""
-        self._session.run(forget, (self.now_s - GONE_S,))
 
     def _end_lease(self, owner: int) -> None:
-        self.release_claims(owner)
-        values = (owner, self.now_s)
-        self._session.run("UPDATE owner SET role = 'gone', until = ?2 WHERE id = ?1", values)
+        """Remove an owner. What it has claimed is dead; the volumes may still carry out what they
+        were sent."""
+        query = (
+            "SELECT path FROM claim WHERE owner = ?1 UNION SELECT path FROM dead WHERE owner = ?1"
+        )
+        self.flush()
+        paths = [path for (path,) in self._session.select(query, (owner,))]
+        self.read_ahead((), paths)
+        for path in paths:
+            self.pending_at(path).disown(owner, self.now_s)
+        self._session.run("DELETE FROM owner WHERE id = ?1", (owner,))
 
     def end_other_movers(self) -> None:
         query = "SELECT id FROM owner WHERE role = 'mover' AND id <> ?1"
@@ -3865,22 +3484,22 @@ class Transaction:
         """Give up the lease: the last act of an owner."""
         self._end_lease(self.lease.owner)
 
-    def release_claims(self, owner: int) -> None:
-        """Make garbage of what `owner`, which has died, claimed. The volumes may still carry out
-        what they were sent."""
-        self.flush()
-        query = "SELECT DISTINCT path FROM pending WHERE owner = ?1"
-        paths = [path for (path,) in self._session.select(query, (owner,))]
-        self.read_ahead((), paths)
-        for path in paths:
-            rows = self.pending_below(path).values()
-            named = {row.volume for row in rows if row.state is PendingState.REMAKING}
-            self.end_claims(path, named, {row.volume: BROKEN_OFF for row in rows})
 
-
+TAGS = 16**4
+TABLES = {"claim": "path, owner", "dead": "path, volume", "tombstone": "path, volume"}
+ADD_PLACES = """ ON CONFLICT (path, owner) DO UPDATE
+    SET places = claim.places || ' ' || excluded.places"""
+REPLACE = {
+    "claim": " ON CONFLICT (path, owner) DO UPDATE SET places = excluded.places",
+    "dead": """ ON CONFLICT (path, volume) DO UPDATE SET due = excluded.due,
+        since = excluded.since, doubt = excluded.doubt, owner = excluded.owner""",
+    "tombstone": "",
+}
 REPLACE_RECORD = """ ON CONFLICT (key) DO UPDATE SET version = excluded.version,
     volumes = excluded.volumes, size = excluded.size, digest = excluded.digest,
     content_type = excluded.content_type, ext = excluded.ext"""
+INSERT_DRAWN = "INSERT INTO drawn VALUES "
+REPLACE_DRAWN = " ON CONFLICT (tag) DO UPDATE SET highest = excluded.highest"
 
 
 IN_THE_WAY = {
@@ -3904,85 +3523,112 @@ def is_in_the_way(role: str, other: str) -> bool:
     return REBUILDER in (role, other) or role == other == MOVER
 
 
-class Lost(Unavailable):
-    """Newer writes of the key leave no moment at which this PUT could have happened: it has to
-    begin anew."""
-
-
-class Overtaken(Exception):
-    """It is as if this PUT had come just before a newer write: what it wrote is to be deleted, and
-    it has succeeded."""
-
-
 def commit_put(
-    tx: Transaction,
-    record: Record,
-    conditions: Conditions,
-    delay_s: float,
-    doubts: Doubts = NO_DOUBTS,
-) -> bool:
-    """Carry out decide_put; return whether the key is new. If it raises, even Overtaken, nothing
-    has changed."""
-    current = tx.get(record.key)
-    rows = tx.pending_of(record.key)
-    match decide_put(record, conditions, current, rows):
-        case Commit.CHANGED:
-            raise PreconditionFailed("the key has changed meanwhile")
-        case Commit.LOST:
-            raise Lost("another write of this key came in between; send it again")
-        case Commit.OVERTAKEN:
-            raise Overtaken
-        case Commit.DONE:
-            tx.change(rows, plan_put(record, conditions, current, rows, tx.now_s, delay_s, doubts))
-            if current is not None:
-                tx.remove(current)
-            tx.insert(record)
-            return current is None
-        case never:
-            assert_never(never)
+    tx: Transaction, record: Record, conditions: Conditions, claimed: AbstractSet[str], sent: Sent,
+    delay_s: float, reach: Reach,
+) -> tuple[bool, Burial]:  # fmt: skip
+    """Make `record` the key's record, whatever its version (R2); return whether the key is new, and
+    what is to be buried before the answer. If it raises, nothing has changed."""
+    key = record.key
+    current = tx.get(key)
+    pending = tx.pending_of(key)
+    if decide_conditions(conditions, current) is not Verdict.PROCEED:
+        raise PreconditionFailed("the key has changed meanwhile")
+    if not pending.claimed_at(record.path) >= set(record.places):
+        raise Unavailable("the server stood still for too long: send it again")
+    after = pending.copy()
+    after.end_write(record.path, claimed, sent, record.places, tx.now_s, key)
+    if current is not None:
+        after.kill_version(current, tx.now_s + delay_s, tx.now_s)
+    burial = after.above(record.version, tx.now_s)
+    check_reach(burial, reach)
+    pending.become(after)
+    if current is not None:
+        tx.remove(current)
+    tx.insert(record)
+    return current is None, burial
 
 
 def commit_delete(
-    tx: Transaction, key: str, conditions: Conditions, delay_s: float,
-    answering: Collection[str] | None = None, copies: int = 1,
-) -> dict[Place, Pending]:  # fmt: skip
-    """Delete the record; return what is then pending on the key: no sidecar may stay there. If it
-    raises, nothing has changed.
-
-    Where a sidecar cannot be deleted now the version has to get `copies` marks. If there are too
-    few volumes for that, `answering` are those on which sidecars can be deleted at least.
-    """
+    tx: Transaction, key: str, conditions: Conditions, delay_s: float, reach: Reach
+) -> tuple[bool, Burial]:
+    """Delete the record; return whether there was one, and what is to be buried before the answer,
+    also if there was none: an unfinished DELETE is finished then. If it raises, nothing has
+    changed."""
     current = tx.get(key)
-    rows = tx.pending_of(key)
+    pending = tx.pending_of(key)
     if current is None:
-        raise NotFound("no such key")
+        return False, pending.above("", tx.now_s)
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         raise PreconditionFailed("the key is not what the condition asks for")
-    after = plan_delete(current, conditions, rows, tx.now_s, delay_s)
-    if answering is not None:
-        seen = {(volume, path): False for volume, path in after if volume in answering}
-        if plan_marks(after, seen, copies):
-            raise Unavailable(
-                "too few volumes are up to note that it is deleted, for those that are down"
-            )
-    tx.change(rows, after)
+    after = pending.copy()
+    after.kill_version(current, tx.now_s + delay_s, tx.now_s)
+    burial = after.above("", tx.now_s)
+    check_reach(burial, reach)
+    pending.become(after)
     tx.remove(current)
-    return after
+    return True, burial
 
 
-def discard_put(
-    tx: Transaction, key: str, path: str, doubts: Doubts
-) -> tuple[dict[Place, Pending], bool]:
-    """Make garbage of what a PUT that is refused has written at `path`; return that, and whether
-    the key's record is newer, so that no rebuild could take it instead. Once the PUT is committed,
-    nothing happens."""
+def check_reach(burial: Burial, reach: Reach) -> None:
+    """Raise Unavailable if it may turn out that not all can be buried."""
+    if not can_be_buried(burial, reach):
+        raise Unavailable(
+            "too few volumes are up to note what is deleted, for those that are down"
+        )
+
+
+def refuse_put(
+    tx: Transaction, key: str, path: str, claimed: AbstractSet[str], sent: Sent
+) -> Burial:
+    """End a PUT that is refused, or was given up: what it has written at `path` is dead. Return
+    what is to be buried before the answer. Once the PUT is committed, nothing happens."""
     current = tx.get(key)
-    if not path or (current is not None and current.path == path):
-        return {}, True
-    before = tx.pending_below(path)
-    after = plan_discard(before, path, tx.now_s, doubts)
-    tx.change(before, after)
-    return after, current is not None and current.version > version_of(path)
+    pending = tx.pending_of(key)
+    if current is not None and current.path == path:
+        return pending.above(LAST_VERSION, tx.now_s)
+    pending.end_write(path, claimed, sent, (), tx.now_s, key)
+    living = current.version if current is not None else ""
+    return pending.above(living if living < version_of(path) else LAST_VERSION, tx.now_s)
+
+
+LAST_VERSION = "g"  # no version is above that
+
+
+def note_buried(
+    tx: Transaction, found: Iterable[Dead], tombstones: Iterable[tuple[str, str]]
+) -> None:
+    """Note which sidecars were there when they were deleted, so that no other comes, and which
+    tombstones (path, volume) have been written."""
+    for row in found:
+        dead = tx.pending_at(row.path).dead
+        place = (row.volume, row.path)
+        if place in dead:
+            dead[place] = dead[place]._replace(doubt_s=None, owner=None)
+    for path, volume in tombstones:
+        pending = tx.pending_at(path)
+        pending.tombstones.setdefault(path, set()).add(volume)
+        pending.release_tombstones(path, "", tx.now_s)  # if the collector was faster
+
+
+def settle_dead(tx: Transaction, answers: Mapping[Dead, bool | None], asked_s: float) -> None:
+    """Note what volumes said when they were asked, at `asked_s` or later, to delete what is dead:
+    see Dead.is_gone."""
+    for row, found in answers.items():
+        tx.pending_at(row.path).settle(row, found, asked_s, tx.now_s)
+
+
+def end_doubts(tx: Transaction, volume: str, paths: Iterable[str], answered: bool) -> None:
+    """Note that a volume that hung has answered PUTs at `paths`, or that it cannot any more."""
+    until_s = None if answered else tx.now_s + BROKEN_S
+    for path in paths:
+        tx.pending_at(path).end_doubt(volume, path, until_s)
+
+
+def forget_places(tx: Transaction, places: Iterable[Place]) -> None:
+    """Give up what is pending at `places`, whose volume will not come back."""
+    for volume, path in places:
+        tx.pending_at(path).forget(volume, path, tx.now_s)
 
 
 def list_keys(session: Session, query: ListQuery) -> bytes:
@@ -4017,23 +3663,55 @@ def describe(record: Record) -> dict[str, Any]:
     return facts | {"content_type": record.content_type, "modified": when}
 
 
-def select_due(volume: str, session: Session) -> list[Pending]:
+class Due(NamedTuple):
+    """What is to be deleted on a volume: its rows, what else is pending on their keys and lives of
+    them, and when that was so by the clock of the index."""
+
+    rows: list[Dead]
+    pending: Mapping[str, Pending]  # by the stems of keys
+    records: Mapping[str, Record]
+    asked_s: float
+
+    def burial_of(self, row: Dead) -> Burial:
+        """Return what is dead of the key of a row, above what lives of it. If the key is not known
+        all of it is."""
+        stem = row.path[:KEY_STEM]
+        pending = self.pending[stem]
+        living = [
+            self.records[key]
+            for key in {one.key for one in pending.dead.values()} & self.records.keys()
+        ]
+        return pending.above(max((one.version for one in living), default=""), self.asked_s)
+
+
+def select_due(volume: str, session: Session) -> Due:
     """Return some of what is due on a volume, the oldest first."""
-    query = (
-        f"SELECT {PENDING_COLUMNS} FROM pending WHERE volume = ?1 AND due <= ?2 ORDER BY due "
-        "LIMIT 500"
-    )
-    return pending_of_rows(session.select(query, (volume, session.read_clock())))
+    query = f"""SELECT {DEAD_COLUMNS} FROM dead WHERE volume = ?1 AND due <= ?2
+        ORDER BY due LIMIT {DUE_ROWS}"""
+    now_s = session.read_clock()
+    rows = [Dead(*row) for row in session.select(query, (volume, now_s))]
+    pending = session.read_pending(sorted({row.path[:KEY_STEM] for row in rows}))
+    keys = sorted({row.key for one in pending.values() for row in one.dead.values()} - {""})
+    return Due(rows, pending, session.look_up(keys) if keys else {}, now_s)
 
 
-def select_pending_between(first: str, last: str, session: Session) -> list[Pending]:
-    query = f"SELECT {PENDING_COLUMNS} FROM pending WHERE path >= ?1 AND path < ?2"
-    return pending_of_rows(session.select(query, (first, after_prefix(last))))
+DUE_ROWS = 500  # that are deleted in one go
 
 
-def select_unclaimed(volume: str, session: Session) -> list[Place]:
-    query = "SELECT volume, path FROM pending WHERE volume = ?1 AND owner IS NULL LIMIT ?2"
+def select_pending_between(first: str, last: str, session: Session) -> dict[str, Pending]:
+    query = PENDING_QUERY.replace("SPANS", placeholders(2, 1))
+    rows = session.select(query, (first, after_prefix(last)))
+    return make_pending({row[1][:KEY_STEM] for row in rows}, rows)
+
+
+def select_dead(volume: str, session: Session) -> list[Place]:
+    query = """SELECT volume, path FROM dead WHERE volume = ?1
+        UNION SELECT volume, path FROM tombstone WHERE volume = ?1 LIMIT ?2"""
     return session.select(query, (volume, FORGET_ROWS))
+
+
+def select_drawn(session: Session) -> list[Drawn]:
+    return [Drawn(*row) for row in session.select("SELECT tag, first, highest FROM drawn")]
 
 
 def select_records(after: str, session: Session) -> list[Record]:
@@ -4041,17 +3719,20 @@ def select_records(after: str, session: Session) -> list[Record]:
     return [record_of_row(row) for row in session.select(query, (after, RECORD_PAGE))]
 
 
-def select_pending(after: Place, session: Session) -> list[Pending]:
-    """Return a page of all that is pending, in the order of paths."""
-    query = f"""SELECT {PENDING_COLUMNS} FROM pending WHERE (path, volume) > (?1, ?2)
-        ORDER BY path, volume LIMIT ?3"""
-    volume, path = after
-    return pending_of_rows(session.select(query, (path, volume, PENDING_PAGE)))
+def select_pending(first: str, session: Session) -> dict[str, Pending]:
+    """Return a page of all that is pending, of the keys whose paths are not before `first`."""
+    pieces = [
+        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS {table}"
+        for table in TABLES
+    ]
+    query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT ?2"
+    paths = session.select(query, (first, PENDING_PAGE))
+    return session.read_pending(sorted({path[:KEY_STEM] for (path,) in paths}))
 
 
 def read_garbage_age(session: Session) -> float:
     """Return for how many seconds the oldest garbage has waited, 0 if there is none."""
-    ((oldest,),) = session.select("SELECT min(since) FROM pending WHERE state = 'garbage'")
+    ((oldest,),) = session.select("SELECT min(since) FROM dead")
     return max(0.0, session.read_clock() - oldest) if oldest is not None else 0.0
 
 
@@ -4139,94 +3820,19 @@ def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_result(answer)
 
 
-@dataclass(slots=True, eq=False)
-class Trip:
-    """Items that went off with a flight."""
-
-    items: list[Any]
-    flight: Flight
-    # of a transaction:
-    tx: Transaction | None = None
-    answers: list[Any] = field(default_factory=list)
-    seq: int = 0
-    unread: Unread = NOTHING
-    # of who sent them:
-    batch: list[Question] = field(default_factory=list)
-    departed_s: float = 0.0
-    timer: asyncio.Handle | None = None
-
-
-class Again(NamedTuple):
-    """In place of an answer: another item, to be carried out for it."""
-
-    item: Any
-
-
-class Work(ABC):
-    """What is done with the items that wait in a Batcher."""
-
-    # Between flights. If an index answers sooner, only one is under way: one batch costs less
-    # than two of half the size, above all one that has to be synced to a disk.
-    apart_s = 0.001
-
-    @abstractmethod
-    def carry_out(self, items: list[Any], session: Session) -> list[Any]:
-        """On the thread: return the answers to all of them."""
-
-    @abstractmethod
-    def depart(self, items: list[Any], session: Session) -> Trip | None:
-        """On the loop: send them, or return None if that cannot be; then nothing was done."""
-
-    @abstractmethod
-    def land(self, trip: Trip) -> list[Any]:
-        """On the loop: return the answers, once the flight has landed."""
-
-    @abstractmethod
-    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
-        """On the thread: the first of these trips has failed, or its connection broke. Return
-        what each has for answers, or raises."""
-
-
 class Batcher(IndexThread):
-    """Lets the items that wait share one hop to the thread; or one flight, if the session has
-    such, which the event loop sends itself: each hop waits for the GIL, and a thread that waits
-    for a database far away holds up what comes next. The two use the session in turn: the thread
-    while `_is_on_thread`, the loop while it is not."""
+    """Lets the items that wait share one hop to the thread. `carry_out(items, session)` returns
+    their answers; `observe` hears how many go together."""
 
     def __init__(
-        self, engine: Engine, readonly: bool, work: Work, observe: Callable[[int], None]
-    ) -> None:
+        self, engine: Engine, readonly: bool, carry_out: Callable[[list[Any], Session], list[Any]],
+        observe: Callable[[int], None],
+    ) -> None:  # fmt: skip
         super().__init__(engine, readonly)
-        self._work = work
-        self._observe = observe  # hears how many items go together
+        self._carry_out = carry_out
+        self._observe = observe
         self._waiting: list[Question] = []
-        self._is_on_thread = False
-        self._trips = deque[Trip]()  # under way
-        self._trip_s = 0.0  # how long the last one took
-        self._next: asyncio.Handle | None = None  # call of `_send`
-        self._listened = -1  # the socket of the session, while it is listened to
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
-
-    async def run(self, work: Callable[[Session], T]) -> T:
-        while not self._is_idle.is_set():
-            await self._is_idle.wait()
-        self._is_idle.clear()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._give_to_thread(work, partial(settle_future, future))
-        return await future
-
-    def _give_to_thread(
-        self, work: Callable[[Session], Any], deliver: Callable[[Any], None]
-    ) -> None:
-        """Leave the session to the thread until it has done `work`."""
-        self._is_on_thread = True
-        self._put(work, partial(self._hear_thread, deliver))
-
-    def _hear_thread(self, deliver: Callable[[Any], None], result: Any) -> None:
-        self._is_on_thread = False
-        deliver(result)
-        self._send()
+        self._is_busy = False
 
     def call(self, item: Any) -> asyncio.Future[Any]:
         """Answer an item. That goes on to its end even if whoever awaits it is cancelled."""
@@ -4237,153 +3843,32 @@ class Batcher(IndexThread):
     def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
         """Have `hear` called with the answer, or an exception; it must not raise."""
         self._waiting.append((item, hear))
-        self._is_idle.clear()
-        if self._next is None and not self._is_on_thread and len(self._trips) < FLIGHTS:
+        if not self._is_busy:
+            self._is_busy = True
             # with what else is asked in this turn of the loop
-            self._next = asyncio.get_running_loop().call_soon(self._send)
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        """Send what waits, if it is time to."""
-        if self._next is not None:
-            self._next.cancel()
-            self._next = None
-        if self._is_on_thread or len(self._trips) == FLIGHTS:
+        batch = self._waiting[:BATCH]
+        del self._waiting[:BATCH]
+        if not batch:
+            self._is_busy = False
             return
-        if not self._waiting:
-            if not self._trips:
-                self._is_idle.set()
-            return
-        early_s = self._find_early()
-        if early_s > 0:
-            self._next = asyncio.get_running_loop().call_later(early_s, self._send)
-        elif self._depart():
-            self._hear(cast(Session, self._session))
-        elif not self._trips:
-            self._send_to_thread()
-
-    def _find_early(self) -> float:
-        """Return how long to wait, so that flights depart at even distances."""
-        if not self._trips:
-            return 0.0
-        apart_s = max(self._work.apart_s, self._trip_s / FLIGHTS)
-        return self._trips[-1].departed_s + apart_s - asyncio.get_running_loop().time()
-
-    def _take_waiting(self, count: int) -> list[Question]:
-        batch = self._waiting[:count]
-        del self._waiting[:count]
         self._observe(len(batch))
-        return batch
-
-    def _send_to_thread(self) -> None:
-        batch = self._take_waiting(BATCH)
-        carry_out = partial(self._work.carry_out, [item for item, _ in batch])
-        self._give_to_thread(carry_out, partial(self._deliver, batch))
+        self._put(
+            partial(self._carry_out, [item for item, _ in batch]), partial(self._deliver, batch)
+        )
 
     def _deliver(self, batch: list[Question], result: Any) -> None:
         if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
             result = [result] * len(batch)
         for (_, hear), answer in zip(batch, result, strict=True):
-            if isinstance(answer, Again):
-                self._waiting.append((answer.item, hear))
-            else:
-                hear(answer)
-
-    # -- flights --
-
-    def _depart(self) -> bool:
-        """Send what waits on a flight; return False if it has to wait for an answer before, which
-        is for the thread to do, once no flight is under way."""
-        session = self._session
-        if session is None or not session.has_flights or session.is_lost:
-            return False
-        items = [item for item, _ in self._waiting[:FLIGHT_ITEMS]]
-        session.may_wait = False
-        try:
-            trip = self._work.depart(items, session)
-        except Exception:  # in the middle of sending: `_hear` sees to the flights before
-            self._close_session(session)
-            return True
-        finally:
-            session.may_wait = True
-        if trip is None:
-            return False
-        loop = asyncio.get_running_loop()
-        trip.batch = self._take_waiting(FLIGHT_ITEMS)
-        trip.departed_s = loop.time()
-        trip.timer = loop.call_later(session.waits_s, self._give_up, session)
-        self._trips.append(trip)
-        return True
-
-    def _hear(self, session: Session) -> None:
-        """Take what has come, and deliver it."""
-        is_sent = True
-        try:
-            is_sent = session.go_on()
-        except Exception:  # what is wrong the thread will find out
-            self._close_session(session)
-        while self._trips and self._trips[0].flight.is_well():
-            self._land(self._trips.popleft())
-        if self._trips and (session.is_lost or self._trips[0].flight.failed is not None):
-            self._find_outcome()
-        self._listen(session, is_sent)
+            hear(answer)
         self._send()
 
-    def _land(self, trip: Trip) -> None:
-        cast(asyncio.Handle, trip.timer).cancel()
-        self._trip_s = asyncio.get_running_loop().time() - trip.departed_s
-        try:
-            result: Any = self._work.land(trip)
-        except Exception as error:
-            result = self._engine.explain(error)
-        self._deliver(trip.batch, result)
-
-    def _find_outcome(self) -> None:
-        """Have the thread find out what has become of all trips, and do what was not done."""
-        trips = list(self._trips)
-        self._trips.clear()
-        for trip in trips:
-            cast(asyncio.Handle, trip.timer).cancel()
-        find_outcome = partial(self._work.find_outcome, trips)
-        self._give_to_thread(find_outcome, partial(self._deliver_all, trips))
-
-    def _deliver_all(self, trips: list[Trip], results: Any) -> None:
-        if isinstance(results, Exception):
-            results = [results] * len(trips)
-        for trip, result in zip(trips, results, strict=True):
-            self._deliver(trip.batch, result)
-
-    def _give_up(self, session: Session) -> None:
-        """An answer is late."""
-        self._close_session(session)
-        self._hear(session)
-
-    def _listen(self, session: Session, is_sent: bool) -> None:
-        """Have `_hear` called when an answer comes, or when more can be sent."""
-        if not self._trips:
-            self._stop_listening()
-            return
-        loop = asyncio.get_running_loop()
-        if self._listened < 0:
-            self._listened = session.fileno()
-            loop.add_reader(self._listened, self._hear, session)
-        if is_sent:
-            loop.remove_writer(self._listened)
-        else:
-            loop.add_writer(self._listened, self._hear, session)
-
-    def _stop_listening(self) -> None:
-        if self._listened >= 0:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self._listened)
-            loop.remove_writer(self._listened)
-            self._listened = -1
-
-    def _close_session(self, session: Session) -> None:
-        self._stop_listening()  # the number of its socket may soon be another's
-        session.close()
-
     async def close(self) -> None:
-        await self._is_idle.wait()
+        while self._is_busy:
+            await self.run(lambda session: None)
         await super().close()
 
 
@@ -4392,41 +3877,23 @@ def get_all(keys: list[str], session: Session) -> list[Record | None]:
     return [found.get(key) for key in keys]
 
 
-class Getter(Work):
-    """Looks keys up."""
-
-    def carry_out(self, keys: list[str], session: Session) -> list[Record | None]:
-        return get_all(keys, session)
-
-    def depart(self, keys: list[str], session: Session) -> Trip | None:
-        return Trip(keys, session.send_look_up(keys))
-
-    def land(self, trip: Trip) -> list[Record | None]:
-        found, _ = trip.flight.read()
-        return [found.get(key) for key in trip.items]
-
-    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
-        return [get_all(trip.items, session) for trip in trips]
-
-
 class Mutation(NamedTuple):
-    """What is to be done in a transaction, and the keys and paths that it will ask for."""
+    """What is to be done in a transaction, the keys and paths that it will ask for, and whether it
+    must be on disk when it is answered."""
 
     act: Callable[[Transaction], Any]
     keys: Collection[str] = ()
     paths: Collection[str] = ()
-    claimed: str = ""  # or it only claims a new version of this key, and returns its path
+    durable: bool = True
 
 
-class Writer(Work):
-    """Carries mutations out, many in one transaction."""
-
-    apart_s = 0.002
+class Writer:
+    """Carries mutations out, many in one transaction. `lease` is that of the last one that was
+    committed."""
 
     def __init__(self, engine: Engine, lease: Lease) -> None:
         self._engine = engine
-        self._lease = lease
-        self._tx: Transaction | None = None
+        self.lease = lease
 
     def carry_out(self, mutations: list[Mutation], session: Session) -> list[Any]:
         """Carry all mutations out in one transaction; what one raises is its answer. If that is no
@@ -4434,12 +3901,12 @@ class Writer(Work):
         of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
         try:
             return self._write_together(mutations, session)
+        except (IndexFailed, IndexUnsure) as error:
+            if not isinstance(error, IndexDamaged):
+                raise
         except Exception as error:
-            reason = self._engine.explain(error)
-            is_damage = isinstance(reason, IndexDamaged)
-            if isinstance(reason, IndexUnsure | IndexFailed) and not is_damage:
-                raise reason from None
-            return [self._write_alone(mutation, session) for mutation in mutations]
+            log.debug("a batch failed: %r", error)
+        return [self._write_alone(mutation, session) for mutation in mutations]
 
     def _write_alone(self, mutation: Mutation, session: Session) -> Any:
         """Carry one mutation out; return its answer, or what it raises."""
@@ -4448,131 +3915,72 @@ class Writer(Work):
         except StopIteration as error:
             return RuntimeError(repr(error))  # a future refuses the one itself
         except Exception as error:
-            return self._engine.explain(error)
+            return error
 
     def _write_together(self, mutations: list[Mutation], session: Session) -> list[Any]:
-        """Do so, and again where the connection breaks before the commit, or in one that has not
-        come about; raises IndexUnsure if that is not to be found out."""
-        keys, paths, claimed = find_named(mutations)
+        """Do so, and again where the connection breaks and nothing was committed. Raises
+        IndexFailed if nothing was done, IndexUnsure if that is not to be found out."""
         deadline_s = math.inf
         while True:
-            if session.is_lost:
-                session.reopen()
-            tx = self._tx or Transaction(session, self._lease)
-            self._tx = None  # unless all goes well: what it remembers may not be so
+            tx = Transaction(session, self.lease)
             try:
-                tx.begin(keys | claimed, paths)
+                if session.is_lost:
+                    session.reopen()
                 answers = act_together(mutations, tx)
-                tx.commit()
-            except Exception:
-                is_lost = session.is_lost
+            except Exception as error:
+                may_retry = session.is_lost and time.monotonic() < deadline_s
                 session.roll_back()
-                if not is_lost or time.monotonic() > deadline_s:
-                    raise
+                if not may_retry:
+                    raise self._engine.explain(error) from None
             else:
-                self._tx = tx
-                return answers
+                if self._commit(tx, session):
+                    return answers
             deadline_s = min(deadline_s, time.monotonic() + RECONNECT_S)
-            if self._reconnect(session, deadline_s, session.is_unsure) == self._lease.seq:
-                return answers
+            time.sleep(RECONNECT_EVERY_S)
 
-    def _reconnect(self, session: Session, deadline_s: float, is_unsure: bool) -> int | None:
-        """Connect again; if it `is_unsure` what was committed, return the number of the last
-        transaction that was, None if the owner is gone. Raises IndexUnsure if that is not to be
-        found out."""
-        reason = ""
+    def _commit(self, tx: Transaction, session: Session) -> bool:
+        """Commit, and return whether that was done; raises IndexFailed if it was not, for another
+        reason than a connection that broke, IndexUnsure if that is not to be found out."""
+        try:
+            session.commit()
+        except Exception as error:
+            if not session.is_lost:
+                session.roll_back()
+                raise self._engine.explain(error) from None
+            if self._find_seq(tx.lease.owner, session) != tx.lease.seq:
+                return False
+        tx.end()
+        self.lease = tx.lease
+        return True
+
+    def _find_seq(self, owner: int, session: Session) -> int | None:
+        """Return the number of the last transaction of `owner` that was committed, once the
+        connection has broken in a commit: only the index knows. Raises IndexUnsure."""
+        deadline_s = time.monotonic() + RECONNECT_S
         while True:
             try:
                 session.reopen()
-                return session.read_seq(self._lease.owner) if is_unsure else None
+                return session.read_seq(owner)
             except Exception as error:
-                if not session.is_lost and is_unsure:
-                    reason = str(error)
-                    session.close()  # it is in the middle of a transaction
-                elif time.monotonic() > deadline_s:
-                    reason = str(self._engine.explain(error))
-                    if not is_unsure:
-                        raise
-            if reason:
-                raise IndexUnsure(f"whether that was done is not known: {reason}")
+                if time.monotonic() > deadline_s:
+                    session.close()
+                    reason = self._engine.explain(error)
+                    raise IndexUnsure(f"whether that was done is not known: {reason}") from None
             time.sleep(RECONNECT_EVERY_S)
-
-    # -- in one flight --
-
-    def depart(self, mutations: list[Mutation], session: Session) -> Trip | None:
-        tx = self._tx
-        if tx is None or not tx.begin_at_once(*find_named(mutations)):
-            return None
-        self._tx = None
-        try:
-            answers = act_together(mutations, tx)
-            tx.flush()
-        except Exception:  # MustWait, or what `carry_out` looks after
-            session.drop()
-            return None
-        flight, unread = tx.send_commit()
-        self._tx = tx
-        return Trip(mutations, flight, tx, answers, self._lease.seq, unread)
-
-    def land(self, trip: Trip) -> list[Any]:
-        """A claim that turns out to be too low is made again."""
-        tx = cast(Transaction, trip.tx)
-        tx.take_answers(trip.flight, trip.unread)
-        return self._check_claims(trip, tx)
-
-    def _check_claims(self, trip: Trip, tx: Transaction | None) -> list[Any]:
-        """Return the answers. If what was read with the commit is lost, a claim is better made
-        once too often."""
-        answers = trip.answers
-        unread = trip.unread.all_stems
-        claims = {
-            i: one.claimed
-            for i, one in enumerate(trip.items)
-            if one.claimed and key_stem(one.claimed) in unread
-        }
-        drawn = {version_of(answers[i]) for i in claims}
-        for i, key in claims.items():
-            if tx is None or tx.is_low(key, answers[i], drawn):
-                act = partial(Transaction.claim_higher, act=trip.items[i].act, path=answers[i])
-                answers[i] = Again(Mutation(act, [key]))
-        return answers
-
-    def find_outcome(self, trips: list[Trip], session: Session) -> list[Any]:
-        self._tx = None
-        done = 0
-        if session.is_lost:
-            seq = self._reconnect(session, time.monotonic() + RECONNECT_S, is_unsure=True)
-            seqs = [trip.seq for trip in trips]
-            done = seqs.index(seq) + 1 if seq in seqs else 0
-        else:
-            session.roll_back()
-        results: list[Any] = [self._check_claims(trip, None) for trip in trips[:done]]
-        for trip in trips[done:]:
-            try:
-                results.append(self.carry_out(trip.items, session))
-            except Exception as error:
-                results.append(self._engine.explain(error))
-        return results
-
-
-def find_named(mutations: list[Mutation]) -> tuple[set[str], set[str], set[str]]:
-    """Return the keys, the paths, and the claimed keys that mutations name."""
-    return (
-        set[str]().union(*(one.keys for one in mutations)),
-        set[str]().union(*(one.paths for one in mutations)),
-        {one.claimed for one in mutations if one.claimed},
-    )
 
 
 def act_together(mutations: list[Mutation], tx: Transaction) -> list[Any]:
-    """Return the answers of all mutations, refusals among them."""
+    """Carry mutations out, all but the commit; return the answers, refusals among them."""
+    keys = set[str]().union(*(one.keys for one in mutations))
+    paths = set[str]().union(*(one.paths for one in mutations))
+    tx.begin(keys, paths, any(one.durable for one in mutations))
     answers = list[Any]()
     for mutation in mutations:
-        tx.is_claiming = bool(mutation.claimed)
         try:
             answers.append(mutation.act(tx))
-        except (MkvError, Overtaken) as error:
+        except MkvError as error:
             answers.append(error)
+    tx.flush()
     return answers
 
 
@@ -4593,12 +4001,11 @@ class Index:
         lease_s: float = 15.0,
     ) -> None:
         self.engine = open_engine(db) if isinstance(db, str) else db
-        self._lease = Lease(role=role, seconds=lease_s)
         self._has_entered = False
         engine = self.engine
-        writer = Writer(engine, self._lease)
-        self._writer = Batcher(engine, False, writer, partial(observe, "write"))
-        self._getter = Batcher(engine, True, Getter(), partial(observe, "get"))
+        self._work = Writer(engine, Lease(role=role, seconds=lease_s))
+        self._writer = Batcher(engine, False, self._work.carry_out, partial(observe, "write"))
+        self._getter = Batcher(engine, True, get_all, partial(observe, "get"))
         self._readers = [IndexThread(engine, True), IndexThread(engine, True)]
         self._listers = [IndexThread(engine, True), IndexThread(engine, True)]
 
@@ -4648,41 +4055,38 @@ class Index:
                 if error.until_s > until_s:  # it was renewed meanwhile
                     raise
                 until_s = error.until_s
-            await asyncio.sleep(self._lease.seconds / 20)
+            await asyncio.sleep(self.lease.seconds / 20)
 
     # -- the lease --
+
+    @property
+    def lease(self) -> Lease:
+        return self._work.lease
 
     async def renew(self) -> None:
         """Renew the lease, if it is time to, and end those of others that are late; raises
         IndexFailed."""
-        if self._lease.is_due():
-            await self.write(lambda tx: None)
+        if self.lease.is_due():
+            await self.write(lambda tx: None, durable=False)
 
     async def renew_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(self._lease.seconds / RENEWALS / 2)
+            await asyncio.sleep(self.lease.seconds / RENEWALS / 2)
             try:
                 await self.renew()
             except (IndexFailed, IndexUnsure) as error:
                 log.error("%s; the lease of this process is not renewed", error)
 
-    @property
-    def owner(self) -> int:
-        return self._lease.owner
-
     def disown(self) -> None:
         """Forget the lease: it ends by itself."""
-        self._lease.owner = 0
+        self._work.lease = Lease(role=self.lease.role, seconds=self.lease.seconds)
 
-    async def lead_until(self) -> float:
-        """Return until when, by the monotonic clock, this process alone may delete garbage: it is
-        the living server with the lowest number, and half of its lease is not over. No other will
-        be for as long as that: who comes new gets a higher number."""
+    async def is_collector(self) -> bool:
+        """Return whether this process is the one of all that serve which deletes garbage: the
+        living one with the lowest number. Two at once do no harm."""
         query = "SELECT min(id) FROM owner WHERE role = 'server' AND until > ?1"
         rows = await self._read(lambda session: session.select(query, (session.read_clock(),)))
-        if rows != [(self._lease.owner,)]:
-            return -math.inf
-        return self._lease.renewed_s + self._lease.seconds / 2
+        return rows == [(self.lease.owner,)]
 
     async def _retire(self) -> None:
         with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
@@ -4710,17 +4114,14 @@ class Index:
         mutation: Callable[[Transaction], T],
         keys: Collection[str] = (),
         paths: Collection[str] = (),
-    ) -> asyncio.Future[T]:  # fmt: skip
+        durable: bool = True,
+    ) -> asyncio.Future[T]:
         """Carry `mutation` out in a transaction that it may share with others; answer once that is
-        on disk. What it will ask for, all that belongs to `keys` and `paths`, is read together for
-        all of them; it may ask for more. An MkvError or Overtaken that it raises is passed on and
-        undoes nothing; anything else is passed on too, and then nothing of it was done."""
-        return self._writer.call(Mutation(mutation, keys, paths))
-
-    def claim(self, act: Callable[[Transaction], str], key: str) -> asyncio.Future[str]:
-        """Do the same with an act that only claims a new version of `key` and returns its path.
-        It raises nothing, and may be carried out twice: the key need not be read before."""
-        return self._writer.call(Mutation(act, claimed=key))
+        on disk, if it is to be `durable`. What it will ask for, all that belongs to `keys` and
+        `paths`, is read together for all of them; it may ask for more. An MkvError that it raises
+        is passed on and undoes nothing; anything else is passed on too, and then nothing of it was
+        done."""
+        return self._writer.call(Mutation(mutation, keys, paths, durable))
 
     async def _read(self, query: Callable[[Session], T]) -> T:
         """Run `query` on a thread of its own kind: a long one delays no lookup."""
@@ -4742,17 +4143,22 @@ class Index:
         """Return the time by the index's own clock."""
         return await self._read(lambda session: session.read_clock())
 
-    async def due_on(self, volume: str) -> list[Pending]:
+    async def due_on(self, volume: str) -> Due:
         """Return some of what is to be deleted on a volume now, the oldest first."""
         return await self._read(partial(select_due, volume))
 
-    async def unclaimed_on(self, volume: str) -> list[Place]:
-        """Return some of what is pending on a volume and claimed by nobody."""
-        return await self._read(partial(select_unclaimed, volume))
+    async def dead_on(self, volume: str) -> list[Place]:
+        """Return some of what is dead on a volume, and of the tombstones that it has."""
+        return await self._read(partial(select_dead, volume))
 
-    async def pending_between(self, first: str, last: str) -> list[Pending]:
-        """Return what is pending on paths from `first` to those that begin with `last`."""
+    async def pending_between(self, first: str, last: str) -> dict[str, Pending]:
+        """Return what is pending, by the stems of keys, on paths from `first` to those that begin
+        with `last`."""
         return await self._read(partial(select_pending_between, first, last))
+
+    async def drawn(self) -> list[Drawn]:
+        """Return which versions the index has given out."""
+        return await self._read(select_drawn)
 
     async def read_records(self) -> AsyncIterator[list[Record]]:
         """Yield all records in the order of their keys, in pages, each as it is at its moment."""
@@ -4761,12 +4167,12 @@ class Index:
             yield page
             after = page[-1].key
 
-    async def read_pending(self) -> AsyncIterator[list[Pending]]:
-        """Yield all that is pending, in pages."""
-        after = ("", "")
-        while page := await self._read(partial(select_pending, after)):
+    async def read_pending(self) -> AsyncIterator[dict[str, Pending]]:
+        """Yield all that is pending, by the stems of keys, in pages."""
+        first = ""
+        while page := await self._read(partial(select_pending, first)):
             yield page
-            after = (page[-1].volume, page[-1].path)
+            first = end_of_stem(max(page))
 
     def check_target(self, target: str) -> None:
         """Raise ConfigError if a copy of the index may not be written to the file `target`."""
@@ -4788,9 +4194,9 @@ class Index:
 
     async def close(self) -> None:
         """Finish what is queued, give up the lease, close. May be called twice."""
-        if self._lease.owner:
+        if self.lease.owner:
             await self._retire()
-            self._lease.owner = 0
+            self.disown()
         # SQLite's last connection checkpoints
         for thread in (self._getter, *self._readers, *self._listers, self._writer):
             await thread.close()
@@ -4853,7 +4259,7 @@ class Replacement:
         await self.new._read(partial(check_new_index, keys, size))
         await self.new.close()
         await self._close_old()
-        owner = self._guard.owner if self._guard else 0
+        owner = self._guard.lease.owner if self._guard else 0
         swap = partial(self._engine.put_in_place, self.new.engine, owner, self._existed)
         kept = await asyncio.to_thread(swap)
         if self._guard:
@@ -4944,18 +4350,22 @@ class Exchange:
     there is no answer for a while."""
 
     __slots__ = (
-        "answers", "began_s", "error", "hear_end", "hear_slow", "is_abandoned", "is_slow",
-        "limit", "method",
-        "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
+        "answers", "began_s", "doubt_s", "error", "hear_end", "hear_slow", "is_abandoned",
+        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
     )  # fmt: skip
 
     def __init__(
         self, volume: str, method: str, paths: Sequence[str],
         requests: Sequence[Sequence[bytes]], limit: int,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
+        lease: Lease | None = None,
     ) -> None:  # fmt: skip
         self.volume = volume
         self.method = method
+        # Of who writes to places: it is sent once, and not after that has ended.
+        self.lease = lease
+        # For how long it may still be carried out, once it is over; None: nothing was sent.
+        self.doubt_s: float | None = None
         self.paths = paths
         self.requests = requests  # each in pieces
         self.limit = limit  # bytes of the body of each answer
@@ -4976,6 +4386,10 @@ class Exchange:
         """Whether it shares no batch: what it is answered may be long, or a line broke when it
         was sent."""
         return self.method == "GET" or self.sent > 0
+
+
+class LeaseEnded(OSError):
+    """What was claimed may be taken for dead by now, so nothing more is written there."""
 
 
 def ignore(_: Exchange) -> None:
@@ -5098,6 +4512,9 @@ class Line(Wire):
         count = min(LINE_REQUESTS - self._under_way, len(self._unsent))
         if count <= 0:
             return
+        if any(one.lease and one.lease.has_ended() for one in self.waiting_for):
+            self.end(LeaseEnded("the lease of this process has ended"))
+            return
         pieces = list[bytes]()
         for _ in range(count):
             pieces += self._unsent.popleft()
@@ -5148,6 +4565,7 @@ class Line(Wire):
         exchange.answers.append(answer)
         if count + 1 < len(exchange.paths):
             return
+        exchange.doubt_s = ANSWERED
         self.waiting_for.popleft()
         if self._is_late:
             self._client.hear_late(exchange)
@@ -5172,7 +4590,7 @@ class Line(Wire):
         self._is_late = True
         self._unsent.clear()
         self.keep_alive()
-        self._timer = self._loop.call_later(HUNG.seconds, self.end, TimeoutError())
+        self._timer = self._loop.call_later(HUNG_S, self.end, TimeoutError())
 
     def _hand_over(self) -> None:
         """Close in good order: what has no answer was not, and will not be, carried out."""
@@ -5369,15 +4787,18 @@ class VolumeClient:
     def send_files(
         self, files: Mapping[str, bytes], trail: str,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
+        lease: Lease | None = None,
     ) -> Exchange:  # fmt: skip
-        """Store small files, path -> bytes, in that order."""
+        """Store small files, path -> bytes, in that order. With the lease under which their places
+        are claimed they are sent once, and not after it has ended (R1, R5)."""
         requests = []
         for path, body in files.items():
             head = self._request("PUT", path, trail, f"Content-Length: {len(body)}\r\n")
             requests.append((head, body))
         exchange = Exchange(
-            self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow
-        )
+            self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow,
+            lease,
+        )  # fmt: skip
         self.send(exchange)
         return exchange
 
@@ -5391,13 +4812,13 @@ class VolumeClient:
         else:
             exchange.requests = ()  # which would keep memory
 
-    async def put(self, files: Mapping[str, bytes], trail: str = "") -> int:
-        """Store small files, path -> bytes, in that order; return how many times some of them
-        were sent: if more than once, they may come again. Raises VolumeError unless all are
-        answered for."""
+    async def put(
+        self, files: Mapping[str, bytes], trail: str = "", lease: Lease | None = None
+    ) -> None:
+        """Store small files as send_files does. Raises VolumeError unless all are answered for."""
         over = asyncio.get_running_loop().create_future()
-        exchange = self.send_files(files, trail, partial(resolve, over), ignore)
-        return (await self._wait(exchange, over)).sent
+        exchange = self.send_files(files, trail, partial(resolve, over), ignore, lease)
+        await self._wait(exchange, over)
 
     async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
         """Delete files in that order; return which of them were there. Raises VolumeError."""
@@ -5460,8 +4881,10 @@ class VolumeClient:
                 # A second time only over a new line, which cannot have broken unseen.
                 self._lines.discard(line)
                 line.close()
+            elif batch := self._take_batch(share):
+                line.send(batch)
             else:
-                line.send(self._take_batch(share))
+                self._idle.append(line)
         if self._queue and len(self._lines) < LINES and self._connecting is None:
             self._connecting = asyncio.get_running_loop().create_task(self._open_line())
         if self._timer is None and self._is_busy:
@@ -5470,6 +4893,9 @@ class VolumeClient:
     def _take_batch(self, most: int) -> list[Exchange]:
         """Take from the queue what goes out together on one line."""
         first = self._queue.popleft()
+        if first.lease and first.lease.has_ended():
+            self._fail([first], LeaseEnded("the lease of this process has ended"))
+            return []
         batch = [first]
         size = first.size
         count = len(first.paths)
@@ -5477,7 +4903,8 @@ class VolumeClient:
             following = self._queue[0]
             size += following.size
             count += len(following.paths)
-            if following.goes_alone or size > LINE_BYTES or count > LINE_REQUESTS:
+            ended = following.lease is not None and following.lease.has_ended()
+            if following.goes_alone or ended or size > LINE_BYTES or count > LINE_REQUESTS:
                 break
             batch.append(self._queue.popleft())
         return batch
@@ -5517,7 +4944,8 @@ class VolumeClient:
 
     def lose(self, line: Line, reason: Exception | None) -> None:
         """Hear that a line is closed, in good order if there is no reason. What it has no answer
-        for goes elsewhere, if that is the first time, or some of it was answered."""
+        for goes elsewhere, if that is the first time, or some of it was answered; but not what is
+        written to places."""
         self._lines.discard(line)
         if line in self._idle:
             self._idle.remove(line)
@@ -5530,9 +4958,10 @@ class VolumeClient:
         failed = list[Exchange]()
         for exchange in line.waiting_for:
             is_second = exchange.sent > 1 and exchange.through == len(exchange.answers)
+            exchange.doubt_s = BROKEN_S
             if exchange.is_abandoned:
                 self.hear_late(exchange)
-            elif exchange.error or (reason and is_second):
+            elif exchange.error or exchange.lease or (reason and is_second):
                 failed.append(exchange)
             else:
                 exchange.waits_since_s = time.monotonic()
@@ -5546,6 +4975,8 @@ class VolumeClient:
         """Hear that there is no progress on a line."""
         self._lines.discard(line)
         self._drop_idle()  # the network may have forgotten the other kept connections, too
+        for exchange in line.waiting_for:
+            exchange.doubt_s = HUNG_S
         self._fail(line.waiting_for, TimeoutError())
         is_heard = any(map(self._is_heard, line.waiting_for))
         if is_heard and len(self._late) < MAX_LATE and not self._is_closed:
@@ -5584,7 +5015,7 @@ class VolumeClient:
         """Tell whoever waits that it is over."""
         error = exchange.error
         if error:
-            error.sent = exchange.sent
+            error.doubt_s = exchange.doubt_s
         seconds = time.monotonic() - exchange.began_s
         self._report(exchange.method, seconds, error, silent)
         if exchange.is_abandoned and not isinstance(error, VolumeTimeout):
@@ -5668,8 +5099,7 @@ class VolumeClient:
 
     def _is_heard(self, exchange: Exchange) -> bool:
         """Whether it matters when its answers come."""
-        is_put = exchange.method == "PUT" and exchange.paths[0] != PROBE_PATH
-        return is_put and exchange.sent <= 1 and self._tell_late is not None
+        return exchange.lease is not None and self._tell_late is not None
 
     def hear_late(self, exchange: Exchange) -> None:
         """Hear that something nobody waits for is over: what is answered of it has come, and the
@@ -5720,9 +5150,10 @@ class VolumeClient:
         if isinstance(error, VolumeError):
             return error
         if isinstance(error, TimeoutError):
-            return VolumeTimeout(self.volume.name, f"{method}: no progress in time")
-        kind = VolumeBlameless if getattr(error, "errno", None) in OUT_OF_FILES else VolumeDown
-        return kind(self.volume.name, f"{method}: {error or type(error).__name__}")
+            return VolumeTimeout(self.volume.name, f"{method}: no progress in time", HUNG_S)
+        is_ours = isinstance(error, LeaseEnded) or getattr(error, "errno", None) in OUT_OF_FILES
+        kind = VolumeBlameless if is_ours else VolumeDown
+        return kind(self.volume.name, f"{method}: {error or type(error).__name__}", BROKEN_S)
 
     def _report(
         self, method: str, seconds: float, error: VolumeError | None, silent: bool = False
@@ -5775,12 +5206,17 @@ class VolumeClient:
             finally:
                 wire.abort()
 
-    async def start_upload(self, path: str, size: int | None, trail: str = "") -> Upload:
-        """Open a connection for one large blob of `size` bytes (None: not known); raises
-        VolumeError."""
+    async def start_upload(
+        self, path: str, size: int | None, trail: str = "", lease: Lease | None = None
+    ) -> Upload:
+        """Open a connection for one large blob of `size` bytes (None: not known), unless the lease
+        under which its place is claimed has ended; raises VolumeError."""
         wire = Stream()
         with self.watch("CONNECT"):
             await self._connect(wire)
+            if lease is not None and lease.has_ended():
+                wire.abort()
+                raise LeaseEnded("the lease of this process has ended")
         framing = (
             "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         )
@@ -5832,7 +5268,8 @@ class Upload:
         return True
 
     async def finish(self) -> None:
-        """End the blob and wait for the volume's word that it has it; raises VolumeError."""
+        """End the blob and wait for the volume's word that it has it; raises VolumeError. Before
+        that the volume keeps nothing of it."""
         with self._client.watch("PUT"):
             complete = not self._chunked or self._write(b"0\r\n\r\n")
             last_sync_s = min(self._size, SYNC_EVERY) / SLOWEST_DISK
@@ -6252,7 +5689,6 @@ def log_access(facts: dict[str, Any]) -> None:
 # HTTP.
 
 DELETE_PATIENCE_S = 1.0  # how long the acknowledgement of a DELETE waits for the volumes
-WRITE_ATTEMPTS = 4  # of a small PUT that other writes of its key leave no moment for
 MEETING_PATIENCE_S = 2.0  # how long a start or a reload waits for the first probe of a new volume
 
 
@@ -6303,56 +5739,61 @@ class Hasher:
 
 
 class Write:
-    """One PUT on its way to its volumes. Its path is drawn with its first claim."""
+    """One PUT on its way to its volumes. Its path is drawn with its first claim. On each volume it
+    has one place, and another one if the connection broke: no place is written twice (R1)."""
 
     def __init__(self, view: View, health: Health, draft: Draft, trail: str, index: Index) -> None:
         self._view = view
         self._health = health
-        self._draft = draft
         self._trail = trail
         self._index = index
         self._hasher = Hasher(draft.digests)
+        self.draft = draft
         self.path = ""
-        self.claimed = set[str]()  # where something of it may be
-        self.doubts = dict[str, Doubt]()  # of these, where it was sent and not answered, or twice
+        self.claimed = set[str]()  # places
+        self.sent = dict[str, float]()  # of these, where it was sent to: see Sent
+        self.marked = set[str]()  # of these, where its sidecar was sent to
         self.done = list[str]()  # where all of it is
-        self.failed = dict[str, VolumeError]()
-        self._under_way = dict[str, Exchange]()  # by volume
+        self.failed = dict[str, VolumeError]()  # by volume
+        self._lease: Lease | None = None  # under which it has claimed
+        self._place_on = dict[str, str]()  # volume -> place
+        self._under_way = dict[str, Exchange]()  # by place
         self._is_news = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def plan(self, done: Collection[str]) -> tuple[str, ...]:
-        """Return the volumes to try next, none if `done` are enough; raises Unavailable or Full
-        with the reason."""
+    def plan(self, done: Iterable[str]) -> tuple[str, ...]:
+        """Return the volumes to try next, none if those of the places in `done` are enough; raises
+        Unavailable or Full with the reason."""
         config = self._view.config
         ring = self._view.ring
         health = self._health
-        key = self._draft.key
+        key = self.draft.key
+        has = set(map(volume_of, done))
         names = plan_write(
-            ring, key, config.replicas, health.states, done, self.failed, health.slow
+            ring, key, config.replicas, health.states, has, self.failed, health.slow
         )
-        step = decide_write(len(done), len(names), config.replicas, config.min_replicas)
+        step = decide_write(len(has), len(names), config.replicas, config.min_replicas)
         if step is Step.ROLL_BACK:
             raise explain_refusal(health.states, ring, config.min_replicas, self.failed)
         return names if step is Step.WRITE_MORE else ()
 
-    async def _claim_all(self, names: Collection[str]) -> None:
-        """Note in the index that something may come there; only then it may be sent."""
-        self.claimed.update(names)
-        key = self._draft.key
-        if self.path:
-            await self._index.write(partial(self._claim, names), keys=[key])
-        else:
-            await self._index.claim(partial(self._claim_first, names), key)
+    async def _claim(self, names: Collection[str]) -> list[str]:
+        """Note in the index that something may come to a new place on each volume; only then it may
+        be sent. Return the places."""
+        places = [name if name not in self._place_on else new_place(name) for name in names]
+        self._place_on |= zip(names, places, strict=True)
+        self.claimed.update(places)
+        claim = self._claim_more if self.path else self._claim_first
+        await self._index.write(partial(claim, places), durable=False)
+        return places
 
-    def _claim_first(self, names: Collection[str], tx: Transaction) -> str:
-        self.path = tx.draw_path(self._draft.key, self._draft.ext)
-        self._claim(names, tx)
-        return self.path
+    def _claim_first(self, places: Collection[str], tx: Transaction) -> None:
+        self.path = tx.draw_path(self.draft.key, self.draft.ext)
+        self._claim_more(places, tx)
 
-    def _claim(self, names: Collection[str], tx: Transaction) -> None:
-        bound = not is_unconditional(self._draft.conditions)
-        tx.claim(self.path, names, PendingState.BOUND if bound else PendingState.CLAIMED)
+    def _claim_more(self, places: Collection[str], tx: Transaction) -> None:
+        self._lease = tx.lease
+        tx.claim(self.path, places)
 
     async def store_small(self, blob: bytes) -> Record:
         """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring
@@ -6365,18 +5806,16 @@ class Write:
             while len(self.done) < replicas:
                 names = self._plan_small()
                 if names:
-                    await self._claim_all(names)
-                    sidecar = encode_sidecar(self._make_record(digest))
-                    self._send(names, {self.path: blob, sidecar_path(self.path): sidecar})
+                    self._send(await self._claim(names), blob, digest)
                 elif not self._under_way:
                     break
                 await self._wait_for_news()
         finally:
             self._abandon()
         if len(self.done) > replicas:  # two at once
-            self.done = list(
-                self._view.ring.place(self._draft.key, replicas, self.done.__contains__)
-            )
+            has = {volume_of(place): place for place in self.done}
+            best = self._view.ring.place(self.draft.key, replicas, has.__contains__)
+            self.done = [has[name] for name in best]
         return self._make_record(digest)
 
     def _plan_small(self) -> tuple[str, ...]:
@@ -6386,36 +5825,47 @@ class Write:
             return self.plan(self.done)
         config = self._view.config
         health = self._health
-        slow = {name for name, exchange in self._under_way.items() if exchange.is_slow}
-        expected = {*self.done, *self._under_way} - slow
+        done = set(map(volume_of, self.done))
+        under_way = {one.volume: one.is_slow for one in self._under_way.values()}
+        slow = {name for name, is_slow in under_way.items() if is_slow}
         names = plan_write(
-            self._view.ring, self._draft.key, config.replicas, health.states,
-            expected, slow.union(self.failed), health.slow,
+            self._view.ring, self.draft.key, config.replicas, health.states,
+            (done | under_way.keys()) - slow, slow.union(self.failed), health.slow,
         )  # fmt: skip
-        hoped = len(self.done) + len(self._under_way)
+        hoped = len(done) + len(under_way)
         if hoped + len(names) < config.min_replicas:
             return ()  # it will fail, and what is under way is waited for
         missing = max(0, config.replicas - hoped)
         helpers = [name for name in names[missing:] if name not in health.slow]
         return (*names[:missing], *helpers)
 
-    def _send(self, names: Collection[str], files: Mapping[str, bytes]) -> None:
-        for name in names:
-            client = self._view.clients[name]
-            exchange = client.send_files(files, self._trail, self._hear_end, self._hear_slow)
-            self._under_way[name] = exchange
+    def _send(self, places: Iterable[str], blob: bytes | None, digest: str) -> None:
+        """Send the sidecar, and before it the blob if it is not there yet."""
+        sidecar = encode_sidecar(self._make_record(digest))
+        for place in places:
+            path = place_path(self.path, place)
+            files = {} if blob is None else {path: blob}
+            files[sidecar_path(path)] = sidecar
+            self.marked.add(place)
+            client = self._view.clients[volume_of(place)]
+            self._under_way[place] = client.send_files(
+                files, self._trail, partial(self._hear_end, place), self._hear_slow, self._lease
+            )
 
-    def _hear_end(self, exchange: Exchange) -> None:
+    def _hear_end(self, place: str, exchange: Exchange) -> None:
+        if self._under_way.pop(place, None) is None:  # nobody waits for it any more
+            if exchange.doubt_s == ANSWERED:
+                self.sent[place] = ANSWERED
+            return
         name = exchange.volume
         error = exchange.error
-        if self._under_way.pop(name, None) is None:  # nobody waits for it any more
-            if exchange.sent <= 1 and not isinstance(error, VolumeDown | VolumeTimeout):
-                self.doubts.pop(name, None)
-            return
-        self.doubts[name] = BROKEN_OFF
-        self._note(name, error, exchange.sent)
+        if exchange.doubt_s is not None:
+            self.sent[place] = exchange.doubt_s
         if error is None:
-            self.done.append(name)
+            self.done.append(place)
+        elif place != name or not isinstance(error, VolumeDown) or exchange.doubt_s is None:
+            self.failed[name] = error
+        # else a kept connection may have broken long ago: once more, at another place
         if error or not self._under_way or len(self.done) >= self._view.config.replicas:
             self._tell_news()
 
@@ -6437,42 +5887,36 @@ class Write:
     def _abandon(self) -> None:
         """Wait for nobody any more. What has been sent may still come; the index will hear of
         it."""
-        for name, exchange in self._under_way.items():
-            self._view.clients[name].abandon(exchange)
-            self.doubts.pop(name, None)
+        under_way = self._under_way
+        self._under_way = {}
+        for place, exchange in under_way.items():
+            self._view.clients[exchange.volume].abandon(exchange)
             if exchange.sent:
-                self.doubts[name] = HUNG._replace(sidecars=exchange.sent)
-        self._under_way.clear()
+                self.sent[place] = HUNG_S
 
     async def store_large(self, chunk: bytes, body: AsyncIterator[bytes]) -> Record:
         """Stream to all at once, as fast as the slowest takes it. Before the first byte a volume
         can be replaced. Return the record to commit; raises MkvError."""
-        clients = self._view.clients
-        size = self._draft.size
-        uploads = dict[str, Upload]()
+        uploads = dict[str, Upload]()  # by place
         try:
             while names := self.plan(uploads):
-                await self._claim_all(names)
-                start = self._each(
-                    names, lambda name: clients[name].start_upload(self.path, size, self._trail)
-                )
-                uploads |= await start
-                self.doubts |= dict.fromkeys(uploads, BLOB_BROKEN_OFF)
+                uploads |= await self._each(await self._claim(names), self._start_upload)
             chunk = chunk or await anext(body, b"")
             while chunk:
                 self._hasher.update(chunk)
-                for name, upload in list(uploads.items()):
+                for place, upload in list(uploads.items()):
                     try:
                         await upload.send(chunk)
                     except VolumeError as error:
-                        self._note(name, error, error.sent)
+                        self.failed[volume_of(place)] = error
                         self._drop_failed(uploads)
                 chunk = await anext(body, b"")
             digest = self._finish_body()
-            await self._each(uploads, lambda name: uploads[name].finish())
+            # From here on a volume may have all of it, and store it whenever it wakes.
+            self.sent |= dict.fromkeys(uploads, HUNG_S)
+            self.sent |= await self._each(uploads, lambda place: self._finish(uploads[place]))
             self._drop_failed(uploads)
-            sidecar = {sidecar_path(self.path): encode_sidecar(self._make_record(digest))}
-            self._send(uploads, sidecar)
+            self._send(uploads, None, digest)
             while self._under_way:
                 await self._wait_for_news()
             self._drop_failed(uploads)
@@ -6482,57 +5926,60 @@ class Write:
             for upload in uploads.values():
                 upload.abort()
 
+    async def _start_upload(self, place: str) -> Upload:
+        client = self._view.clients[volume_of(place)]
+        path = place_path(self.path, place)
+        upload = await client.start_upload(path, self.draft.size, self._trail, self._lease)
+        self.sent[place] = ANSWERED  # as long as it has no end, the volume keeps nothing
+        return upload
+
+    async def _finish(self, upload: Upload) -> float:
+        await upload.finish()
+        return ANSWERED
+
     async def _each(
-        self, names: Collection[str], act: Callable[[str], Awaitable[T]]
+        self, places: Collection[str], act: Callable[[str], Awaitable[T]]
     ) -> dict[str, T]:
-        """Act on all volumes at once; note the failures, return name -> result of the others."""
-        results = await asyncio.gather(*map(act, names), return_exceptions=True)
+        """Act on all places at once; note the failures, return place -> result of the others."""
+        results = await asyncio.gather(*map(act, places), return_exceptions=True)
         good = {}
-        for name, result in zip(names, results, strict=True):
+        for place, result in zip(places, results, strict=True):
             if isinstance(result, VolumeError):
-                self._note(name, result, result.sent)
+                self.failed[volume_of(place)] = result
             elif isinstance(result, BaseException):
                 raise result
             else:
-                self._note(name, None, 1)
-                good[name] = result
+                good[place] = result
         return good
-
-    def _note(self, name: str, error: VolumeError | None, sent: int) -> None:
-        """Note that a volume has answered, or failed, and what may still come to it."""
-        doubt = self.doubts.pop(name, None)
-        answered = 0 if isinstance(error, VolumeDown | VolumeTimeout) else 1
-        if error:
-            self.failed[name] = error
-        if doubt is None or sent <= answered:
-            return
-        come = sent - answered if error else sent
-        seconds = HUNG.seconds if isinstance(error, VolumeTimeout) else doubt.seconds
-        self.doubts[name] = Doubt(seconds, doubt.sidecars * come)
 
     def _drop_failed(self, uploads: dict[str, Upload]) -> None:
         """Go on without those that failed if the others are enough; raises Unavailable."""
-        for name in self.failed.keys() & uploads.keys():
-            uploads.pop(name).abort()
+        for place in [place for place in uploads if volume_of(place) in self.failed]:
+            uploads.pop(place).abort()
         if len(uploads) < self._view.config.min_replicas:
             why = "; ".join(map(str, self.failed.values()))
             raise Unavailable(f"{why}; a large blob cannot begin anew elsewhere: send it again")
 
     def _finish_body(self) -> str:
         """Return the digest of the body that is now complete; raises BadRequest, WrongDigest."""
-        expected = self._draft.size
+        expected = self.draft.size
         size = self._hasher.size
         if expected not in (None, size):
             raise BadRequest(f"the body has {size} bytes, Content-Length says {expected}")
         return self._hasher.finish()
 
     def _make_record(self, digest: str) -> Record:
-        draft = self._draft
+        draft = self.draft
         return Record(
-            key=draft.key, version=version_of(self.path), volumes=tuple(sorted(self.done)),
+            key=draft.key, version=version_of(self.path), places=tuple(sorted(self.done)),
             size=self._hasher.size,
             digest=digest, content_type=draft.content_type, ext=draft.ext,
         )  # fmt: skip
+
+
+def new_place(volume: str) -> str:
+    """Return a place on a volume that nobody has had."""
+    return f"{volume}~{random.getrandbits(32):08x}"
 
 
 async def hold_small(body: AsyncIterator[bytes], size: int | None) -> tuple[bytes, bool]:
@@ -6584,8 +6031,7 @@ class Store:
         self.note_access: Callable[[dict[str, Any]], None] = log_access
         self._tasks = list[asyncio.Task[None]]()
         self._list_tokens = dict[str, tuple[float, float]]()
-        # Key, path and doubts of PUTs whose end the index could not be told: for later.
-        self._undiscarded = list[tuple[str, str, Doubts]]()
+        self._undiscarded = list[Write]()  # whose end the index could not be told: for later
         self.view = self._make_view(config, {})
 
     def count_in_flight(self, change: int) -> None:
@@ -6619,11 +6065,9 @@ class Store:
     async def _hear_late(self, volume: str, paths: list[str], answered: bool) -> None:
         if paths:
             # If that fails, it is looked at until the doubt has passed.
-            with contextlib.suppress(IndexFailed):
-                end = partial(
-                    Transaction.end_doubts, volume=volume, paths=paths, answered=answered
-                )
-                await self.index.write(end, paths=paths)
+            with contextlib.suppress(IndexFailed, IndexUnsure):
+                end = partial(end_doubts, volume=volume, paths=paths, answered=answered)
+                await self.index.write(end, paths=paths, durable=False)
 
     async def start(self) -> None:
         """Open the index, probe every volume once, start the background tasks; raises
@@ -6706,7 +6150,7 @@ class Store:
             name = choose_replica(known, health.states, turn, health.slow)
         if name is None:
             raise no_replica(record)
-        return self._link(clients[name].volume.public_url, record)
+        return self._link(clients[name].volume, clients[name].volume.public_url, record)
 
     def locate_inside(self, record: Record) -> tuple[str, str]:
         """Return the URL from which a proxy can read the blob now, and one to try after that, on
@@ -6718,14 +6162,16 @@ class Store:
         names.sort(key=lambda name: (health.is_down(name), name in health.slow))
         if not names or health.is_down(names[0]):
             raise no_replica(record)
-        links = [self._link(clients[name].volume.url, record) for name in names]
+        links = [
+            self._link(clients[name].volume, clients[name].volume.url, record) for name in names
+        ]
         return links[0], links[1 % len(links)]
 
-    def _link(self, base: str, record: Record) -> str:
+    def _link(self, volume: Volume, base: str, record: Record) -> str:
         """Return the URL of a blob on the volume at `base`, signed and with the download's
         name."""
         config = self.view.config
-        url = base + record.path
+        url = base + record.path_on(volume.name)
         if config.link_secret:
             # The volume checks the path that it is asked for, so that of `base` counts.
             path = "/" + url.split("/", 3)[3]
@@ -6738,193 +6184,103 @@ class Store:
         self, draft: Draft, body: AsyncIterator[bytes], trail: str
     ) -> tuple[Record, bool]:
         """Store `body` under the key; return its record and whether the key is new. Durable when
-        it returns (I1). If it raises, or is cancelled before the commit, the key is as it was and
-        what was written is garbage (I2)."""
+        it returns (I1). If it raises, but for Unfinished, or is cancelled before the commit, the
+        key is as it was and what was written is buried (I2)."""
         view = self.view
         if not is_unconditional(draft.conditions):
             current = await self.index.get(draft.key)
             if decide_conditions(draft.conditions, current) is not Verdict.PROCEED:
                 raise PreconditionFailed("the key is not what the condition asks for")
-        write = self._begin_write(view, draft, trail)
+        write = Write(view, self.health, draft, trail, self.index)
         write.plan(())  # says no before the body is asked for
         begin, whole = await hold_small(body, draft.size)
-        attempts_left = WRITE_ATTEMPTS if whole else 1
-        while True:
-            attempts_left -= 1
-            try:
-                record = await (
-                    write.store_small(begin) if whole else write.store_large(begin, body)
-                )
-                commit = partial(
-                    commit_put, record=record, conditions=draft.conditions,
-                    delay_s=view.config.garbage_delay,
-                    doubts=dict(write.doubts),
-                )  # fmt: skip
-                return record, await self.index.write(commit, keys=[draft.key])
-            except BaseException as error:
-                if write.claimed:
-                    await self._discard(view, draft.key, write, trail)
-                if isinstance(error, Overtaken):
-                    return record, False
-                if not isinstance(error, Lost) or not attempts_left:
-                    raise
-            write = self._begin_write(view, draft, trail)
-
-    def _begin_write(self, view: View, draft: Draft, trail: str) -> Write:
-        return Write(view, self.health, draft, trail, self.index)
-
-    async def _discard(self, view: View, key: str, write: Write, trail: str) -> None:
-        """Delete what a failed PUT wrote, where nobody was ever sent (I2). What cannot be deleted
-        now is garbage."""
-
-        def discard(tx: Transaction) -> tuple[dict[Place, Pending], bool]:
-            # If it was cancelled, its claim may have been carried out, and its path drawn, only
-            # just now.
-            return discard_put(tx, key, write.path, write.doubts)
-
         try:
-            rows, outlived = await self.index.write(discard, keys=[key])
+            record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+            commit = partial(
+                commit_put, record=record, conditions=draft.conditions, claimed=write.claimed,
+                sent=dict(write.sent), delay_s=view.config.garbage_delay, reach=self._reach(view),
+            )  # fmt: skip
+            is_new, burial = await self.index.write(commit, keys=[draft.key])
+        except BaseException as error:
+            if write.claimed and not await self._discard(view, write, trail):
+                if isinstance(error, MkvError):
+                    raise Unfinished(f"{error}; what was written may come back") from error
+            raise
+        if not await self._bury(view, burial, trail):
+            raise Unfinished("it is stored, but what it replaces may come back")
+        return record, is_new
+
+    def _reach(self, view: View) -> Reach:
+        """Return what the volumes can be counted on for."""
+        states = self.health.states
+        up = [name for name in view.clients if states.get(name) is State.UP]
+        answering = [name for name in view.clients if not self.health.is_down(name)]
+        return Reach(frozenset(answering), len(up), view.config.min_replicas)
+
+    async def _discard(self, view: View, write: Write, trail: str) -> bool:
+        """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs are
+        left to the collector."""
+        try:
+            burial = await self._refuse(write)
         except (IndexFailed, IndexUnsure) as error:
-            if self.index.engine.is_remote:  # the commit that failed may still come
-                self._undiscarded.append((key, write.path, dict(write.doubts)))
-                return
-            log.error("%s; deleting what was written for %r all the same", error, key)
-            path = write.path
-            current = await self.index.get(key)
-            is_committed = current is not None and current.path == path
-            if path and not is_committed:  # else the commit that seemed to fail did not
-                deletes = (
-                    view.clients[name].delete([sidecar_path(path), path]) for name in write.claimed
-                )
-                await asyncio.gather(*deletes, return_exceptions=True)
-        else:
-            copies = 0 if outlived else view.config.min_replicas
-            await self._bury(view, key, rows, trail, copies, and_blobs=True)
+            log.error("%s; what was written for %r is deleted later", error, write.draft.key)
+            self._undiscarded.append(write)
+            return not write.sent
+        # Where no sidecar was sent there is nothing that a rebuild could take.
+        unmarked = {place_path(write.path, place) for place in write.claimed - write.marked}
+        rows = [row for row in burial.rows if row.path not in unmarked]
+        return await self._bury(view, burial._replace(rows=rows), trail)
+
+    async def _refuse(self, write: Write) -> Burial:
+        # If it was cancelled, its claim may have been carried out, and its path drawn, only just
+        # now: so that is looked at in the transaction.
+        return await self.index.write(
+            lambda tx: refuse_put(tx, write.draft.key, write.path, write.claimed, write.sent),
+            keys=[write.draft.key],
+        )
 
     async def delete(self, key: str, conditions: Conditions, trail: str) -> None:
         """Delete the key. When it returns, the record is gone, and the sidecars from all volumes
-        that answer; for the others there are marks (I4). Raises Unfinished if volumes fail just
-        then."""
+        that answer; for the others there are tombstones (I4). Raises Unfinished if volumes fail
+        just then."""
         view = self.view
-        states = self.health.states
-        delay_s = view.config.garbage_delay
-        copies = view.config.min_replicas
-        up = [name for name in view.clients if states.get(name) is State.UP]
-        answering = None
-        if len(up) < copies:
-            answering = frozenset(name for name in view.clients if not self.health.is_down(name))
-        missing = None
-        try:
-            commit = partial(
-                commit_delete, key=key, conditions=conditions, delay_s=delay_s,
-                answering=answering, copies=copies,
-            )  # fmt: skip
-            rows = await self.index.write(commit, keys=[key])
-        except NotFound as error:
-            missing = error
-            # an unfinished DELETE is finished now
-            rows = await self.index.write(lambda tx: tx.pending_of(key), keys=[key])
-        if not await self._bury(view, key, rows, trail, copies):
+        commit = partial(
+            commit_delete, key=key, conditions=conditions, delay_s=view.config.garbage_delay,
+            reach=self._reach(view),
+        )  # fmt: skip
+        was_there, burial = await self.index.write(commit, keys=[key])
+        if not await self._bury(view, burial, trail):
             raise Unfinished(
                 "the key is deleted, but too few volumes could note that for those that did not "
                 "answer"
             )
-        if missing:
-            raise missing
+        if not was_there:
+            raise NotFound("no such key")
 
-    async def _bury(
-        self, view: View, key: str, rows: Rows, trail: str, copies: int, and_blobs: bool = False
-    ) -> bool:
-        """Delete the sidecars of a key's dead versions from all volumes that answer; where that
-        cannot be done soon, or proves nothing, put `copies` marks of the version on others. Return
-        whether that succeeded."""
-        places = defaultdict[str, list[Place]](list)
-        for (volume, path), row in rows.items():
-            if row.state in DEAD and volume in view.clients and not self.health.is_down(volume):
-                places[volume].append((volume, path))
-        seen = dict[Place, bool]()
-
-        async def delete(volume: str) -> None:
-            paths = [sidecar_path(path) for _, path in places[volume]]
-            if and_blobs:
-                paths += [path for _, path in places[volume]]
-            with contextlib.suppress(VolumeError):
-                found = await view.clients[volume].delete(paths, trail)
-                seen.update(zip(places[volume], found, strict=False))
-
-        deletes = {volume: asyncio.create_task(delete(volume)) for volume in places}
-        marked = True
-        try:
-            # The second time as long as the volumes' own timeouts.
-            for patience_s in (DELETE_PATIENCE_S, None):
-                if deletes:
-                    await asyncio.wait(deletes.values(), timeout=patience_s)
-                needed = plan_marks(rows, seen, copies)
-                silent = {volume for volume in places if not seen.keys() >= set(places[volume])}
-                marked = not needed or await self._put_marks(view, key, needed, silent, copies)
-                if marked or all(task.done() for task in deletes.values()):
-                    break
-        finally:
-            for task in deletes.values():
-                task.cancel()  # the garbage follows
-        await self._note_deletes(key, rows, seen, and_blobs)
-        return marked
-
-    async def _note_deletes(
-        self, key: str, rows: Rows, seen: Mapping[Place, bool], and_blobs: bool
-    ) -> None:  # fmt: skip
-        """Tell the index what a DELETE met: what was there is settled, or known to be written. If
-        it cannot be told, the collector deletes once more."""
-        proofs = [
-            place for place, found in seen.items() if found and rows[place].doubt_s is not None
-        ]
-        try:
-            if and_blobs and seen:
-                settled = {rows[place]: found for place, found in seen.items()}
-                await self.index.write(lambda tx: tx.settle(settled), keys=[key])
-            elif proofs:
-                await self.index.write(lambda tx: tx.note_found(proofs), keys=[key])
-        except IndexFailed as error:
-            log.error("%s; what was deleted will be deleted again", error)
-
-    async def _put_marks(
-        self,
-        view: View,
-        key: str,
-        needed: Mapping[str, Collection[str]],
-        silent: Collection[str],
-        copies: int,
-    ) -> bool:
-        """Put the marks of dead versions (path of the blob -> volumes that may show its sidecar)
-        on `copies` volumes that are up, if possible others than these, and note them in the index.
-        Return whether that succeeded."""
-        files = {mark_path(path): encode_mark(path, volumes) for path, volumes in needed.items()}
-        doubted = set[str]().union(*needed.values())
-        states = self.health.states
-        fit = [
-            name for name in view.clients if states.get(name) is State.UP and name not in silent
-        ]
-        waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + key)))
-        done = list[str]()
-
-        async def put(name: str) -> None:
-            with contextlib.suppress(VolumeError):
-                await view.clients[name].put(files)
-                done.append(name)
-
-        try:
-            while waiting and len(done) < copies:
-                missing = copies - len(done)
-                names = waiting[:missing]
-                waiting = waiting[missing:]
-                begin = partial(Transaction.add_marks, paths=needed, volumes=(), doubtful=names)
-                await self.index.write(begin, keys=[key])
-                await asyncio.gather(*map(put, names))
-            end = partial(Transaction.add_marks, paths=needed, volumes=done, doubtful=())
-            await self.index.write(end, keys=[key])
-        except IndexFailed as error:
-            log.error("%s; a mark of %r may stay until verify --repair removes it", error, key)
-        return len(done) >= copies
+    async def _bury(self, view: View, burial: Burial, trail: str = "") -> bool:
+        """Delete the sidecars of what is dead from all volumes that answer, and where that cannot
+        be done soon, or proves nothing, put tombstones of the version on others. It goes from the
+        lowest version up and stops where one fails, so that a rebuild in between takes none that
+        was replaced by another. Return whether all is done."""
+        found = list[Dead]()
+        tombstones = list[tuple[str, str]]()
+        is_done = True
+        for rows in burial.by_version():
+            grave = Grave(view, self.health, rows, burial, trail)
+            is_done = await grave.dig()
+            found += grave.found
+            tombstones += grave.tombstones
+            if not is_done:
+                break
+        if found or tombstones:
+            try:
+                await self.index.write(
+                    lambda tx: note_buried(tx, found, tombstones),
+                    paths={row.path for row in burial.rows}, durable=False,
+                )  # fmt: skip
+            except (IndexFailed, IndexUnsure) as error:
+                log.error("%s; a tombstone may stay until verify --repair removes it", error)
+        return is_done
 
     async def list(self, query: ListQuery) -> bytes:
         """Return one page as JSON."""
@@ -6996,7 +6352,7 @@ class Store:
         while True:
             try:
                 await self._discard_late()
-                while await self.collect_garbage(await self.index.lead_until()):
+                while await self.index.is_collector() and await self.collect_garbage():
                     pass
             except Exception as error:
                 log.error("garbage waits: %s: %s", type(error).__name__, error)
@@ -7005,48 +6361,126 @@ class Store:
     async def _discard_late(self) -> None:
         """Tell the index of the PUTs that were given up while it could not be reached."""
         while self._undiscarded:
-            key, path, doubts = self._undiscarded[-1]
-            discard = partial(discard_put, key=key, path=path, doubts=doubts)
-            await self.index.write(discard, keys=[key])
+            await self._refuse(self._undiscarded[-1])
             self._undiscarded.pop()
 
-    async def collect_garbage(self, until_s: float = math.inf) -> int:
-        """Delete what is due on every volume that is not down; return how many replicas. Can be
-        killed at any step. Nothing is deleted after `until_s` by the monotonic clock: then
-        somebody else may, and a tool may write to where this one would still delete."""
-        if time.monotonic() > until_s:
-            return 0
-        alive = [
-            client for name, client in self.view.clients.items() if not self.health.is_down(name)
-        ]
-        return sum(await asyncio.gather(*(self._collect_on(one, until_s) for one in alive)))
+    async def collect_garbage(self) -> int:
+        """Delete what is due on every volume that is not down; return how many places. Can be
+        killed at any step, and several at once do no harm: no place is ever written again (R1)."""
+        view = self.view
+        alive = [client for name, client in view.clients.items() if not self.health.is_down(name)]
+        return sum(await asyncio.gather(*(self._collect_on(one, view) for one in alive)))
 
-    async def _collect_on(self, client: VolumeClient, until_s: float) -> int:
+    async def _collect_on(self, client: VolumeClient, view: View) -> int:
         """Delete what is due on one volume, four at a time; return how many answered."""
-        name = client.volume.name
-        due = iter(await self.index.due_on(name))
-        seen = dict[Pending, bool]()
-        failed = dict[Pending, Doubt | None]()
+        due = await self.index.due_on(client.volume.name)
+        waiting = iter(due.rows)
+        answers = dict[Dead, bool | None]()
 
         async def collect() -> None:
-            for row in due:
-                if self.health.is_down(name) or time.monotonic() > until_s:
-                    return
-                try:
-                    found = [(await client.delete([path]))[0] for path in paths_to_delete(row)]
-                    seen[row] = bool(found) and found[0]
-                except VolumeTimeout as error:
-                    failed[row] = HUNG if error.sent else None
-                except VolumeDown as error:
-                    failed[row] = BROKEN_OFF if error.sent else None
-                except VolumeError:
-                    failed[row] = None
+            for row in waiting:
+                answers[row] = None
+                if self.health.is_down(row.volume):
+                    continue
+                burial = due.burial_of(row)
+                if not row.is_tombstone and must_be_buried(row, burial, view.config.min_replicas):
+                    below = [
+                        one for one in burial.rows if version_of(one.path) < version_of(row.path)
+                    ]
+                    if not await self._bury(view, burial._replace(rows=below)):
+                        continue
+                paths = [row.path] if row.is_tombstone else [sidecar_path(row.path), row.path]
+                with contextlib.suppress(VolumeError):
+                    answers[row] = (await client.delete(paths))[0]
 
         await asyncio.gather(*(collect() for _ in range(4)))
-        if seen or failed:
-            paths = [row.path for row in (*seen, *failed)]
-            await self.index.write(lambda tx: tx.settle(seen, failed), paths=paths)
-        return len(seen)
+        if answers:
+            settle = partial(settle_dead, answers=answers, asked_s=due.asked_s)
+            await self.index.write(settle, paths={row.path for row in answers}, durable=False)
+        return sum(found is not None for found in answers.values())
+
+
+class Grave:
+    """One version of a key that is buried: its sidecars are deleted, or tombstones say that it is
+    dead. `found` are the rows whose sidecar was there, `tombstones` what was written (path,
+    volume)."""
+
+    def __init__(
+        self, view: View, health: Health, rows: list[Dead], burial: Burial, trail: str
+    ) -> None:
+        self._view = view
+        self._health = health
+        self._rows = rows
+        self._asked_s = burial.asked_s
+        self._trail = trail
+        self._path = tombstone_path(rows[0].path)
+        self._has = set(burial.tombstones.get(self._path, ()))  # volumes that have one
+        self._answers = dict[Dead, bool]()
+        self.found = list[Dead]()
+        self.tombstones = list[tuple[str, str]]()
+
+    async def dig(self) -> bool:
+        """Return whether it is buried."""
+        at = defaultdict[str, list[Dead]](list)
+        for row in self._rows:
+            if row.volume in self._view.clients and not self._health.is_down(row.volume):
+                at[row.volume].append(row)
+        deletes = [asyncio.create_task(self._delete(rows)) for rows in at.values()]
+        is_buried = False
+        try:
+            # The second time as long as the volumes' own timeouts.
+            for patience_s in (DELETE_PATIENCE_S, None):
+                if deletes:
+                    await asyncio.wait(deletes, timeout=patience_s)
+                is_buried = self._is_gone() or await self._mark()
+                if is_buried or all(task.done() for task in deletes):
+                    break
+        finally:
+            for task in deletes:
+                task.cancel()  # the garbage follows
+        return is_buried
+
+    def _is_gone(self) -> bool:
+        return all(row.is_gone(self._answers.get(row), self._asked_s) for row in self._rows)
+
+    async def _delete(self, rows: list[Dead]) -> None:
+        """Delete sidecars from one volume."""
+        client = self._view.clients[rows[0].volume]
+        with contextlib.suppress(VolumeError):
+            found = await client.delete([sidecar_path(row.path) for row in rows], self._trail)
+            self._answers |= zip(rows, found, strict=True)
+            self.found += [row for row, was_there in zip(rows, found, strict=True) if was_there]
+
+    async def _mark(self) -> bool:
+        """Put tombstones on volumes that are up, if possible others than those that may show the
+        version; return whether there are enough of them."""
+        copies = self._view.config.min_replicas
+        left = [
+            row for row in self._rows if not row.is_gone(self._answers.get(row), self._asked_s)
+        ]
+        silent = {row.volume for row in left if row not in self._answers}
+        doubted = {row.volume for row in left}
+        places = [row.volume + split_path(row.path)[1] for row in left]
+        body = encode_tombstone(split_path(left[0].path)[0], places)
+        states = self._health.states
+        fit = [
+            name
+            for name in self._view.clients
+            if states.get(name) is State.UP and name not in silent and name not in self._has
+        ]
+        waiting = sorted(fit, key=lambda name: (name in doubted, hash_key(name + self._path)))
+
+        async def put(name: str) -> None:
+            with contextlib.suppress(VolumeError):
+                await self._view.clients[name].put({self._path: body})
+                self._has.add(name)
+                self.tombstones.append((self._path, name))
+
+        while waiting and len(self._has) < copies:
+            missing = copies - len(self._has)
+            await asyncio.gather(*map(put, waiting[:missing]))
+            waiting = waiting[missing:]
+        return len(self._has) >= copies
 
 
 # == Page =========================================================================================
