@@ -170,27 +170,30 @@ Judgement = tuple[Record | None, list[Case]]  # of a version
 
 @dataclass(slots=True)
 class Version:
-    """What all volumes hold of one version of one key. `stem` is its path without extension."""
+    """What all volumes hold of one version of one key. `stem` is its path without tag and
+    extension; a place is a volume's name, with ~tag if there is one in the path."""
 
     stem: str
-    sidecars: Files = field(default_factory=dict)  # volume -> file
-    blobs: dict[str, Files] = field(default_factory=dict)  # volume -> path -> file
-    marks: Files = field(default_factory=dict)  # volume -> file
+    sidecars: Files = field(default_factory=dict)  # place -> file
+    blobs: dict[str, Files] = field(default_factory=dict)  # place -> path -> file
+    tombstones: Files = field(default_factory=dict)  # volume -> file
 
     @property
     def places(self) -> list[Place]:
-        """Every blob of it, and every sidecar without a blob, as its garbage entries name it."""
-        volumes = sorted(self.sidecars.keys() | self.blobs.keys())
+        """Every blob of it, and every sidecar without a blob, as (volume, path) of the blob."""
+        places = sorted(self.sidecars.keys() | self.blobs.keys())
         return [
-            (volume, path) for volume in volumes for path in self.blobs.get(volume, [self.stem])
+            (volume_of(place), path)
+            for place in places
+            for path in self.blobs.get(place, [place_path(self.stem, place)])
         ]
 
     def path_of(self, record: Record) -> str:
         """Return the path of a record of this version without hashing its key once more."""
         return f"{self.stem}.{record.ext}" if record.ext else self.stem
 
-    def size(self, volume: str, path: str) -> int | None:
-        file = self.blobs.get(volume, {}).get(path)
+    def size(self, place: str, path: str) -> int | None:
+        file = self.blobs.get(place, {}).get(path)
         return file and file[0]
 
 
@@ -249,12 +252,13 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
             version = versions.get(path[:STEM]) or versions.setdefault(
                 path[:STEM], Version(path[:STEM])
             )
+            place = volume + split_path(path)[1]
             if parsed[2] == "key":
-                version.sidecars[volume] = file
+                version.sidecars[place] = file
             elif parsed[2] == "del":
-                version.marks[volume] = file
+                version.tombstones[volume] = file
             else:
-                version.blobs.setdefault(volume, {})[path] = file
+                version.blobs.setdefault(place, {})[path] = file
     return versions, foreign
 
 
