@@ -1611,7 +1611,7 @@ class Rebalance:
                 self.changed += 1
             elif why:
                 self.left[why] += 1
-                self._failed += 1
+                self._failed += why != NO_SOURCE
             else:
                 self.moved += 1
                 self.dropped += len(move.drop)
@@ -1978,9 +1978,11 @@ class Verify:
         for record in suspects:
             wrong = faults.get(record, {})
             if len(record.places) < replicas or any(one in MENDABLE for one in wrong.values()):
-                others = beside.get(record, Beside()).others
+                spare = tuple(good.get(record, ()))
+                found = beside.get(record, Beside())
+                others = tuple(place for place in found.spare if place not in spare)
                 moves[record] = plan_mend(
-                    record, wrong, tuple(good.get(record, ())), others,
+                    record, wrong, spare, others + found.others,
                     view.ring, replicas, self._store.health.states,
                 )  # fmt: skip
         return moves
