@@ -1445,6 +1445,7 @@ def only_if_absent(conditions: Conditions) -> Conditions:
 
 
 ANY_TAG = "*"
+SEEN_TAG = "seen"  # of no version
 
 
 class Drawn(NamedTuple):
@@ -1455,6 +1456,12 @@ class Drawn(NamedTuple):
     tag: str
     first_ns: int
     highest_ns: int
+
+
+def is_sound(row: Drawn) -> bool:
+    """Whether an index can have drawn what this row says."""
+    is_tag = row.tag in (ANY_TAG, SEEN_TAG) or re.fullmatch("[0-9a-f]{4}", row.tag)
+    return bool(is_tag) and row.first_ns >= 0 and 0 <= row.highest_ns < END_OF_TIME_NS
 
 
 def is_drawn(version: str, drawn: Iterable[Drawn]) -> bool:
@@ -2203,6 +2210,15 @@ class Engine(ABC):
         turns into IndexDamaged if it cannot be used."""
 
     @abstractmethod
+    def is_copy(self, session: Session) -> bool:
+        """Return whether the index is a copy, which may lack what came after it: nobody serves
+        it."""
+
+    @abstractmethod
+    def mark_as_copy(self, session: Session) -> None:
+        """Have the index say from now on that it is a copy."""
+
+    @abstractmethod
     def enter(self) -> None:
         """Before the index is used: keep away who wants it alone; raises ConfigError."""
 
@@ -2242,7 +2258,7 @@ class Engine(ABC):
     @abstractmethod
     def open_old(self, session: Session) -> str:
         """Make an index that nobody else has open ready to be read; return what is wrong with it,
-        or ""."""
+        or "". Raises what `explain` turns into IndexDamaged if nothing of it can be read."""
 
     @abstractmethod
     def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
@@ -2382,8 +2398,8 @@ def prepare_sqlite(session: SqliteSession) -> None:
         latest = db.execute(f"SELECT coalesce(max(since), 0) FROM {table}").fetchone()[0]
         # A clock that was not set yet takes nothing back.
         ahead = max(time.time(), latest) - time.monotonic()
-        query = "UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot NOT IN (?1, ?3)"
-        db.execute(query, (boot, ahead, COPY))
+        db.execute("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+        db.execute("UPDATE clock SET boot = ?1 WHERE boot <> ?2", (boot, COPY))
         if version == 3:
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
@@ -2444,8 +2460,12 @@ class SqliteEngine(Engine):
 
     def prepare(self, session: Session) -> None:
         prepare_sqlite(cast(SqliteSession, session))
-        if session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)):
-            raise IndexDamaged("it is a copy, which lacks what came after it: run rebuild with it")
+
+    def is_copy(self, session: Session) -> bool:
+        return bool(session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)))
+
+    def mark_as_copy(self, session: Session) -> None:
+        session.run("UPDATE clock SET boot = ?1", (COPY,))
 
     def _lock(self, suffix: str, exclusive: bool) -> None:
         self._locks.append(lock_file(self.path + suffix, exclusive))
@@ -2506,11 +2526,10 @@ class SqliteEngine(Engine):
         """Bring the index's log into it, too."""
         db = cast(SqliteSession, session).db
         if not db.execute("PRAGMA user_version").fetchone()[0]:
-            return "it is empty"
+            raise IndexDamaged("it is empty")
         prepare_sqlite(cast(SqliteSession, session))
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-        return "" if soundness == "ok" else soundness
+        return session.find_damage()
 
     def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
         kept = keep_old_index(self.path) if keep else ""
@@ -2611,7 +2630,8 @@ def check_target(target: str, part: str, index: str) -> None:
 # A session that stands still in a transaction loses its connection, and with that its turn.
 
 META = """
-CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL);
+CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL,
+    is_copy BOOLEAN NOT NULL DEFAULT false);
 """
 # What is written again and again needs room beside it, and its dead rows go soon.
 STORAGE = """
@@ -3018,6 +3038,7 @@ class PostgresEngine(Engine):
                 migrate(session, tables_in_postgres(PENDING + DRAWN))
                 session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
                 session.run("ALTER TABLE meta DROP COLUMN epoch")
+                session.run("ALTER TABLE meta ADD COLUMN is_copy BOOLEAN NOT NULL DEFAULT false")
                 session.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
                 version = SCHEMA_VERSION
             if version != SCHEMA_VERSION:
@@ -3036,6 +3057,13 @@ class PostgresEngine(Engine):
             if statement.strip():
                 session.run(statement)
         session.run("INSERT INTO meta VALUES (?1, 0, false)", (SCHEMA_VERSION,))
+
+    def is_copy(self, session: Session) -> bool:
+        return session.select("SELECT is_copy FROM meta") == [(True,)]
+
+    def mark_as_copy(self, session: Session) -> None:
+        session.run("UPDATE meta SET is_copy = true")
+        session.commit()
 
     def enter(self) -> None:
         """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
@@ -4019,6 +4047,9 @@ class Index:
         self.engine.enter()
         self._has_entered = True
         await self.prepare()
+        if await self.is_copy():
+            reason = "it is a copy, which may lack what came after it: run rebuild"
+            raise ConfigError([f"db: {self.name}: {reason}"])
         query = "SELECT 1 FROM owner WHERE role = 'rebuilder' AND until > ?1"
         if await self._read(lambda session: session.select(query, (session.read_clock(),))):
             raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"])
@@ -4092,13 +4123,17 @@ class Index:
         with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
             await self.write(Transaction.retire)
 
+    async def is_copy(self) -> bool:
+        return await self._writer.run(self.engine.is_copy)
+
+    async def mark_as_copy(self) -> None:
+        """Have nobody serve this index from now on: another one has taken its place."""
+        await self._writer.run(self.engine.mark_as_copy)
+
     async def _find_damage(self) -> str:
-        """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed
-        if it may be no damage."""
-        try:
-            return await self._writer.run(self.engine.open_old)
-        except IndexDamaged as error:
-            return error.reason
+        """Return why an index that nobody else has open is not whole, or ""; raises IndexDamaged
+        if nothing of it can be read, IndexFailed if it may be no damage."""
+        return await self._writer.run(partial(find_damage, self.engine))
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
@@ -4208,7 +4243,7 @@ class Replacement:
     """A new index that is made beside the one at `db`, and takes its place or is given up.
 
     Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
-    read; `damage` says what is wrong with it."""
+    read; `damage` says what is wrong with it, "" if it is whole."""
 
     def __init__(self, db: str) -> None:
         self._engine = open_engine(db)
@@ -4234,8 +4269,10 @@ class Replacement:
             self._renewal = asyncio.create_task(self._guard.renew_for_ever())
         if self._existed:
             self.old = self._guard or Index(self._engine)
-            self.damage = await self.old._find_damage()
-            if self.damage:
+            try:
+                self.damage = await self.old._find_damage()
+            except IndexDamaged as error:
+                self.damage = error.reason
                 await self._close_old()
                 self.old = None
         self.new.engine.remove()
@@ -4286,6 +4323,27 @@ class Replacement:
             self._is_alone = False
 
 
+def find_damage(engine: Engine, session: Session) -> str:
+    """Return why an index that nobody else has open is not whole, or ""."""
+    damage = engine.open_old(session)
+    if damage:
+        return damage
+    counted = count_records(session)
+    total = read_totals(session).get(ALL_KEYS, (0, 0))
+    if counted != total:
+        return f"it has {counted[0]} records of {counted[1]} bytes, not {total[0]} of {total[1]}"
+    if not all(map(is_sound, select_drawn(session))):
+        return "what it says of versions is none"
+    return ""
+
+
+def count_records(session: Session) -> tuple[int, int]:
+    """Return how many there are, and the bytes of their blobs."""
+    with session.take_time():
+        ((count, size),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
+    return count, int(size)
+
+
 def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record, bool]]:
     """Return a page of the records that the index `new` lacks or has in an older version, and
     which of the two."""
@@ -4301,9 +4359,7 @@ def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record,
 def check_new_index(keys: int, size: int, session: Session) -> None:
     """Raise IndexFailed unless the new index is sound and holds what was read."""
     damage = session.find_damage()
-    with session.take_time():
-        ((count, total),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
-    rows = (count, int(total))
+    rows = count_records(session)
     if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
         found = f"{damage or 'ok'}, {rows}"
         raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")

@@ -107,7 +107,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -118,16 +118,21 @@ from aiohttp import ClientResponse
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, BROKEN_OFF, CLAIMS, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG,
-    LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S, SMALL_BLOB, STEM, TOOL, URL, Answer,
-    Blob, Client, Config, ConfigError, Corrupt, Forbidden, Full, Hasher, Index, IndexDamaged,
-    IndexFailed, MkvError, NotFound, Pending, PendingState, PreconditionFailed, Record,
+    ALL_KEYS, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG_S,
+    KEY_STEM,
+    LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S, SEEN_TAG, SMALL_BLOB, STEM, TOOL,
+    URL, Answer,
+    Blob, Client, Config, ConfigError, Corrupt, Dead, Drawn, Forbidden, Full, Hasher, Index,
+    IndexDamaged,
+    IndexFailed, MkvError, NotFound, Pending, PreconditionFailed, Record,
     Replacement, Ring, State, States, Store, Token, Transaction, Unanswered, Unauthorized,
     Unavailable, Unreachable,
     Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected,
-    WrongDigest, add_settings, after_prefix, check_key, decode_mark, decode_sidecar,
-    encode_sidecar, hide_secrets, is_postgres, load_config, media_type_of, new_loop, open_engine,
-    parse_path, print_faults, run_embedded, sidecar_path, version_ns,
+    WrongDigest, add_settings, after_prefix, check_key, decode_sidecar, decode_tombstone,
+    encode_sidecar, hide_secrets, is_drawn, is_postgres, is_sound, load_config,
+    media_type_of, new_loop, open_engine,
+    parse_path, place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of,
+    tombstone_path, version_ns, version_of, volume_of,
     NOT_AS_MKV, read_body,
 )
 # isort: on
@@ -140,8 +145,8 @@ Found = dict[str, Files]  # volume -> path -> file
 Place = tuple[str, str]  # (volume, path)
 Names = tuple[str, ...]  # of volumes
 Replica = tuple[str, Record]  # (volume, record)
-Sidecars = Mapping[str, Record | str]  # volume -> what its sidecar says, or what is wrong with it
-Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as were listed
+Sidecars = Mapping[str, Record | str]  # place -> what its sidecar says, or what is wrong
+Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as listed
 Answered = Answer | VolumeError
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
@@ -187,6 +192,12 @@ class Version:
             for place in places
             for path in self.blobs.get(place, [place_path(self.stem, place)])
         ]
+
+    def without(self, places: Collection[str]) -> Version:
+        """Return the version without what is at some places."""
+        sidecars = {place: one for place, one in self.sidecars.items() if place not in places}
+        blobs = {place: one for place, one in self.blobs.items() if place not in places}
+        return Version(self.stem, sidecars, blobs, self.tombstones)
 
     def path_of(self, record: Record) -> str:
         """Return the path of a record of this version without hashing its key once more."""
@@ -262,39 +273,46 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     return versions, foreign
 
 
-def find_doubts(version: Version, read: Sidecars) -> list[Place]:
-    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and
-    say the same."""
-    if len(set(read.values())) == 1:
+def is_crowded(read: Sidecars) -> bool:
+    """Whether a volume has several places of the version."""
+    return len(set(map(volume_of, read))) < len(read)
+
+
+def find_doubts(version: Version, read: Sidecars, in_full: bool = False) -> list[Place]:
+    """Return the blobs whose bytes have to say which sidecar is right, or which of two places on
+    one volume is: none if all sidecars are sound and say the same, unless asked for `in_full`."""
+    if len(set(read.values())) == 1 and not is_crowded(read) and not in_full:
         return []
-    places = set[Place]()
+    wanted = set[Place]()
     for record in {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}:
-        path = version.path_of(record)
-        places |= {(volume, path) for volume in read if version.size(volume, path) == record.size}
-    return sorted(places)
+        for place in read:
+            path = place_path(version.path_of(record), place)
+            if version.size(place, path) == record.size:
+                wanted.add((volume_of(place), path))
+    return sorted(wanted)
 
 
-def judge_beside(version: Version, record: Record, volume: str, digests: Digests) -> str:
+def judge_beside(version: Version, record: Record, place: str, digests: Digests) -> str:
     """Return what is wrong with the blob beside a sidecar: by its size, and its digest if it was
     read."""
-    path = version.path_of(record)
-    size = version.size(volume, path)
+    path = place_path(version.path_of(record), place)
+    size = version.size(place, path)
     if size is None:
         return "sidecar without blob"
     if size != record.size:
         return "wrong size"
-    digest = digests.get((volume, path), record.digest)
+    digest = digests.get((volume_of(place), path), record.digest)
     return "" if digest == record.digest else "corrupt"
 
 
 def choose_record(version: Version, read: Sidecars, digests: Digests) -> Record | None:
-    """Return the record, without volumes, that a blob agrees with; None if there is none, or if
+    """Return the record, without places, that a blob agrees with; None if there is none, or if
     blobs contradict each other. No blob can tell the content type: most sidecars decide, else the
     extension."""
     votes = Counter(sidecar for sidecar in read.values() if isinstance(sidecar, Record))
     proved = []
     for record in votes:
-        if "" in (judge_beside(version, record, volume, digests) for volume in read):
+        if "" in (judge_beside(version, record, place, digests) for place in read):
             proved.append(record)
     if len({record.digest for record in proved}) != 1:
         return None
@@ -316,30 +334,35 @@ def tell_apart(record: Record, others: Collection[Record]) -> str:
     return "; ".join(told)
 
 
-def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgement:
+def judge_version(
+    version: Version, read: Sidecars, digests: Digests, named: Collection[str] = ()
+) -> Judgement:
     """Return the record that sidecars and the blobs beside them make, None if they make none, and
-    what is wrong with them. `digests` are those of the blobs that find_doubts names."""
-    path = f"{version.stem}.key"
+    what is wrong with them. Of several good places on one volume it gets the one that is `named`,
+    else the first. `digests` are those of the blobs that find_doubts names."""
     record = choose_record(version, read, digests)
-    volumes = list[str]()
+    good = dict[str, str]()  # volume -> place
     others = dict[str, Record]()
     cases = list[Case]()
-    for volume, sidecar in sorted(read.items()):
+    for place in sorted(read, key=lambda place: (place not in named, place)):
+        sidecar = read[place]
+        volume = volume_of(place)
+        path = f"{place_path(version.stem, place)}.key"
         if isinstance(sidecar, str):
             cases.append(Case("bad sidecar", volume, path, "", sidecar))
         elif record and sidecar != record:
-            others[volume] = sidecar
+            others[place] = sidecar
         told = record or sidecar
         if isinstance(told, str):
             continue
-        blob = version.path_of(told)
-        match judge_beside(version, told, volume, digests):
+        blob = place_path(version.path_of(told), place)
+        match judge_beside(version, told, place, digests):
             case "":
-                volumes.append(volume)
+                good.setdefault(volume, place)
             case "sidecar without blob" as wrong:
                 cases.append(Case(wrong, volume, path, told.key))
             case "wrong size" as wrong:
-                detail = f"{version.size(volume, blob)} bytes instead of {told.size}"
+                detail = f"{version.size(place, blob)} bytes instead of {told.size}"
                 cases.append(Case(wrong, volume, blob, told.key, detail))
             case wrong:
                 cases.append(Case(wrong, volume, blob, told.key))
@@ -347,8 +370,9 @@ def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgeme
         return None, cases
     if others:
         detail = tell_apart(record, others.values())
+        path = f"{version.stem}.key"
         cases.append(Case("contradicting sidecars", " ".join(others), path, record.key, detail))
-    return record._replace(volumes=tuple(volumes)), cases
+    return record._replace(places=tuple(sorted(good.values()))), cases
 
 
 def name_unusable(version: Version, read: Sidecars) -> Case:
@@ -361,8 +385,57 @@ def name_unusable(version: Version, read: Sidecars) -> Case:
         detail = "no blob fits its sidecar"
     else:
         detail = "sidecars contradict each other, and no blob decides"
-    volumes = " ".join(sorted(read.keys() | version.blobs.keys()))
-    return Case("unusable version", volumes, f"{version.stem}.key", min(keys, default=""), detail)
+    places = " ".join(sorted(read.keys() | version.blobs.keys()))
+    return Case("unusable version", places, f"{version.stem}.key", min(keys, default=""), detail)
+
+
+@dataclass(slots=True, kw_only=True)
+class Known:
+    """What the old index says of a run of folders. Only one that is whole has records and what was
+    drawn: what it has drawn, and neither its record nor a claim names, is dead (R3)."""
+
+    drawn: Mapping[str, Drawn]  # by tag
+    keys: dict[str, str] = field(default_factory=dict)  # stem of a key -> key, as sidecars say
+    records: dict[str, Record | None] = field(default_factory=dict)  # of these
+    dead: dict[str, set[str]] = field(default_factory=dict)  # stem of a version -> places
+    claimed: dict[str, set[str]] = field(default_factory=dict)  # the same; the volumes decide
+
+    def names(self, stem: str) -> Record | None:
+        """Return the record, if it is of this version."""
+        record = self.records.get(stem[:KEY_STEM])
+        return record if record and record.version == version_of(stem) else None
+
+    def is_dead(self, stem: str) -> bool:
+        """Whether it knows that a version is dead: it cannot if no sidecar says of which key."""
+        if stem[:KEY_STEM] not in self.records or stem in self.claimed or self.names(stem):
+            return False
+        version = version_of(stem)
+        tags = (ANY_TAG, version[16:])
+        return is_drawn(version, [self.drawn[tag] for tag in tags if tag in self.drawn])
+
+
+@dataclass(slots=True)
+class Tombstone:
+    """What the tombstones of a dead version say: the blob's path, the volumes that have one, and
+    the places that may still show its sidecar."""
+
+    path: str
+    volumes: Collection[str]
+    places: set[str] = field(default_factory=set)
+
+    def write(self, key: str, tx: Transaction) -> None:
+        """Note it in an index: volumes that are not read now may still have the dead version, and
+        others may get it yet."""
+        path = tombstone_path(self.path)
+        pending = tx.pending_at(path)
+        until_s = tx.now_s + HUNG_S
+        for place in self.places:
+            at = volume_of(place), place_path(self.path, place)
+            if at not in pending.dead or pending.dead[at].owner is not None:
+                pending.dead[at] = Dead(at[1], at[0], tx.now_s, tx.now_s, until_s, None, key)
+        for volume in self.volumes:
+            pending.dead.pop((volume, path), None)
+        pending.tombstones.setdefault(path, set()).update(self.volumes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1161,41 +1234,184 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
 # == rebuild ======================================================================================
 
 
-ALIVE = (PendingState.KEPT, PendingState.REMAKING, PendingState.MARK)  # no garbage, nor will be
+def carry_over(
+    pending: Mapping[str, Pending], age_s: float, seen: Collection[str], tx: Transaction
+) -> None:
+    """Take over what is pending in an index whose clock is `age_s` behind, but for tombstones on
+    volumes that are `seen`: their own files say that. What is dead is due at once, since nobody
+    reads. What is claimed is so by this owner now: dead when it retires, unless it is adopted."""
+    for one in pending.values():
+        for (path, _), places in one.claims.items():
+            after = tx.pending_at(path)
+            after.kill_places(path, places, tx.now_s, tx.now_s, "", tx.lease.owner)
+        for place, row in one.dead.items():
+            doubts = list[float]()
+            if row.doubt_s is not None:
+                doubts.append(row.doubt_s + age_s)
+            if row.owner is not None:
+                doubts.append(tx.now_s + BROKEN_S)
+            row = row._replace(doubt_s=max(doubts, default=None), owner=None)
+            tx.pending_at(row.path).dead[place] = row._replace(due_s=tx.now_s, since_s=tx.now_s)
+        for path, volumes in one.tombstones.items():
+            if unseen := volumes.difference(seen):
+                tx.pending_at(path).tombstones[path] = unseen
 
 
-def places_of_garbage(rows: Iterable[Pending]) -> list[Place]:
-    """Return the places of what is garbage, or may become it."""
-    return [(row.volume, row.path) for row in rows if row.state not in ALIVE]
+def only_dead(pending: Mapping[str, Pending]) -> dict[str, Pending]:
+    """Return of what a damaged index says only what is dead, and at places that can be."""
+    dead = dict[str, Pending]()
+    for stem, one in pending.items():
+        rows = {place: row for place, row in one.dead.items() if parse_path(row.path)}
+        dead[stem] = Pending({}, rows, {})
+    return dead
 
 
-def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
-    """Take over what is pending in an index whose clock is `age_s` behind. What is garbage, or may
-    be, is due at once, since nobody reads."""
-    for row in rows:
-        doubt_s = None if row.doubt_s is None else row.doubt_s + age_s
-        if row.state in CLAIMS:
-            doubt_s = tx.now_s + BROKEN_OFF.seconds
-        if row.state is PendingState.MARK:
-            after = row
-        elif row.state in ALIVE:
-            after = row._replace(state=PendingState.KEPT, owner=None)
-            after = after._replace(due_s=doubt_s, doubt_s=doubt_s)
-        else:
-            state = row.state if row.state is PendingState.DELETING else PendingState.GARBAGE
-            after = row._replace(state=state, owner=None, attempts=0)
-            after = after._replace(due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
-        tx.change({}, {(row.volume, row.path): after})
+def paths_of(pending: Mapping[str, Pending]) -> list[str]:
+    """Return the paths of all that is pending."""
+    paths = list[str]()
+    for one in pending.values():
+        paths += [path for path, _ in one.claims]
+        paths += [path for _, path in one.dead]
+        paths += one.tombstones
+    return paths
 
 
-@dataclass(slots=True, kw_only=True)
-class Mark:
-    """What the marks of a dead version say: the blob's path, the volumes that have a mark, and
-    those that may still show its sidecar."""
+class Keys:
+    """The keys in a run of folders: what the volumes and the old index say of them, and, once they
+    are settled, what becomes of them."""
 
-    path: str
-    volumes: list[str]
-    doubted: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        clients: Clients,
+        versions: Mapping[str, Version],
+        read: Mapping[str, Sidecars],
+        tombstones: Mapping[str, Tombstone],
+        known: Known,
+    ) -> None:
+        self._clients = clients
+        self._versions = versions
+        self._read = read
+        self._tombstones = tombstones
+        self._known = known
+        self.adopted = list[Record]()
+        self.dead = dict[Place, str]()  # (volume, path of a blob) -> key, "" if it is not known
+        self.known_dead = 0  # versions of which only the old index knew it
+        self.cases = list[Case]()
+
+    async def settle(self) -> None:
+        """Decide on all versions of all keys."""
+        stems = sorted(self._versions, reverse=True)
+        for key_stem, group in groupby(stems, key=lambda stem: stem[:KEY_STEM]):
+            await self._settle_key(key_stem, list(group))
+
+    async def _settle_key(self, key_stem: str, stems: list[str]) -> None:
+        """Adopt the first version, from the highest one down, that is sound and not dead; what is
+        below is dead."""
+        known = self._known.records.get(key_stem)
+        away = self._places_away(known)
+        if known and away and known.path[:STEM] not in self._versions:
+            stems = sorted([*stems, known.path[:STEM]], reverse=True)
+        is_settled = False
+        for stem in stems:
+            version = self._versions.get(stem) or Version(stem)
+            if stem in self._tombstones:
+                self._kill(version)
+            elif self._known.is_dead(stem):
+                self._kill(version)
+                places = version.sidecars.keys() | version.blobs.keys()
+                self.known_dead += not places <= self._known.dead.get(stem, set())
+            elif is_settled and (version.sidecars or away):
+                self._kill(version)
+            else:
+                record = await self._judge(version)
+                if record is not None:
+                    is_settled = True
+                    self.adopted.append(record)
+                    self._kill_the_rest(version, record)
+
+    def _places_away(self, record: Record | None) -> list[str]:
+        """Return the places of a record that are on volumes that are not read now."""
+        if record is None:
+            return []
+        return [place for place in record.places if volume_of(place) not in self._clients]
+
+    def _key_of(self, stem: str) -> str:
+        return self._known.keys.get(stem[:KEY_STEM], "")
+
+    def _kill(self, version: Version) -> None:
+        """All of a version is dead, also what the old index names on volumes that are not read."""
+        key = self._key_of(version.stem)
+        self.dead |= dict.fromkeys(version.places, key)
+        if named := self._known.names(version.stem):
+            for place in self._places_away(named):
+                self.dead[volume_of(place), place_path(named.path, place)] = key
+
+    def _kill_the_rest(self, version: Version, record: Record) -> None:
+        """What has a sidecar of the version of `record`, and was left out of it, is dead: there
+        the blob is bad or missing, or it is the second one on its volume."""
+        for volume, path in version.places:
+            place = volume + split_path(path)[1]
+            if place in version.sidecars and place not in record.places:
+                self.dead[volume, path] = record.key
+
+    async def _judge(self, version: Version) -> Record | None:
+        """Return the record that a version makes which is not known to be dead, None if it makes
+        none."""
+        stem = version.stem
+        named = self._known.names(stem)
+        read = self._read.get(stem, {})
+        dead = self._known.dead.get(stem, set())
+        standing = version.without(dead) if dead else version
+        record = None
+        if standing.sidecars:
+            sidecars = {place: read[place] for place in standing.sidecars} if dead else read
+            record, cases = await self._read_and_judge(standing, sidecars, named)
+            self.cases += cases
+        for place in sorted(standing.blobs.keys() - standing.sidecars.keys()):
+            for path in standing.blobs[place]:
+                self.cases.append(Case("blob without sidecar", volume_of(place), path))
+        if record is None and dead and named:  # it may have the last good replica
+            record, _ = await self._read_and_judge(version, read, named, in_full=True)
+        if record is None and standing.sidecars and standing.blobs:
+            self.cases.append(name_unusable(standing, read))
+            return None
+        if named and (away := self._places_away(named)):
+            places = (*record.places, *away) if record else away
+            record = (record or named)._replace(places=tuple(sorted(places)))
+        return record
+
+    async def _read_and_judge(
+        self, version: Version, read: Sidecars, named: Record | None, in_full: bool = False
+    ) -> Judgement:
+        """Judge a version, by the digests of those blobs that have to decide."""
+        digests = dict[Place, str]()
+        for volume, path in find_doubts(version, read, in_full):
+            size = version.size(volume + split_path(path)[1], path) or 0
+            digests[volume, path] = await read_digest(self._clients[volume], path, size)
+        return judge_version(version, read, digests, named.places if named else ())
+
+    def write(self, tx: Transaction) -> None:
+        """Write what has become of them to the new index."""
+        for record in self.adopted:
+            tx.insert(record)
+            stem = record.path[:STEM]
+            if stem in self._known.dead or stem in self._known.claimed:
+                raise_from_dead(record, tx.pending_at(record.path))
+        for stem, tombstone in self._tombstones.items():
+            tombstone.write(self._key_of(stem), tx)
+        for (volume, path), key in self.dead.items():
+            pending = tx.pending_at(path)
+            row = Dead(path, volume, tx.now_s, tx.now_s, None, None, key)
+            row = pending.dead.setdefault((volume, path), row)
+            pending.dead[volume, path] = row._replace(key=row.key or key)
+
+
+def raise_from_dead(record: Record, pending: Pending) -> None:
+    """Have nothing dead, or claimed, where a record stands."""
+    stems = {(volume_of(place), place_path(record.path[:STEM], place)) for place in record.places}
+    for volume, path in list(pending.dead):
+        if (volume, stem_of(path)) in stems:
+            del pending.dead[volume, path]
 
 
 class Rebuild:
@@ -1204,34 +1420,54 @@ class Rebuild:
     def __init__(self, clients: Clients, indexes: Replacement, report: Report) -> None:
         self._clients = clients
         self._indexes = indexes
-        self._old = indexes.old
+        self._copy = None if indexes.damage else indexes.old  # a whole one
         self._new = indexes.new
         self._report = report
+        self._drawn = dict[str, Drawn]()  # by tag
+        self._highest = ""  # version in any file
         self.walk = Walk(clients, report, self._fail)
-        self.keys = self.bytes = self.garbage = self.left_out = 0
+        self.keys = self.bytes = self.left_out = self.known_dead = 0
 
     def _fail(self, error: VolumeError) -> None:
         raise error
 
     async def run(self, allowed: Collection[str]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; decide on the keys of all
+        """Carry over what the old index says that is dead or claimed; decide on the keys of all
         folders; see what has become of the old keys."""
         await self.walk.start()
-        totals = await self._old.totals() if self._old else {}
-        self._check_volumes(totals, allowed)
-        if self._old:
-            await self._carry_over(self._old)
+        if self._copy:
+            self._check_volumes(await self._copy.totals(), allowed)
+            self._drawn = {row.tag: row for row in await self._copy.drawn()}
+            await self._carry_over(self._copy)
+        elif self._indexes.old:
+            await self._carry_over_damaged(self._indexes.old)
         await self.walk.run(self._merge)
-        await self._new.write(Transaction.release_all_marks)
-        if not self._report.counts["unusable version"]:  # which end it anyway
-            await self._find_lost(set(allowed))
+        if self._report.counts["unusable version"]:
+            return  # these end it
+        await self._see_to_the_lost()
+        await self._release_tombstones()
+        await self._new.write(partial(Transaction.note_drawn, rows=self._rows_of_drawn()))
 
     async def _carry_over(self, old: Index) -> None:
         age_s = await self._new.now_s() - await old.now_s()
         async for pending in old.read_pending():
-            self.garbage += len(places_of_garbage(pending))
-            paths = [row.path for row in pending]
-            await self._new.write(partial(carry_over, pending, age_s), paths=paths)
+            carry = partial(carry_over, pending, age_s, self._clients)
+            await self._new.write(carry, paths=paths_of(pending))
+
+    async def _carry_over_damaged(self, old: Index) -> None:
+        """Do so with what can be read of an index that is not whole. Of the versions that it has
+        drawn only the highest counts."""
+        try:
+            age_s = await self._new.now_s() - await old.now_s()
+            async for pending in old.read_pending():
+                pending = only_dead(pending)
+                carry = partial(carry_over, pending, age_s, self._clients)
+                await self._new.write(carry, paths=paths_of(pending))
+            rows = [row for row in await old.drawn() if is_sound(row)]
+            highest_ns = max((row.highest_ns for row in rows), default=0)
+            self._drawn = {SEEN_TAG: Drawn(SEEN_TAG, highest_ns + 1, highest_ns)}
+        except Exception:  # of an index that may say anything
+            return  # should it be the new one that fails, it will again
 
     def _check_volumes(
         self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]
@@ -1249,138 +1485,138 @@ class Rebuild:
                     "(--allow-missing)"
                 )
 
-    async def _find_lost(self, allowed: set[str]) -> None:
-        """Report the keys of the old index that the new one lacks, or has in an older version."""
+    async def _see_to_the_lost(self) -> None:
+        """See to the keys of the old index that the new one lacks, or has in an older version:
+        those on volumes that were not read stay as they are, the others are reported."""
         async for page in self._indexes.lost():
-            for record, is_older in page:
-                if allowed.issuperset(record.volumes):
-                    self.left_out += 1
-                    continue
+            keys = [record.key for record, _ in page]
+            kept, lost = await self._new.write(partial(keep_unread, page, self._clients), keys)
+            self._count(kept)
+            self.left_out += len(kept)
+            for record, is_older in lost:
                 detail = "an older version is there" if is_older else ""
                 names = " ".join(record.volumes)
                 self._report.add(Case("lost key", names, record.path, record.key, detail))
 
-    def _write(
-        self,
-        records: Collection[Record],
-        garbage: Collection[Place],
-        alive: Iterable[Place],
-        tx: Transaction,
-    ) -> None:
-        for volume, path in garbage:
-            tx.add_garbage(path, [volume])
-        insert_all(records, tx)
-        for volume, path in alive:
-            tx.keep(path, [volume])
+    def _count(self, records: Collection[Record]) -> None:
+        self.keys += len(records)
+        self.bytes += sum(record.size for record in records)
 
-    def _write_marks(self, marks: Mapping[str, Mark], tx: Transaction) -> None:
-        """Note what marks say: a volume that is not read now may still have the dead version."""
-        for mark in marks.values():
-            tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG))
-            tx.add_marks([mark.path], mark.volumes, ())
+    async def _release_tombstones(self) -> None:
+        """Have those deleted of whose versions nothing is dead any more."""
+        async for pending in self._new.read_pending():
+            paths = [path for one in pending.values() for path in one.tombstones]
+            await self._new.write(partial(release_tombstones, paths), paths=paths)
+
+    def _rows_of_drawn(self) -> list[Drawn]:
+        """Return what the new index knows of versions: all that the old one knew, and that none is
+        to be drawn below what was seen."""
+        highest_ns = version_ns(self._highest) if self._highest else 0
+        highest_ns = max([highest_ns, *(row.highest_ns for row in self._drawn.values())])
+        seen = Drawn(SEEN_TAG, highest_ns + 1, highest_ns)
+        return [*(self._drawn | {SEEN_TAG: seen}).values()]
 
     async def _merge(self, run: list[str], on: On) -> None:
-        """Decide on all keys of a run: from the highest version down, the first that is sound and
-        not garbage."""
+        """Decide on all keys of a run of folders."""
         versions, cases = group_files(await self.walk.list_run(on))
+        found = [version_of(stem) for stem in versions]
+        self._highest = max([self._highest, *(one for one in found if one < END_OF_VERSIONS)])
         read = await self._read(versions.values())
-        garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
-        pending = await self._old.pending_between(run[0], run[-1]) if self._old else []
-        for volume, path in places_of_garbage(pending):
-            garbage[path[:STEM]].add(volume)
-        marks = await self._read_marks(versions.values())
-        adopted = dict[str, Record]()  # by the hash of the key
-        dead = list[Place]()
-        alive = list[Place]()
-        for stem in sorted(versions, reverse=True):
-            version = versions[stem]
-            key_hash = stem[:-20]
-            for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
-                for path in version.blobs[volume]:
-                    cases.append(Case("blob without sidecar", volume, path))
-            if not version.sidecars:  # an unfinished write
-                continue
-            if key_hash in adopted or stem in marks:
-                dead += version.places
-                continue
-            digests = await self._read_blobs(version, read[stem])
-            record, more = judge_version(version, read[stem], digests)
-            cases += more
-            if record and garbage[stem]:
-                record = await self._judge_garbage(record, garbage[stem])
-                dead += [] if record.volumes else version.places
-                alive += [(volume, record.path) for volume in record.volumes]
-            if record and record.volumes:
-                adopted[key_hash] = record
-            elif record is None and version.blobs:
-                if garbage[stem].issuperset(version.blobs):
-                    dead += version.places
-                else:
-                    cases.append(name_unusable(version, read[stem]))
-        await self._new.write(partial(self._write_marks, marks), paths=marks)
-        keys = [record.key for record in adopted.values()]
-        paths = [path for _, path in (*dead, *alive)]
-        await self._new.write(partial(self._write, adopted.values(), dead, alive), keys, paths)
-        self.garbage += len(dead)
-        self.keys += len(adopted)
-        self.bytes += sum(record.size for record in adopted.values())
-        self._report.add(*cases)
+        tombstones = await self._read_tombstones(versions.values())
+        keys = Keys(self._clients, versions, read, tombstones, await self._ask_old(run, read))
+        await keys.settle()
+        named = [record.key for record in keys.adopted]
+        paths = [path for _, path in keys.dead]
+        paths += [tombstone.path for tombstone in tombstones.values()]
+        await self._new.write(keys.write, named, paths)
+        self._count(keys.adopted)
+        self.known_dead += keys.known_dead
+        self._report.add(*cases, *keys.cases)
 
-    async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
-        """Return stem -> mark of the versions that are dead. That it has a mark is enough; what
-        the mark says only tells where else to look. An index that names such a version is a copy
-        from before that."""
-        marks = dict[str, Mark]()
+    async def _ask_old(self, run: list[str], read: Mapping[str, Sidecars]) -> Known:
+        """Return what the old index says of the versions in a run. What was pending there is in
+        the new one by now."""
+        known = Known(drawn=self._drawn)
+        for one in (await self._new.pending_between(run[0], run[-1])).values():
+            for row in one.dead.values():
+                if not row.is_tombstone:
+                    places = known.dead if row.owner is None else known.claimed
+                    place = row.volume + split_path(row.path)[1]
+                    places.setdefault(row.path[:STEM], set()).add(place)
+        for stem, sidecars in read.items():
+            for sidecar in sidecars.values():
+                if isinstance(sidecar, Record):
+                    known.keys[stem[:KEY_STEM]] = sidecar.key
+        if self._copy:
+            records = await self._copy.get_many([*known.keys.values()])
+            known.records.update(zip(known.keys, records, strict=True))
+        return known
+
+    async def _read_tombstones(self, versions: Collection[Version]) -> dict[str, Tombstone]:
+        """Return stem -> tombstone of the versions that are dead. That it has one is enough; what
+        that says only tells where else to look. An index that names such a version is older than
+        the volumes."""
+        tombstones = dict[str, Tombstone]()
         for version in versions:
-            if not version.marks:
+            if not version.tombstones:
                 continue
-            path = f"{version.stem}.del"
-            places = [(volume, path) for volume in version.marks]
-            found = Mark(path=version.stem, volumes=sorted(version.marks))
+            path = tombstone_path(version.stem)
+            places = [(volume, path) for volume in version.tombstones]
+            found = Tombstone(path=version.stem, volumes=sorted(version.tombstones))
             for (volume, _), answer in zip(
                 places, await get_each(self._clients, places, MAX_SIDECAR_BYTES), strict=True
             ):
                 if isinstance(answer, VolumeError):
                     raise answer
                 try:
-                    found.path, doubted = decode_mark(answer[1], path)
-                    found.doubted.update(doubted)
+                    found.path, doubted = decode_tombstone(answer[1], path)
+                    found.places.update(doubted)
                 except ValueError as error:
-                    found.doubted.update(self._clients)
-                    self._report.add(Case("bad mark", volume, path, "", str(error)))
-            marks[version.stem] = found
-        return marks
+                    found.places.update(self._clients)
+                    self._report.add(Case("bad tombstone", volume, path, "", str(error)))
+            tombstones[version.stem] = found
+        return tombstones
 
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
-        """Read all sidecars: return stem -> volume -> sidecar."""
+        """Read all sidecars: return stem -> place -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         wanted = list[Place]()
         for version in versions:
-            wanted += [(volume, f"{version.stem}.key") for volume in version.sidecars]
+            for place in version.sidecars:
+                wanted.append((volume_of(place), f"{place_path(version.stem, place)}.key"))
         sidecars = await read_sidecars(self._clients, wanted)
         for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
-            read[path[:STEM]][volume] = sidecar
+            read[path[:STEM]][volume + split_path(path)[1]] = sidecar
         return read
 
-    async def _read_blobs(self, version: Version, read: Sidecars) -> Digests:
-        """Return the digests of the blobs that have to decide."""
-        digests = dict[Place, str]()
-        for volume, path in find_doubts(version, read):
-            size = version.size(volume, path) or 0
-            digests[volume, path] = await read_digest(self._clients[volume], path, size)
-        return digests
 
-    async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
-        """Return a record that is garbage on some volumes without these. If the old index has no
-        such record, without all. If it names volumes that have it no more, it is older than the
-        volumes: with all."""
-        (old,) = await self._old.get_many([record.key]) if self._old else [None]
-        if old is None or old.version != record.version:
-            return record._replace(volumes=())
-        if not set(record.volumes).issuperset(old.volumes):
-            return record
-        standing = tuple(volume for volume in record.volumes if volume not in dead)
-        return record._replace(volumes=standing or record.volumes)
+END_OF_VERSIONS = f"{END_OF_TIME_NS:016x}"
+
+
+def keep_unread(
+    page: Iterable[tuple[Record, bool]], read: Collection[str], tx: Transaction
+) -> tuple[list[Record], list[tuple[Record, bool]]]:
+    """Keep those of some records of the old index, which the new one lacks, that are on volumes
+    that were not `read`; return these, and the others. What has a tombstone is neither: it was
+    deleted after the old index was copied."""
+    kept = list[Record]()
+    lost = list[tuple[Record, bool]]()
+    for record, is_older in page:
+        pending = tx.pending_of(record.key)
+        away = tuple(place for place in record.places if volume_of(place) not in read)
+        if tombstone_path(record.path) in pending.tombstones:
+            pending.kill_places(record.path, away, tx.now_s, tx.now_s, record.key)
+        elif away and not is_older:
+            kept.append(record._replace(places=away))
+            tx.insert(kept[-1])
+        else:
+            lost.append((record, is_older))
+    return kept, lost
+
+
+def release_tombstones(paths: Iterable[str], tx: Transaction) -> None:
+    for path in paths:
+        tx.pending_at(path).release_tombstones(path, "", tx.now_s)
 
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1391,7 +1627,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         stack.push_async_callback(indexes.close)
         await indexes.open()
         known = {volume.name for volume in config.volumes}
-        if indexes.old:
+        if indexes.old and not indexes.damage:
             known.update(await indexes.old.totals())
         unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
         if unknown:
@@ -1408,14 +1644,14 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         )
         async with progress:
             await work.run(options.allow_missing)
-        damage = indexes.damage
         report.facts = {
             "keys": work.keys,
             "bytes": work.bytes,
-            "garbage": work.garbage,
-            "damage": damage,
+            "garbage": (await indexes.new.totals()).get(GARBAGE, (0, 0))[0],
+            "damage": indexes.damage,
+            "left_out": work.left_out,
+            "known_dead": work.known_dead,
         }
-        report.facts["left_out"] = work.left_out
         unusable = report.counts["unusable version"]
         if unusable:
             report.lines = [f"nothing was changed: {unusable} versions cannot be used, see above"]
@@ -1430,13 +1666,15 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         "second"
     ]
     report.lines += [f"the old index is {kept}"] if kept else []
-    report.lines += (
-        [f"its garbage was lost ({damage}): what was deleted of late may be back"]
-        if damage
-        else []
-    )
+    if indexes.damage:
+        reason = f"it is not whole ({indexes.damage})"
+        report.lines.append(f"{reason}: what was deleted of late may be back")
+    if work.known_dead:
+        reason = "the old index knew that they are dead"
+        report.lines.append(f"{work.known_dead} versions on the volumes were left out: {reason}")
     if work.left_out:
-        report.lines.append(f"{work.left_out} keys are only on the volumes that were left out")
+        where = "only on the volumes that were left out, and stay as they were"
+        report.lines.append(f"{work.left_out} keys are {where}")
     lost = report.counts["lost key"]
     if lost:
         report.lines.append(f"{lost} keys of the old index are lost or older now, see above")
@@ -2037,21 +2275,32 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
         for one in (source, target):
             stack.push_async_callback(one.close)
             await one.open()
-        if source.old is None:
+        if source.old is None or source.damage:
             raise ConfigError([f"FROM: {source.name}: {source.damage}"])
-        if target.damage or (target.old and await count_keys(target.old)):
-            raise ConfigError([f"TO: there is an index at {target.name}, and it is not empty"])
-        copying = IndexCopy(source.old, target.new)
-        copying.whole = await count_keys(source.old)
-        async with show_progress(report, copying.text, copying.share):
-            await copying.copy()
-            await copying.check()
-        await target.finish(copying.keys, copying.size)
-    report.facts = {"keys": copying.keys, "bytes": copying.size, "pending": copying.pending}
+        if await source.old.is_copy():
+            raise ConfigError(
+                [f"FROM: {source.name} is a copy, which may lack what came after it"]
+            )
+        keys, size = (await source.old.totals()).get(ALL_KEYS, (0, 0))
+        copying = IndexCopy(source.old, target.new, keys)
+        taken = f"TO: there is an index at {target.name}, and it is not empty"
+        if target.damage:
+            raise ConfigError([taken])
+        if target.old and await count_keys(target.old):
+            # It may be that of a run which was killed before it was done with FROM.
+            if await copying.compare(target.old):
+                raise ConfigError([taken])
+        else:
+            async with show_progress(report, copying.text, copying.share):
+                await copying.copy()
+                if why := await copying.compare(target.new):
+                    raise ToolError(f"{why}: TO stays as it was")
+            await target.finish(keys, size)
+        await source.old.mark_as_copy()
+    report.facts = {"keys": keys, "bytes": size, "pending": copying.pending}
     report.lines = [
-        f"{target.name}: {copying.keys} keys, {show_bytes(copying.size)}, and {copying.pending} "
-        "rows pending",
-        f"{source.name} is as it was: let no server use it from now on",
+        f"{target.name}: {keys} keys, {show_bytes(size)}, and {copying.pending} places pending",
+        f"{source.name} says from now on that it is a copy, and no server uses it",
     ]
 
 
@@ -2063,45 +2312,59 @@ async def count_keys(index: Index) -> int:
 class IndexCopy:
     """A copy of one index's rows into another, and how far it is."""
 
-    def __init__(self, source: Index, target: Index) -> None:
+    def __init__(self, source: Index, target: Index, whole: int) -> None:
         self._source = source
         self._target = target
-        self.whole = 0  # keys there are
+        self._whole = whole  # keys there are
         self.keys = 0
-        self.size = 0  # bytes of their blobs
-        self.pending = 0
+        self.pending = 0  # places
         self.checked = 0  # keys
 
     def text(self) -> str:
         return f"{self.keys} keys copied, {self.checked} checked"
 
     def share(self) -> float:
-        return min(1.0, (self.keys + self.checked) / max(1, 2 * self.whole))
+        return min(1.0, (self.keys + self.checked) / max(1, 2 * self._whole))
 
     async def copy(self) -> None:
         async for records in self._source.read_records():
             named = [record.key for record in records]
             await self._target.write(partial(insert_all, records), keys=named)
             self.keys += len(records)
-            self.size += sum(record.size for record in records)
         age_s = await self._target.now_s() - await self._source.now_s()
         async for pending in self._source.read_pending():
-            paths = [row.path for row in pending]
-            await self._target.write(partial(carry_over, pending, age_s), paths=paths)
-            self.pending += len(pending)
+            carry = partial(carry_over, pending, age_s, ())
+            await self._target.write(carry, paths=paths_of(pending))
+        drawn = await self._source.drawn()
+        await self._target.write(partial(Transaction.note_drawn, rows=drawn))
 
-    async def check(self) -> None:
-        """Raise ToolError unless both have the same records, and as many rows pending."""
-        copies = self._target.read_records()
+    async def compare(self, target: Index) -> str:
+        """Return "" if an index has the same records, has drawn the same versions, and has as many
+        places pending as the source; else what is wrong with it."""
+        copies = target.read_records()
         async for records in self._source.read_records():
             if await anext(copies, []) != records:
-                raise ToolError("the copy is not the same: TO stays as it was")
+                return "the copy is not the same"
             self.checked += len(records)
-        count = 0
-        async for pending in self._target.read_pending():
-            count += len(pending)
-        if await anext(copies, []) or count != self.pending:
-            raise ToolError("the copy has more, or less, than there was: TO stays as it was")
+        is_longer = bool(await anext(copies, []))
+        self.pending = await count_pending(self._source)
+        is_same = sorted(await target.drawn()) == sorted(await self._source.drawn())
+        if is_longer or await count_pending(target) != self.pending or not is_same:
+            return "the copy has more, or less, than there was"
+        return ""
+
+
+async def count_pending(index: Index) -> int:
+    """Return at how many places something is pending: a claim of one is as much as that it is
+    dead."""
+    count = 0
+    async for pending in index.read_pending():
+        for one in pending.values():
+            places = set(one.dead)
+            for (path, _), claimed in one.claims.items():
+                places |= {(volume_of(place), place_path(path, place)) for place in claimed}
+            count += len(places) + sum(map(len, one.tombstones.values()))
+    return count
 
 
 def insert_all(records: Iterable[Record], tx: Transaction) -> None:

@@ -10365,11 +10365,11 @@ class Cluster:
 
         async def work(store: Store) -> None:
             await store.index.write(
-                lambda tx: tx._session.run("UPDATE pending SET due = 0 WHERE due > 0")
+                lambda tx: tx._session.run("UPDATE dead SET due = 0 WHERE due > 0")
             )
             while (await store.status())["garbage"]:
                 await store.collect_garbage()
-            await store.collect_garbage()  # marks, once what they speak of is gone
+            await store.collect_garbage()  # tombstones, once what they speak of is gone
 
         self.use(work)
 
@@ -10432,12 +10432,15 @@ class Cluster:
         return self.ask_index("SELECT * FROM record ORDER BY key")
 
     def garbage(self) -> list[tuple[str, str]]:
-        query = "SELECT volume, path FROM pending WHERE state = 'garbage' ORDER BY 1, 2"
-        return self.ask_index(query)
+        return self.ask_index("SELECT volume, path FROM dead ORDER BY 1, 2")
 
     def claims(self) -> list[tuple[str, str]]:
-        query = f"SELECT {mkv.PENDING_COLUMNS} FROM pending WHERE owner IS NOT NULL"
-        return sorted((row.volume, row.path) for row in mkv.pending_of_rows(self.ask_index(query)))
+        rows = self.ask_index("SELECT path, places FROM claim")
+        return sorted(
+            (mkv.volume_of(place), mkv.place_path(path, place))
+            for path, places in rows
+            for place in places.split()
+        )
 
     def record(self, key: str) -> Record:
         return next(mkv.record_of_row(row) for row in self.rows() if row[0] == key)
@@ -10445,8 +10448,9 @@ class Cluster:
     def replica(self, key: str, number: int = 0, sidecar: bool = False) -> Path:
         """Return the file of one replica of a key."""
         record = self.record(key)
-        path = mkv.sidecar_path(record.path) if sidecar else record.path
-        return self.data / record.volumes[number] / path[1:]
+        volume = record.volumes[number]
+        path = record.path_on(volume)
+        return self.data / volume / (mkv.sidecar_path(path) if sidecar else path)[1:]
 
     def files(self, name: str) -> set[str]:
         return {
@@ -10534,7 +10538,7 @@ on_both_engines = pytest.mark.parametrize("cluster", ["nginx", "postgres"], indi
 # == Tools: plans =================================================================================
 
 R = Record(
-    key="k", version="16f0a0b0c0d0e0f00001", volumes=("a", "b"), size=3,
+    key="k", version="16f0a0b0c0d0e0f00001", places=("a", "b"), size=3,
     digest=hashlib.sha256(b"abc").hexdigest(),
     content_type="image/png", ext="png",
 )  # fmt: skip
@@ -10703,7 +10707,7 @@ def test_judge_version(
         version, read, {(volume, R.path): d for volume, d in digests.items()}
     )
     assert (record and "".join(record.volumes)) == volumes
-    assert record is None or record._replace(volumes=R.volumes) in (R, OTHER)
+    assert record is None or record._replace(places=R.places) in (R, OTHER)
     assert [case.kind for case in cases] == kinds
 
 
@@ -10718,7 +10722,7 @@ def test_judge_version(
 def test_content_type_is_decided_though_no_blob_can_tell(
     types: dict[str, str], chosen: str
 ) -> None:
-    read = {volume: R._replace(volumes=(), content_type=one) for volume, one in types.items()}
+    read = {volume: R._replace(places=(), content_type=one) for volume, one in types.items()}
     version, digests = (
         version_of(dict.fromkeys(read, 9), dict.fromkeys(read, 3)),
         {(v, R.path): d for v, d in GOOD.items()},
