@@ -11035,7 +11035,7 @@ def sidecars(cluster: Cluster) -> list[str]:
     )
 
 
-def marks(cluster: Cluster) -> list[str]:
+def tombstones(cluster: Cluster) -> list[str]:
     return sorted(
         path for name in cluster.volumes for path in cluster.files(name) if path.endswith(".del")
     )
@@ -11051,7 +11051,7 @@ def all_files(cluster: Cluster) -> list[str]:
 def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_lost(
     cluster: Cluster, way: str, overwritten: bool
 ) -> None:
-    """I4: marks on the other volumes say so, until the volume is back."""
+    """I4: tombstones on the other volumes say so, until the volume is back."""
     names = ("volume1", "volume2", "volume3")
     cluster.configure(*names, replicas=3, min_replicas=2, volume_timeout=0.5)
     cluster.put({"gone": b"1", "stays": b"2"})
@@ -11069,10 +11069,10 @@ def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_l
         cluster.volumes["volume3"].signal(signal.SIGCONT)
     else:
         cluster.start("volume3")
-    assert len(marks(cluster)) >= 2
+    assert len(tombstones(cluster)) >= 2
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
     with cluster.serve():
-        eventually(lambda: len(sidecars(cluster)) == 3 and not marks(cluster))
+        eventually(lambda: len(sidecars(cluster)) == 3 and not tombstones(cluster))
     kinds = cluster.tool("verify", "--grace", 0)[1]["found"].keys()
     # Blobs that were waiting to be deleted when the index was lost.
     assert kinds <= {"unfinished write"}
@@ -11106,36 +11106,38 @@ def test_put_that_is_refused_with_412_leaves_no_sidecar(cluster: Cluster) -> Non
 
 @on_nginx
 @pytest.mark.parametrize("down", [False, True])
-def test_put_that_was_overtaken_does_not_come_back_though_the_index_is_lost(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, down: bool
+@pytest.mark.parametrize("deleted", [False, True])
+def test_put_that_commits_last_is_what_a_rebuild_finds_whatever_its_version(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, down: bool, deleted: bool
 ) -> None:
-    """I4: it is answered 204, as if it had come before the PUT and the DELETE that came while it
-    was under way."""
+    """R2: what is dead with a higher version is buried before the answer."""
     cluster.configure("volume1", "volume2", "volume3", replicas=3, min_replicas=2)
     store_small = mkv.Write.store_small
 
-    async def overtaken(write: mkv.Write, blob: bytes) -> Record:
+    async def be_slow(write: mkv.Write, blob: bytes) -> Record:
         record = await store_small(write, blob)
         monkeypatch.undo()
         await put_one(stores[0], "k", b"newer")
-        await stores[0].delete("k", mkv.UNCONDITIONAL, "")
+        if deleted:
+            await stores[0].delete("k", mkv.UNCONDITIONAL, "")
         if down:
             cluster.stop("volume3")
         return record
 
     async def work(store: Store) -> None:
         stores.append(store)
-        monkeypatch.setattr(mkv.Write, "store_small", overtaken)
+        monkeypatch.setattr(mkv.Write, "store_small", be_slow)
         await put_one(store, "k", b"older")
 
     stores = list[Store]()
     cluster.use(work)
-    assert len(marks(cluster)) == (2 if down else 0)
+    before = cluster.rows()
+    assert cluster.record("k").size == len(b"older")
+    assert len(tombstones(cluster)) == (2 if down and not deleted else 0)
     lose_the_index(cluster)
     if down:
         cluster.start("volume3")
-    assert len(sidecars(cluster)) == (1 if down else 0)
-    assert cluster.tool("rebuild")[0] == 0 and not cluster.rows()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
 @on_nginx
@@ -11165,11 +11167,10 @@ def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
     monkeypatch.setattr(mkv.Upload, "send", send_or_fail)
     now_s = cluster.use(work)
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        rows = db.execute("SELECT volume, path, sent, doubt FROM pending").fetchall()
-    assert [row[2:] for row in rows] == [
-        (0, pytest.approx(now_s + 300, abs=30))
-    ] * 3 and not marks(cluster)
-    for volume, path, _, _ in rows:
+        rows = db.execute("SELECT volume, path, doubt FROM dead").fetchall()
+    assert [row[2] for row in rows] == [pytest.approx(now_s + 300, abs=30)] * 3
+    assert not tombstones(cluster)
+    for volume, path, _ in rows:
         late = cluster.data / volume / path[1:]
         late.parent.mkdir(parents=True, exist_ok=True)
         late.write_bytes(b"late")
@@ -11194,12 +11195,11 @@ def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: C
 
     cluster.use(work)
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        assert db.execute("SELECT volume, state, doubt FROM pending").fetchall() == [
-            ("volume3", "garbage", None)
-        ]
+        rows = db.execute("SELECT volume, doubt FROM dead").fetchall()
+    assert rows in ([], [("volume3", None)])
     cluster.start("volume3")
     cluster.collect()
-    assert not sent_rows(cluster)
+    assert not cluster.garbage()
 
 
 @on_nginx
@@ -11225,95 +11225,30 @@ def test_put_that_is_refused_with_503_does_not_come_back_though_the_index_is_los
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-@contextlib.contextmanager
-def by_cables(cluster: Cluster) -> Iterator[list[Cable]]:
-    """Have the volumes reached by cables meanwhile."""
-    with contextlib.ExitStack() as stack:
-        cables = [Cable(port) for port in cluster.ports.values()]
-        for name, cable in zip(cluster.ports, cables, strict=True):
-            stack.callback(cable.close)
-            cluster.ports[name] = int(cable.url.rpartition(":")[2])
-        cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
-        yield cables
-    for name, volume in cluster.volumes.items():
-        cluster.ports[name] = volume.port
-    cluster.configure(*cluster.ports, replicas=3, min_replicas=2)
-
-
-def sent_rows(cluster: Cluster) -> list[tuple[str, int]]:
-    """Return state and `sent` of what is pending, but for marks."""
-    with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        return db.execute("SELECT state, sent FROM pending WHERE path NOT LIKE '%.del'").fetchall()
-
-
-@on_nginx
-def test_what_was_sent_twice_is_watched_when_it_is_dead(cluster: Cluster) -> None:
-    """A kept connection breaks, the PUT is sent again on another and succeeds; a stopped worker
-    may have the first."""
-    with by_cables(cluster) as cables:
-
-        async def work(store: Store) -> None:
-            await put_all(store, {f"warm{i}": b"x" for i in range(16)})
-            for cable in cables:
-                cable.lose_answers()
-            await put_one(store, "k", b"x")
-
-        cluster.use(work)
-    assert sent_rows(cluster) == [("kept", 2)] * 3
-    cluster.use(lambda store: store.delete("k", mkv.UNCONDITIONAL, ""))
-    cluster.collect()
-    assert sent_rows(cluster) == [("watched", 1)] * 3 and marks(cluster)
-
-
-@on_nginx
-def test_what_was_sent_twice_and_refused_has_marks(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """I4: that one was found and deleted proves nothing of the other; here the key has gone
-    meanwhile, so it is 412."""
-    with by_cables(cluster) as cables:
-
-        async def work(store: Store) -> None:
-            await put_all(store, {f"warm{i}": b"x" for i in range(16)} | {"k": b"old"})
-            etag = (await find_record(store, "k")).etag
-            store_small = mkv.Write.store_small
-
-            async def then_delete(*arguments: Any) -> Record:
-                record = await store_small(*arguments)
-                monkeypatch.undo()
-                await store.delete("k", mkv.UNCONDITIONAL, "")
-                return record
-
-            async def body() -> AsyncIterator[bytes]:
-                yield b"new"
-
-            monkeypatch.setattr(mkv.Write, "store_small", then_delete)
-            for cable in cables:
-                cable.lose_answers()
-            with pytest.raises(mkv.PreconditionFailed):
-                await store.put(
-                    mkv.Draft("k", "a/b", "", 3, mkv.Conditions(if_match=(etag,))), body(), ""
-                )
-
-        cluster.use(work)
-    cluster.collect()
-    assert sent_rows(cluster) == [("watched", 1)] * 3 and len(marks(cluster)) == 2
-
-
 def key_that_begins_at(store: Store, volume: str) -> str:
     return next(
         key for key in map("k{}".format, range(1000)) if store.view.ring.place(key, 1) == (volume,)
     )
 
 
-async def until_rows(store: Store, predicate: Callable[[Collection[mkv.Pending]], object]) -> None:
-    """Wait until `predicate` holds for all that is pending."""
-    while not predicate(list((await all_pending(store.index)).values())):  # noqa: ASYNC110
+async def read_dead(store: Store) -> list[mkv.Dead]:
+    """Return all that is dead."""
+    return [
+        row
+        async for page in store.index.read_pending()
+        for one in page.values()
+        for row in one.dead.values()
+    ]
+
+
+async def until_dead(store: Store, predicate: Callable[[Collection[mkv.Dead]], object]) -> None:
+    """Wait until `predicate` holds for all that is dead."""
+    while not predicate(await read_dead(store)):  # noqa: ASYNC110
         await asyncio.sleep(0.02)
 
 
 async def until_no_doubt(store: Store) -> None:
-    await until_rows(store, lambda rows: not any(row.doubt_s for row in rows))
+    await until_dead(store, lambda rows: not any(row.doubt_s for row in rows))
 
 
 @contextlib.contextmanager
@@ -11339,17 +11274,16 @@ def test_put_goes_on_without_a_volume_that_is_slow(cluster: Cluster) -> None:
         with stopped(cluster.volumes["volume3"]):
             await put_one(store, key, b"x")
             assert (await find_record(store, key)).volumes == ("volume1", "volume2")
-            (row,) = (await all_pending(store.index)).values()
-            assert (row.volume, row.state, row.sent) == ("volume3", mkv.PendingState.GARBAGE, 1)
-            assert row.doubt_s == row.since_s + mkv.HUNG.seconds
+            (row,) = await read_dead(store)
+            assert (row.volume, row.doubt_s) == ("volume3", row.since_s + mkv.HUNG_S)
             assert store.health.states["volume3"] is UP and store.health.slow == {"volume3"}
             await put_all(store, {f"more{i}": b"x" for i in range(30)})
-            assert len(await all_pending(store.index)) == 1  # nothing more was sent there
+            assert len(await read_dead(store)) == 1  # nothing more was sent there
         await until(lambda: not store.health.slow)
         await until_no_doubt(store)
         assert len(cluster.files("volume3")) == 2  # the late write: this is what the test is about
         await store.collect_garbage()
-        assert not await all_pending(store.index) and not cluster.files("volume3")
+        assert not await read_dead(store) and not cluster.files("volume3")
         await put_one(store, key, b"y")
         assert "volume3" in (await find_record(store, key)).volumes
 
@@ -11372,7 +11306,7 @@ def test_key_deleted_before_a_slow_volume_wrote_it_stays_dead_though_the_index_i
 
     try:
         cluster.use(work)
-        assert len(marks(cluster)) == 2 and not sidecars(cluster)
+        assert len(tombstones(cluster)) == 2 and not sidecars(cluster)
     finally:
         cluster.volumes["volume3"].signal(signal.SIGCONT)
     eventually(lambda: cluster.files("volume3"))  # the late write: this is what the test is about
@@ -11392,7 +11326,7 @@ def test_slow_volume_is_waited_for_if_there_is_no_other(cluster: Cluster) -> Non
             await until(lambda: store.health.slow)
         await put
         assert len((await find_record(store, "k")).volumes) == 3
-        assert not await all_pending(store.index)
+        assert not await read_dead(store)
 
     cluster.use(work)
 
@@ -11418,7 +11352,6 @@ def test_slow_volumes_do_not_help_each_other(
             await until(lambda: len(slow) == 3)  # one after the other was asked to help
             second = asyncio.create_task(put_one(store, "l", b"x"))
             await until(lambda: len(slow) == 4)
-            assert len(await all_pending(store.index)) == 4
         await asyncio.gather(first, second)
 
     cluster.use(work)
@@ -11435,8 +11368,7 @@ def test_put_that_is_cancelled_before_its_claim_leaves_none(cluster: Cluster) ->
         go_on.set()
         await asyncio.wait([put])
         assert await first and put.cancelled()
-        rows = await store.index.write(lambda tx: tx.pending_of("k"), ["k"])
-        assert not [row for row in rows.values() if row.state in mkv.CLAIMS]
+        assert not (await store.index.write(lambda tx: tx.pending_of("k"), ["k"])).claims
 
     cluster.use(work)
 
@@ -11455,7 +11387,7 @@ def test_put_that_is_cancelled_is_in_doubt_until_its_volumes_answer(cluster: Clu
                 )
             )
             put.cancel()
-            await until_rows(
+            await until_dead(
                 store, lambda rows: sum(row.doubt_s == row.since_s + 86400.0 for row in rows) == 3
             )
         with pytest.raises(asyncio.CancelledError):
@@ -11502,7 +11434,7 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
             assert at_once(url, "PUT", gone) == {201} and at_once(url, "DELETE", gone) == {204}
             eventually(lambda: not json.loads(ask(url + "/-/status")[2])["garbage"])
             before, known = cluster.rows(), len(sidecars(cluster))
-            assert marks(cluster)
+            assert tombstones(cluster)
             if index == "lost":
                 process.kill()
                 process.wait(20)
@@ -11514,12 +11446,12 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
             # The late writes: what the test is about.
             eventually(lambda: len(sidecars(cluster)) > known)
         else:
-            eventually(lambda: not marks(cluster) and len(list(late.glob("*/*/*"))) == 2 * 64)
+            eventually(lambda: not tombstones(cluster) and len(list(late.glob("*/*/*"))) == 2 * 64)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
 @on_nginx
-def test_delete_is_refused_while_too_few_volumes_could_take_a_mark(cluster: Cluster) -> None:
+def test_delete_is_refused_while_too_few_volumes_could_take_a_tombstone(cluster: Cluster) -> None:
     cluster.configure("volume1", "volume2", "volume3", replicas=2)
     cluster.put({"k": b"x"})
     cluster.stop(*cluster.record("k").volumes)
@@ -11548,7 +11480,7 @@ def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluste
         name for name in cluster.volumes if cluster.volumes[name].process.poll() is not None
     )
     cluster.start(dead)
-    assert len(marks(cluster)) < 2
+    assert len(tombstones(cluster)) < 2
 
     async def again(store: Store) -> None:
         """404 promises the same as 204."""
@@ -11556,7 +11488,7 @@ def test_delete_whose_volumes_fail_just_then_is_not_acknowledged(cluster: Cluste
             await store.delete("k", mkv.UNCONDITIONAL, "")
 
     cluster.use(again)
-    assert len(marks(cluster)) == 2
+    assert len(tombstones(cluster)) == 2
 
 
 @on_nginx
@@ -11662,7 +11594,7 @@ def test_rebuild_does_not_bring_back_what_was_deleted_while_a_volume_was_down(
 
 
 @on_nginx
-def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(
+def test_rebuild_believes_a_tombstone_and_not_the_backup_of_an_index(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """I4: the backup is from before the DELETE."""
@@ -11674,8 +11606,9 @@ def test_rebuild_believes_a_mark_and_not_the_backup_of_an_index(
     cluster.start("volume3")
     lose_the_index(cluster)
     shutil.copy(tmp_path / "copy.db", cluster.db)
-    assert cluster.tool("rebuild")[1]["found"]["lost key"] == 1
+    assert cluster.tool("rebuild")[:1] == (0,)  # it is not lost, but deleted
     assert [row[0] for row in cluster.rows()] == ["stays"]
+    assert len(tombstones(cluster)) == 2 and len(cluster.garbage()) >= 1
 
 
 @on_nginx
@@ -11684,8 +11617,7 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
     cluster.put({"k": b"1"})
     with contextlib.closing(sqlite3.connect(cluster.db)) as db, db:
         db.execute(
-            "INSERT INTO pending SELECT ?, value, 'garbage', NULL, 0, 0, 0, NULL, 1 FROM "
-            "json_each(?)",
+            "INSERT INTO dead SELECT ?, value, 0, 0, NULL, NULL, '' FROM json_each(?)",
             (cluster.record("k").path, json.dumps(cluster.record("k").volumes)),
         )
     before = cluster.rows()
@@ -11714,6 +11646,239 @@ def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(
     lose_the_index(cluster)
     shutil.copy(tmp_path / "copy.db", cluster.db)
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
+
+
+# -- what a whole old index knows (R3) --
+
+
+def keep_files(cluster: Cluster, tmp_path: Path) -> None:
+    """Copy the volumes away, as the README's rsync does: by the second time all there was."""
+    for name in cluster.volumes:
+        shutil.copytree(cluster.data / name, tmp_path / "kept" / name, dirs_exist_ok=True)
+
+
+def bring_files_back(cluster: Cluster, tmp_path: Path) -> None:
+    for name in cluster.volumes:
+        shutil.copytree(tmp_path / "kept" / name, cluster.data / name, dirs_exist_ok=True)
+
+
+@on_nginx
+@pytest.mark.parametrize("copy", ["current", "copied by cp", "from backup", "old backup"])
+def test_files_from_long_ago_bring_back_nothing_that_the_index_knew(
+    cluster: Cluster, tmp_path: Path, copy: str
+) -> None:
+    """I4: what was deleted and replaced before the index was copied, and by now is forgotten
+    there."""
+    gone = [f"gone{i}" for i in range(30)]
+    cluster.put(dict.fromkeys(gone, b"1") | {"replaced": b"old", "stays": b"2"})
+    keep_files(cluster, tmp_path)
+
+    async def delete(store: Store) -> None:
+        for key in gone:
+            await store.delete(key, mkv.UNCONDITIONAL, "")
+        await put_one(store, "replaced", b"new")
+
+    cluster.use(delete)
+    cluster.collect()
+    assert not cluster.garbage()
+    before = cluster.rows()
+    if copy != "current":
+        target = tmp_path / "copy.db"
+        if copy == "copied by cp":
+            shutil.copy(cluster.db, target)
+        else:
+            assert cluster.tool("backup", target)[0] == 0
+        if copy == "old backup":
+            cluster.put({"later": b"3"})
+            before = cluster.rows()
+        lose_the_index(cluster)
+        shutil.copy(target, cluster.db)
+    bring_files_back(cluster, tmp_path)
+    code, facts, _ = cluster.tool("rebuild")
+    assert (code, facts["found"], facts["known_dead"]) == (0, {}, 31)
+    assert cluster.rows() == before
+    assert len(cluster.garbage()) == 2 * 31  # and they are deleted
+    assert cluster.ask_index("SELECT key FROM dead WHERE key = ''") == []
+    cluster.collect()
+    lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+
+
+@on_nginx
+def test_late_writer_brings_back_nothing_though_nobody_waits_for_it_any_more(
+    cluster: Cluster,
+) -> None:
+    """I4: a server stops in the middle of a PUT for longer than lease and doubt, is taken for
+    dead, and writes."""
+    late = list[mkv.Write]()
+
+    async def stand_still(store: Store) -> None:
+        write = mkv.Write(store.view, store.health, mkv.Draft("k", "a/b", "", 1), "", store.index)
+        write.plan(())
+        await write.store_small(b"x")
+        late.append(write)
+
+    cluster.put({"k": b"old"})
+    cluster.use(stand_still)  # and its lease ends
+    keep = {
+        file: file.read_bytes() for file in map(cluster.data.joinpath, files_of(cluster, late))
+    }
+    assert len(keep) == 4
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db, db:
+        db.execute("UPDATE dead SET doubt = 0")  # as in five minutes
+    cluster.collect()
+    assert not cluster.garbage() and not any(file.exists() for file in keep)
+    before = cluster.rows()
+    for file, data in keep.items():
+        file.write_bytes(data)
+    code, facts, _ = cluster.tool("rebuild")
+    assert (code, facts["known_dead"]) == (0, 1) and cluster.rows() == before
+    assert len(cluster.garbage()) == 2
+
+
+def files_of(cluster: Cluster, writes: Iterable[mkv.Write]) -> list[str]:
+    """Return all files of some PUTs."""
+    stems = tuple(write.path[: mkv.STEM] for write in writes)
+    return [
+        f"{name}/{path}"
+        for name in cluster.volumes
+        for path in cluster.files(name)
+        if f"/{path}".startswith(stems)
+    ]
+
+
+def edit_index(cluster: Cluster, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(cluster.db)) as db, db:
+        for statement in statements:
+            db.execute(statement)
+
+
+@on_nginx
+@pytest.mark.parametrize("what", ["a record", "a size", "a row of drawn"])
+def test_index_that_is_not_whole_says_only_what_its_dead_rows_say(
+    cluster: Cluster, what: str
+) -> None:
+    """R3: else what it has lost would be deleted."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=2, garbage_delay=3600.0)
+    cluster.put({"k": b"x", "other": b"y", "dead": b"z"})
+    before = cluster.rows()
+    cluster.use(lambda store: store.delete("dead", mkv.UNCONDITIONAL, ""))
+    edit_index(
+        cluster,
+        {
+            "a record": "DELETE FROM record WHERE key = 'k'",
+            "a size": "UPDATE record SET size = 7 WHERE key = 'k'",
+            "a row of drawn": "UPDATE drawn SET highest = 1 << 62",
+        }[what],
+    )
+    dead = cluster.ask_index("SELECT volume, path FROM dead")
+    kept = [cluster.data / volume / mkv.sidecar_path(path)[1:] for volume, path in dead]
+    gone = mkv.Record("dead", mkv.version_of(dead[0][1]), (), 1, sha256(b"z"), "a/b", "")
+    for file in kept:  # as if the volumes had not heard of it
+        file.write_bytes(mkv.encode_sidecar(gone._replace(ext=Path(dead[0][1]).suffix[1:])))
+    code, facts, _ = cluster.tool("rebuild")
+    assert (code, facts["known_dead"]) == (0, 0) and facts["damage"]
+    assert cluster.rows() == [row for row in before if row[0] != "dead"]
+    assert set(dead) <= set(cluster.garbage())
+    (seen,) = cluster.ask_index("SELECT tag, first > highest FROM drawn")
+    assert seen == ("seen", 1)  # so the new one does not say more than it knows
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@on_nginx
+@pytest.mark.parametrize("sidecars", ["there", "not there"])
+def test_claim_of_the_old_index_is_for_the_volumes_to_decide(
+    cluster: Cluster, sidecars: str
+) -> None:
+    """R3: it got no answer, so it may have happened. What was not adopted stays in doubt."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    cluster.put({"k": b"old"})
+
+    async def stop(store: Store) -> None:
+        write = mkv.Write(store.view, store.health, mkv.Draft("k", "a/b", "", 3), "", store.index)
+        write.plan(())
+        await write.store_small(b"new")
+        await store.index.write(lambda tx: tx.claim(write.path, ["volume1~0000000a"]))
+        store.index.disown()  # killed
+
+    cluster.use(stop)
+    (path,) = {path for _, path in cluster.claims() if "~" not in path}
+    old = cluster.record("k")
+    if sidecars == "not there":
+        for name in cluster.volumes:
+            (cluster.data / name / mkv.sidecar_path(path)[1:]).unlink(missing_ok=True)
+    code, facts, _ = cluster.tool("rebuild")
+    assert (code, facts["known_dead"]) == (0, 0)
+    doubted = dict(cluster.ask_index("SELECT path, doubt > since + 290 FROM dead"))
+    tagged = mkv.place_path(path, "~0000000a")
+    if sidecars == "there":
+        assert cluster.record("k").path == path and doubted == {tagged: 1, old.path: None}
+    else:
+        assert cluster.record("k") == old and doubted == {tagged: 1, path: 1}
+    assert not cluster.claims() and not cluster.ask_index("SELECT 1 FROM owner")
+
+
+@on_nginx
+def test_rebuild_takes_of_two_places_on_one_volume_the_one_with_the_right_bytes(
+    cluster: Cluster,
+) -> None:
+    """A repair was cut off, or the index is gone: both are read; the other one is dead."""
+    cluster.put({"k": b"abc"})
+    record = cluster.record("k")
+    volume = record.volumes[0]
+    plain = cluster.data / volume / record.path[1:]
+    tagged = cluster.data / volume / mkv.place_path(record.path, "~0000000a")[1:]
+    for file in (plain, plain.with_suffix(".key")):
+        target = mkv.place_path("/" + str(file.relative_to(cluster.data / volume)), "~0000000a")
+        shutil.copy(file, cluster.data / volume / target[1:])
+    lose_the_index(cluster)
+    for bad, expected in ((tagged, volume), (plain, f"{volume}~0000000a")):
+        good = bad.read_bytes()
+        flip_bit(bad)
+        assert cluster.tool("rebuild")[1]["found"] == {"corrupt": 1}
+        assert cluster.record("k").places == tuple(sorted((expected, *record.places[1:])))
+        path = "/" + str(bad.relative_to(cluster.data / volume))
+        assert cluster.garbage() == [(volume, path)]
+        bad.write_bytes(good)
+        lose_the_index(cluster)
+
+
+@on_nginx
+def test_highest_version_of_any_file_is_below_all_that_come(cluster: Cluster) -> None:
+    """R3: also of what is no record, and without the old index; none is from the end of time."""
+    cluster.put({"k": b"x"})
+    ahead = f"{time.time_ns() + 10**15:016x}0000"
+    folder = cluster.data / "volume1" / "aa" / "bb"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"aabb{'0' * 60}-{ahead}.png").write_bytes(b"half")
+    (folder / f"aabb{'0' * 60}-{'f' * 20}").write_bytes(b"half")
+    for _ in range(2):  # with and without
+        lose_the_index(cluster)
+        for _ in range(2):
+            assert cluster.tool("rebuild")[0] == 0
+            ((seen,),) = cluster.ask_index("SELECT highest FROM drawn WHERE tag = 'seen'")
+            assert int(ahead[:16], 16) <= seen < mkv.END_OF_TIME_NS
+        cluster.put({"k": b"y"})
+        assert cluster.record("k").version > ahead
+
+
+@on_nginx
+def test_rebuild_hands_on_what_the_old_index_had_drawn(cluster: Cluster, tmp_path: Path) -> None:
+    """So the next one knows as much."""
+    cluster.put({"gone": b"1", "stays": b"2"})
+    keep_files(cluster, tmp_path)
+    cluster.use(lambda store: store.delete("gone", mkv.UNCONDITIONAL, ""))
+    cluster.collect()
+    before = cluster.rows()
+    drawn = cluster.ask_index("SELECT * FROM drawn")
+    assert len(drawn) == 1
+    assert cluster.tool("rebuild")[0] == 0
+    assert set(drawn) < set(cluster.ask_index("SELECT * FROM drawn"))
+    bring_files_back(cluster, tmp_path)
+    assert cluster.tool("rebuild")[1]["known_dead"] == 1 and cluster.rows() == before
 
 
 def damage_unfinished(c: Cluster) -> None:
@@ -11786,7 +11951,7 @@ def test_rebuild_reports_damage_and_goes_on(
     code, facts, _ = cluster.tool("rebuild")
     assert code == 0 and list(facts["found"]) == [kind]
     if loses:
-        assert cluster.record("k") == record._replace(volumes=record.volumes[1:])
+        assert cluster.record("k") == record._replace(places=record.places[1:])
         assert len(cluster.rows()) == len(before)
     else:
         assert cluster.rows() == before
@@ -11839,7 +12004,7 @@ def test_corrupt_replica_is_left_out_where_sidecars_contradict_each_other(
     edit_sidecar(cluster.replica("k", 2, sidecar=True), digest="0" * 64)
     code, facts, _ = cluster.tool("rebuild")
     assert code == 0 and facts["found"] == {"contradicting sidecars": 1, "corrupt": 1}
-    assert cluster.record("k") == record._replace(volumes=("volume1", "volume3"))
+    assert cluster.record("k") == record._replace(places=("volume1", "volume3"))
 
 
 def spoil_both(cluster: Cluster, key: str, way: str) -> None:
@@ -11963,17 +12128,36 @@ def test_rebuild_reports_keys_that_only_the_old_index_has(cluster: Cluster) -> N
 
 
 @on_nginx
-def test_keys_of_volumes_that_rebuild_does_without_are_not_lost(cluster: Cluster) -> None:
+def test_records_keep_their_places_on_volumes_that_rebuild_does_without(cluster: Cluster) -> None:
+    """R3: a record that is on those alone stays as it is, too."""
     cluster.put({f"k{i}": b"x" for i in range(30)})
     missing = {"volume2", "volume3"}
-    there = [row[0] for row in cluster.rows() if not missing.issuperset(row[2].split())]
-    code, facts, _ = cluster.tool(
-        "rebuild", "--allow-missing", "volume2", "--allow-missing", "volume3"
-    )
-    assert (code, facts["found"], facts["left_out"]) == (0, {}, 30 - len(there)) and 0 < len(
-        there
-    ) < 30
-    assert [row[0] for row in cluster.rows()] == there
+    before = cluster.rows()
+    alone = [row for row in before if missing.issuperset(row[2].split())]
+    left_out = [argument for name in missing for argument in ("--allow-missing", name)]
+    code, facts, _ = cluster.tool("rebuild", *left_out)
+    assert (code, facts["found"], facts["left_out"]) == (0, {}, len(alone)) and alone
+    assert (facts["keys"], cluster.rows()) == (30, before)
+    for row in alone:  # and without a file of theirs on those that are read
+        assert not list((cluster.data / "volume1").glob(f"*/*/{mkv.hash_key(row[0])}*"))
+
+
+@on_nginx
+def test_place_on_a_volume_that_rebuild_does_without_is_dead_if_its_version_is(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The old index does not know that the key was written again: the volume may, or may not."""
+    cluster.configure("volume1", "volume2", "volume3", replicas=3)
+    cluster.put({"k": b"old"})
+    path = cluster.record("k").path
+    assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
+    cluster.configure("volume1", "volume2", "volume3", replicas=2, min_replicas=2)
+    cluster.stop("volume3")
+    cluster.put({"k": b"new"})
+    shutil.copy(tmp_path / "copy.db", cluster.db)
+    assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
+    assert cluster.record("k").places == ("volume1", "volume2")
+    assert ("volume3", path) in cluster.garbage()
 
 
 @on_nginx
@@ -12161,7 +12345,9 @@ def test_rebuild_needs_every_volume_unless_told_otherwise(cluster: Cluster) -> N
     code, _, err = cluster.tool("rebuild")
     assert code == 1 and "volume3" in err and cluster.rows() == before
     assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
-    # Two replicas each: no key is lost.
+    assert cluster.rows() == before
+    lose_the_index(cluster)  # then nothing says what is there
+    assert cluster.tool("rebuild", "--allow-missing", "volume3")[0] == 0
     assert [row[0] for row in cluster.rows()] == [row[0] for row in before]
     assert not any("volume3" in row[2] for row in cluster.rows())
     cluster.start("volume3")
