@@ -2399,7 +2399,7 @@ def prepare_sqlite(session: SqliteSession) -> None:
         # A clock that was not set yet takes nothing back.
         ahead = max(time.time(), latest) - time.monotonic()
         db.execute("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
-        db.execute("UPDATE clock SET boot = ?1 WHERE boot <> ?2", (boot, COPY))
+        db.execute("UPDATE clock SET boot = ?1 WHERE boot NOT IN (?1, ?2)", (boot, COPY))
         if version == 3:
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
@@ -3331,6 +3331,13 @@ class Transaction:
         self._records[record.key] = record
         self._changed.add(record.key)
         self._count(record, 1)
+
+    def fill(self, records: Iterable[Record]) -> None:
+        """Insert records into a new index that has none of these keys: nothing is looked up."""
+        for record in records:
+            self._records[record.key] = record
+            self._changed.add(record.key)
+            self._count(record, 1)
 
     def remove(self, record: Record) -> None:
         self._records[record.key] = None

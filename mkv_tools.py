@@ -131,7 +131,7 @@ from mkv import (
     WrongDigest, add_settings, after_prefix, check_key, decode_sidecar, decode_tombstone,
     encode_sidecar, hide_secrets, is_drawn, is_postgres, is_sound, load_config,
     media_type_of, new_loop, open_engine,
-    parse_path, place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of,
+    parse_path, place_path, print_faults, run_embedded, sidecar_path, stem_of,
     tombstone_path, version_ns, version_of, volume_of,
     NOT_AS_MKV, read_body,
 )
@@ -242,6 +242,11 @@ def parse_listing(body: bytes) -> Files:
     return dict(pairs)
 
 
+def tag_of(path: str) -> str:
+    """Return the tag in a path with its sign, "" if it has none."""
+    return stem_of(path)[STEM:]
+
+
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     """Sort what was found by version (stem -> version); name what mkv never wrote."""
     versions = dict[str, Version]()
@@ -263,7 +268,7 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
             version = versions.get(path[:STEM]) or versions.setdefault(
                 path[:STEM], Version(path[:STEM])
             )
-            place = volume + split_path(path)[1]
+            place = volume + tag_of(path)
             if parsed[2] == "key":
                 version.sidecars[place] = file
             elif parsed[2] == "del":
@@ -301,8 +306,9 @@ def judge_beside(version: Version, record: Record, place: str, digests: Digests)
         return "sidecar without blob"
     if size != record.size:
         return "wrong size"
-    digest = digests.get((volume_of(place), path), record.digest)
-    return "" if digest == record.digest else "corrupt"
+    if digests.get((volume_of(place), path), record.digest) != record.digest:
+        return "corrupt"
+    return ""
 
 
 def choose_record(version: Version, read: Sidecars, digests: Digests) -> Record | None:
@@ -347,25 +353,25 @@ def judge_version(
     for place in sorted(read, key=lambda place: (place not in named, place)):
         sidecar = read[place]
         volume = volume_of(place)
-        path = f"{place_path(version.stem, place)}.key"
         if isinstance(sidecar, str):
+            path = sidecar_path(place_path(version.stem, place))
             cases.append(Case("bad sidecar", volume, path, "", sidecar))
         elif record and sidecar != record:
             others[place] = sidecar
         told = record or sidecar
         if isinstance(told, str):
             continue
-        blob = place_path(version.path_of(told), place)
-        match judge_beside(version, told, place, digests):
-            case "":
-                good.setdefault(volume, place)
-            case "sidecar without blob" as wrong:
-                cases.append(Case(wrong, volume, path, told.key))
-            case "wrong size" as wrong:
-                detail = f"{version.size(place, blob)} bytes instead of {told.size}"
-                cases.append(Case(wrong, volume, blob, told.key, detail))
-            case wrong:
-                cases.append(Case(wrong, volume, blob, told.key))
+        wrong = judge_beside(version, told, place, digests)
+        if not wrong:
+            good.setdefault(volume, place)
+            continue
+        path = place_path(version.path_of(told), place)
+        detail = ""
+        if wrong == "sidecar without blob":
+            path = sidecar_path(path)
+        if wrong == "wrong size":
+            detail = f"{version.size(place, path)} bytes instead of {told.size}"
+        cases.append(Case(wrong, volume, path, told.key, detail))
     if record is None:
         return None, cases
     if others:
@@ -1327,7 +1333,8 @@ class Keys:
                 if record is not None:
                     is_settled = True
                     self.adopted.append(record)
-                    self._kill_the_rest(version, record)
+                    if not version.sidecars.keys() <= {*record.places}:
+                        self._kill_the_rest(version, record)
 
     def _places_away(self, record: Record | None) -> list[str]:
         """Return the places of a record that are on volumes that are not read now."""
@@ -1350,7 +1357,7 @@ class Keys:
         """What has a sidecar of the version of `record`, and was left out of it, is dead: there
         the blob is bad or missing, or it is the second one on its volume."""
         for volume, path in version.places:
-            place = volume + split_path(path)[1]
+            place = volume + tag_of(path)
             if place in version.sidecars and place not in record.places:
                 self.dead[volume, path] = record.key
 
@@ -1386,17 +1393,16 @@ class Keys:
         """Judge a version, by the digests of those blobs that have to decide."""
         digests = dict[Place, str]()
         for volume, path in find_doubts(version, read, in_full):
-            size = version.size(volume + split_path(path)[1], path) or 0
+            size = version.size(volume + tag_of(path), path) or 0
             digests[volume, path] = await read_digest(self._clients[volume], path, size)
         return judge_version(version, read, digests, named.places if named else ())
 
     def write(self, tx: Transaction) -> None:
         """Write what has become of them to the new index."""
-        for record in self.adopted:
-            tx.insert(record)
-            stem = record.path[:STEM]
-            if stem in self._known.dead or stem in self._known.claimed:
-                raise_from_dead(record, tx.pending_at(record.path))
+        tx.fill(self.adopted)
+        if self._known.dead or self._known.claimed:
+            for record in self.adopted:
+                raise_from_dead(record, tx.pending_of(record.key))
         for stem, tombstone in self._tombstones.items():
             tombstone.write(self._key_of(stem), tx)
         for (volume, path), key in self.dead.items():
@@ -1408,9 +1414,9 @@ class Keys:
 
 def raise_from_dead(record: Record, pending: Pending) -> None:
     """Have nothing dead, or claimed, where a record stands."""
-    stems = {(volume_of(place), place_path(record.path[:STEM], place)) for place in record.places}
     for volume, path in list(pending.dead):
-        if (volume, stem_of(path)) in stems:
+        is_its_version = version_of(path) == record.version
+        if is_its_version and volume + tag_of(path) in record.places:
             del pending.dead[volume, path]
 
 
@@ -1523,12 +1529,14 @@ class Rebuild:
         self._highest = max([self._highest, *(one for one in found if one < END_OF_VERSIONS)])
         read = await self._read(versions.values())
         tombstones = await self._read_tombstones(versions.values())
-        keys = Keys(self._clients, versions, read, tombstones, await self._ask_old(run, read))
+        known = await self._ask_old(run, read)
+        keys = Keys(self._clients, versions, read, tombstones, known)
         await keys.settle()
-        named = [record.key for record in keys.adopted]
         paths = [path for _, path in keys.dead]
         paths += [tombstone.path for tombstone in tombstones.values()]
-        await self._new.write(keys.write, named, paths)
+        if known.dead or known.claimed:
+            paths += [record.path for record in keys.adopted]
+        await self._new.write(keys.write, paths=paths)
         self._count(keys.adopted)
         self.known_dead += keys.known_dead
         self._report.add(*cases, *keys.cases)
@@ -1541,12 +1549,13 @@ class Rebuild:
             for row in one.dead.values():
                 if not row.is_tombstone:
                     places = known.dead if row.owner is None else known.claimed
-                    place = row.volume + split_path(row.path)[1]
+                    place = row.volume + tag_of(row.path)
                     places.setdefault(row.path[:STEM], set()).add(place)
         for stem, sidecars in read.items():
             for sidecar in sidecars.values():
                 if isinstance(sidecar, Record):
                     known.keys[stem[:KEY_STEM]] = sidecar.key
+                    break
         if self._copy:
             records = await self._copy.get_many([*known.keys.values()])
             known.records.update(zip(known.keys, records, strict=True))
@@ -1581,12 +1590,14 @@ class Rebuild:
         """Read all sidecars: return stem -> place -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         wanted = list[Place]()
+        asked = list[tuple[str, str]]()
         for version in versions:
             for place in version.sidecars:
+                asked.append((version.stem, place))
                 wanted.append((volume_of(place), f"{place_path(version.stem, place)}.key"))
         sidecars = await read_sidecars(self._clients, wanted)
-        for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
-            read[path[:STEM]][volume + split_path(path)[1]] = sidecar
+        for (stem, place), sidecar in zip(asked, sidecars, strict=True):
+            read[stem][place] = sidecar
         return read
 
 
@@ -2328,8 +2339,7 @@ class IndexCopy:
 
     async def copy(self) -> None:
         async for records in self._source.read_records():
-            named = [record.key for record in records]
-            await self._target.write(partial(insert_all, records), keys=named)
+            await self._target.write(partial(Transaction.fill, records=records))
             self.keys += len(records)
         age_s = await self._target.now_s() - await self._source.now_s()
         async for pending in self._source.read_pending():
@@ -2365,11 +2375,6 @@ async def count_pending(index: Index) -> int:
                 places |= {(volume_of(place), place_path(path, place)) for place in claimed}
             count += len(places) + sum(map(len, one.tombstones.values()))
     return count
-
-
-def insert_all(records: Iterable[Record], tx: Transaction) -> None:
-    for record in records:
-        tx.insert(record)
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
