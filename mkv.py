@@ -868,9 +868,9 @@ SIDECAR_FIELDS = {
 
 
 class Record(NamedTuple):
-    """What the index knows of a key. `places` are sorted, so that a rebuild gives the same row, and
-    at most one is on each volume. A tuple, since each GET makes one, and a dataclass takes twice as
-    long to make."""
+    """What the index knows of a key. `places` are sorted, so that a rebuild gives the same row,
+    and at most one is on each volume. A tuple, since each GET makes one, and a dataclass takes
+    twice as long to make."""
 
     key: str
     version: str
@@ -1379,8 +1379,8 @@ class Pending:
                 self.dead[volume, path] = Dead(path, volume, now_s, now_s, None, None, key)
 
     def disown(self, owner: int, now_s: float) -> None:
-        """An owner is taken for dead: what it has claimed is, too. Volumes may still carry out what
-        it has sent."""
+        """An owner is taken for dead: what it has claimed is, too. Volumes may still carry out
+        what it has sent."""
         until_s = now_s + BROKEN_S
         for (path, claimer), places in list(self.claims.items()):
             if claimer == owner:
@@ -1911,12 +1911,12 @@ class AnswerReader:
 # the versions that are noted as dead on a volume. See Pending for what that means.
 #
 # Whoever claims is an owner: a row with a random number, so that no two can have one, that says
-# until when it is alive, and is renewed long before. Anybody may end the lease of one that is late:
-# its claims are dead then. If it lives after all, its next commit finds that.
+# until when it is alive, and is renewed long before. Anybody may end the lease of one that is
+# late: its claims are dead then. If it lives after all, its next commit finds that.
 #
-# `drawn` says which versions this index has given out: a row for each owner that drew any, with the
-# tag in which they end. So a whole copy of the index, however old, tells what is dead of all that
-# it knew: a version that was drawn, and that no record and no claim in the copy names.
+# `drawn` says which versions this index has given out: a row for each owner that drew any, with
+# the tag in which they end. So a whole copy of the index, however old, tells what is dead of all
+# that it knew: a version that was drawn, and that no record and no claim in the copy names.
 #
 # Times in `dead` and `owner` are of the index's own clock. SQLite's runs with the machine's
 # monotonic clock: a step of the wall clock neither hastens nor delays a deletion; after a boot it
@@ -2742,9 +2742,9 @@ class PostgresSession(Session):
 
     def _connect(self) -> None:
         """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
-        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that. psycopg's
-        cursors would make a system call or two of each statement, and wait for the GIL after
-        each of them while the event loop is busy."""
+        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that.
+        psycopg's cursors would make a system call or two of each statement, and wait for the GIL
+        after each of them while the event loop is busy."""
         self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
         self._pq = self._db.pgconn
         self._pq.enter_pipeline_mode()
@@ -3108,9 +3108,9 @@ class PostgresEngine(Engine):
 
 
 # == Migration ====================================================================================
-# From the index of the second edition, schema 3, to this one, in one transaction, while nobody else
-# uses it. What was claimed is dead, and may still be written; what is kept or made anew has no row
-# now, since a record names it. All versions up to the highest were drawn by anybody.
+# From the index of the second edition, schema 3, to this one, in one transaction, while nobody
+# else uses it. What was claimed is dead, and may still be written; what is kept or made anew has
+# no row now, since a record names it. All versions up to the highest were drawn by anybody.
 
 
 def migrate(session: Session, tables: str) -> None:
@@ -3161,11 +3161,11 @@ RELEASE_TOMBSTONES = """INSERT INTO dead SELECT path, volume, ?1, ?1, NULL, NULL
 
 # == Index ========================================================================================
 # The engine behind threads: one session writes, a few read, each opened on the thread that uses
-# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and mutations
-# one transaction: what they say that they will ask for is read with two queries, they are carried
-# out on what is in memory, and at the end all is written with a few statements. So a batch costs a
-# few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A transaction knows
-# nothing of the one before it.
+# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and
+# mutations one transaction: what they say that they will ask for is read with two queries, they
+# are carried out on what is in memory, and at the end all is written with a few statements. So a
+# batch costs a few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A
+# transaction knows nothing of the one before it.
 #
 # What a transaction has written is durable when it is answered, but for those that only claim, put
 # off or settle: they are on disk with the next one that is. What a power cut takes of them is the
@@ -3527,8 +3527,8 @@ def commit_put(
     tx: Transaction, record: Record, conditions: Conditions, claimed: AbstractSet[str], sent: Sent,
     delay_s: float, reach: Reach,
 ) -> tuple[bool, Burial]:  # fmt: skip
-    """Make `record` the key's record, whatever its version (R2); return whether the key is new, and
-    what is to be buried before the answer. If it raises, nothing has changed."""
+    """Make `record` the key's record, whatever its version (R2); return whether the key is new,
+    and what is to be buried before the answer. If it raises, nothing has changed."""
     key = record.key
     current = tx.get(key)
     pending = tx.pending_of(key)
@@ -3722,7 +3722,7 @@ def select_records(after: str, session: Session) -> list[Record]:
 def select_pending(first: str, session: Session) -> dict[str, Pending]:
     """Return a page of all that is pending, of the keys whose paths are not before `first`."""
     pieces = [
-        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS {table}"
+        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS one"
         for table in TABLES
     ]
     query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT ?2"
@@ -4351,7 +4351,8 @@ class Exchange:
 
     __slots__ = (
         "answers", "began_s", "doubt_s", "error", "hear_end", "hear_slow", "is_abandoned",
-        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
+        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through",
+        "volume", "waits_since_s",
     )  # fmt: skip
 
     def __init__(
@@ -5778,8 +5779,8 @@ class Write:
         return names if step is Step.WRITE_MORE else ()
 
     async def _claim(self, names: Collection[str]) -> list[str]:
-        """Note in the index that something may come to a new place on each volume; only then it may
-        be sent. Return the places."""
+        """Note in the index that something may come to a new place on each volume; only then it
+        may be sent. Return the places."""
         places = [name if name not in self._place_on else new_place(name) for name in names]
         self._place_on |= zip(names, places, strict=True)
         self.claimed.update(places)
@@ -6181,11 +6182,13 @@ class Store:
         return url + name_query(record.key)
 
     async def put(
-        self, draft: Draft, body: AsyncIterator[bytes], trail: str
-    ) -> tuple[Record, bool]:
+        self, draft: Draft, body: AsyncIterator[bytes], trail: str,
+        is_heard: Callable[[], bool] = lambda: True,
+    ) -> tuple[Record, bool]:  # fmt: skip
         """Store `body` under the key; return its record and whether the key is new. Durable when
         it returns (I1). If it raises, but for Unfinished, or is cancelled before the commit, the
-        key is as it was and what was written is buried (I2)."""
+        key is as it was and what was written is buried (I2). So it is if nobody waits for the
+        answer any more, lest a PUT that was given up lands on top of its own repetition."""
         view = self.view
         if not is_unconditional(draft.conditions):
             current = await self.index.get(draft.key)
@@ -6196,15 +6199,17 @@ class Store:
         begin, whole = await hold_small(body, draft.size)
         try:
             record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+            if not is_heard():
+                raise BadRequest("the client has hung up")
             commit = partial(
                 commit_put, record=record, conditions=draft.conditions, claimed=write.claimed,
                 sent=dict(write.sent), delay_s=view.config.garbage_delay, reach=self._reach(view),
             )  # fmt: skip
             is_new, burial = await self.index.write(commit, keys=[draft.key])
         except BaseException as error:
-            if write.claimed and not await self._discard(view, write, trail):
-                if isinstance(error, MkvError):
-                    raise Unfinished(f"{error}; what was written may come back") from error
+            is_buried = not write.claimed or await self._discard(view, write, trail)
+            if not is_buried and isinstance(error, MkvError):
+                raise Unfinished(f"{error}; what was written may come back") from error
             raise
         if not await self._bury(view, burial, trail):
             raise Unfinished("it is stored, but what it replaces may come back")
@@ -6218,8 +6223,8 @@ class Store:
         return Reach(frozenset(answering), len(up), view.config.min_replicas)
 
     async def _discard(self, view: View, write: Write, trail: str) -> bool:
-        """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs are
-        left to the collector."""
+        """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs
+        are left to the collector."""
         try:
             burial = await self._refuse(write)
         except (IndexFailed, IndexUnsure) as error:
@@ -7167,6 +7172,9 @@ class Body(Protocol):
         """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or
         malformed, SlowBody if nothing comes for `timeout_s`."""
 
+    def is_abandoned(self) -> bool:
+        """Whether the client has hung up: nobody will hear the answer."""
+
 
 class Request(NamedTuple):
     """What a client asks for."""
@@ -7348,7 +7356,7 @@ class Call:
             raise Unavailable("too many uploads at once")
         store.uploads += 1
         try:
-            record, created = await store.put(draft, self._read_body(), self.trail)
+            record, created = await store.put(draft, self._read_body(), self.trail, self.is_heard)
         except PreconditionFailed:
             if self.only_creates and self.request.headers.get("if-none-match") != "*":
                 # Not 412, which is for conditions that the client has set. It tells no more than
@@ -7359,6 +7367,10 @@ class Call:
             store.uploads -= 1
         self.volumes = record.volumes
         return Response(201 if created else 204, {"ETag": record.etag})
+
+    def is_heard(self) -> bool:
+        """Whether the client still waits for the answer."""
+        return not self.request.body.is_abandoned()
 
     def _read_draft(self) -> Draft:
         """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
@@ -7576,6 +7588,9 @@ class LaneBody:
         """Give up whoever sends it."""
         self.fail(SlowBody(f"no byte of the body for {self._timeout_s:g} s"))
 
+    def is_abandoned(self) -> bool:
+        return self._lane.has_hung_up
+
     async def read(self, timeout_s: float) -> bytes:
         if self._waits_to_be_asked:
             self._waits_to_be_asked = False
@@ -7607,6 +7622,9 @@ class EmptyBody(LaneBody):
     def run_out(self) -> None:
         pass
 
+    def is_abandoned(self) -> bool:
+        return False  # nobody asks, but of a PUT
+
     async def read(self, timeout_s: float) -> bytes:
         return b""
 
@@ -7632,6 +7650,10 @@ class Lane(asyncio.Protocol):
         self._is_lost = False
         self._has_ended = False  # the client sends nothing more
         self._unread = 0  # bytes that the client had not taken when that was looked at
+
+    @property
+    def has_hung_up(self) -> bool:
+        return self._is_lost or self._has_ended
 
     # -- what the transport says --
 
@@ -7731,7 +7753,7 @@ class Lane(asyncio.Protocol):
 
     def _begin(self, head: RequestHead) -> None:
         self._head = head
-        self._body = EMPTY_BODY if head.length == 0 else LaneBody(self, head)
+        self._body = LaneBody(self, head) if head.method == "PUT" else EMPTY_BODY
         self.deadline_s = math.inf
         if self._buffer and not self._body.is_whole:
             self._buffer = self._body.feed(self._buffer)
@@ -7975,6 +7997,9 @@ class WebBody:
         if not piece and is_followed_by_garbage(self._request.protocol):
             raise BadRequest("the body is longer than its Content-Length")
         return piece
+
+    def is_abandoned(self) -> bool:
+        return self._request.transport is None or self._request.transport.is_closing()
 
     async def _ask(self) -> None:
         """Let a client that waits for that send the body."""
