@@ -10147,7 +10147,7 @@ def listen(host: str, port: int) -> socket.socket:
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
     try:
-        text = Path(file).read_text() if file else ""
+        text = Path(file).read_text(encoding="utf-8") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"--config: {error}"]) from None
     return parse_config(text, file or "config", flags)
@@ -10413,23 +10413,42 @@ VOLUME_ABOUTS = {
     "insecure": "listen beyond loopback without a volume_secret",
     "body_timeout": "as the index server has it; a body that comes no further gets twice as long",
 }
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of a byte that is not
 VOLUME_SETTINGS = (
     "host", "port", "log_format", "insecure",
     "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
 )  # fmt: skip
 
 
-def open_standard_streams() -> None:
-    """Give those that were closed at the start to nobody else: a log would go into a socket, or
-    into the index."""
+def prepare_streams() -> None:
+    """Let output be UTF-8, whatever the locale says. Give standard streams that were closed at the
+    start to nobody else: a log would go into a socket, or into the index."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line, all of it UTF-8, whatever the locale says; exits with 2 if it is
+    wrong. None stands for the process's own: where the locale has another encoding, Python has
+    read it by that, and would name files so, too. Then the process starts over, in UTF-8 mode."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    prepare_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for number, argument in enumerate(arguments, 1):
+        if NOT_UTF8.search(argument):
+            parser.error(f"argument {number} is not valid UTF-8: {argument!a}")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
@@ -10445,7 +10464,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS, VOLUME_ABOUTS)
     flags = {
         name: value
-        for name, value in vars(parser.parse_args(arguments)).items()
+        for name, value in vars(parse_arguments(parser, arguments)).items()
         if value is not None
     }
     command = flags.pop("command")
