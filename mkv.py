@@ -69,6 +69,24 @@ and who has read that far knows all policy; the rest carries it out."""
 
 from __future__ import annotations
 
+import os
+import sys
+
+try:  # before anything that Python 3.10 lacks
+    if sys.version_info < (3, 11):  # noqa: UP036 - who copies this file has no pip that looks
+        raise ImportError(f"this is Python {sys.version.split()[0]}")
+    import aiohttp
+
+    if not aiohttp.__version__.startswith("3.14."):
+        raise ImportError(f"this is aiohttp {aiohttp.__version__}")
+except ImportError as error:
+    needs = "Python 3.11 or later and aiohttp 3.14 (pip install 'aiohttp>=3.14,<3.15')"
+    needs = f"mkv needs {needs}: {error}"
+    if os.path.basename(sys.argv[0]) in ("mkv.py", "mkv", "mkv_tools.py", "mkv-tools"):
+        print(needs, file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(needs) from error
+
 import argparse
 import asyncio
 import base64
@@ -84,7 +102,6 @@ import json
 import logging
 import math
 import mmap
-import os
 import queue
 import random
 import re
@@ -96,7 +113,6 @@ import socket
 import sqlite3
 import stat
 import struct
-import sys
 import termios
 import threading
 import time

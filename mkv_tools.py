@@ -113,8 +113,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
-from aiohttp import ClientResponse
-
 # fmt: off
 # isort: off
 from mkv import (
@@ -130,6 +128,7 @@ from mkv import (
     parse_path, print_faults, run_embedded, sidecar_path, version_ns,
     NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
+from aiohttp import ClientResponse  # only now: mkv says what is missing
 # isort: on
 # fmt: on
 

@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import traceback
 import tracemalloc
 import zlib
@@ -8687,6 +8688,117 @@ def test_readme_names_what_the_code_has() -> None:
     assert everywhere
     named = set(re.findall(r"\b[1-5]\d\d\b", "".join([*requests, everywhere[0]])))
     assert statuses <= named
+
+
+def test_versions_are_the_same_everywhere() -> None:
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    readme = (HERE / "README.md").read_text()
+    compose = (HERE / "compose.yaml").read_text()
+    code = (HERE / "mkv.py").read_text()
+    for name, places in (("aiohttp", (readme, compose, code)), ("psycopg", (readme, compose))):
+        declared = [
+            *project["project"]["dependencies"],
+            project["project"]["optional-dependencies"],
+        ]
+        bounds = rf"\b{name}(?:\[binary\])?[<>=]+[0-9.]+(?:,[<>=]+[0-9.]+)?"
+        (needed,) = set(re.findall(bounds, str(declared)))
+        for text in places:
+            assert set(re.findall(bounds, text)) == {needed}
+    (python,) = set(re.findall(r"FROM python:([0-9.]+)-slim", compose))
+    assert project["project"]["requires-python"] == f">={python}"
+    assert project["tool"]["mypy"]["python_version"] == python
+    assert project["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"
+    for text in (readme, code):
+        assert set(re.findall(r"Python ([0-9.]+) or later", text)) == {python}
+        assert set(re.findall(r"aiohttp ([0-9.]+[0-9])", text)) == {"3.14"}
+    start, tests, *_ = re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert ".venv/bin/pip install -q 'aiohttp>=" in start and start.endswith("mkv.py serve\n")
+    assert tests.endswith("-m pytest -n 2\n")
+
+
+NAMES_OF_3_11 = {
+    "typing": ("assert_never",),  # others it uses itself
+    "asyncio": ("Runner", "TaskGroup", "timeout"),
+    "enum": ("StrEnum",),
+    "datetime": ("UTC",),
+    "hashlib": ("file_digest",),
+}
+# What Python runs before the program, so that it is like Python 3.10.
+LIKE_3_10 = f"""
+import importlib, sys
+for module, names in {NAMES_OF_3_11}.items():
+    for name in names:
+        delattr(importlib.import_module(module), name)
+sys.modules["tomllib"] = None
+sys.version_info = (3, 10, 4, "final", 0)
+sys.version = "3.10.4 (main)"
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "No module named 'aiohttp'"),  # by -S: Python sees no installed packages
+        ({"aiohttp.py": "__version__ = '3.13.9'"}, "this is aiohttp 3.13.9"),
+        ({"aiohttp.py": "__version__ = '3.15.0'"}, "this is aiohttp 3.15.0"),
+        ({"sitecustomize.py": LIKE_3_10}, "this is Python 3.10.4"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    files: dict[str, str], found: str, tmp_path: Path
+) -> None:
+    """To who starts a program. One that imports mkv gets an ImportError with the same words."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    programs = [[str(HERE / "mkv.py"), "serve"], [str(HERE / "mkv_tools.py"), "ls"]]
+    programs += [["-m", "mkv", "serve"], ["-m", "mkv_tools"]]
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    for name, place in project["project"]["scripts"].items():  # as pip makes them
+        module, function = place.split(":")
+        (tmp_path / name).write_text(f"from {module} import {function} as main\nmain()")
+        programs.append([str(tmp_path / name)])
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE}"}
+    python = [sys.executable] if files else [sys.executable, "-S"]
+
+    def run(line: list[str]) -> tuple[int, str, str]:
+        ended = subprocess.run(python + line, env=environ, capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    (needed,) = project["project"]["dependencies"]
+    words = f"mkv needs Python 3.11 or later and aiohttp 3.14 (pip install '{needed}'): {found}"
+    for program in programs:
+        assert run(program) == (2, "", f"{words}\n"), program
+    for module in ("mkv", "mkv_tools"):
+        code = f"try:\n    import {module}\nexcept ImportError as error:\n    print(error)"
+        assert run(["-c", code]) == (0, f"{words}\n", "")
+
+
+@pytest.mark.parametrize("name", ["mkv.py", "mkv_tools.py"])
+def test_python_3_10_can_read_far_enough_to_say_that_it_is_too_old(name: str) -> None:
+    with pytest.raises(SyntaxError):  # so this does see what 3.10 cannot
+        ast.parse("try:\n    f()\nexcept* E:\n    g()", feature_version=(3, 10))
+    tree = ast.parse((HERE / name).read_text(), feature_version=(3, 10))
+    for node in ast.walk(tree):  # what it does not see
+        starred = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple)
+        assert not (starred and any(isinstance(one, ast.Starred) for one in node.slice.elts))
+
+
+def test_embedding_program_keeps_the_encoding_that_it_has(legacy: dict[str, str]) -> None:
+    """It is not started over, neither by the import nor by a main that it calls with arguments."""
+    code = """if 1:
+        import sys
+        print("begun", sys.getfilesystemencoding())
+        import mkv_tools
+        mkv_tools.main(["token", "me", "--allow", "read"])
+        print("ended", sys.getfilesystemencoding())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env={**os.environ, **legacy},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    begun, *_, end = ended.stdout.splitlines()
+    assert begun.split()[0] == "begun" and ended.stdout.count("begun") == 1
+    assert end.split() == ["ended", begun.split()[1]]
 
 
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
