@@ -301,6 +301,8 @@ class Checked:
                     f"{kind.__name__}{f', not {given!r}' if spec.repr else ''}"
                 )
                 wrong_type = True
+            elif kind is str and "\0" in given:
+                faults.append(f"{spec.name}: must have no NUL")
             elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
                 faults.append(
                     f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}"
@@ -8939,7 +8941,10 @@ class EmbeddedVolume:
         self._secret = volume_secret.encode()
         self._link_secret = link_secret
         self._body_timeout_s = body_timeout_s
-        (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        try:
+            (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"{self._root}: {error.strerror}"]) from None
         # Left by a crash; a tool may serve the same folder, so not the young.
         for left in (self._root / ".tmp").iterdir():
             if time.time() - left.stat().st_mtime > 86400:
@@ -10154,10 +10159,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            [f"port: cannot listen on {host}:{port}: {error.strerror or error}"]
-        ) from None
+    except (OSError, TypeError, UnicodeError) as error:  # not only OSError: of names
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"port: cannot listen on {host}:{port}: {reason}"]) from None
 
 
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:

@@ -655,6 +655,7 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("read = 'proxy'", "read: must be redirect or accel"),
         ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
         ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
+        ('data = "a\\u0000b"', "data: must have no NUL"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -708,6 +709,8 @@ def test_bad_start_is_one_line_a_fault_and_exit_code_2(tmp_path: Path) -> None:
         (["--config", "missing.toml"], ["--config"]),
         (["--db", "file", "--port", "0"], ["db: file"]),
         (["--port", str(busy.getsockname()[1])], ["cannot listen"]),
+        (["--host", "ö" * 100, "--insecure"], ["cannot listen on ö"]),  # no name can be so long
+        (["--data", "file", "--db", "new", "--port", "0"], ["file/volume1: Not a directory"]),
     ):
         ended = subprocess.run(
             [*SERVE, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=20
