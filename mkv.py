@@ -69,6 +69,24 @@ and who has read that far knows all policy; the rest carries it out."""
 
 from __future__ import annotations
 
+import os
+import sys
+
+try:  # before anything that Python 3.10 lacks
+    if sys.version_info < (3, 11):  # noqa: UP036 - who copies this file has no pip that looks
+        raise ImportError(f"this is Python {sys.version.split()[0]}")
+    import aiohttp
+
+    if not aiohttp.__version__.startswith("3.14."):
+        raise ImportError(f"this is aiohttp {aiohttp.__version__}")
+except ImportError as error:
+    needs = "Python 3.11 or later and aiohttp 3.14 (pip install 'aiohttp>=3.14,<3.15')"
+    needs = f"mkv needs {needs}: {error}"
+    if os.path.basename(sys.argv[0]) in ("mkv.py", "mkv", "mkv_tools.py", "mkv-tools"):
+        print(needs, file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(needs) from error
+
 import argparse
 import asyncio
 import base64
@@ -84,7 +102,6 @@ import json
 import logging
 import math
 import mmap
-import os
 import queue
 import random
 import re
@@ -96,7 +113,6 @@ import socket
 import sqlite3
 import stat
 import struct
-import sys
 import termios
 import threading
 import time
@@ -276,6 +292,8 @@ class Checked:
                     f"{kind.__name__}{f', not {given!r}' if spec.repr else ''}"
                 )
                 wrong_type = True
+            elif kind is str and "\0" in given:
+                faults.append(f"{spec.name}: must have no NUL")
             elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
                 faults.append(
                     f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}"
@@ -8382,7 +8400,10 @@ class EmbeddedVolume:
         self._secret = volume_secret.encode()
         self._link_secret = link_secret
         self._body_timeout_s = body_timeout_s
-        (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        try:
+            (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"{self._root}: {error.strerror}"]) from None
         # Left by a crash; a tool may serve the same folder, so not the young.
         for left in (self._root / ".tmp").iterdir():
             if time.time() - left.stat().st_mtime > 86400:
@@ -9597,16 +9618,15 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            [f"port: cannot listen on {host}:{port}: {error.strerror or error}"]
-        ) from None
+    except (OSError, TypeError, UnicodeError) as error:  # not only OSError: of names
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"port: cannot listen on {host}:{port}: {reason}"]) from None
 
 
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
     try:
-        text = Path(file).read_text() if file else ""
+        text = Path(file).read_text(encoding="utf-8") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"--config: {error}"]) from None
     return parse_config(text, file or "config", flags)
@@ -9872,23 +9892,42 @@ VOLUME_ABOUTS = {
     "insecure": "listen beyond loopback without a volume_secret",
     "body_timeout": "as the index server has it; a body that comes no further gets twice as long",
 }
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of a byte that is not
 VOLUME_SETTINGS = (
     "host", "port", "log_format", "insecure",
     "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
 )  # fmt: skip
 
 
-def open_standard_streams() -> None:
-    """Give those that were closed at the start to nobody else: a log would go into a socket, or
-    into the index."""
+def prepare_streams() -> None:
+    """Let output be UTF-8, whatever the locale says. Give standard streams that were closed at the
+    start to nobody else: a log would go into a socket, or into the index."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line, all of it UTF-8, whatever the locale says; exits with 2 if it is
+    wrong. None stands for the process's own: where the locale has another encoding, Python has
+    read it by that, and would name files so, too. Then the process starts over, in UTF-8 mode."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    prepare_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for number, argument in enumerate(arguments, 1):
+        if NOT_UTF8.search(argument):
+            parser.error(f"argument {number} is not valid UTF-8: {argument!a}")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
@@ -9904,7 +9943,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS, VOLUME_ABOUTS)
     flags = {
         name: value
-        for name, value in vars(parser.parse_args(arguments)).items()
+        for name, value in vars(parse_arguments(parser, arguments)).items()
         if value is not None
     }
     command = flags.pop("command")

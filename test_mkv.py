@@ -39,6 +39,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 import traceback
 import tracemalloc
 import zlib
@@ -414,6 +415,32 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         program.stop(signal.SIGKILL)
 
 
+@pytest.fixture(params=["ascii", "iso8859-1", "PYTHONIOENCODING"])
+def legacy(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """What makes an environment in which Python reads and writes by another encoding than UTF-8.
+    The locale is made here, of 256 characters: Debian has those only in a package of its own."""
+    if request.param == "PYTHONIOENCODING":
+        return {"PYTHONIOENCODING": "ascii"}
+    if request.param == "ascii":
+        environ = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    else:
+        folder = tmp_path / "locales"
+        folder.mkdir()
+        rows = "\n".join(f"<U{code:04X}> \\x{code:02x}" for code in range(256))
+        bounds = "<mb_cur_min> 1\n<mb_cur_max> 1"
+        charmap = f"<code_set_name> ISO-8859-1\n{bounds}\nCHARMAP\n{rows}\nEND CHARMAP\n"
+        (folder / "charmap").write_text(charmap)
+        (folder / "source").write_text("LC_CTYPE\nEND LC_CTYPE\n")
+        # Its code is 1 even so: there are warnings of categories that the locale does without.
+        make = [require("localedef"), "-c", "-f", "./charmap", "-i", "./source", "./legacy"]
+        subprocess.run(make, cwd=folder, stderr=subprocess.DEVNULL)
+        environ = {"LC_ALL": "legacy", "LOCPATH": str(folder)}
+    line = [sys.executable, "-c", "import sys; print(sys.getfilesystemencoding())"]
+    said = subprocess.run(line, env={**os.environ, **environ}, capture_output=True, check=True)
+    assert said.stdout.decode().strip() == request.param
+    return environ
+
+
 NOT_SIMPLE = {"Connection": "keep-alive, x"}  # what has this header is served by aiohttp
 MORE_HEADERS = dict[str, str]()  # of all that `ask` sends
 
@@ -628,6 +655,7 @@ def test_every_fault_of_a_configuration_is_named_with_its_place() -> None:
         ("read = 'proxy'", "read: must be redirect or accel"),
         ("cors_origins = 'https://a.example/'", "cors_origins: must be * or http(s)://host"),
         ("cors_origins = 'https://A.example'", "cors_origins: must be * or http(s)://host"),
+        ('data = "a\\u0000b"', "data: must have no NUL"),
     ],
 )
 def test_configuration_says_what_is_wrong(text: str, fault: str) -> None:
@@ -681,6 +709,8 @@ def test_bad_start_is_one_line_a_fault_and_exit_code_2(tmp_path: Path) -> None:
         (["--config", "missing.toml"], ["--config"]),
         (["--db", "file", "--port", "0"], ["db: file"]),
         (["--port", str(busy.getsockname()[1])], ["cannot listen"]),
+        (["--host", "ö" * 100, "--insecure"], ["cannot listen on ö"]),  # no name can be so long
+        (["--data", "file", "--db", "new", "--port", "0"], ["file/volume1: Not a directory"]),
     ):
         ended = subprocess.run(
             [*SERVE, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=20
@@ -8663,6 +8693,117 @@ def test_readme_names_what_the_code_has() -> None:
     assert statuses <= named
 
 
+def test_versions_are_the_same_everywhere() -> None:
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    readme = (HERE / "README.md").read_text()
+    compose = (HERE / "compose.yaml").read_text()
+    code = (HERE / "mkv.py").read_text()
+    for name, places in (("aiohttp", (readme, compose, code)), ("psycopg", (readme, compose))):
+        declared = [
+            *project["project"]["dependencies"],
+            project["project"]["optional-dependencies"],
+        ]
+        bounds = rf"\b{name}(?:\[binary\])?[<>=]+[0-9.]+(?:,[<>=]+[0-9.]+)?"
+        (needed,) = set(re.findall(bounds, str(declared)))
+        for text in places:
+            assert set(re.findall(bounds, text)) == {needed}
+    (python,) = set(re.findall(r"FROM python:([0-9.]+)-slim", compose))
+    assert project["project"]["requires-python"] == f">={python}"
+    assert project["tool"]["mypy"]["python_version"] == python
+    assert project["tool"]["ruff"]["target-version"] == f"py{python.replace('.', '')}"
+    for text in (readme, code):
+        assert set(re.findall(r"Python ([0-9.]+) or later", text)) == {python}
+        assert set(re.findall(r"aiohttp ([0-9.]+[0-9])", text)) == {"3.14"}
+    start, tests, *_ = re.findall(r"^```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert ".venv/bin/pip install -q 'aiohttp>=" in start and start.endswith("mkv.py serve\n")
+    assert tests.endswith("-m pytest -n 2\n")
+
+
+NAMES_OF_3_11 = {
+    "typing": ("assert_never",),  # others it uses itself
+    "asyncio": ("Runner", "TaskGroup", "timeout"),
+    "enum": ("StrEnum",),
+    "datetime": ("UTC",),
+    "hashlib": ("file_digest",),
+}
+# What Python runs before the program, so that it is like Python 3.10.
+LIKE_3_10 = f"""
+import importlib, sys
+for module, names in {NAMES_OF_3_11}.items():
+    for name in names:
+        delattr(importlib.import_module(module), name)
+sys.modules["tomllib"] = None
+sys.version_info = (3, 10, 4, "final", 0)
+sys.version = "3.10.4 (main)"
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "No module named 'aiohttp'"),  # by -S: Python sees no installed packages
+        ({"aiohttp.py": "__version__ = '3.13.9'"}, "this is aiohttp 3.13.9"),
+        ({"aiohttp.py": "__version__ = '3.15.0'"}, "this is aiohttp 3.15.0"),
+        ({"sitecustomize.py": LIKE_3_10}, "this is Python 3.10.4"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    files: dict[str, str], found: str, tmp_path: Path
+) -> None:
+    """To who starts a program. One that imports mkv gets an ImportError with the same words."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    programs = [[str(HERE / "mkv.py"), "serve"], [str(HERE / "mkv_tools.py"), "ls"]]
+    programs += [["-m", "mkv", "serve"], ["-m", "mkv_tools"]]
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())
+    for name, place in project["project"]["scripts"].items():  # as pip makes them
+        module, function = place.split(":")
+        (tmp_path / name).write_text(f"from {module} import {function} as main\nmain()")
+        programs.append([str(tmp_path / name)])
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{HERE}"}
+    python = [sys.executable] if files else [sys.executable, "-S"]
+
+    def run(line: list[str]) -> tuple[int, str, str]:
+        ended = subprocess.run(python + line, env=environ, capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    (needed,) = project["project"]["dependencies"]
+    words = f"mkv needs Python 3.11 or later and aiohttp 3.14 (pip install '{needed}'): {found}"
+    for program in programs:
+        assert run(program) == (2, "", f"{words}\n"), program
+    for module in ("mkv", "mkv_tools"):
+        code = f"try:\n    import {module}\nexcept ImportError as error:\n    print(error)"
+        assert run(["-c", code]) == (0, f"{words}\n", "")
+
+
+@pytest.mark.parametrize("name", ["mkv.py", "mkv_tools.py"])
+def test_python_3_10_can_read_far_enough_to_say_that_it_is_too_old(name: str) -> None:
+    with pytest.raises(SyntaxError):  # so this does see what 3.10 cannot
+        ast.parse("try:\n    f()\nexcept* E:\n    g()", feature_version=(3, 10))
+    tree = ast.parse((HERE / name).read_text(), feature_version=(3, 10))
+    for node in ast.walk(tree):  # what it does not see
+        starred = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple)
+        assert not (starred and any(isinstance(one, ast.Starred) for one in node.slice.elts))
+
+
+def test_embedding_program_keeps_the_encoding_that_it_has(legacy: dict[str, str]) -> None:
+    """It is not started over, neither by the import nor by a main that it calls with arguments."""
+    code = """if 1:
+        import sys
+        print("begun", sys.getfilesystemencoding())
+        import mkv_tools
+        mkv_tools.main(["token", "me", "--allow", "read"])
+        print("ended", sys.getfilesystemencoding())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, env={**os.environ, **legacy},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    begun, *_, end = ended.stdout.splitlines()
+    assert begun.split()[0] == "begun" and ended.stdout.count("begun") == 1
+    assert end.split() == ["ended", begun.split()[1]]
+
+
 def test_readmes_first_trial_works(start: Callable[..., Program]) -> None:
     require("curl")
     server = start()
@@ -9385,6 +9526,20 @@ def test_log_that_cannot_be_written_stops_nothing(tmp_path: Path, log: str) -> N
         assert process.wait(20) == 0
     with contextlib.closing(sqlite3.connect(tmp_path / "d" / "index.db")) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_server_reads_and_writes_utf8_whatever_the_locale_says(
+    start: Callable[..., Program], legacy: dict[str, str]
+) -> None:
+    config = 'data = "dätä"\nworkers = 2\n'
+    server = start(config=config, env=legacy)
+    assert "under dätä" in server.said
+    assert "dätä".encode() in os.listdir(os.fsencode(server.folder))
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201 and get_body(server.url + "/k") == b"x"
+    server.config.write_bytes(f"{config}read = 'ü'".encode())
+    server.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "not 'ü'".encode() in server.log_file.read_bytes())
+    assert server.stop() == 0
 
 
 def test_json_log_has_one_line_a_request(start: Callable[..., Program]) -> None:
@@ -14002,6 +14157,74 @@ def test_ls_and_rm(cluster: Cluster, served: str, capsys: pytest.CaptureFixture[
             0, ["1 deleted, 1 gone already"],
         )  # fmt: skip
     assert tool("ls", served, "a/")[1] == [] and len(tool("ls", served)[1]) == 1
+
+
+def test_keys_files_and_output_are_utf8_whatever_the_locale_says(
+    start: Callable[..., Program], legacy: dict[str, str], tmp_path: Path
+) -> None:
+    server = start()
+    os.makedirs(os.fsencode(tmp_path) + "/mappe/größe".encode())
+    for name in ("größe.txt", "mappe/größe/€"):
+        with open(os.fsencode(tmp_path) + f"/{name}".encode(), "wb") as file:
+            file.write(b"x")
+
+    def tool(command: str, *arguments: str) -> str:
+        line = [sys.executable, HERE / "mkv_tools.py", command, server.url]
+        line += [argument.encode() for argument in arguments]
+        environ = {**os.environ, **legacy}
+        ended = subprocess.run(line, cwd=tmp_path, env=environ, capture_output=True)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        return ended.stdout.decode()
+
+    tool("put", "größe.txt", "mappe", "--prefix", "ü/")
+    keys = ["ü/größe.txt", "ü/mappe/größe/€"]
+    assert [row["key"] for row in json.loads(ask(server.url + "/")[2])["keys"]] == keys
+    assert tool("ls", "ü/").splitlines() == keys
+    tool("get", "ü/", "-o", "zurück")
+    tool("get", "ü/größe.txt", "-o", "ß")
+    assert "ß".encode() in os.listdir(os.fsencode(tmp_path))
+    assert os.listdir(os.fsencode(tmp_path) + "/zurück/mappe/größe".encode()) == ["€".encode()]
+    tool("rm", keys[0])
+    assert tool("ls", "-l").endswith(f" {keys[1]}\n")
+
+
+def test_argument_that_is_no_utf8_is_refused(
+    start: Callable[..., Program], legacy: dict[str, str], tmp_path: Path
+) -> None:
+    """With its place, by all commands, and before anything is done."""
+    server = start()
+    assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "secret").write_bytes(b"\xff")
+    for line, said in (
+        (["mkv_tools.py", "put", server.url, "file", b"\xff"], "argument 4 is not valid UTF-8"),
+        (["mkv_tools.py", "forget", b"a\xff"], "argument 2 is not valid UTF-8: 'a\\udcff'"),
+        (["mkv_tools.py", "token", b"\xff", "--allow", "read"], "argument 2 is not"),
+        (["mkv_tools.py", "import", server.url, server.url, "--prefix", b"\xff"], "argument 5 is"),
+        (
+            ["mkv_tools.py", "ls", server.url, "--token-file", "secret"],
+            "secret is not valid UTF-8",
+        ),
+        (["mkv.py", "serve", "--data", b"\xff", "--port", "0"], "argument 3 is not valid UTF-8"),
+    ):
+        ended = subprocess.run(
+            [sys.executable, HERE / str(line[0]), *line[1:]],
+            cwd=tmp_path, env={**os.environ, **legacy}, capture_output=True, timeout=20,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stdout) == (2, b"") and b"Traceback" not in ended.stderr
+        assert said in ended.stderr.decode(), line
+    assert [row["key"] for row in json.loads(ask(server.url + "/")[2])["keys"]] == ["k"]
+    assert b"\xff" not in os.listdir(os.fsencode(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["serve", "volume", *mkv_tools.COMMANDS])
+def test_every_command_refuses_what_is_no_utf8(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = mkv_tools.main if command in mkv_tools.COMMANDS else mkv.main
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "\udcff"])
+    assert "argument 2 is not valid UTF-8: '\\udcff'" in capsys.readouterr().err
 
 
 def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> None:
