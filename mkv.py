@@ -3434,8 +3434,10 @@ class Transaction:
             self._garbage += len(pending.dead) - len(stored.dead)
             self._stored[stem] = pending.copy()
         for table, columns in TABLES.items():
-            delete = f"DELETE FROM {table} WHERE ({columns}) IN (VALUES "
-            self._session.run_on_rows(delete, gone[table], ")")
+            cast_to = "BIGINT" if table == "claim" else "TEXT"  # PostgreSQL takes all for text
+            named = f"SELECT column1, CAST(column2 AS {cast_to}) FROM (VALUES "
+            delete = f"DELETE FROM {table} WHERE ({columns}) IN ({named}"
+            self._session.run_on_rows(delete, gone[table], ") AS gone)")
             self._session.run_on_rows(f"INSERT INTO {table} VALUES ", new[table], REPLACE[table])
 
     # -- owners --
@@ -4977,7 +4979,8 @@ class VolumeClient:
         failed = list[Exchange]()
         for exchange in line.waiting_for:
             is_second = exchange.sent > 1 and exchange.through == len(exchange.answers)
-            exchange.doubt_s = BROKEN_S
+            # Behind a last answer nothing is carried out (RFC 9112, 9.6).
+            exchange.doubt_s = BROKEN_S if reason else ANSWERED
             if exchange.is_abandoned:
                 self.hear_late(exchange)
             elif exchange.error or exchange.lease or (reason and is_second):
@@ -6225,7 +6228,9 @@ class Store:
             )  # fmt: skip
             is_new, burial = await self.index.write(commit, keys=[draft.key])
         except BaseException as error:
-            is_buried = not write.claimed or await self._discard(view, write, trail)
+            # A commit that was asked for and not heard of may have come about.
+            is_sure = not isinstance(error, IndexUnsure | asyncio.CancelledError)
+            is_buried = not write.claimed or await self._discard(view, write, trail, is_sure)
             if not is_buried and isinstance(error, MkvError):
                 raise Unfinished(f"{error}; what was written may come back") from error
             raise
@@ -6240,15 +6245,19 @@ class Store:
         answering = [name for name in view.clients if not self.health.is_down(name)]
         return Reach(frozenset(answering), len(up), view.config.min_replicas)
 
-    async def _discard(self, view: View, write: Write, trail: str) -> bool:
+    async def _discard(self, view: View, write: Write, trail: str, is_sure: bool) -> bool:
         """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs
-        are left to the collector."""
+        are left to the collector. `is_sure`: no commit of it can come about."""
         try:
             burial = await self._refuse(write)
         except (IndexFailed, IndexUnsure) as error:
             log.error("%s; what was written for %r is deleted later", error, write.draft.key)
             self._undiscarded.append(write)
-            return not write.sent
+            if not is_sure:
+                return not write.sent
+            pending = Pending({}, {}, {})
+            pending.end_write(write.path, write.claimed, write.sent, (), 0.0, write.draft.key)
+            burial = pending.above("", 0.0)
         # Where no sidecar was sent there is nothing that a rebuild could take.
         unmarked = {place_path(write.path, place) for place in write.claimed - write.marked}
         rows = [row for row in burial.rows if row.path not in unmarked]
