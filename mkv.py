@@ -10,17 +10,18 @@ files. Whoever reads the bytes never passes through Python.
                         SQLite index: key -> version, volumes, size, digest
     GET /key  --> index server -- 302 --> the client reads the blob from volume A or B
 
-On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of wall-clock
-nanoseconds + 4 random ones:
+On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of nanoseconds + 4
+that say who drew it:
 
-    /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
+    /h[0:2]/h[2:4]/h-version.ext      the blob
     /h[0:2]/h[2:4]/h-version.key      its sidecar: what it is, as JSON
-    /h[0:2]/h[2:4]/h-version.del      a mark: this version is dead, whatever sidecar turns up
+    /h[0:2]/h[2:4]/h-version~tag.*    the same, where something was written a second time
+    /h[0:2]/h[2:4]/h-version.del      a tombstone: this version is dead, whatever sidecar turns up
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A
 blob without a sidecar is an unfinished write; a sidecar without a blob is nothing. The index can
-be rebuilt from the sidecars. A mark is there only while a volume that should delete a sidecar does
-not answer, or may not have carried out a late write.
+be rebuilt from the sidecars. A tombstone is there only while a volume that should delete a sidecar
+does not answer, or may not have carried out a late write.
 
     PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 504 507
     GET /key      302 to a volume            304 404 412 503
@@ -30,16 +31,32 @@ not answer, or may not have carried out a late write.
     GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
                                              (everywhere, with tokens: 401 403)
 
+Rules that make cases impossible, so that no code has to count them:
+
+    R1  A place, which is a path on a volume, is written once, by one request that is sent once. It
+        is deleted some day, and nobody comes back to it: what has to be written again gets a tag.
+        So a DELETE that comes late, or twice, hits nothing alive.
+    R2  The commit orders. Whoever commits, its claims still standing, becomes the record, whatever
+        its version. What is dead and has a higher version than what lives is buried before the
+        answer, from the lowest version up: its sidecars are deleted, or `min_replicas` volumes get
+        a tombstone. So a rebuild takes nothing that was replaced, deleted or refused.
+    R3  Versions only rise, and the index knows which it has given out. So whoever holds a whole
+        copy of it, however old, knows what is dead of all that it knew: what was drawn, and is in
+        no record and no claim.
+    R5  Nobody acts on authority that has run out. Owners have random numbers; a PUT to a place is
+        not sent once its owner's lease has ended. What stays true, a DELETE, a tombstone, may be
+        sent at any time, by anybody.
+
 Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar,
         the record is on disk.
-    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is deleted,
-        sidecars before the answer. 504: PostgreSQL does not tell whether it was committed.
+    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is buried
+        before the answer. 504: it may have happened, or what it wrote or replaced may come back.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not
-        after a crash, not by rebuild, with the index or, while a volume with the mark is there,
-        without it.
+    I4  What was deleted, replaced or refused does not come back: not after a crash, not by rebuild
+        with the index or any older copy, nor, while a volume with the tombstone is there, without.
+        A PUT that got no answer may have happened, or happen then.
     I5  A reader gets one whole version, never a mix and never a short blob.
     I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes
         nothing.
@@ -49,18 +66,17 @@ Invariants (the tests cite them):
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
     I11 All answers about a key have an order that explains them, in which no request comes before
         one that was answered before it was sent. One without an answer (or 504) may have happened
-        or not, 412, 429, 503 and 507 have not. Only 201 and 204 of PUTs that overlap may be told
-        each other's way.
+        or not, 412, 429, 503 and 507 have not.
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and
-the index decides. A record only moves to a higher version, in one transaction that also puts what
-it replaces into the garbage. So a late clean-up can never hit a newer write, and several processes
-and tools can share one index. Whoever writes to a volume claims the path in the index before, so
-what a crash leaves there is known, and becomes garbage.
+the index decides, in one transaction that also notes as dead what it replaces. Whoever writes to a
+volume claims the place in the index before, so what a crash leaves there is known.
 
-What no index and no mark can cover: a request that was under way when the index was lost may have
-happened, whatever its conditions; what a volume carries out more than a day after it hung, or more
-than five minutes after the connection to it broke or the server was killed.
+What no index and no tombstone can cover: what a reader saw of a commit that was not answered yet
+when the index was lost may be undone; what a volume carries out more than a day after it hung, or
+more than five minutes after the connection to it broke or the server was killed, is covered by a
+copy of the index only; nor does a process see a pause between its look at its lease and the system
+call that sends.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
