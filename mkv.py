@@ -8981,7 +8981,7 @@ EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is it
 VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
-NGINX_CONF = {"Mkv-Dialect": "2"}  # which it does as
+DIALECT_2 = {"Mkv-Dialect": "2"}  # it does as this version's nginx.conf
 # A path names one version, so what is there never changes; it is for whoever got the link.
 FOR_EVER = "private, max-age=31536000, immutable"
 IS_BLOB = re.compile(
@@ -9016,8 +9016,8 @@ class StoredFile(web.FileResponse):
         headers = {}
         part = given.get("Range", "")
         known_s = time_of(given["If-Range"]) if "If-Range" in given else self._modified_s
-        # If it is another, the client may have a part of another version.
-        if part and part.isascii() and known_s == self._modified_s:
+        # If it is another, the client may have a part of another version. One part is enough.
+        if re.fullmatch(r"[!-+--~]+", part) and known_s == self._modified_s:
             headers["Range"] = part
         if time_of(given.get("If-Modified-Since", "")) == self._modified_s:
             headers["If-Modified-Since"] = given["If-Modified-Since"]
@@ -9292,7 +9292,7 @@ async def serve_volumes(
     """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
     config = replace(config, max_connections=max_connections)
     patience_s = BODY_PATIENCE * config.body_timeout
-    more = SAFETY | NGINX_CONF | (VOLUME_CORS if config.cors_origins else {})
+    more = SAFETY | DIALECT_2 | (VOLUME_CORS if config.cors_origins else {})
     loop = asyncio.get_running_loop()
     runners = list[web.AppRunner]()
     servers = list[asyncio.Server]()
