@@ -113,8 +113,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
-from aiohttp import ClientResponse
-
 # fmt: off
 # isort: off
 from mkv import (
@@ -133,8 +131,9 @@ from mkv import (
     media_type_of, new_loop, open_engine,
     parse_path, place_path, print_faults, run_embedded, sidecar_path, stem_of,
     tombstone_path, version_ns, version_of, volume_of,
-    NOT_AS_MKV, read_body,
+    NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
+from aiohttp import ClientResponse  # only now: mkv says what is missing
 # isort: on
 # fmt: on
 
@@ -2239,7 +2238,9 @@ def read_token(options: argparse.Namespace) -> str:
     text = os.environ.get("MKV_TOKEN", "")
     if options.token_file:
         place = options.token_file
-        text = Path(place).read_bytes().decode("ascii", "replace")
+        text = Path(place).read_bytes().decode("utf-8", "surrogateescape")
+    if NOT_UTF8.search(text):
+        raise ConfigError([f"{place} is not valid UTF-8"])
     words = text.split()
     if len(words) > 1 or (options.token_file and not words):
         raise ToolError(f"{place} must hold one secret and nothing else")
@@ -3750,7 +3751,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the imports are over
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = make_parser().parse_args(arguments)
+    options = parse_arguments(make_parser(), arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
     try:
