@@ -15,19 +15,29 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
 3.  rebuild takes the index alone (INDEX.lock; in PostgreSQL by its lease): no server and no other
     tool has it open. A folder
     is merged by itself: of each key the highest version with a sound sidecar and its blob beside
-    it becomes the record, older versions become garbage. The result is a new file, INDEX.new,
-    checked, then put in place with one rename; the old index stays as INDEX.<date>.
+    it becomes the record, unless it is known to be dead; older versions are dead. The result is a
+    new file, INDEX.new, checked, then put in place with one rename; the old index stays as
+    INDEX.<date>.
 4.  It believes no single sidecar: all are read. Where those of a version are not all sound and the
-    same, the blobs beside them are read too, and the sidecar that a blob agrees with, in size and
-    digest, is right; a replica of other bytes is left out. A version that has a sidecar and a
-    blob, and is neither settled so nor dead (older than the record, or garbage of the old index),
-    ends it: all of them are named, and nothing is changed. A blob that no volume has a sidecar of
-    is an unfinished write. What the old index had and the new one lacks is reported; no file is
-    left that could bring it back.
-5.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over,
-    and a version that is garbage there without being the record's is never adopted. Without an old
-    index the sidecars alone decide. A volume that it has blobs on must be there and not be empty,
-    lest a disk that is not mounted counts as read.
+    same, or two places of it are on one volume, the blobs beside them are read too, and the
+    sidecar that a blob agrees with, in size and digest, is right; a replica of other bytes is left
+    out, and so is the second one on a volume. A version that has a sidecar and a blob, and is
+    neither settled so nor dead, ends it: all of them are named, and nothing is changed. A blob
+    that no volume has a sidecar of is an unfinished write.
+5.  What was deleted stays deleted (I4). A version is dead if a volume has a tombstone of it: an
+    index that names it is older than the volumes. It is also dead if the old index, however old,
+    has drawn it and neither a record nor a claim there names it (R3): so restored disks, disks
+    that were away for months and writers that slept bring nothing back. For that the old index
+    must be whole (integrity, as many records as its totals say, rows of `drawn` that can be); one
+    that is not only says what its rows of `dead` say. Without one the sidecars alone decide.
+    What the old index claims is undecided: the volumes decide, and what is not adopted is dead
+    with the doubt of an owner whose lease has ended. Where it calls a place dead, that is adopted
+    only as the last good replica of the version that its record names. A place on a volume that
+    is not read (--allow-missing) stays in its record, and a record that is on such volumes alone
+    stays as it is; a volume that the old index has blobs on must else be there and not be empty,
+    lest a disk that is not mounted counts as read. What the old index had and the new one lacks
+    is reported. The new one hands on all rows of `drawn`, and draws no version below any that was
+    seen in a file. Whatever is found to be dead is noted as that, due at once since nobody reads.
 6.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim,
     copy, commit. Claim, one transaction: if a record still is what the plan saw, the places to be
     written are claimed. Copy: read one replica, check its digest, write blob, then sidecar.
@@ -56,8 +66,8 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
     renames a whole file there) and no new version: a path names a version, and the version's
     digest names the bytes.
 
-After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in
-the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
+A copy of the index (backup, the source of move-index) says that it is one: only rebuild takes it,
+as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
 configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
 
 Reading order: plans (pure), reading volumes, moving replicas, running, tool after tool, command
