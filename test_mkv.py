@@ -4670,7 +4670,7 @@ async def test_what_one_process_finds_out_all_others_hear() -> None:
     pipes = mkv.open_pipes(3)
     names = [f"v{i}" for i in range(1000)]
     healths = [mkv.Health(mkv.Peers(pipes, number)) for number in range(3)]
-    os.write(pipes[2][1], b"v0 down slow\n")  # to one who had this number and died
+    os.write(pipes[2][1], b"v0 down slow 1\n")  # to one who had this number and died
     tasks = [
         asyncio.create_task(health.run(lambda: dict.fromkeys(names[1:])))  # type: ignore
         for health in healths[1:]
@@ -4684,6 +4684,10 @@ async def test_what_one_process_finds_out_all_others_hear() -> None:
     await until(lambda: healths[2].slow == {"v8"} and healths[2].states["v7"] is READONLY)
     healths[1].note_slow("v8", False)
     await until(lambda: not healths[2].slow)
+    healths[1].note_dialect("v9", 2)
+    await until(lambda: healths[2].dialects == {"v9": 2})  # of the others nobody knows it yet
+    healths[1].note_dialect("v9", 1)
+    await until(lambda: healths[2].dialects == {"v9": 1})
     assert "v0" not in healths[2].states  # which is configured no longer
     for task in tasks:
         task.cancel()
@@ -6528,6 +6532,19 @@ class TestPage:
             )
             assert ran == "refused" and tab.faults
             tab.faults.clear()  # that was this
+
+    def test_volume_with_an_old_nginx_conf_is_named(
+        self, browser: Any, start: Callable[..., Program], tmp_path: Path
+    ) -> None:
+        volumes = [
+            Nginx(tmp_path / "old", conf=nginx_conf_of_dialect_1()), Nginx(tmp_path / "new"),
+        ]  # fmt: skip
+        with volumes[0], volumes[1]:
+            server = start(config=toml_of(volumes))
+            with Tab(browser, server.url) as tab:
+                tab.page.locator("td.up").nth(1).wait_for()
+                said = tab.page.locator("td.state").all_inner_texts()
+                assert said == ["up, replace nginx.conf", "up"]
 
     def test_volume_that_dies_is_shown_and_read_past(
         self, browser: Any, start: Callable[..., Program], tmp_path: Path
