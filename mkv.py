@@ -10,17 +10,18 @@ files. Whoever reads the bytes never passes through Python.
                         SQLite index: key -> version, volumes, size, digest
     GET /key  --> index server -- 302 --> the client reads the blob from volume A or B
 
-On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of wall-clock
-nanoseconds + 4 random ones:
+On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of nanoseconds + 4
+that say who drew it:
 
-    /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
+    /h[0:2]/h[2:4]/h-version.ext      the blob
     /h[0:2]/h[2:4]/h-version.key      its sidecar: what it is, as JSON
-    /h[0:2]/h[2:4]/h-version.del      a mark: this version is dead, whatever sidecar turns up
+    /h[0:2]/h[2:4]/h-version~tag.*    the same, where something was written a second time
+    /h[0:2]/h[2:4]/h-version.del      a tombstone: this version is dead, whatever sidecar turns up
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A
 blob without a sidecar is an unfinished write; a sidecar without a blob is nothing. The index can
-be rebuilt from the sidecars. A mark is there only while a volume that should delete a sidecar does
-not answer, or may not have carried out a late write.
+be rebuilt from the sidecars. A tombstone is there only while a volume that should delete a sidecar
+does not answer, or may not have carried out a late write.
 
     PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 504 507
     GET /key      302 to a volume            304 404 412 503
@@ -30,16 +31,32 @@ not answer, or may not have carried out a late write.
     GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
                                              (everywhere, with tokens: 401 403)
 
+Rules that make cases impossible, so that no code has to count them:
+
+    R1  A place, which is a path on a volume, is written once, by one request that is sent once. It
+        is deleted some day, and nobody comes back to it: what has to be written again gets a tag.
+        So a DELETE that comes late, or twice, hits nothing alive.
+    R2  The commit orders. Whoever commits, its claims still standing, becomes the record, whatever
+        its version. What is dead and has a higher version than what lives is buried before the
+        answer, from the lowest version up: its sidecars are deleted, or `min_replicas` volumes get
+        a tombstone. So a rebuild takes nothing that was replaced, deleted or refused.
+    R3  Versions only rise, and the index knows which it has given out. So whoever holds a whole
+        copy of it, however old, knows what is dead of all that it knew: what was drawn, and is in
+        no record and no claim.
+    R5  Nobody acts on authority that has run out. Owners have random numbers; a PUT to a place is
+        not sent once its owner's lease has ended. What stays true, a DELETE, a tombstone, may be
+        sent at any time, by anybody.
+
 Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar,
         the record is on disk.
-    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is deleted,
-        sidecars before the answer. 504: PostgreSQL does not tell whether it was committed.
+    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is buried
+        before the answer. 504: it may have happened, or what it wrote or replaced may come back.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not
-        after a crash, not by rebuild, with the index or, while a volume with the mark is there,
-        without it.
+    I4  What was deleted, replaced or refused does not come back: not after a crash, not by rebuild
+        with the index or any older copy, nor, while a volume with the tombstone is there, without.
+        A PUT that got no answer may have happened, or happen then.
     I5  A reader gets one whole version, never a mix and never a short blob.
     I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes
         nothing.
@@ -49,18 +66,17 @@ Invariants (the tests cite them):
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
     I11 All answers about a key have an order that explains them, in which no request comes before
         one that was answered before it was sent. One without an answer (or 504) may have happened
-        or not, 412, 429, 503 and 507 have not. Only 201 and 204 of PUTs that overlap may be told
-        each other's way.
+        or not, 412, 429, 503 and 507 have not.
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and
-the index decides. A record only moves to a higher version, in one transaction that also puts what
-it replaces into the garbage. So a late clean-up can never hit a newer write, and several processes
-and tools can share one index. Whoever writes to a volume claims the path in the index before, so
-what a crash leaves there is known, and becomes garbage.
+the index decides, in one transaction that also notes as dead what it replaces. Whoever writes to a
+volume claims the place in the index before, so what a crash leaves there is known.
 
-What no index and no mark can cover: a request that was under way when the index was lost may have
-happened, whatever its conditions; what a volume carries out more than a day after it hung, or more
-than five minutes after the connection to it broke or the server was killed.
+What no index and no tombstone can cover: what a reader saw of a commit that was not answered yet
+when the index was lost may be undone; what a volume carries out more than a day after it hung, or
+more than five minutes after the connection to it broke or the server was killed, is covered by a
+copy of the index only; nor does a process see a pause between its look at its lease and the system
+call that sends.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
@@ -68,6 +84,24 @@ Reading order: as below. Up to "wire format" everything is pure (no clock, no ra
 and who has read that far knows all policy; the rest carries it out."""
 
 from __future__ import annotations
+
+import os
+import sys
+
+try:  # before anything that Python 3.10 lacks
+    if sys.version_info < (3, 11):  # noqa: UP036 - who copies this file has no pip that looks
+        raise ImportError(f"this is Python {sys.version.split()[0]}")
+    import aiohttp
+
+    if not aiohttp.__version__.startswith("3.14."):
+        raise ImportError(f"this is aiohttp {aiohttp.__version__}")
+except ImportError as error:
+    needs = "Python 3.11 or later and aiohttp 3.14 (pip install 'aiohttp>=3.14,<3.15')"
+    needs = f"mkv needs {needs}: {error}"
+    if os.path.basename(sys.argv[0]) in ("mkv.py", "mkv", "mkv_tools.py", "mkv-tools"):
+        print(needs, file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(needs) from error
 
 import argparse
 import asyncio
@@ -84,7 +118,6 @@ import json
 import logging
 import math
 import mmap
-import os
 import queue
 import random
 import re
@@ -96,7 +129,6 @@ import socket
 import sqlite3
 import stat
 import struct
-import sys
 import termios
 import threading
 import time
@@ -276,6 +308,8 @@ class Checked:
                     f"{kind.__name__}{f', not {given!r}' if spec.repr else ''}"
                 )
                 wrong_type = True
+            elif kind is str and "\0" in given:
+                faults.append(f"{spec.name}: must have no NUL")
             elif kind in (int, float) and not bounds["low"] <= given <= bounds["high"]:
                 faults.append(
                     f"{spec.name}: must be {bounds['low']} to {bounds['high']}, not {given}"
@@ -587,8 +621,8 @@ PATH = re.compile(
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
-# Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with
-# the blob's own type.
+# Media type -> file extension. It shows who looks at a volume what a file is, and says what a blob
+# is that comes without a type. (By it nginx with an earlier nginx.conf tells the type.)
 EXTENSIONS = {
     "text/html": "html", "text/css": "css", "text/plain": "txt", "text/xml": "xml",
     "application/json": "json",
@@ -611,7 +645,19 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
-ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
+# A link says type and name, and what it says is signed, as it stands there. So it holds only what
+# no client encodes or decodes by itself. nginx.conf reads it with the same expressions.
+ESCAPES = 12  # that it reads in a type, and in a name
+PLAIN_IN_TYPE = "!$*+,/:;=?@"  # beside letters, digits and _.-~; the rest is ( and two hex digits
+TYPE_IN_LINK = re.compile(
+    r"(?=[^&]+/[^&])[!-%'*-~]*"
+    rf"(?:\((?:2[0235-9]|3[CE]|5[B-E]|60|7[B-D])[!-%'*-~]*){{0,{ESCAPES}}}"
+)
+ESCAPE_IN_TYPE = re.compile(r"\((..)")
+PLAIN_IN_NAME = re.compile(r"[A-Za-z0-9_.~!$-]+")  # the rest is % and two hex digits
+FICKLE_IN_NAME = re.compile(r"%(2[5789AC]|3[AF]|40)")  # some clients decode these: encoded twice
+TWICE_IN_NAME = re.compile(r"%25(?=[0-9A-F]{2})")
+NAME_IN_LINK = re.compile(r"[A-Za-z0-9_.~!$%-]+")
 NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
 MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
@@ -734,6 +780,16 @@ def make_version(at_ns: int, tag: str) -> str:
     return f"{at_ns:016x}{tag}"
 
 
+def version_s(version: str) -> int:
+    """Return the same in whole seconds, as HTTP tells times."""
+    return version_ns(version) // 10**9
+
+
+@lru_cache(64)  # all that is written in one second has one
+def http_date(time_s: int) -> str:
+    return formatdate(time_s, usegmt=True)
+
+
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     """Return (content type, extension) for a blob; without a Content-Type the key's own ending
     decides."""
@@ -746,27 +802,53 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
 
 
 @lru_cache(4096)  # every redirect asks
-def name_query(key: str) -> str:
-    """Return the query of a link that names the download: by the key's last part, without what no
-    file name may hold; "" if that leaves none."""
-    name = key[key.rfind("/") + 1 :]
-    name = NOT_IN_NAME.sub("_", name)
+def name_in_link(key: str, dialect: int) -> str:
+    """Return the name of a download, as a link to a volume of that dialect holds it: the key's
+    last part, without what no file name may hold; "" if that leaves none."""
+    name = NOT_IN_NAME.sub("_", key[key.rfind("/") + 1 :])
     if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
         return ""
-    return f"?name={quote(name, safe='')}"
+    if dialect == 1:
+        return quote(name, safe="")
+    encoded = quote(name, safe="!$")
+    if len(FICKLE_IN_NAME.findall(encoded)) > ESCAPES:
+        return FICKLE_IN_NAME.sub("_", encoded)
+    return FICKLE_IN_NAME.sub(r"%25\1", encoded)
+
+
+@lru_cache(4096)  # there are few
+def type_in_link(content_type: str) -> str:
+    """Return a type as a link holds it: octet-stream, if it holds more than can be read there."""
+    encoded = quote(content_type, safe=PLAIN_IN_TYPE).replace("%", "(")
+    if len(content_type) > MAX_MEDIA_TYPE or not TYPE_IN_LINK.fullmatch(encoded):
+        return DEFAULT_TYPE
+    return encoded
+
+
+def served_type(argument: str) -> str:
+    """Return the Content-Type that a link asks for, as nginx.conf does."""
+    if not TYPE_IN_LINK.fullmatch(argument):
+        return DEFAULT_TYPE
+    return ESCAPE_IN_TYPE.sub(lambda found: chr(int(found[1], 16)), argument)
+
+
+def argument_of(query: str, name: str) -> str:
+    """Return an argument as it stands in a query, as nginx does: the first, "" for none."""
+    found = re.search(rf"(?:^|&){name}=([^&]*)", query, re.IGNORECASE)
+    return found[1] if found else ""
 
 
 def disposition_of(query: str) -> str:
     """Return the Content-Disposition that a link asks for, as nginx.conf does: "" for none. What
     is in the link stays encoded, so no header can be made of it."""
-    name = re.search(r"(?:^|&)name=([^&]*)", query, re.IGNORECASE)
-    if name is None or not ENCODED_NAME.fullmatch(name[1]):
+    name = argument_of(query, "name")
+    kind = "attachment" if argument_of(query, "download") else "inline"
+    if PLAIN_IN_NAME.fullmatch(name):
+        return f'{kind}; filename="{name}"'
+    encoded, count = TWICE_IN_NAME.subn("%", name)
+    if count > ESCAPES or not NAME_IN_LINK.fullmatch(name):
         return ""
-    download = re.search(r"(?:^|&)download=([^&]*)", query, re.IGNORECASE)
-    kind = "attachment" if download and download[1] else "inline"
-    if "%" in name[1]:
-        return f"{kind}; filename*=UTF-8''{name[1]}"  # RFC 8187
-    return f'{kind}; filename="{name[1]}"'
+    return f"{kind}; filename*=UTF-8''{encoded}"  # RFC 8187
 
 
 def after_prefix(prefix: str) -> str | None:
@@ -868,9 +950,9 @@ SIDECAR_FIELDS = {
 
 
 class Record(NamedTuple):
-    """What the index knows of a key. `places` are sorted, so that a rebuild gives the same row, and
-    at most one is on each volume. A tuple, since each GET makes one, and a dataclass takes twice as
-    long to make."""
+    """What the index knows of a key. `places` are sorted, so that a rebuild gives the same row,
+    and at most one is on each volume. A tuple, since each GET makes one, and a dataclass takes
+    twice as long to make."""
 
     key: str
     version: str
@@ -902,14 +984,14 @@ class Record(NamedTuple):
         raise KeyError(volume)
 
     @property
-    def modified_s(self) -> float:
-        """When it was written, in Unix seconds, by the clock of the index."""
-        return version_ns(self.version) / 1e9
+    def modified_s(self) -> int:
+        """When it was written, in whole Unix seconds, by the clock of the index."""
+        return version_s(self.version)
 
     @property
     def modified(self) -> str:
         """The same, as HTTP writes it."""
-        return formatdate(self.modified_s, usegmt=True)
+        return http_date(self.modified_s)
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -1004,17 +1086,18 @@ def parse_etags(header: str) -> tuple[str, ...]:
 def decide_conditions(
     conditions: Conditions, record: Record | None, reading: bool = False
 ) -> Verdict:
-    """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2."""
+    """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2. Dates
+    are compared for equality, as nginx does: a key's may go back."""
     c = conditions
     etag = record.etag if record else None
-    modified_s = int(record.modified_s) if record else None
+    modified_s = record.modified_s if record else None
     if c.if_match is not None:
         if etag is None or not {"*", etag} & {*c.if_match}:  # strong comparison: W/ never matches
             return Verdict.FAILED
     elif (
         c.unmodified_since_s is not None
         and modified_s is not None
-        and modified_s > c.unmodified_since_s
+        and modified_s != c.unmodified_since_s
     ):
         return Verdict.FAILED
     if c.if_none_match is not None:
@@ -1024,7 +1107,7 @@ def decide_conditions(
         reading
         and c.modified_since_s is not None
         and modified_s is not None
-        and modified_s <= c.modified_since_s
+        and modified_s == c.modified_since_s
     ):
         return Verdict.NOT_MODIFIED
     return Verdict.PROCEED
@@ -1379,8 +1462,8 @@ class Pending:
                 self.dead[volume, path] = Dead(path, volume, now_s, now_s, None, None, key)
 
     def disown(self, owner: int, now_s: float) -> None:
-        """An owner is taken for dead: what it has claimed is, too. Volumes may still carry out what
-        it has sent."""
+        """An owner is taken for dead: what it has claimed is, too. Volumes may still carry out
+        what it has sent."""
         until_s = now_s + BROKEN_S
         for (path, claimer), places in list(self.claims.items()):
             if claimer == owner:
@@ -1445,6 +1528,7 @@ def only_if_absent(conditions: Conditions) -> Conditions:
 
 
 ANY_TAG = "*"
+SEEN_TAG = "seen"  # of no version
 
 
 class Drawn(NamedTuple):
@@ -1455,6 +1539,12 @@ class Drawn(NamedTuple):
     tag: str
     first_ns: int
     highest_ns: int
+
+
+def is_sound(row: Drawn) -> bool:
+    """Whether an index can have drawn what this row says."""
+    is_tag = row.tag in (ANY_TAG, SEEN_TAG) or re.fullmatch("[0-9a-f]{4}", row.tag)
+    return bool(is_tag) and row.first_ns >= 0 and 0 <= row.highest_ns < END_OF_TIME_NS
 
 
 def is_drawn(version: str, drawn: Iterable[Drawn]) -> bool:
@@ -1504,11 +1594,40 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
 
 
 @lru_cache(4096)  # for half of link_ttl the same link is asked for
-def sign_link(path: str, secret: str, expires_s: int) -> str:
-    """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
-    to all three."""
-    digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
+def sign_link(subject: str, secret: str, expires_s: int) -> str:
+    """Return the query that nginx's secure_link checks: an MD5 over expiry, what else the link
+    says, and the secret, bound to all three."""
+    signed = f"{expires_s}{subject} {secret}".encode("utf-8", "surrogateescape")
+    digest = hashlib.md5(signed, usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
+
+
+def subject_of_link(path: str, media_type: str, name: str) -> str:
+    """Return what is signed of a link beside its expiry: its path on the volume, and type and name
+    as they stand there. No argument holds an "&", and each path begins with "/", so no two links
+    have one subject. A link without a type is one of dialect 1, and its name is not signed."""
+    return f"&{media_type}&{name}&{path}" if media_type else path
+
+
+def make_link(
+    url: str, record: Record, dialect: int, secret: str, expires_s: int, now_s: float
+) -> str:
+    """Return the link to the blob at `url`, on a volume of that dialect: with its type (but not in
+    dialect 1) and the download's name, signed if there is a secret."""
+    media_type = type_in_link(record.content_type) if dialect > 1 else ""
+    name = name_in_link(record.key, dialect)
+    query = ""
+    if secret:
+        # The volume checks the path that it is asked for, so that of the whole URL counts.
+        path = "/" + url.split("/", 3)[3]
+        query = sign_link(subject_of_link(path, media_type, name), secret, expires_s)
+    if media_type:
+        query += f"&type={media_type}"
+    if name:
+        query += f"&name={name}"
+    if media_type and record.modified_s > now_s:
+        query += "&undated=1"  # no Last-Modified is later than now (RFC 9110, 8.8.2.1)
+    return f"{url}?{query[1:]}" if query else url
 
 
 def link_expiry(now_s: float, ttl_s: float) -> int:
@@ -1593,6 +1712,7 @@ ANSWER_HEAD = re.compile(
     rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
 )  # fmt: skip
 FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.IGNORECASE)
+DIALECT = re.compile(rb"\nmkv-dialect: *2 *\r", re.IGNORECASE)
 
 
 class RequestHead(NamedTuple):
@@ -1656,11 +1776,13 @@ def parse_request_head(head: bytes) -> RequestHead | None:
 
 
 class AnswerHead(NamedTuple):
-    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
+    """What the head of an answer says; `size` is that of the body, None for a chunked one;
+    `dialect` that of nginx.conf on the volume."""
 
     status: int
     size: int | None
     reusable: bool
+    dialect: int = 1
 
 
 @lru_cache(HEADS_KNOWN)
@@ -1690,7 +1812,7 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
         size = 0
     elif size is None and not chunked:
         raise ValueError("its answer has no length")
-    return AnswerHead(status, size, reusable)
+    return AnswerHead(status, size, reusable, 2 if DIALECT.search(head) else 1)
 
 
 def drop_location(head: bytes) -> bytes:
@@ -1812,6 +1934,7 @@ class AnswerReader:
 
     def __init__(self) -> None:
         self.reusable = True  # more answers can follow
+        self.dialect = 1  # that the last answer showed
         self._data = b""  # what has come
         self._at = 0  # how much of it has been read
         self._interim = 0  # answers before the next one proper
@@ -1882,6 +2005,7 @@ class AnswerReader:
                 raise ValueError("it sends interim answers only")
         self._interim = 0
         self.reusable = self.reusable and head.reusable
+        self.dialect = head.dialect
         self._left = head.size or 0
         self._chunks = ChunkDecoder() if head.size is None else None
         return head
@@ -1911,12 +2035,12 @@ class AnswerReader:
 # the versions that are noted as dead on a volume. See Pending for what that means.
 #
 # Whoever claims is an owner: a row with a random number, so that no two can have one, that says
-# until when it is alive, and is renewed long before. Anybody may end the lease of one that is late:
-# its claims are dead then. If it lives after all, its next commit finds that.
+# until when it is alive, and is renewed long before. Anybody may end the lease of one that is
+# late: its claims are dead then. If it lives after all, its next commit finds that.
 #
-# `drawn` says which versions this index has given out: a row for each owner that drew any, with the
-# tag in which they end. So a whole copy of the index, however old, tells what is dead of all that
-# it knew: a version that was drawn, and that no record and no claim in the copy names.
+# `drawn` says which versions this index has given out: a row for each owner that drew any, with
+# the tag in which they end. So a whole copy of the index, however old, tells what is dead of all
+# that it knew: a version that was drawn, and that no record and no claim in the copy names.
 #
 # Times in `dead` and `owner` are of the index's own clock. SQLite's runs with the machine's
 # monotonic clock: a step of the wall clock neither hastens nor delays a deletion; after a boot it
@@ -2203,6 +2327,15 @@ class Engine(ABC):
         turns into IndexDamaged if it cannot be used."""
 
     @abstractmethod
+    def is_copy(self, session: Session) -> bool:
+        """Return whether the index is a copy, which may lack what came after it: nobody serves
+        it."""
+
+    @abstractmethod
+    def mark_as_copy(self, session: Session) -> None:
+        """Have the index say from now on that it is a copy."""
+
+    @abstractmethod
     def enter(self) -> None:
         """Before the index is used: keep away who wants it alone; raises ConfigError."""
 
@@ -2242,7 +2375,7 @@ class Engine(ABC):
     @abstractmethod
     def open_old(self, session: Session) -> str:
         """Make an index that nobody else has open ready to be read; return what is wrong with it,
-        or ""."""
+        or "". Raises what `explain` turns into IndexDamaged if nothing of it can be read."""
 
     @abstractmethod
     def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
@@ -2382,8 +2515,8 @@ def prepare_sqlite(session: SqliteSession) -> None:
         latest = db.execute(f"SELECT coalesce(max(since), 0) FROM {table}").fetchone()[0]
         # A clock that was not set yet takes nothing back.
         ahead = max(time.time(), latest) - time.monotonic()
-        query = "UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot NOT IN (?1, ?3)"
-        db.execute(query, (boot, ahead, COPY))
+        db.execute("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+        db.execute("UPDATE clock SET boot = ?1 WHERE boot NOT IN (?1, ?2)", (boot, COPY))
         if version == 3:
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
@@ -2444,8 +2577,12 @@ class SqliteEngine(Engine):
 
     def prepare(self, session: Session) -> None:
         prepare_sqlite(cast(SqliteSession, session))
-        if session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)):
-            raise IndexDamaged("it is a copy, which lacks what came after it: run rebuild with it")
+
+    def is_copy(self, session: Session) -> bool:
+        return bool(session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)))
+
+    def mark_as_copy(self, session: Session) -> None:
+        session.run("UPDATE clock SET boot = ?1", (COPY,))
 
     def _lock(self, suffix: str, exclusive: bool) -> None:
         self._locks.append(lock_file(self.path + suffix, exclusive))
@@ -2506,11 +2643,10 @@ class SqliteEngine(Engine):
         """Bring the index's log into it, too."""
         db = cast(SqliteSession, session).db
         if not db.execute("PRAGMA user_version").fetchone()[0]:
-            return "it is empty"
+            raise IndexDamaged("it is empty")
         prepare_sqlite(cast(SqliteSession, session))
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        soundness = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
-        return "" if soundness == "ok" else soundness
+        return session.find_damage()
 
     def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
         kept = keep_old_index(self.path) if keep else ""
@@ -2611,7 +2747,8 @@ def check_target(target: str, part: str, index: str) -> None:
 # A session that stands still in a transaction loses its connection, and with that its turn.
 
 META = """
-CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL);
+CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL,
+    is_copy BOOLEAN NOT NULL DEFAULT false);
 """
 # What is written again and again needs room beside it, and its dead rows go soon.
 STORAGE = """
@@ -2742,9 +2879,9 @@ class PostgresSession(Session):
 
     def _connect(self) -> None:
         """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
-        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that. psycopg's
-        cursors would make a system call or two of each statement, and wait for the GIL after
-        each of them while the event loop is busy."""
+        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that.
+        psycopg's cursors would make a system call or two of each statement, and wait for the GIL
+        after each of them while the event loop is busy."""
         self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
         self._pq = self._db.pgconn
         self._pq.enter_pipeline_mode()
@@ -3018,6 +3155,7 @@ class PostgresEngine(Engine):
                 migrate(session, tables_in_postgres(PENDING + DRAWN))
                 session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
                 session.run("ALTER TABLE meta DROP COLUMN epoch")
+                session.run("ALTER TABLE meta ADD COLUMN is_copy BOOLEAN NOT NULL DEFAULT false")
                 session.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
                 version = SCHEMA_VERSION
             if version != SCHEMA_VERSION:
@@ -3036,6 +3174,13 @@ class PostgresEngine(Engine):
             if statement.strip():
                 session.run(statement)
         session.run("INSERT INTO meta VALUES (?1, 0, false)", (SCHEMA_VERSION,))
+
+    def is_copy(self, session: Session) -> bool:
+        return session.select("SELECT is_copy FROM meta") == [(True,)]
+
+    def mark_as_copy(self, session: Session) -> None:
+        session.run("UPDATE meta SET is_copy = true")
+        session.commit()
 
     def enter(self) -> None:
         """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
@@ -3108,9 +3253,9 @@ class PostgresEngine(Engine):
 
 
 # == Migration ====================================================================================
-# From the index of the second edition, schema 3, to this one, in one transaction, while nobody else
-# uses it. What was claimed is dead, and may still be written; what is kept or made anew has no row
-# now, since a record names it. All versions up to the highest were drawn by anybody.
+# From the index of the second edition, schema 3, to this one, in one transaction, while nobody
+# else uses it. What was claimed is dead, and may still be written; what is kept or made anew has
+# no row now, since a record names it. All versions up to the highest were drawn by anybody.
 
 
 def migrate(session: Session, tables: str) -> None:
@@ -3161,11 +3306,11 @@ RELEASE_TOMBSTONES = """INSERT INTO dead SELECT path, volume, ?1, ?1, NULL, NULL
 
 # == Index ========================================================================================
 # The engine behind threads: one session writes, a few read, each opened on the thread that uses
-# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and mutations
-# one transaction: what they say that they will ask for is read with two queries, they are carried
-# out on what is in memory, and at the end all is written with a few statements. So a batch costs a
-# few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A transaction knows
-# nothing of the one before it.
+# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and
+# mutations one transaction: what they say that they will ask for is read with two queries, they
+# are carried out on what is in memory, and at the end all is written with a few statements. So a
+# batch costs a few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A
+# transaction knows nothing of the one before it.
 #
 # What a transaction has written is durable when it is answered, but for those that only claim, put
 # off or settle: they are on disk with the next one that is. What a power cut takes of them is the
@@ -3304,6 +3449,13 @@ class Transaction:
         self._changed.add(record.key)
         self._count(record, 1)
 
+    def fill(self, records: Iterable[Record]) -> None:
+        """Insert records into a new index that has none of these keys: nothing is looked up."""
+        for record in records:
+            self._records[record.key] = record
+            self._changed.add(record.key)
+            self._count(record, 1)
+
     def remove(self, record: Record) -> None:
         self._records[record.key] = None
         self._changed.add(record.key)
@@ -3416,8 +3568,10 @@ class Transaction:
             self._garbage += len(pending.dead) - len(stored.dead)
             self._stored[stem] = pending.copy()
         for table, columns in TABLES.items():
-            delete = f"DELETE FROM {table} WHERE ({columns}) IN (VALUES "
-            self._session.run_on_rows(delete, gone[table], ")")
+            cast_to = "BIGINT" if table == "claim" else "TEXT"  # PostgreSQL takes all for text
+            named = f"SELECT column1, CAST(column2 AS {cast_to}) FROM (VALUES "
+            delete = f"DELETE FROM {table} WHERE ({columns}) IN ({named}"
+            self._session.run_on_rows(delete, gone[table], ") AS gone)")
             self._session.run_on_rows(f"INSERT INTO {table} VALUES ", new[table], REPLACE[table])
 
     # -- owners --
@@ -3527,8 +3681,8 @@ def commit_put(
     tx: Transaction, record: Record, conditions: Conditions, claimed: AbstractSet[str], sent: Sent,
     delay_s: float, reach: Reach,
 ) -> tuple[bool, Burial]:  # fmt: skip
-    """Make `record` the key's record, whatever its version (R2); return whether the key is new, and
-    what is to be buried before the answer. If it raises, nothing has changed."""
+    """Make `record` the key's record, whatever its version (R2); return whether the key is new,
+    and what is to be buried before the answer. If it raises, nothing has changed."""
     key = record.key
     current = tx.get(key)
     pending = tx.pending_of(key)
@@ -3722,7 +3876,7 @@ def select_records(after: str, session: Session) -> list[Record]:
 def select_pending(first: str, session: Session) -> dict[str, Pending]:
     """Return a page of all that is pending, of the keys whose paths are not before `first`."""
     pieces = [
-        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS {table}"
+        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS one"
         for table in TABLES
     ]
     query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT ?2"
@@ -4019,6 +4173,9 @@ class Index:
         self.engine.enter()
         self._has_entered = True
         await self.prepare()
+        if await self.is_copy():
+            reason = "it is a copy, which may lack what came after it: run rebuild"
+            raise ConfigError([f"db: {self.name}: {reason}"])
         query = "SELECT 1 FROM owner WHERE role = 'rebuilder' AND until > ?1"
         if await self._read(lambda session: session.select(query, (session.read_clock(),))):
             raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"])
@@ -4092,13 +4249,17 @@ class Index:
         with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
             await self.write(Transaction.retire)
 
+    async def is_copy(self) -> bool:
+        return await self._writer.run(self.engine.is_copy)
+
+    async def mark_as_copy(self) -> None:
+        """Have nobody serve this index from now on: another one has taken its place."""
+        await self._writer.run(self.engine.mark_as_copy)
+
     async def _find_damage(self) -> str:
-        """Return why an index that nobody else has open cannot be used, or ""; raises IndexFailed
-        if it may be no damage."""
-        try:
-            return await self._writer.run(self.engine.open_old)
-        except IndexDamaged as error:
-            return error.reason
+        """Return why an index that nobody else has open is not whole, or ""; raises IndexDamaged
+        if nothing of it can be read, IndexFailed if it may be no damage."""
+        return await self._writer.run(partial(find_damage, self.engine))
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
@@ -4208,7 +4369,7 @@ class Replacement:
     """A new index that is made beside the one at `db`, and takes its place or is given up.
 
     Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
-    read; `damage` says what is wrong with it."""
+    read; `damage` says what is wrong with it, "" if it is whole."""
 
     def __init__(self, db: str) -> None:
         self._engine = open_engine(db)
@@ -4234,8 +4395,10 @@ class Replacement:
             self._renewal = asyncio.create_task(self._guard.renew_for_ever())
         if self._existed:
             self.old = self._guard or Index(self._engine)
-            self.damage = await self.old._find_damage()
-            if self.damage:
+            try:
+                self.damage = await self.old._find_damage()
+            except IndexDamaged as error:
+                self.damage = error.reason
                 await self._close_old()
                 self.old = None
         self.new.engine.remove()
@@ -4286,6 +4449,27 @@ class Replacement:
             self._is_alone = False
 
 
+def find_damage(engine: Engine, session: Session) -> str:
+    """Return why an index that nobody else has open is not whole, or ""."""
+    damage = engine.open_old(session)
+    if damage:
+        return damage
+    counted = count_records(session)
+    total = read_totals(session).get(ALL_KEYS, (0, 0))
+    if counted != total:
+        return f"it has {counted[0]} records of {counted[1]} bytes, not {total[0]} of {total[1]}"
+    if not all(map(is_sound, select_drawn(session))):
+        return "what it says of versions is none"
+    return ""
+
+
+def count_records(session: Session) -> tuple[int, int]:
+    """Return how many there are, and the bytes of their blobs."""
+    with session.take_time():
+        ((count, size),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
+    return count, int(size)
+
+
 def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record, bool]]:
     """Return a page of the records that the index `new` lacks or has in an older version, and
     which of the two."""
@@ -4301,9 +4485,7 @@ def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record,
 def check_new_index(keys: int, size: int, session: Session) -> None:
     """Raise IndexFailed unless the new index is sound and holds what was read."""
     damage = session.find_damage()
-    with session.take_time():
-        ((count, total),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
-    rows = (count, int(total))
+    rows = count_records(session)
     if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
         found = f"{damage or 'ok'}, {rows}"
         raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")
@@ -4351,7 +4533,8 @@ class Exchange:
 
     __slots__ = (
         "answers", "began_s", "doubt_s", "error", "hear_end", "hear_slow", "is_abandoned",
-        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through", "volume", "waits_since_s",
+        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through",
+        "volume", "waits_since_s",
     )  # fmt: skip
 
     def __init__(
@@ -4557,6 +4740,8 @@ class Line(Wire):
         status, body = answer
         count = len(exchange.answers)
         self._under_way -= 1
+        if status in GOOD:  # what answers in its place may be another server
+            self._client.hear_dialect(self._reader.dialect)
         if exchange.method != "GET":
             if len(body) > ANSWER_BYTES:
                 raise ValueError("its answer does not end")
@@ -4738,14 +4923,15 @@ class Patience:
 class VolumeClient:
     """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds,
     error)` how long; `hear_slow(yes)` when it has not answered for a while, and when it does
-    again; `hear_late` of PUTs that nobody waits for any more, (paths, whether they were
-    answered)."""
+    again; `hear_dialect(number)` with each good answer which one it showed; `hear_late` of PUTs
+    that nobody waits for any more, (paths, whether they were answered)."""
 
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
         hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
         slow_after_s: float = 0.0, hear_slow: Callable[[bool], None] = lambda yes: None,
+        hear_dialect: Callable[[int], None] = lambda number: None,
     ) -> None:  # fmt: skip
         self.volume = volume
         self.facts = (volume, secret, timeout_s, slow_after_s)
@@ -4755,6 +4941,7 @@ class VolumeClient:
         self._measure = measure
         self._tell_late = hear_late
         self._tell_slow = hear_slow
+        self.hear_dialect = hear_dialect
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host = parts.hostname or ""
@@ -4861,6 +5048,11 @@ class VolumeClient:
         return exchange
 
     def _request(self, method: str, path: str, trail: str = "", framing: str = "") -> bytes:
+        parsed = parse_path(path) if method == "PUT" else None
+        if parsed is not None and parsed[2] not in ("key", "del"):
+            # nginx keeps it as the blob's time, and shows that as Last-Modified. (The time of a
+            # sidecar tells verify when it was written.)
+            trail += f"Date: {http_date(version_s(parsed[1]))}\r\n"
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     # -- lines --
@@ -4958,7 +5150,8 @@ class VolumeClient:
         failed = list[Exchange]()
         for exchange in line.waiting_for:
             is_second = exchange.sent > 1 and exchange.through == len(exchange.answers)
-            exchange.doubt_s = BROKEN_S
+            # Behind a last answer nothing is carried out (RFC 9112, 9.6).
+            exchange.doubt_s = BROKEN_S if reason else ANSWERED
             if exchange.is_abandoned:
                 self.hear_late(exchange)
             elif exchange.error or exchange.lease or (reason and is_second):
@@ -5358,6 +5551,8 @@ class Health:
         self.states: dict[str, State] = {}
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
+        # by which nginx.conf its volumes go; not there until it is known
+        self.dialects = dict[str, int]()
         self._peers = peers or Peers()
         self._clock = clock
         self._next_write = dict[str, float]()
@@ -5392,14 +5587,32 @@ class Health:
             return
         self._peers.tell([self._describe(name)])
 
+    def note_dialect(self, name: str, dialect: int) -> None:
+        """Hear by which nginx.conf a volume goes: 1 is that of an earlier version of mkv."""
+        before = self.dialects.get(name)
+        if dialect == before:
+            return
+        self.dialects[name] = dialect
+        self._peers.tell([self._describe(name)])
+        if not self._peers.is_first:
+            return  # one line a server
+        if dialect == 1:
+            log.warning(
+                "volume %s goes by an earlier version: replace nginx.conf (or mkv.py) there", name
+            )
+        elif before is not None:
+            log.info("volume %s goes by this version's nginx.conf", name)
+
     def forget(self, name: str) -> None:
         """Hear that a volume is configured no longer."""
         self.states.pop(name, None)
+        self.dialects.pop(name, None)
         self.slow.discard(name)
 
     def _describe(self, name: str) -> str:
         state = self.states.get(name, State.DOWN)
-        return f"{name} {state.value} {'slow' if name in self.slow else 'swift'}"
+        pace = "slow" if name in self.slow else "swift"
+        return f"{name} {state.value} {pace} {self.dialects.get(name, 0)}"
 
     def _hear(self, names: Collection[str]) -> None:
         """Take over what other processes have found out of the volumes `names`."""
@@ -5407,9 +5620,11 @@ class Health:
             if line == PROBED:
                 self._heard_s = self._clock()
                 continue
-            name, state, pace = line.split()
+            name, state, pace, dialect = line.split()
             if name in names:
                 self._set(name, State(state))
+                if dialect != "0":
+                    self.dialects[name] = int(dialect)
                 (self.slow.add if pace == "slow" else self.slow.discard)(name)
 
     @property
@@ -5778,8 +5993,8 @@ class Write:
         return names if step is Step.WRITE_MORE else ()
 
     async def _claim(self, names: Collection[str]) -> list[str]:
-        """Note in the index that something may come to a new place on each volume; only then it may
-        be sent. Return the places."""
+        """Note in the index that something may come to a new place on each volume; only then it
+        may be sent. Return the places."""
         places = [name if name not in self._place_on else new_place(name) for name in names]
         self._place_on |= zip(names, places, strict=True)
         self.claimed.update(places)
@@ -6052,6 +6267,7 @@ class Store:
                     partial(self.health.notice, name), partial(self._measure, name),
                     partial(self._hear_late, name),
                     config.slow_after, partial(self.health.note_slow, name),
+                    partial(self.health.note_dialect, name),
                 )  # fmt: skip
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
@@ -6150,7 +6366,7 @@ class Store:
             name = choose_replica(known, health.states, turn, health.slow)
         if name is None:
             raise no_replica(record)
-        return self._link(clients[name].volume, clients[name].volume.public_url, record)
+        return self._link(name, clients[name].volume.public_url, record)
 
     def locate_inside(self, record: Record) -> tuple[str, str]:
         """Return the URL from which a proxy can read the blob now, and one to try after that, on
@@ -6162,30 +6378,26 @@ class Store:
         names.sort(key=lambda name: (health.is_down(name), name in health.slow))
         if not names or health.is_down(names[0]):
             raise no_replica(record)
-        links = [
-            self._link(clients[name].volume, clients[name].volume.url, record) for name in names
-        ]
+        links = [self._link(name, clients[name].volume.url, record) for name in names]
         return links[0], links[1 % len(links)]
 
-    def _link(self, volume: Volume, base: str, record: Record) -> str:
-        """Return the URL of a blob on the volume at `base`, signed and with the download's
-        name."""
+    def _link(self, name: str, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume `name`, which is reached at `base`."""
         config = self.view.config
-        url = base + record.path_on(volume.name)
-        if config.link_secret:
-            # The volume checks the path that it is asked for, so that of `base` counts.
-            path = "/" + url.split("/", 3)[3]
-            expires_s = link_expiry(time.time(), config.link_ttl)
-            url += sign_link(path, config.link_secret, expires_s)
-            return url + name_query(record.key).replace("?", "&")
-        return url + name_query(record.key)
+        dialect = self.health.dialects.get(name, 1)
+        now_s = time.time()
+        expires_s = link_expiry(now_s, config.link_ttl)
+        url = base + record.path_on(name)
+        return make_link(url, record, dialect, config.link_secret, expires_s, now_s)
 
     async def put(
-        self, draft: Draft, body: AsyncIterator[bytes], trail: str
-    ) -> tuple[Record, bool]:
+        self, draft: Draft, body: AsyncIterator[bytes], trail: str,
+        is_heard: Callable[[], bool] = lambda: True,
+    ) -> tuple[Record, bool]:  # fmt: skip
         """Store `body` under the key; return its record and whether the key is new. Durable when
         it returns (I1). If it raises, but for Unfinished, or is cancelled before the commit, the
-        key is as it was and what was written is buried (I2)."""
+        key is as it was and what was written is buried (I2). So it is if nobody waits for the
+        answer any more, lest a PUT that was given up lands on top of its own repetition."""
         view = self.view
         if not is_unconditional(draft.conditions):
             current = await self.index.get(draft.key)
@@ -6196,15 +6408,19 @@ class Store:
         begin, whole = await hold_small(body, draft.size)
         try:
             record = await (write.store_small(begin) if whole else write.store_large(begin, body))
+            if not is_heard():
+                raise BadRequest("the client has hung up")
             commit = partial(
                 commit_put, record=record, conditions=draft.conditions, claimed=write.claimed,
                 sent=dict(write.sent), delay_s=view.config.garbage_delay, reach=self._reach(view),
             )  # fmt: skip
             is_new, burial = await self.index.write(commit, keys=[draft.key])
         except BaseException as error:
-            if write.claimed and not await self._discard(view, write, trail):
-                if isinstance(error, MkvError):
-                    raise Unfinished(f"{error}; what was written may come back") from error
+            # A commit that was asked for and not heard of may have come about.
+            is_sure = not isinstance(error, IndexUnsure | asyncio.CancelledError)
+            is_buried = not write.claimed or await self._discard(view, write, trail, is_sure)
+            if not is_buried and isinstance(error, MkvError):
+                raise Unfinished(f"{error}; what was written may come back") from error
             raise
         if not await self._bury(view, burial, trail):
             raise Unfinished("it is stored, but what it replaces may come back")
@@ -6217,15 +6433,19 @@ class Store:
         answering = [name for name in view.clients if not self.health.is_down(name)]
         return Reach(frozenset(answering), len(up), view.config.min_replicas)
 
-    async def _discard(self, view: View, write: Write, trail: str) -> bool:
-        """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs are
-        left to the collector."""
+    async def _discard(self, view: View, write: Write, trail: str, is_sure: bool) -> bool:
+        """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs
+        are left to the collector. `is_sure`: no commit of it can come about."""
         try:
             burial = await self._refuse(write)
         except (IndexFailed, IndexUnsure) as error:
             log.error("%s; what was written for %r is deleted later", error, write.draft.key)
             self._undiscarded.append(write)
-            return not write.sent
+            if not is_sure:
+                return not write.sent
+            pending = Pending({}, {}, {})
+            pending.end_write(write.path, write.claimed, write.sent, (), 0.0, write.draft.key)
+            burial = pending.above("", 0.0)
         # Where no sidecar was sent there is nothing that a rebuild could take.
         unmarked = {place_path(write.path, place) for place in write.claimed - write.marked}
         rows = [row for row in burial.rows if row.path not in unmarked]
@@ -6315,7 +6535,8 @@ class Store:
         for name, client in self.view.clients.items():
             blobs, its_size = totals.get(name, (0, 0))
             state = self.health.states.get(name, State.DOWN).value
-            facts = {"state": state, "blobs": blobs, "bytes": its_size}
+            dialect = self.health.dialects.get(name)
+            facts = {"state": state, "dialect": dialect, "blobs": blobs, "bytes": its_size}
             volumes.append(asdict(client.volume) | facts)
         return {
             "version": __version__,
@@ -6795,9 +7016,10 @@ function volume_row(one, all_bytes, all_weight) {
   const percent = value => `${(100 * value).toFixed(1)} %`;
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
   const errors = rates("errors " + one.name);
+  const advice = one.dialect === 1 ? ", replace nginx.conf" : "";
   return make("tr", {},
     cell("name", "name", show(one.name)),
-    cell("state", `state ${one.state}`, one.state),
+    cell("state", `state ${one.state}`, one.state + advice),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
@@ -7167,6 +7389,9 @@ class Body(Protocol):
         """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or
         malformed, SlowBody if nothing comes for `timeout_s`."""
 
+    def is_abandoned(self) -> bool:
+        """Whether the client has hung up: nobody will hear the answer."""
+
 
 class Request(NamedTuple):
     """What a client asks for."""
@@ -7322,8 +7547,9 @@ class Call:
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
-        headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = record.modified
+        headers["Content-Type"] = served_type(type_in_link(record.content_type))
+        if record.modified_s <= time.time():
+            headers["Last-Modified"] = record.modified
         if accel:
             headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
@@ -7338,7 +7564,8 @@ class Call:
         headers["Mkv-Other"] = other
         headers["X-Accel-Redirect"] = "@mkv_volume"
         headers["Mkv-Range"] = decide_range(self.request.headers, record)
-        headers["Last-Modified"] = record.modified
+        if record.modified_s <= time.time():
+            headers["Last-Modified"] = record.modified
         return Response(302, headers)
 
     async def put(self) -> Response:
@@ -7348,7 +7575,7 @@ class Call:
             raise Unavailable("too many uploads at once")
         store.uploads += 1
         try:
-            record, created = await store.put(draft, self._read_body(), self.trail)
+            record, created = await store.put(draft, self._read_body(), self.trail, self.is_heard)
         except PreconditionFailed:
             if self.only_creates and self.request.headers.get("if-none-match") != "*":
                 # Not 412, which is for conditions that the client has set. It tells no more than
@@ -7359,6 +7586,10 @@ class Call:
             store.uploads -= 1
         self.volumes = record.volumes
         return Response(201 if created else 204, {"ETag": record.etag})
+
+    def is_heard(self) -> bool:
+        """Whether the client still waits for the answer."""
+        return not self.request.body.is_abandoned()
 
     def _read_draft(self) -> Draft:
         """Read the headers of a PUT; raises BadRequest, UnsupportedEncoding, TooLarge."""
@@ -7576,6 +7807,9 @@ class LaneBody:
         """Give up whoever sends it."""
         self.fail(SlowBody(f"no byte of the body for {self._timeout_s:g} s"))
 
+    def is_abandoned(self) -> bool:
+        return self._lane.has_hung_up
+
     async def read(self, timeout_s: float) -> bytes:
         if self._waits_to_be_asked:
             self._waits_to_be_asked = False
@@ -7607,6 +7841,9 @@ class EmptyBody(LaneBody):
     def run_out(self) -> None:
         pass
 
+    def is_abandoned(self) -> bool:
+        return False  # nobody asks, but of a PUT
+
     async def read(self, timeout_s: float) -> bytes:
         return b""
 
@@ -7632,6 +7869,10 @@ class Lane(asyncio.Protocol):
         self._is_lost = False
         self._has_ended = False  # the client sends nothing more
         self._unread = 0  # bytes that the client had not taken when that was looked at
+
+    @property
+    def has_hung_up(self) -> bool:
+        return self._is_lost or self._has_ended
 
     # -- what the transport says --
 
@@ -7731,7 +7972,7 @@ class Lane(asyncio.Protocol):
 
     def _begin(self, head: RequestHead) -> None:
         self._head = head
-        self._body = EMPTY_BODY if head.length == 0 else LaneBody(self, head)
+        self._body = LaneBody(self, head) if head.method == "PUT" else EMPTY_BODY
         self.deadline_s = math.inf
         if self._buffer and not self._body.is_whole:
             self._buffer = self._body.feed(self._buffer)
@@ -7975,6 +8216,9 @@ class WebBody:
         if not piece and is_followed_by_garbage(self._request.protocol):
             raise BadRequest("the body is longer than its Content-Length")
         return piece
+
+    def is_abandoned(self) -> bool:
+        return self._request.transport is None or self._request.transport.is_closing()
 
     async def _ask(self) -> None:
         """Let a client that waits for that send the body."""
@@ -8299,45 +8543,56 @@ EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is it
 VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+DIALECT_2 = {"Mkv-Dialect": "2"}  # it does as this version's nginx.conf
 # A path names one version, so what is there never changes; it is for whoever got the link.
 FOR_EVER = "private, max-age=31536000, immutable"
-IS_BLOB = re.compile(r"/[0-9a-f]{64}-[0-9a-f]{20}(?!\.(?:key|del)\Z)(?:\.[a-z0-9]{1,8})?")
+IS_BLOB = re.compile(
+    r"/[0-9a-f]{64}-[0-9a-f]{20}(?!.*\.(?:key|del)\Z)(?:~[0-9a-f]{8})?(?:\.[a-z0-9]{1,8})?"
+)
 # For `cors_origins`. Whoever has a link may read by it, from wherever: it holds no cookie.
 VOLUME_CORS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Headers": "*, Authorization",
     "Access-Control-Expose-Headers": "*",
 }
-BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
-def is_date(value: str) -> bool:
-    """Whether a header is a date that a clock can show; aiohttp fails on others."""
+def time_of(date: str) -> int | None:
+    """Return the Unix time of a header's date; None if it is none that a clock can show."""
     try:
-        parsedate_to_datetime(value)
+        return int(parsedate_to_datetime(date).timestamp())
     except (ValueError, OverflowError):
-        return False
-    return True
+        return None
 
 
 class StoredFile(web.FileResponse):
-    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
-    the index server's, and has been compared there."""
+    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do, and
+    most are compared for equality. It is the index server's, and has been compared there."""
+
+    def __init__(self, file: Path, modified_s: int, headers: dict[str, str]) -> None:
+        super().__init__(file, headers=headers)
+        self._modified_s = modified_s
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        given = request.headers
         headers = {}
-        for name in BY_DATE:
-            value = request.headers.get(name)
-            if value is not None and value.isascii() and (name == "Range" or is_date(value)):
-                headers[name] = value
-        if "If-Range" in request.headers and "If-Range" not in headers:
-            headers.pop("Range", None)  # the client may have a part of another version
+        part = given.get("Range", "")
+        known_s = time_of(given["If-Range"]) if "If-Range" in given else self._modified_s
+        # If it is another, the client may have a part of another version. One part is enough.
+        is_one = part.startswith("bytes=") and part.isascii() and "," not in part
+        if is_one and known_s == self._modified_s:
+            headers["Range"] = part
+        if time_of(given.get("If-Modified-Since", "")) == self._modified_s:
+            headers["If-Modified-Since"] = given["If-Modified-Since"]
+        if time_of(given.get("If-Unmodified-Since", "")) is not None:
+            headers["If-Unmodified-Since"] = given["If-Unmodified-Since"]
         return await super().prepare(request.clone(headers=headers))
 
 
 def headers_of_blob(path: str, query: str) -> dict[str, str]:
-    """Return what nginx.conf adds to a file that is read: how long to keep it, and its name."""
-    headers = dict[str, str]()
+    """Return what nginx.conf adds to a file that is read: what it is, how long to keep it, and its
+    name."""
+    headers = {"Content-Type": served_type(argument_of(query, "type"))}
     if IS_BLOB.fullmatch(path, path.rfind("/")):
         headers["Cache-Control"] = FOR_EVER
     disposition = disposition_of(query)
@@ -8357,7 +8612,10 @@ class EmbeddedVolume:
         self._secret = volume_secret.encode()
         self._link_secret = link_secret
         self._body_timeout_s = body_timeout_s
-        (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        try:
+            (self._root / ".tmp").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"{self._root}: {error.strerror}"]) from None
         # Left by a crash; a tool may serve the same folder, so not the young.
         for left in (self._root / ".tmp").iterdir():
             if time.time() - left.stat().st_mtime > 86400:
@@ -8396,17 +8654,14 @@ class EmbeddedVolume:
         ):
             raise Forbidden("the volume's secret is needed")
         if self._link_secret:
-            given = dict(parse_qsl(query))
-            expires = int(
-                given.get("expires", "")
-                if re.fullmatch("[0-9]{1,15}", given.get("expires", ""))
-                else 0
-            )
-            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}".encode(
-                "utf-8", "surrogateescape"
-            )
+            given = argument_of(query, "expires")
+            expires = int(given) if re.fullmatch("[0-9]{1,15}", given) else 0
+            claimed = f"?md5={argument_of(query, 'md5')}&expires={given}"
+            arguments = argument_of(query, "type"), argument_of(query, "name")
+            subject = subject_of_link(path, *arguments)
+            signed = sign_link(subject, self._link_secret, expires)
             if not hmac.compare_digest(
-                sign_link(path, self._link_secret, expires).encode(), shown
+                signed.encode(), claimed.encode("utf-8", "surrogateescape")
             ):
                 raise Forbidden("a signed link is needed")
             if expires < time.time():
@@ -8452,11 +8707,8 @@ class EmbeddedVolume:
                     content_type="application/json",
                 )
             case "GET" | "HEAD":
-                if not await asyncio.to_thread(file.is_file):
-                    raise NotFound("not found")
-                media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
-                headers = headers_of_blob(path, query) | {"Content-Type": media_type}
-                return StoredFile(file, headers=headers)
+                modified_s = await asyncio.to_thread(modified_of, file)
+                return StoredFile(file, modified_s, headers_of_blob(path, query))
         raise web.HTTPMethodNotAllowed(
             request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
         )
@@ -8478,6 +8730,10 @@ class EmbeddedVolume:
                         unsynced %= SYNC_EVERY
                         pending = bytearray()
                 await asyncio.to_thread(write_file, file, bytes(pending), True)
+            modified_s = time_of(request.headers.get("Date", ""))
+            if modified_s is None:
+                modified_s = int(time.time())
+            await asyncio.to_thread(os.utime, temporary, (modified_s, modified_s))
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -8500,6 +8756,13 @@ def status_of(error: OSError, method: str) -> int:
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):  # a file where a folder is
         return 409 if method == "PUT" else 404
     return 404 if error.errno == errno.ENOENT and method != "PUT" else 500
+
+
+def modified_of(file: Path) -> int:
+    """Return a file's time, as aiohttp shows it; raises NotFound."""
+    if not file.is_file():
+        raise NotFound("not found")
+    return math.ceil(file.stat().st_mtime)
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -8571,6 +8834,8 @@ async def harden(
     """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
     response.headers.update(more)
     response.headers.pop("ETag", None)
+    if argument_of(request.rel_url.raw_query_string, "undated"):
+        response.headers.pop("Last-Modified", None)
 
 
 def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
@@ -8593,7 +8858,7 @@ async def serve_volumes(
     """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
     config = replace(config, max_connections=max_connections)
     patience_s = BODY_PATIENCE * config.body_timeout
-    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
+    more = SAFETY | DIALECT_2 | (VOLUME_CORS if config.cors_origins else {})
     loop = asyncio.get_running_loop()
     runners = list[web.AppRunner]()
     servers = list[asyncio.Server]()
@@ -8899,7 +9164,10 @@ class Client:
                 size=int(headers["Content-Length"]),
                 digest=digest_of(headers["ETag"]),
                 content_type=headers["Content-Type"],
-                modified_s=parsedate_to_datetime(headers["Last-Modified"]).timestamp(),
+                # Without a date it is, by the server's clock, not of the past.
+                modified_s=parsedate_to_datetime(
+                    headers.get("Last-Modified", headers["Date"])
+                ).timestamp(),
                 volumes=tuple(headers["Mkv-Volumes"].split(",")),
             )
         except NOT_AS_MKV as error:
@@ -9572,16 +9840,15 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise ConfigError(
-            [f"port: cannot listen on {host}:{port}: {error.strerror or error}"]
-        ) from None
+    except (OSError, TypeError, UnicodeError) as error:  # not only OSError: of names
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"port: cannot listen on {host}:{port}: {reason}"]) from None
 
 
 def load_config(file: str, flags: Mapping[str, Any]) -> Config:
     """Read the TOML file (none if its name is empty), then the flags; raises ConfigError."""
     try:
-        text = Path(file).read_text() if file else ""
+        text = Path(file).read_text(encoding="utf-8") if file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"--config: {error}"]) from None
     return parse_config(text, file or "config", flags)
@@ -9847,23 +10114,42 @@ VOLUME_ABOUTS = {
     "insecure": "listen beyond loopback without a volume_secret",
     "body_timeout": "as the index server has it; a body that comes no further gets twice as long",
 }
+NOT_UTF8 = re.compile("[\ud800-\udfff]")  # what Python makes of a byte that is not
 VOLUME_SETTINGS = (
     "host", "port", "log_format", "insecure",
     "max_connections", "header_timeout", "body_timeout", "keepalive_timeout",
 )  # fmt: skip
 
 
-def open_standard_streams() -> None:
-    """Give those that were closed at the start to nobody else: a log would go into a socket, or
-    into the index."""
+def prepare_streams() -> None:
+    """Let output be UTF-8, whatever the locale says. Give standard streams that were closed at the
+    start to nobody else: a log would go into a socket, or into the index."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 - for good
+        elif isinstance(stream, io.TextIOWrapper) and name != "stdin":
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse a command line, all of it UTF-8, whatever the locale says; exits with 2 if it is
+    wrong. None stands for the process's own: where the locale has another encoding, Python has
+    read it by that, and would name files so, too. Then the process starts over, in UTF-8 mode."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    prepare_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for number, argument in enumerate(arguments, 1):
+        if NOT_UTF8.search(argument):
+            parser.error(f"argument {number} is not valid UTF-8: {argument!a}")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    open_standard_streams()
     parser = argparse.ArgumentParser(
         prog="mkv.py", description="A distributed key-value store for blobs."
     )
@@ -9879,7 +10165,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_settings(volume, VOLUME_SETTINGS, VOLUME_DEFAULTS, VOLUME_ABOUTS)
     flags = {
         name: value
-        for name, value in vars(parser.parse_args(arguments)).items()
+        for name, value in vars(parse_arguments(parser, arguments)).items()
         if value is not None
     }
     command = flags.pop("command")

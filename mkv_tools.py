@@ -1,5 +1,5 @@
-"""The tools for mkv: rebuild, rebalance, verify, status, bench, backup, move-index, forget, token
-for whoever runs a store; put, get, ls, rm, import for whoever uses one.
+"""The tools for mkv: rebuild, rebalance, verify, discard, status, bench, backup, move-index,
+forget, token for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
 here is only what it takes to walk, compare, copy and report. Theory of operation:
@@ -15,50 +15,60 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
 3.  rebuild takes the index alone (INDEX.lock; in PostgreSQL by its lease): no server and no other
     tool has it open. A folder
     is merged by itself: of each key the highest version with a sound sidecar and its blob beside
-    it becomes the record, older versions become garbage. The result is a new file, INDEX.new,
-    checked, then put in place with one rename; the old index stays as INDEX.<date>.
+    it becomes the record, unless it is known to be dead; older versions are dead. The result is a
+    new file, INDEX.new, checked, then put in place with one rename; the old index stays as
+    INDEX.<date>.
 4.  It believes no single sidecar: all are read. Where those of a version are not all sound and the
-    same, the blobs beside them are read too, and the sidecar that a blob agrees with, in size and
-    digest, is right; a replica of other bytes is left out. A version that has a sidecar and a
-    blob, and is neither settled so nor dead (older than the record, or garbage of the old index),
-    ends it: all of them are named, and nothing is changed. A blob that no volume has a sidecar of
-    is an unfinished write. What the old index had and the new one lacks is reported; no file is
-    left that could bring it back.
-5.  What was deleted stays deleted (I4): if the old index can be read, its garbage is carried over,
-    and a version that is garbage there without being the record's is never adopted. Without an old
-    index the sidecars alone decide. A volume that it has blobs on must be there and not be empty,
-    lest a disk that is not mounted counts as read.
+    same, or two places of it are on one volume, the blobs beside them are read too, and the
+    sidecar that a blob agrees with, in size and digest, is right; a replica of other bytes is left
+    out, and so is the second one on a volume. A version that has a sidecar and a blob, and is
+    neither settled so nor dead, ends it: all of them are named, and nothing is changed. A blob
+    that no volume has a sidecar of is an unfinished write.
+5.  What was deleted stays deleted (I4). A version is dead if a volume has a tombstone of it: an
+    index that names it is older than the volumes. It is also dead if the old index, however old,
+    has drawn it and neither a record nor a claim there names it (R3): so restored disks, disks
+    that were away for months and writers that slept bring nothing back. For that the old index
+    must be whole (integrity, as many records as its totals say, rows of `drawn` that can be); one
+    that is not only says what its rows of `dead` say. Without one the sidecars alone decide.
+    What the old index claims is undecided: the volumes decide, and what is not adopted is dead
+    with the doubt of an owner whose lease has ended. Where it calls a place dead, that is adopted
+    only as the last good replica of the version that its record names. A place on a volume that
+    is not read (--allow-missing) stays in its record, and a record that is on such volumes alone
+    stays as it is; a volume that the old index has blobs on must else be there and not be empty,
+    lest a disk that is not mounted counts as read. What the old index had and the new one lacks
+    is reported. The new one hands on all rows of `drawn`, and draws no version below any that was
+    seen in a file. Whatever is found to be dead is noted as that, due at once since nobody reads.
 6.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim,
-    copy, commit. Claim, one transaction: if a record still is what the plan saw, the places to be
-    written are claimed. Copy: read one replica, check its digest, write blob, then sidecar.
-    Commit, one transaction: if nothing came between, the record gets its new volumes, the claims
-    end and dropped replicas become garbage; else the copies do, and the key is left to the client.
-7.  A bad replica is made anew in its place. Its record stands there all the time, so a repair that
-    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, this place, or
-    one that is being copied to, is garbage in doubt: that nothing is there does not settle it,
-    since it may yet be written here. The doubt ends when the tool says that it has written.
-8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
-    find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
-    moves at a time: INDEX.tools, or a lease), and makes garbage of what it has no use for, but not
-    of what was being made anew, where the record stands. Nothing is ever copied where garbage is
-    due, since the server may be deleting just there, nor where a DELETE was not answered and may
-    come late: rebalance waits a while for that, then leaves the key to a later run.
-9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
-    right, and that one or its copies stay. No place that a record names becomes garbage.
-10. verify notes the path of every record in a scratch database of its own, then walks the folders
-    and compares. The store is in use: what looks wrong is looked up again before it
-    counts. A record with fewer replicas than `replicas` gets more where a PUT would write now.
-    Strays are noted and removed at the end: only if no volume failed, only if older than --grace
-    by version and by mtime, and by entering the garbage in a transaction that looks the record up
-    once more. No PUT can still commit one: its claim would be there.
-11. A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks.
-    Then the good bytes are PUT to its path. That is no overwriting of a blob in place (a volume
-    renames a whole file there) and no new version: a path names a version, and the version's
-    digest names the bytes.
+    copy, commit. Claim, one transaction: if a record still is what the plan saw, the new places
+    are claimed. Copy: read one replica, check its digest, write blob, then sidecar, once, and not
+    after the lease has ended. Commit, one transaction: if nothing came between, the record gets
+    its new places, the claims end and what it drops is dead. Else the copies are dead, and those
+    above what lives are buried at once, as by a PUT that is refused, whoever has ended the claims
+    meanwhile. If they cannot be buried, the key is reported and left.
+7.  A copy goes to a place that nobody has had (R1), that of a bad replica or sidecar, too. So the
+    record stands as it was until all is written; a DELETE that is late hits nothing alive; and a
+    copy whose connection broke is tried again at another place, in the next pass.
+8.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
+    right, and that one or its copies stay. A tool that is killed leaves claims (I7), which are
+    dead once its lease ends, or the next tool begins (only one moves at a time: INDEX.tools, or a
+    lease). Bad bytes stay where they are until garbage_delay is over.
+9.  verify notes the path of every record in a scratch database of its own, then walks the folders
+    and compares. The store is in use: what looks wrong is looked up again before it counts. A
+    record whose replicas are bad, or too few, is mended by one plan: a good place of its version
+    that no record names is adopted, wherever it lies, once it was read in full; else there are
+    new places, on the volumes that have the bad ones, or where a PUT would write now.
+10. That no record names a file says little: the index may be new, old or another's. It is litter
+    only if the index has drawn its version (R3), or the version lives, and neither record, claim
+    nor dead row names the place. The rest is an "unknown version": named, and deleted by
+    nothing but `discard`. A tombstone of a version that lives says that the index is older than
+    the volumes. Litter is removed at the end, by entering it as dead in a transaction that looks
+    the record up once more: only if it is older than --grace by version and by mtime, its key's
+    own replicas are good and were read in full, and nothing speaks against it (explain_keeping).
 
-After restoring a backup of the index, run rebuild, not verify --repair: to verify, what is not in
-the index is a stray. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
-configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
+A copy of the index (backup, the source of move-index) says that it is one: only rebuild takes it,
+as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes:
+0 done; 1 something is left or failed; 2 wrong usage, or a configuration or an index that cannot be
+used. Ctrl-C is safe: the same command goes on.
 
 Reading order: plans (pure), reading volumes, moving replicas, running, tool after tool, command
 line."""
@@ -108,30 +118,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
-from aiohttp import ClientResponse
-
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, ANSWERED, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG_S, KEY_STEM,
-    LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S, SMALL_BLOB, STEM,
-    TOOL, URL, Answer, Blob, Burial, Client, Config, ConfigError, Corrupt, Drawn, Forbidden, Full,
-    Hasher, Index, IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Pending, Place,
-    PreconditionFailed, Record, Replacement, Ring, Sent, State, States, Store, Token, Transaction,
-    Unanswered, Unauthorized, Unavailable, Unreachable, Upload, Volume, VolumeClient, VolumeError,
-    VolumeUnexpected, WrongDigest, add_settings, after_prefix, check_key, decode_sidecar,
-    encode_sidecar, find_unconfigured, forget_places, hide_secrets, is_drawn, is_postgres,
-    load_config, media_type_of, new_loop, new_place, note_buried, open_engine, parse_path,
-    place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of, tombstone_path,
-    version_ns, version_of, volume_of,
-    NOT_AS_MKV, read_body,
+    ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
+    HUNG_S, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S,
+    SEEN_TAG, SMALL_BLOB, STEM, TOOL, URL, Answer, Blob, Burial, Client, Config, ConfigError,
+    Corrupt, Dead, Drawn, Forbidden, Full, Hasher, Index, IndexDamaged, IndexFailed, Lease,
+    MkvError, NotFound, Pending, Place, PreconditionFailed, Record, Replacement, Ring, Sent, State,
+    States, Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload,
+    Volume, VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix,
+    check_key, decode_sidecar, decode_tombstone, encode_sidecar, find_unconfigured, forget_places,
+    hide_secrets, is_drawn, is_postgres, is_sound, load_config, media_type_of, new_loop, new_place,
+    note_buried, open_engine, parse_path, place_path, print_faults, run_embedded, sidecar_path,
+    split_path, stem_of, tombstone_path, version_ns, version_of, volume_of,
+    NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
+from aiohttp import ClientResponse  # only now: mkv says what is missing
 # isort: on
 # fmt: on
 
@@ -142,8 +151,8 @@ Found = dict[str, Files]  # volume -> path -> file
 Places = tuple[str, ...]  # each a volume's name, with ~tag if its path has one
 Replica = tuple[str, Record]  # (place, record)
 Draw = Callable[[str], str]  # volume -> a place on it that nobody has had
-Sidecars = Mapping[str, Record | str]  # volume -> what its sidecar says, or what is wrong with it
-Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as were listed
+Sidecars = Mapping[str, Record | str]  # place -> what its sidecar says, or what is wrong
+Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as listed
 Answered = Answer | VolumeError
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
@@ -213,6 +222,12 @@ class Version:
             return True
         return any(modified_s(file) > before_s for file in files)
 
+    def without(self, places: Collection[str]) -> Version:
+        """Return the version without what is at some places."""
+        sidecars = {place: one for place, one in self.sidecars.items() if place not in places}
+        blobs = {place: one for place, one in self.blobs.items() if place not in places}
+        return Version(self.stem, sidecars, blobs, self.tombstones)
+
     def path_of(self, record: Record) -> str:
         """Return the path of a record of this version without hashing its key once more."""
         return f"{self.stem}.{record.ext}" if record.ext else self.stem
@@ -256,6 +271,11 @@ def parse_listing(body: bytes) -> Files:
     return dict(pairs)
 
 
+def tag_of(path: str) -> str:
+    """Return the tag in a path with its sign, "" if it has none."""
+    return stem_of(path)[STEM:]
+
+
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     """Sort what was found by version (stem -> version); name what mkv never wrote."""
     versions = dict[str, Version]()
@@ -277,7 +297,7 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
             version = versions.get(path[:STEM]) or versions.setdefault(
                 path[:STEM], Version(path[:STEM])
             )
-            place = volume + split_path(path)[1]
+            place = volume + tag_of(path)
             if parsed[2] == "key":
                 version.sidecars[place] = file
             elif parsed[2] == "del":
@@ -287,39 +307,47 @@ def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
     return versions, foreign
 
 
-def find_doubts(version: Version, read: Sidecars) -> list[Place]:
-    """Return the blobs whose bytes have to say which sidecar is right: none if all are sound and
-    say the same."""
-    if len(set(read.values())) == 1:
+def is_crowded(read: Sidecars) -> bool:
+    """Whether a volume has several places of the version."""
+    return len(set(map(volume_of, read))) < len(read)
+
+
+def find_doubts(version: Version, read: Sidecars, in_full: bool = False) -> list[Place]:
+    """Return the blobs whose bytes have to say which sidecar is right, or which of two places on
+    one volume is: none if all sidecars are sound and say the same, unless asked for `in_full`."""
+    if len(set(read.values())) == 1 and not is_crowded(read) and not in_full:
         return []
-    places = set[Place]()
+    wanted = set[Place]()
     for record in {sidecar for sidecar in read.values() if isinstance(sidecar, Record)}:
-        path = version.path_of(record)
-        places |= {(volume, path) for volume in read if version.size(volume, path) == record.size}
-    return sorted(places)
+        for place in read:
+            path = place_path(version.path_of(record), place)
+            if version.size(place, path) == record.size:
+                wanted.add((volume_of(place), path))
+    return sorted(wanted)
 
 
-def judge_beside(version: Version, record: Record, volume: str, digests: Digests) -> str:
+def judge_beside(version: Version, record: Record, place: str, digests: Digests) -> str:
     """Return what is wrong with the blob beside a sidecar: by its size, and its digest if it was
     read."""
-    path = version.path_of(record)
-    size = version.size(volume, path)
+    path = place_path(version.path_of(record), place)
+    size = version.size(place, path)
     if size is None:
         return "sidecar without blob"
     if size != record.size:
         return "wrong size"
-    digest = digests.get((volume, path), record.digest)
-    return "" if digest == record.digest else "corrupt"
+    if digests.get((volume_of(place), path), record.digest) != record.digest:
+        return "corrupt"
+    return ""
 
 
 def choose_record(version: Version, read: Sidecars, digests: Digests) -> Record | None:
-    """Return the record, without volumes, that a blob agrees with; None if there is none, or if
+    """Return the record, without places, that a blob agrees with; None if there is none, or if
     blobs contradict each other. No blob can tell the content type: most sidecars decide, else the
     extension."""
     votes = Counter(sidecar for sidecar in read.values() if isinstance(sidecar, Record))
     proved = []
     for record in votes:
-        if "" in (judge_beside(version, record, volume, digests) for volume in read):
+        if "" in (judge_beside(version, record, place, digests) for place in read):
             proved.append(record)
     if len({record.digest for record in proved}) != 1:
         return None
@@ -341,39 +369,45 @@ def tell_apart(record: Record, others: Collection[Record]) -> str:
     return "; ".join(told)
 
 
-def judge_version(version: Version, read: Sidecars, digests: Digests) -> Judgement:
+def judge_version(
+    version: Version, read: Sidecars, digests: Digests, named: Collection[str] = ()
+) -> Judgement:
     """Return the record that sidecars and the blobs beside them make, None if they make none, and
-    what is wrong with them. `digests` are those of the blobs that find_doubts names."""
-    path = f"{version.stem}.key"
+    what is wrong with them. Of several good places on one volume it gets the one that is `named`,
+    else the first. `digests` are those of the blobs that find_doubts names."""
     record = choose_record(version, read, digests)
-    volumes = list[str]()
+    good = dict[str, str]()  # volume -> place
     others = dict[str, Record]()
     cases = list[Case]()
-    for volume, sidecar in sorted(read.items()):
+    for place in sorted(read, key=lambda place: (place not in named, place)):
+        sidecar = read[place]
+        volume = volume_of(place)
         if isinstance(sidecar, str):
+            path = sidecar_path(place_path(version.stem, place))
             cases.append(Case("bad sidecar", volume, path, "", sidecar))
         elif record and sidecar != record:
-            others[volume] = sidecar
+            others[place] = sidecar
         told = record or sidecar
         if isinstance(told, str):
             continue
-        blob = version.path_of(told)
-        match judge_beside(version, told, volume, digests):
-            case "":
-                volumes.append(volume)
-            case "sidecar without blob" as wrong:
-                cases.append(Case(wrong, volume, path, told.key))
-            case "wrong size" as wrong:
-                detail = f"{version.size(volume, blob)} bytes instead of {told.size}"
-                cases.append(Case(wrong, volume, blob, told.key, detail))
-            case wrong:
-                cases.append(Case(wrong, volume, blob, told.key))
+        wrong = judge_beside(version, told, place, digests)
+        if not wrong:
+            good.setdefault(volume, place)
+            continue
+        path = place_path(version.path_of(told), place)
+        detail = ""
+        if wrong == "sidecar without blob":
+            path = sidecar_path(path)
+        if wrong == "wrong size":
+            detail = f"{version.size(place, path)} bytes instead of {told.size}"
+        cases.append(Case(wrong, volume, path, told.key, detail))
     if record is None:
         return None, cases
     if others:
         detail = tell_apart(record, others.values())
+        path = f"{version.stem}.key"
         cases.append(Case("contradicting sidecars", " ".join(others), path, record.key, detail))
-    return record._replace(volumes=tuple(volumes)), cases
+    return record._replace(places=tuple(sorted(good.values()))), cases
 
 
 def name_unusable(version: Version, read: Sidecars) -> Case:
@@ -386,8 +420,57 @@ def name_unusable(version: Version, read: Sidecars) -> Case:
         detail = "no blob fits its sidecar"
     else:
         detail = "sidecars contradict each other, and no blob decides"
-    volumes = " ".join(sorted(read.keys() | version.blobs.keys()))
-    return Case("unusable version", volumes, f"{version.stem}.key", min(keys, default=""), detail)
+    places = " ".join(sorted(read.keys() | version.blobs.keys()))
+    return Case("unusable version", places, f"{version.stem}.key", min(keys, default=""), detail)
+
+
+@dataclass(slots=True, kw_only=True)
+class Known:
+    """What the old index says of a run of folders. Only one that is whole has records and what was
+    drawn: what it has drawn, and neither its record nor a claim names, is dead (R3)."""
+
+    drawn: Mapping[str, Drawn]  # by tag
+    keys: dict[str, str] = field(default_factory=dict)  # stem of a key -> key, as sidecars say
+    records: dict[str, Record | None] = field(default_factory=dict)  # of these
+    dead: dict[str, set[str]] = field(default_factory=dict)  # stem of a version -> places
+    claimed: dict[str, set[str]] = field(default_factory=dict)  # the same; the volumes decide
+
+    def names(self, stem: str) -> Record | None:
+        """Return the record, if it is of this version."""
+        record = self.records.get(stem[:KEY_STEM])
+        return record if record and record.version == version_of(stem) else None
+
+    def is_dead(self, stem: str) -> bool:
+        """Whether it knows that a version is dead: it cannot if no sidecar says of which key."""
+        if stem[:KEY_STEM] not in self.records or stem in self.claimed or self.names(stem):
+            return False
+        version = version_of(stem)
+        tags = (ANY_TAG, version[16:])
+        return is_drawn(version, [self.drawn[tag] for tag in tags if tag in self.drawn])
+
+
+@dataclass(slots=True)
+class Tombstone:
+    """What the tombstones of a dead version say: the blob's path, the volumes that have one, and
+    the places that may still show its sidecar."""
+
+    path: str
+    volumes: Collection[str]
+    places: set[str] = field(default_factory=set)
+
+    def write(self, key: str, tx: Transaction) -> None:
+        """Note it in an index: volumes that are not read now may still have the dead version, and
+        others may get it yet."""
+        path = tombstone_path(self.path)
+        pending = tx.pending_at(path)
+        until_s = tx.now_s + HUNG_S
+        for place in self.places:
+            at = volume_of(place), place_path(self.path, place)
+            if at not in pending.dead or pending.dead[at].owner is not None:
+                pending.dead[at] = Dead(at[1], at[0], tx.now_s, tx.now_s, until_s, None, key)
+        for volume in self.volumes:
+            pending.dead.pop((volume, path), None)
+        pending.tombstones.setdefault(path, set()).update(self.volumes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -521,8 +604,8 @@ def judge_replica(record: Record, version: Version, place: str) -> str:
     return ""
 
 
-class Known(NamedTuple):
-    """What the index says of the versions in some folders."""
+class Expected(NamedTuple):
+    """What the index says that there is in some folders."""
 
     records: Mapping[str, Record]  # by the stem of their version
     claimed: Collection[str]  # stems of versions: somebody may be writing them
@@ -535,9 +618,9 @@ class Known(NamedTuple):
         return place in self.dead or path[:STEM] in self.claimed
 
 
-def collect_known(
+def collect_expected(
     records: Mapping[str, Record], pending: Iterable[Pending], drawn: Sequence[Drawn]
-) -> Known:
+) -> Expected:
     claimed = set[str]()
     dead = set[Place]()
     for one in pending:
@@ -546,7 +629,7 @@ def collect_known(
             dead.add((volume, path if path.endswith(".del") else stem_of(path)))
         for path, volumes in one.tombstones.items():
             dead.update((volume, path) for volume in volumes)
-    return Known(records, claimed, dead, drawn)
+    return Expected(records, claimed, dead, drawn)
 
 
 # LITTER is dead for sure. EXTRA is of a version that lives, and may be good for something. UNKNOWN
@@ -565,7 +648,7 @@ class Stray(NamedTuple):
 
 
 def find_strays(
-    versions: Iterable[Version], known: Known, before_s: float
+    versions: Iterable[Version], expected: Expected, before_s: float
 ) -> tuple[list[Stray], int]:
     """Return what neither record, claim nor dead row names, and how much of it is too young to
     tell.
@@ -576,20 +659,20 @@ def find_strays(
     strays = list[Stray]()
     young = 0
     for version in versions:
-        record = known.records.get(version.stem)
+        record = expected.records.get(version.stem)
         named = record.places if record else ()
         if not version.tombstones and not version.others(named):
             continue
         if record is not None:
             kind = Kind.EXTRA
-        elif is_drawn(version_of(version.stem), known.drawn):
+        elif is_drawn(version_of(version.stem), expected.drawn):
             kind = Kind.LITTER
         else:
             kind = Kind.UNKNOWN
         for volume, path, files in version.beside(named):
             if path.endswith(".del") and record is not None:
                 strays.append(Stray(volume, path, Kind.CONTRADICTION, files))
-            elif known.names(volume, path):
+            elif expected.names(volume, path):
                 continue
             elif version.is_young(files, before_s):
                 young += 1
@@ -607,13 +690,13 @@ class Beside(NamedTuple):
     others: Places = ()  # what may be good enough to be read: it is dead, or has no sidecar
 
 
-def look_beside(version: Version, record: Record, known: Known) -> Beside:
+def look_beside(version: Version, record: Record, expected: Expected) -> Beside:
     has_extra = False
     spare = list[str]()
     others = list[str]()
     for place in sorted(version.others(record.places)):
         blob = place_path(version.path_of(record), place)
-        is_extra = not known.names(volume_of(place), blob)
+        is_extra = not expected.names(volume_of(place), blob)
         has_extra = has_extra or is_extra
         if version.size(place, blob) == record.size:
             if is_extra and place in version.sidecars:
@@ -1269,38 +1352,184 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
 # == rebuild ======================================================================================
 
 
-def places_of_garbage(rows: Iterable[Pending]) -> list[Place]:
-    """Return the places of what is garbage, or may become it."""
-    return [(row.volume, row.path) for row in rows if row.state not in ALIVE]
+def carry_over(
+    pending: Mapping[str, Pending], age_s: float, seen: Collection[str], tx: Transaction
+) -> None:
+    """Take over what is pending in an index whose clock is `age_s` behind, but for tombstones on
+    volumes that are `seen`: their own files say that. What is dead is due at once, since nobody
+    reads. What is claimed is so by this owner now: dead when it retires, unless it is adopted."""
+    for one in pending.values():
+        for (path, _), places in one.claims.items():
+            after = tx.pending_at(path)
+            after.kill_places(path, places, tx.now_s, tx.now_s, "", tx.lease.owner)
+        for place, row in one.dead.items():
+            doubts = list[float]()
+            if row.doubt_s is not None:
+                doubts.append(row.doubt_s + age_s)
+            if row.owner is not None:
+                doubts.append(tx.now_s + BROKEN_S)
+            row = row._replace(doubt_s=max(doubts, default=None), owner=None)
+            tx.pending_at(row.path).dead[place] = row._replace(due_s=tx.now_s, since_s=tx.now_s)
+        for path, volumes in one.tombstones.items():
+            if unseen := volumes.difference(seen):
+                tx.pending_at(path).tombstones[path] = unseen
 
 
-def carry_over(rows: Sequence[Pending], age_s: float, tx: Transaction) -> None:
-    """Take over what is pending in an index whose clock is `age_s` behind. What is garbage, or may
-    be, is due at once, since nobody reads."""
-    for row in rows:
-        doubt_s = None if row.doubt_s is None else row.doubt_s + age_s
-        if row.state in CLAIMS:
-            doubt_s = tx.now_s + BROKEN_OFF.seconds
-        if row.state is PendingState.MARK:
-            after = row
-        elif row.state in ALIVE:
-            after = row._replace(state=PendingState.KEPT, owner=None)
-            after = after._replace(due_s=doubt_s, doubt_s=doubt_s)
-        else:
-            state = row.state if row.state is PendingState.DELETING else PendingState.GARBAGE
-            after = row._replace(state=state, owner=None, attempts=0)
-            after = after._replace(due_s=tx.now_s, since_s=tx.now_s, doubt_s=doubt_s)
-        tx.change({}, {(row.volume, row.path): after})
+def only_dead(pending: Mapping[str, Pending]) -> dict[str, Pending]:
+    """Return of what a damaged index says only what is dead, and at places that can be."""
+    dead = dict[str, Pending]()
+    for stem, one in pending.items():
+        rows = {place: row for place, row in one.dead.items() if parse_path(row.path)}
+        dead[stem] = Pending({}, rows, {})
+    return dead
 
 
-@dataclass(slots=True, kw_only=True)
-class Mark:
-    """What the marks of a dead version say: the blob's path, the volumes that have a mark, and
-    those that may still show its sidecar."""
+def paths_of(pending: Mapping[str, Pending]) -> list[str]:
+    """Return the paths of all that is pending."""
+    paths = list[str]()
+    for one in pending.values():
+        paths += [path for path, _ in one.claims]
+        paths += [path for _, path in one.dead]
+        paths += one.tombstones
+    return paths
 
-    path: str
-    volumes: list[str]
-    doubted: set[str] = field(default_factory=set)
+
+class Keys:
+    """The keys in a run of folders: what the volumes and the old index say of them, and, once they
+    are settled, what becomes of them."""
+
+    def __init__(
+        self,
+        clients: Clients,
+        versions: Mapping[str, Version],
+        read: Mapping[str, Sidecars],
+        tombstones: Mapping[str, Tombstone],
+        known: Known,
+    ) -> None:
+        self._clients = clients
+        self._versions = versions
+        self._read = read
+        self._tombstones = tombstones
+        self._known = known
+        self.adopted = list[Record]()
+        self.dead = dict[Place, str]()  # (volume, path of a blob) -> key, "" if it is not known
+        self.known_dead = 0  # versions of which only the old index knew it
+        self.cases = list[Case]()
+
+    async def settle(self) -> None:
+        """Decide on all versions of all keys."""
+        stems = sorted(self._versions, reverse=True)
+        for key_stem, group in groupby(stems, key=lambda stem: stem[:KEY_STEM]):
+            await self._settle_key(key_stem, list(group))
+
+    async def _settle_key(self, key_stem: str, stems: list[str]) -> None:
+        """Adopt the first version, from the highest one down, that is sound and not dead; what is
+        below is dead."""
+        known = self._known.records.get(key_stem)
+        away = self._places_away(known)
+        if known and away and known.path[:STEM] not in self._versions:
+            stems = sorted([*stems, known.path[:STEM]], reverse=True)
+        is_settled = False
+        for stem in stems:
+            version = self._versions.get(stem) or Version(stem)
+            if stem in self._tombstones:
+                self._kill(version)
+            elif self._known.is_dead(stem):
+                self._kill(version)
+                places = version.sidecars.keys() | version.blobs.keys()
+                self.known_dead += not places <= self._known.dead.get(stem, set())
+            elif is_settled and (version.sidecars or away):
+                self._kill(version)
+            else:
+                record = await self._judge(version)
+                if record is not None:
+                    is_settled = True
+                    self.adopted.append(record)
+                    if not version.sidecars.keys() <= {*record.places}:
+                        self._kill_the_rest(version, record)
+
+    def _places_away(self, record: Record | None) -> list[str]:
+        """Return the places of a record that are on volumes that are not read now."""
+        if record is None:
+            return []
+        return [place for place in record.places if volume_of(place) not in self._clients]
+
+    def _key_of(self, stem: str) -> str:
+        return self._known.keys.get(stem[:KEY_STEM], "")
+
+    def _kill(self, version: Version) -> None:
+        """All of a version is dead, also what the old index names on volumes that are not read."""
+        key = self._key_of(version.stem)
+        self.dead |= dict.fromkeys(version.places, key)
+        if named := self._known.names(version.stem):
+            for place in self._places_away(named):
+                self.dead[volume_of(place), place_path(named.path, place)] = key
+
+    def _kill_the_rest(self, version: Version, record: Record) -> None:
+        """What has a sidecar of the version of `record`, and was left out of it, is dead: there
+        the blob is bad or missing, or it is the second one on its volume."""
+        for volume, path in version.places:
+            place = volume + tag_of(path)
+            if place in version.sidecars and place not in record.places:
+                self.dead[volume, path] = record.key
+
+    async def _judge(self, version: Version) -> Record | None:
+        """Return the record that a version makes which is not known to be dead, None if it makes
+        none."""
+        stem = version.stem
+        named = self._known.names(stem)
+        read = self._read.get(stem, {})
+        dead = self._known.dead.get(stem, set())
+        standing = version.without(dead) if dead else version
+        record = None
+        if standing.sidecars:
+            sidecars = {place: read[place] for place in standing.sidecars} if dead else read
+            record, cases = await self._read_and_judge(standing, sidecars, named)
+            self.cases += cases
+        for place in sorted(standing.blobs.keys() - standing.sidecars.keys()):
+            for path in standing.blobs[place]:
+                self.cases.append(Case("blob without sidecar", volume_of(place), path))
+        if record is None and dead and named:  # it may have the last good replica
+            record, _ = await self._read_and_judge(version, read, named, in_full=True)
+        if record is None and standing.sidecars and standing.blobs:
+            self.cases.append(name_unusable(standing, read))
+            return None
+        if named and (away := self._places_away(named)):
+            places = (*record.places, *away) if record else away
+            record = (record or named)._replace(places=tuple(sorted(places)))
+        return record
+
+    async def _read_and_judge(
+        self, version: Version, read: Sidecars, named: Record | None, in_full: bool = False
+    ) -> Judgement:
+        """Judge a version, by the digests of those blobs that have to decide."""
+        digests = dict[Place, str]()
+        for volume, path in find_doubts(version, read, in_full):
+            size = version.size(volume + tag_of(path), path) or 0
+            digests[volume, path] = await read_digest(self._clients[volume], path, size)
+        return judge_version(version, read, digests, named.places if named else ())
+
+    def write(self, tx: Transaction) -> None:
+        """Write what has become of them to the new index."""
+        tx.fill(self.adopted)
+        if self._known.dead or self._known.claimed:
+            for record in self.adopted:
+                raise_from_dead(record, tx.pending_of(record.key))
+        for stem, tombstone in self._tombstones.items():
+            tombstone.write(self._key_of(stem), tx)
+        for (volume, path), key in self.dead.items():
+            pending = tx.pending_at(path)
+            row = Dead(path, volume, tx.now_s, tx.now_s, None, None, key)
+            row = pending.dead.setdefault((volume, path), row)
+            pending.dead[volume, path] = row._replace(key=row.key or key)
+
+
+def raise_from_dead(record: Record, pending: Pending) -> None:
+    """Have nothing dead, or claimed, where a record stands."""
+    for volume, path in list(pending.dead):
+        is_its_version = version_of(path) == record.version
+        if is_its_version and volume + tag_of(path) in record.places:
+            del pending.dead[volume, path]
 
 
 class Rebuild:
@@ -1309,34 +1538,54 @@ class Rebuild:
     def __init__(self, clients: Clients, indexes: Replacement, report: Report) -> None:
         self._clients = clients
         self._indexes = indexes
-        self._old = indexes.old
+        self._copy = None if indexes.damage else indexes.old  # a whole one
         self._new = indexes.new
         self._report = report
+        self._drawn = dict[str, Drawn]()  # by tag
+        self._highest = ""  # version in any file
         self.walk = Walk(clients, report, self._fail)
-        self.keys = self.bytes = self.garbage = self.left_out = 0
+        self.keys = self.bytes = self.left_out = self.known_dead = 0
 
     def _fail(self, error: VolumeError) -> None:
         raise error
 
     async def run(self, allowed: Collection[str]) -> None:
-        """Carry the old garbage over, due at once, since nobody reads; decide on the keys of all
+        """Carry over what the old index says that is dead or claimed; decide on the keys of all
         folders; see what has become of the old keys."""
         await self.walk.start()
-        totals = await self._old.totals() if self._old else {}
-        self._check_volumes(totals, allowed)
-        if self._old:
-            await self._carry_over(self._old)
+        if self._copy:
+            self._check_volumes(await self._copy.totals(), allowed)
+            self._drawn = {row.tag: row for row in await self._copy.drawn()}
+            await self._carry_over(self._copy)
+        elif self._indexes.old:
+            await self._carry_over_damaged(self._indexes.old)
         await self.walk.run(self._merge)
-        await self._new.write(Transaction.release_all_marks)
-        if not self._report.counts["unusable version"]:  # which end it anyway
-            await self._find_lost(set(allowed))
+        if self._report.counts["unusable version"]:
+            return  # these end it
+        await self._see_to_the_lost()
+        await self._release_tombstones()
+        await self._new.write(partial(Transaction.note_drawn, rows=self._rows_of_drawn()))
 
     async def _carry_over(self, old: Index) -> None:
         age_s = await self._new.now_s() - await old.now_s()
         async for pending in old.read_pending():
-            self.garbage += len(places_of_garbage(pending))
-            paths = [row.path for row in pending]
-            await self._new.write(partial(carry_over, pending, age_s), paths=paths)
+            carry = partial(carry_over, pending, age_s, self._clients)
+            await self._new.write(carry, paths=paths_of(pending))
+
+    async def _carry_over_damaged(self, old: Index) -> None:
+        """Do so with what can be read of an index that is not whole. Of the versions that it has
+        drawn only the highest counts."""
+        try:
+            age_s = await self._new.now_s() - await old.now_s()
+            async for pending in old.read_pending():
+                pending = only_dead(pending)
+                carry = partial(carry_over, pending, age_s, self._clients)
+                await self._new.write(carry, paths=paths_of(pending))
+            rows = [row for row in await old.drawn() if is_sound(row)]
+            highest_ns = max((row.highest_ns for row in rows), default=0)
+            self._drawn = {SEEN_TAG: Drawn(SEEN_TAG, highest_ns + 1, highest_ns)}
+        except Exception:  # of an index that may say anything
+            return  # should it be the new one that fails, it will again
 
     def _check_volumes(
         self, totals: Mapping[str, tuple[int, int]], allowed: Collection[str]
@@ -1354,138 +1603,143 @@ class Rebuild:
                     "(--allow-missing)"
                 )
 
-    async def _find_lost(self, allowed: set[str]) -> None:
-        """Report the keys of the old index that the new one lacks, or has in an older version."""
+    async def _see_to_the_lost(self) -> None:
+        """See to the keys of the old index that the new one lacks, or has in an older version:
+        those on volumes that were not read stay as they are, the others are reported."""
         async for page in self._indexes.lost():
-            for record, is_older in page:
-                if allowed.issuperset(record.volumes):
-                    self.left_out += 1
-                    continue
+            keys = [record.key for record, _ in page]
+            kept, lost = await self._new.write(partial(keep_unread, page, self._clients), keys)
+            self._count(kept)
+            self.left_out += len(kept)
+            for record, is_older in lost:
                 detail = "an older version is there" if is_older else ""
                 names = " ".join(record.volumes)
                 self._report.add(Case("lost key", names, record.path, record.key, detail))
 
-    def _write(
-        self,
-        records: Collection[Record],
-        garbage: Collection[Place],
-        alive: Iterable[Place],
-        tx: Transaction,
-    ) -> None:
-        for volume, path in garbage:
-            tx.add_garbage(path, [volume])
-        insert_all(records, tx)
-        for volume, path in alive:
-            tx.keep(path, [volume])
+    def _count(self, records: Collection[Record]) -> None:
+        self.keys += len(records)
+        self.bytes += sum(record.size for record in records)
 
-    def _write_marks(self, marks: Mapping[str, Mark], tx: Transaction) -> None:
-        """Note what marks say: a volume that is not read now may still have the dead version."""
-        for mark in marks.values():
-            tx.add_garbage(mark.path, mark.doubted, 0.0, dict.fromkeys(mark.doubted, HUNG))
-            tx.add_marks([mark.path], mark.volumes, ())
+    async def _release_tombstones(self) -> None:
+        """Have those deleted of whose versions nothing is dead any more."""
+        async for pending in self._new.read_pending():
+            paths = [path for one in pending.values() for path in one.tombstones]
+            await self._new.write(partial(release_tombstones, paths), paths=paths)
+
+    def _rows_of_drawn(self) -> list[Drawn]:
+        """Return what the new index knows of versions: all that the old one knew, and that none is
+        to be drawn below what was seen."""
+        highest_ns = version_ns(self._highest) if self._highest else 0
+        highest_ns = max([highest_ns, *(row.highest_ns for row in self._drawn.values())])
+        seen = Drawn(SEEN_TAG, highest_ns + 1, highest_ns)
+        return [*(self._drawn | {SEEN_TAG: seen}).values()]
 
     async def _merge(self, run: list[str], on: On) -> None:
-        """Decide on all keys of a run: from the highest version down, the first that is sound and
-        not garbage."""
+        """Decide on all keys of a run of folders."""
         versions, cases = group_files(await self.walk.list_run(on))
+        found = [version_of(stem) for stem in versions]
+        self._highest = max([self._highest, *(one for one in found if one < END_OF_VERSIONS)])
         read = await self._read(versions.values())
-        garbage: dict[str, set[str]] = defaultdict(set)  # stem -> volumes
-        pending = await self._old.pending_between(run[0], run[-1]) if self._old else []
-        for volume, path in places_of_garbage(pending):
-            garbage[path[:STEM]].add(volume)
-        marks = await self._read_marks(versions.values())
-        adopted = dict[str, Record]()  # by the hash of the key
-        dead = list[Place]()
-        alive = list[Place]()
-        for stem in sorted(versions, reverse=True):
-            version = versions[stem]
-            key_hash = stem[:-20]
-            for volume in sorted(version.blobs.keys() - version.sidecars.keys() - garbage[stem]):
-                for path in version.blobs[volume]:
-                    cases.append(Case("blob without sidecar", volume, path))
-            if not version.sidecars:  # an unfinished write
-                continue
-            if key_hash in adopted or stem in marks:
-                dead += version.places
-                continue
-            digests = await self._read_blobs(version, read[stem])
-            record, more = judge_version(version, read[stem], digests)
-            cases += more
-            if record and garbage[stem]:
-                record = await self._judge_garbage(record, garbage[stem])
-                dead += [] if record.volumes else version.places
-                alive += [(volume, record.path) for volume in record.volumes]
-            if record and record.volumes:
-                adopted[key_hash] = record
-            elif record is None and version.blobs:
-                if garbage[stem].issuperset(version.blobs):
-                    dead += version.places
-                else:
-                    cases.append(name_unusable(version, read[stem]))
-        await self._new.write(partial(self._write_marks, marks), paths=marks)
-        keys = [record.key for record in adopted.values()]
-        paths = [path for _, path in (*dead, *alive)]
-        await self._new.write(partial(self._write, adopted.values(), dead, alive), keys, paths)
-        self.garbage += len(dead)
-        self.keys += len(adopted)
-        self.bytes += sum(record.size for record in adopted.values())
-        self._report.add(*cases)
+        tombstones = await self._read_tombstones(versions.values())
+        known = await self._ask_old(run, read)
+        keys = Keys(self._clients, versions, read, tombstones, known)
+        await keys.settle()
+        paths = [path for _, path in keys.dead]
+        paths += [tombstone.path for tombstone in tombstones.values()]
+        if known.dead or known.claimed:
+            paths += [record.path for record in keys.adopted]
+        await self._new.write(keys.write, paths=paths)
+        self._count(keys.adopted)
+        self.known_dead += keys.known_dead
+        self._report.add(*cases, *keys.cases)
 
-    async def _read_marks(self, versions: Collection[Version]) -> dict[str, Mark]:
-        """Return stem -> mark of the versions that are dead. That it has a mark is enough; what
-        the mark says only tells where else to look. An index that names such a version is a copy
-        from before that."""
-        marks = dict[str, Mark]()
+    async def _ask_old(self, run: list[str], read: Mapping[str, Sidecars]) -> Known:
+        """Return what the old index says of the versions in a run. What was pending there is in
+        the new one by now."""
+        known = Known(drawn=self._drawn)
+        for one in (await self._new.pending_between(run[0], run[-1])).values():
+            for row in one.dead.values():
+                if not row.is_tombstone:
+                    places = known.dead if row.owner is None else known.claimed
+                    place = row.volume + tag_of(row.path)
+                    places.setdefault(row.path[:STEM], set()).add(place)
+        for stem, sidecars in read.items():
+            for sidecar in sidecars.values():
+                if isinstance(sidecar, Record):
+                    known.keys[stem[:KEY_STEM]] = sidecar.key
+                    break
+        if self._copy:
+            records = await self._copy.get_many([*known.keys.values()])
+            known.records.update(zip(known.keys, records, strict=True))
+        return known
+
+    async def _read_tombstones(self, versions: Collection[Version]) -> dict[str, Tombstone]:
+        """Return stem -> tombstone of the versions that are dead. That it has one is enough; what
+        that says only tells where else to look. An index that names such a version is older than
+        the volumes."""
+        tombstones = dict[str, Tombstone]()
         for version in versions:
-            if not version.marks:
+            if not version.tombstones:
                 continue
-            path = f"{version.stem}.del"
-            places = [(volume, path) for volume in version.marks]
-            found = Mark(path=version.stem, volumes=sorted(version.marks))
+            path = tombstone_path(version.stem)
+            places = [(volume, path) for volume in version.tombstones]
+            found = Tombstone(path=version.stem, volumes=sorted(version.tombstones))
             for (volume, _), answer in zip(
                 places, await get_each(self._clients, places, MAX_SIDECAR_BYTES), strict=True
             ):
                 if isinstance(answer, VolumeError):
                     raise answer
                 try:
-                    found.path, doubted = decode_mark(answer[1], path)
-                    found.doubted.update(doubted)
+                    found.path, doubted = decode_tombstone(answer[1], path)
+                    found.places.update(doubted)
                 except ValueError as error:
-                    found.doubted.update(self._clients)
-                    self._report.add(Case("bad mark", volume, path, "", str(error)))
-            marks[version.stem] = found
-        return marks
+                    found.places.update(self._clients)
+                    self._report.add(Case("bad tombstone", volume, path, "", str(error)))
+            tombstones[version.stem] = found
+        return tombstones
 
     async def _read(self, versions: Collection[Version]) -> dict[str, dict[str, Record | str]]:
-        """Read all sidecars: return stem -> volume -> sidecar."""
+        """Read all sidecars: return stem -> place -> sidecar."""
         read: dict[str, dict[str, Record | str]] = {version.stem: {} for version in versions}
         wanted = list[Place]()
+        asked = list[tuple[str, str]]()
         for version in versions:
-            wanted += [(volume, f"{version.stem}.key") for volume in version.sidecars]
+            for place in version.sidecars:
+                asked.append((version.stem, place))
+                wanted.append((volume_of(place), f"{place_path(version.stem, place)}.key"))
         sidecars = await read_sidecars(self._clients, wanted)
-        for (volume, path), sidecar in zip(wanted, sidecars, strict=True):
-            read[path[:STEM]][volume] = sidecar
+        for (stem, place), sidecar in zip(asked, sidecars, strict=True):
+            read[stem][place] = sidecar
         return read
 
-    async def _read_blobs(self, version: Version, read: Sidecars) -> Digests:
-        """Return the digests of the blobs that have to decide."""
-        digests = dict[Place, str]()
-        for volume, path in find_doubts(version, read):
-            size = version.size(volume, path) or 0
-            digests[volume, path] = await read_digest(self._clients[volume], path, size)
-        return digests
 
-    async def _judge_garbage(self, record: Record, dead: Collection[str]) -> Record:
-        """Return a record that is garbage on some volumes without these. If the old index has no
-        such record, without all. If it names volumes that have it no more, it is older than the
-        volumes: with all."""
-        (old,) = await self._old.get_many([record.key]) if self._old else [None]
-        if old is None or old.version != record.version:
-            return record._replace(volumes=())
-        if not set(record.volumes).issuperset(old.volumes):
-            return record
-        standing = tuple(volume for volume in record.volumes if volume not in dead)
-        return record._replace(volumes=standing or record.volumes)
+END_OF_VERSIONS = f"{END_OF_TIME_NS:016x}"
+
+
+def keep_unread(
+    page: Iterable[tuple[Record, bool]], read: Collection[str], tx: Transaction
+) -> tuple[list[Record], list[tuple[Record, bool]]]:
+    """Keep those of some records of the old index, which the new one lacks, that are on volumes
+    that were not `read`; return these, and the others. What has a tombstone is neither: it was
+    deleted after the old index was copied."""
+    kept = list[Record]()
+    lost = list[tuple[Record, bool]]()
+    for record, is_older in page:
+        pending = tx.pending_of(record.key)
+        away = tuple(place for place in record.places if volume_of(place) not in read)
+        if tombstone_path(record.path) in pending.tombstones:
+            pending.kill_places(record.path, away, tx.now_s, tx.now_s, record.key)
+        elif away and not is_older:
+            kept.append(record._replace(places=away))
+            tx.insert(kept[-1])
+        else:
+            lost.append((record, is_older))
+    return kept, lost
+
+
+def release_tombstones(paths: Iterable[str], tx: Transaction) -> None:
+    for path in paths:
+        tx.pending_at(path).release_tombstones(path, "", tx.now_s)
 
 
 async def rebuild(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -1496,7 +1750,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         stack.push_async_callback(indexes.close)
         await indexes.open()
         known = {volume.name for volume in config.volumes}
-        if indexes.old:
+        if indexes.old and not indexes.damage:
             known.update(await indexes.old.totals())
         unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
         if unknown:
@@ -1513,14 +1767,14 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         )
         async with progress:
             await work.run(options.allow_missing)
-        damage = indexes.damage
         report.facts = {
             "keys": work.keys,
             "bytes": work.bytes,
-            "garbage": work.garbage,
-            "damage": damage,
+            "garbage": (await indexes.new.totals()).get(GARBAGE, (0, 0))[0],
+            "damage": indexes.damage,
+            "left_out": work.left_out,
+            "known_dead": work.known_dead,
         }
-        report.facts["left_out"] = work.left_out
         unusable = report.counts["unusable version"]
         if unusable:
             report.lines = [f"nothing was changed: {unusable} versions cannot be used, see above"]
@@ -1535,13 +1789,15 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         "second"
     ]
     report.lines += [f"the old index is {kept}"] if kept else []
-    report.lines += (
-        [f"its garbage was lost ({damage}): what was deleted of late may be back"]
-        if damage
-        else []
-    )
+    if indexes.damage:
+        reason = f"it is not whole ({indexes.damage})"
+        report.lines.append(f"{reason}: what was deleted of late may be back")
+    if work.known_dead:
+        reason = "the old index knew that they are dead"
+        report.lines.append(f"{work.known_dead} versions on the volumes were left out: {reason}")
     if work.left_out:
-        report.lines.append(f"{work.left_out} keys are only on the volumes that were left out")
+        where = "only on the volumes that were left out, and stay as they were"
+        report.lines.append(f"{work.left_out} keys are {where}")
     lost = report.counts["lost key"]
     if lost:
         report.lines.append(f"{lost} keys of the old index are lost or older now, see above")
@@ -1792,7 +2048,7 @@ class Comparison:
         async for page in self._store.index.read_records():
             await self._notes.add_records(page)
 
-    async def look(self, run: Sequence[str], on: On) -> tuple[dict[str, Version], Known]:
+    async def look(self, run: Sequence[str], on: On) -> tuple[dict[str, Version], Expected]:
         """Return what is in a run of folders, and what the index says of it."""
         index = self._store.index
         span = (run[0], run[-1])
@@ -1802,7 +2058,7 @@ class Comparison:
         records = await self._read_noted(*span)
         after = await index.pending_between(*span)
         drawn = await index.drawn()
-        return versions, collect_known(records, [*before.values(), *after.values()], drawn)
+        return versions, collect_expected(records, [*before.values(), *after.values()], drawn)
 
     async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
         """Return, by stem, the records in a range of folders whose version is as it was noted."""
@@ -1814,8 +2070,10 @@ class Comparison:
                 records[path[:STEM]] = record
         return records
 
-    def find_strays(self, versions: Iterable[Version], known: Known) -> tuple[list[Stray], int]:
-        return find_strays(versions, known, self._before_s)
+    def find_strays(
+        self, versions: Iterable[Version], expected: Expected
+    ) -> tuple[list[Stray], int]:
+        return find_strays(versions, expected, self._before_s)
 
     async def identify(self, strays: Sequence[Stray]) -> list[tuple[Stray, str, str]]:
         """Return (stray, its key, what it is), without those that are named by now."""
@@ -1872,18 +2130,18 @@ class Verify:
     async def _compare(self, run: list[str], on: On) -> None:
         """Check a run of folders."""
         try:
-            versions, known = await self._compared.look(run, on)
-            unsound = await self._check(known, versions)
-            strays, young = self._compared.find_strays(versions.values(), known)
+            versions, expected = await self._compared.look(run, on)
+            unsound = await self._check(expected, versions)
+            strays, young = self._compared.find_strays(versions.values(), expected)
             self.young += young
             await self._note_strays(strays, unsound)
         except VolumeError as error:
             self._compared.fail(error)
 
-    async def _check(self, known: Known, versions: Mapping[str, Version]) -> set[str]:
+    async def _check(self, expected: Expected, versions: Mapping[str, Version]) -> set[str]:
         """Find what is wrong with the replicas of records, and settle it; return the stems of
         those with which something still is."""
-        records = known.records.values()
+        records = expected.records.values()
         self.keys += len(records)
         self.replicas += sum(len(record.places) for record in records)
         self.bytes += sum(record.size * len(record.places) for record in records)
@@ -1892,11 +2150,11 @@ class Verify:
         faults: dict[Record, dict[str, str]] = defaultdict(dict)
         doubtful = list[Replica]()  # whose sidecars are read
         in_full = list[Replica]()  # whose blobs are
-        for stem, record in known.records.items():
+        for stem, record in expected.records.items():
             version = versions.get(stem) or Version(stem)
             is_deep = self._deep
             if version.others(record.places):
-                beside[record] = look_beside(version, record, known)
+                beside[record] = look_beside(version, record, expected)
                 # What is beside it goes only if its own replicas are good.
                 is_deep = is_deep or (self._repair and beside[record].has_extra)
             size = len(encode_sidecar(record))
@@ -2151,8 +2409,8 @@ class Discard:
 
     async def _note(self, run: list[str], on: On) -> None:
         try:
-            versions, known = await self._compared.look(run, on)
-            strays, _ = self._compared.find_strays(versions.values(), known)
+            versions, expected = await self._compared.look(run, on)
+            strays, _ = self._compared.find_strays(versions.values(), expected)
             found = await self._compared.identify(strays)
         except VolumeError as error:
             self._compared.fail(error)
@@ -2268,7 +2526,9 @@ def read_token(options: argparse.Namespace) -> str:
     text = os.environ.get("MKV_TOKEN", "")
     if options.token_file:
         place = options.token_file
-        text = Path(place).read_bytes().decode("ascii", "replace")
+        text = Path(place).read_bytes().decode("utf-8", "surrogateescape")
+    if NOT_UTF8.search(text):
+        raise ConfigError([f"{place} is not valid UTF-8"])
     words = text.split()
     if len(words) > 1 or (options.token_file and not words):
         raise ToolError(f"{place} must hold one secret and nothing else")
@@ -2315,21 +2575,32 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
         for one in (source, target):
             stack.push_async_callback(one.close)
             await one.open()
-        if source.old is None:
+        if source.old is None or source.damage:
             raise ConfigError([f"FROM: {source.name}: {source.damage}"])
-        if target.damage or (target.old and await count_keys(target.old)):
-            raise ConfigError([f"TO: there is an index at {target.name}, and it is not empty"])
-        copying = IndexCopy(source.old, target.new)
-        copying.whole = await count_keys(source.old)
-        async with show_progress(report, copying.text, copying.share):
-            await copying.copy()
-            await copying.check()
-        await target.finish(copying.keys, copying.size)
-    report.facts = {"keys": copying.keys, "bytes": copying.size, "pending": copying.pending}
+        if await source.old.is_copy():
+            raise ConfigError(
+                [f"FROM: {source.name} is a copy, which may lack what came after it"]
+            )
+        keys, size = (await source.old.totals()).get(ALL_KEYS, (0, 0))
+        copying = IndexCopy(source.old, target.new, keys)
+        taken = f"TO: there is an index at {target.name}, and it is not empty"
+        if target.damage:
+            raise ConfigError([taken])
+        if target.old and await count_keys(target.old):
+            # It may be that of a run which was killed before it was done with FROM.
+            if await copying.compare(target.old):
+                raise ConfigError([taken])
+        else:
+            async with show_progress(report, copying.text, copying.share):
+                await copying.copy()
+                if why := await copying.compare(target.new):
+                    raise ToolError(f"{why}: TO stays as it was")
+            await target.finish(keys, size)
+        await source.old.mark_as_copy()
+    report.facts = {"keys": keys, "bytes": size, "pending": copying.pending}
     report.lines = [
-        f"{target.name}: {copying.keys} keys, {show_bytes(copying.size)}, and {copying.pending} "
-        "rows pending",
-        f"{source.name} is as it was: let no server use it from now on",
+        f"{target.name}: {keys} keys, {show_bytes(size)}, and {copying.pending} places pending",
+        f"{source.name} says from now on that it is a copy, and no server uses it",
     ]
 
 
@@ -2341,50 +2612,58 @@ async def count_keys(index: Index) -> int:
 class IndexCopy:
     """A copy of one index's rows into another, and how far it is."""
 
-    def __init__(self, source: Index, target: Index) -> None:
+    def __init__(self, source: Index, target: Index, whole: int) -> None:
         self._source = source
         self._target = target
-        self.whole = 0  # keys there are
+        self._whole = whole  # keys there are
         self.keys = 0
-        self.size = 0  # bytes of their blobs
-        self.pending = 0
+        self.pending = 0  # places
         self.checked = 0  # keys
 
     def text(self) -> str:
         return f"{self.keys} keys copied, {self.checked} checked"
 
     def share(self) -> float:
-        return min(1.0, (self.keys + self.checked) / max(1, 2 * self.whole))
+        return min(1.0, (self.keys + self.checked) / max(1, 2 * self._whole))
 
     async def copy(self) -> None:
         async for records in self._source.read_records():
-            named = [record.key for record in records]
-            await self._target.write(partial(insert_all, records), keys=named)
+            await self._target.write(partial(Transaction.fill, records=records))
             self.keys += len(records)
-            self.size += sum(record.size for record in records)
         age_s = await self._target.now_s() - await self._source.now_s()
         async for pending in self._source.read_pending():
-            paths = [row.path for row in pending]
-            await self._target.write(partial(carry_over, pending, age_s), paths=paths)
-            self.pending += len(pending)
+            carry = partial(carry_over, pending, age_s, ())
+            await self._target.write(carry, paths=paths_of(pending))
+        drawn = await self._source.drawn()
+        await self._target.write(partial(Transaction.note_drawn, rows=drawn))
 
-    async def check(self) -> None:
-        """Raise ToolError unless both have the same records, and as many rows pending."""
-        copies = self._target.read_records()
+    async def compare(self, target: Index) -> str:
+        """Return "" if an index has the same records, has drawn the same versions, and has as many
+        places pending as the source; else what is wrong with it."""
+        copies = target.read_records()
         async for records in self._source.read_records():
             if await anext(copies, []) != records:
-                raise ToolError("the copy is not the same: TO stays as it was")
+                return "the copy is not the same"
             self.checked += len(records)
-        count = 0
-        async for pending in self._target.read_pending():
-            count += len(pending)
-        if await anext(copies, []) or count != self.pending:
-            raise ToolError("the copy has more, or less, than there was: TO stays as it was")
+        is_longer = bool(await anext(copies, []))
+        self.pending = await count_pending(self._source)
+        is_same = sorted(await target.drawn()) == sorted(await self._source.drawn())
+        if is_longer or await count_pending(target) != self.pending or not is_same:
+            return "the copy has more, or less, than there was"
+        return ""
 
 
-def insert_all(records: Iterable[Record], tx: Transaction) -> None:
-    for record in records:
-        tx.insert(record)
+async def count_pending(index: Index) -> int:
+    """Return at how many places something is pending: a claim of one is as much as that it is
+    dead."""
+    count = 0
+    async for pending in index.read_pending():
+        for one in pending.values():
+            places = set(one.dead)
+            for (path, _), claimed in one.claims.items():
+                places |= {(volume_of(place), place_path(path, place)) for place in claimed}
+            count += len(places) + sum(map(len, one.tombstones.values()))
+    return count
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -3775,7 +4054,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the imports are over
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = make_parser().parse_args(arguments)
+    options = parse_arguments(make_parser(), arguments)
     logging.basicConfig(level=logging.CRITICAL)  # what volumes do is in the report
     report = Report(options.json)
     try:
