@@ -10,17 +10,18 @@ files. Whoever reads the bytes never passes through Python.
                         SQLite index: key -> version, volumes, size, digest
     GET /key  --> index server -- 302 --> the client reads the blob from volume A or B
 
-On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of wall-clock
-nanoseconds + 4 random ones:
+On a volume, with h = sha256(key as UTF-8) in hex and version = 16 hex digits of nanoseconds + 4
+that say who drew it:
 
-    /h[0:2]/h[2:4]/h-version.ext      the blob, never overwritten in place
+    /h[0:2]/h[2:4]/h-version.ext      the blob
     /h[0:2]/h[2:4]/h-version.key      its sidecar: what it is, as JSON
-    /h[0:2]/h[2:4]/h-version.del      a mark: this version is dead, whatever sidecar turns up
+    /h[0:2]/h[2:4]/h-version~tag.*    the same, where something was written a second time
+    /h[0:2]/h[2:4]/h-version.del      a tombstone: this version is dead, whatever sidecar turns up
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A
 blob without a sidecar is an unfinished write; a sidecar without a blob is nothing. The index can
-be rebuilt from the sidecars. A mark is there only while a volume that should delete a sidecar does
-not answer, or may not have carried out a late write.
+be rebuilt from the sidecars. A tombstone is there only while a volume that should delete a sidecar
+does not answer, or may not have carried out a late write.
 
     PUT /key      201 new, 204 replaced      400 408 412 413 415 422 501 503 504 507
     GET /key      302 to a volume            304 404 412 503
@@ -30,16 +31,32 @@ not answer, or may not have carried out a late write.
     GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
                                              (everywhere, with tokens: 401 403)
 
+Rules that make cases impossible, so that no code has to count them:
+
+    R1  A place, which is a path on a volume, is written once, by one request that is sent once. It
+        is deleted some day, and nobody comes back to it: what has to be written again gets a tag.
+        So a DELETE that comes late, or twice, hits nothing alive.
+    R2  The commit orders. Whoever commits, its claims still standing, becomes the record, whatever
+        its version. What is dead and has a higher version than what lives is buried before the
+        answer, from the lowest version up: its sidecars are deleted, or `min_replicas` volumes get
+        a tombstone. So a rebuild takes nothing that was replaced, deleted or refused.
+    R3  Versions only rise, and the index knows which it has given out. So whoever holds a whole
+        copy of it, however old, knows what is dead of all that it knew: what was drawn, and is in
+        no record and no claim.
+    R5  Nobody acts on authority that has run out. Owners have random numbers; a PUT to a place is
+        not sent once its owner's lease has ended. What stays true, a DELETE, a tombstone, may be
+        sent at any time, by anybody.
+
 Invariants (the tests cite them):
 
     I1  201 or 204 to a PUT: `replicas` volumes (at least `min_replicas`) have blob and sidecar,
         the record is on disk.
-    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is deleted,
-        sidecars before the answer. 504: PostgreSQL does not tell whether it was committed.
+    I2  Anything else to a PUT but 504 leaves the key as it was, and what was written is buried
+        before the answer. 504: it may have happened, or what it wrote or replaced may come back.
     I3  An acknowledged key reads back byte for byte while one volume of its record is up.
-    I4  After an acknowledged DELETE the key does not come back, nor a PUT that was refused: not
-        after a crash, not by rebuild, with the index or, while a volume with the mark is there,
-        without it.
+    I4  What was deleted, replaced or refused does not come back: not after a crash, not by rebuild
+        with the index or any older copy, nor, while a volume with the tombstone is there, without.
+        A PUT that got no answer may have happened, or happen then.
     I5  A reader gets one whole version, never a mix and never a short blob.
     I6  Rebuild from the volumes alone gives the same records, row for row, or fails and changes
         nothing.
@@ -49,18 +66,17 @@ Invariants (the tests cite them):
     I10 Bad input gets a 4xx with a reason, never a 5xx and never a change.
     I11 All answers about a key have an order that explains them, in which no request comes before
         one that was answered before it was sent. One without an answer (or 504) may have happened
-        or not, 412, 429, 503 and 507 have not. Only 201 and 204 of PUTs that overlap may be told
-        each other's way.
+        or not, 412, 429, 503 and 507 have not.
 
 Why that holds without a lock on any key: blobs are immutable, every path names one version, and
-the index decides. A record only moves to a higher version, in one transaction that also puts what
-it replaces into the garbage. So a late clean-up can never hit a newer write, and several processes
-and tools can share one index. Whoever writes to a volume claims the path in the index before, so
-what a crash leaves there is known, and becomes garbage.
+the index decides, in one transaction that also notes as dead what it replaces. Whoever writes to a
+volume claims the place in the index before, so what a crash leaves there is known.
 
-What no index and no mark can cover: a request that was under way when the index was lost may have
-happened, whatever its conditions; what a volume carries out more than a day after it hung, or more
-than five minutes after the connection to it broke or the server was killed.
+What no index and no tombstone can cover: what a reader saw of a commit that was not answered yet
+when the index was lost may be undone; what a volume carries out more than a day after it hung, or
+more than five minutes after the connection to it broke or the server was killed, is covered by a
+copy of the index only; nor does a process see a pause between its look at its lease and the system
+call that sends.
 
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
@@ -605,8 +621,8 @@ PATH = re.compile(
 STEM = len("/aa/bb/") + 64 + len("-") + 20
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
-# Media type -> file extension, from the mime.types that nginx ships, so that a volume answers with
-# the blob's own type.
+# Media type -> file extension. It shows who looks at a volume what a file is, and says what a blob
+# is that comes without a type. (By it nginx with an earlier nginx.conf tells the type.)
 EXTENSIONS = {
     "text/html": "html", "text/css": "css", "text/plain": "txt", "text/xml": "xml",
     "application/json": "json",
@@ -629,7 +645,19 @@ EXTENSIONS = {
     "video/x-msvideo": "avi", "video/3gpp": "3gp", "video/x-m4v": "m4v", "video/x-flv": "flv",
     "video/x-ms-wmv": "wmv",
 }  # fmt: skip
-ENCODED_NAME = re.compile(r"[A-Za-z0-9._~%-]+")
+# A link says type and name, and what it says is signed, as it stands there. So it holds only what
+# no client encodes or decodes by itself. nginx.conf reads it with the same expressions.
+ESCAPES = 12  # that it reads in a type, and in a name
+PLAIN_IN_TYPE = "!$*+,/:;=?@"  # beside letters, digits and _.-~; the rest is ( and two hex digits
+TYPE_IN_LINK = re.compile(
+    r"(?=[^&]+/[^&])[!-%'*-~]*"
+    rf"(?:\((?:2[0235-9]|3[CE]|5[B-E]|60|7[B-D])[!-%'*-~]*){{0,{ESCAPES}}}"
+)
+ESCAPE_IN_TYPE = re.compile(r"\((..)")
+PLAIN_IN_NAME = re.compile(r"[A-Za-z0-9_.~!$-]+")  # the rest is % and two hex digits
+FICKLE_IN_NAME = re.compile(r"%(2[5789AC]|3[AF]|40)")  # some clients decode these: encoded twice
+TWICE_IN_NAME = re.compile(r"%25(?=[0-9A-F]{2})")
+NAME_IN_LINK = re.compile(r"[A-Za-z0-9_.~!$%-]+")
 NOT_IN_NAME = re.compile(r"[\x00-\x1f\x7f\\]")
 MAX_NAME_BYTES = 255  # of a file, in all usual file systems
 MEDIA_TYPE = re.compile(r"[!-~]+/[!-~][ -~]*")
@@ -752,6 +780,16 @@ def make_version(at_ns: int, tag: str) -> str:
     return f"{at_ns:016x}{tag}"
 
 
+def version_s(version: str) -> int:
+    """Return the same in whole seconds, as HTTP tells times."""
+    return version_ns(version) // 10**9
+
+
+@lru_cache(64)  # all that is written in one second has one
+def http_date(time_s: int) -> str:
+    return formatdate(time_s, usegmt=True)
+
+
 def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
     """Return (content type, extension) for a blob; without a Content-Type the key's own ending
     decides."""
@@ -764,27 +802,53 @@ def media_type_of(content_type: str | None, key: str) -> tuple[str, str]:
 
 
 @lru_cache(4096)  # every redirect asks
-def name_query(key: str) -> str:
-    """Return the query of a link that names the download: by the key's last part, without what no
-    file name may hold; "" if that leaves none."""
-    name = key[key.rfind("/") + 1 :]
-    name = NOT_IN_NAME.sub("_", name)
+def name_in_link(key: str, dialect: int) -> str:
+    """Return the name of a download, as a link to a volume of that dialect holds it: the key's
+    last part, without what no file name may hold; "" if that leaves none."""
+    name = NOT_IN_NAME.sub("_", key[key.rfind("/") + 1 :])
     if name in ("", ".", "..") or len(name.encode()) > MAX_NAME_BYTES:
         return ""
-    return f"?name={quote(name, safe='')}"
+    if dialect == 1:
+        return quote(name, safe="")
+    encoded = quote(name, safe="!$")
+    if len(FICKLE_IN_NAME.findall(encoded)) > ESCAPES:
+        return FICKLE_IN_NAME.sub("_", encoded)
+    return FICKLE_IN_NAME.sub(r"%25\1", encoded)
+
+
+@lru_cache(4096)  # there are few
+def type_in_link(content_type: str) -> str:
+    """Return a type as a link holds it: octet-stream, if it holds more than can be read there."""
+    encoded = quote(content_type, safe=PLAIN_IN_TYPE).replace("%", "(")
+    if len(content_type) > MAX_MEDIA_TYPE or not TYPE_IN_LINK.fullmatch(encoded):
+        return DEFAULT_TYPE
+    return encoded
+
+
+def served_type(argument: str) -> str:
+    """Return the Content-Type that a link asks for, as nginx.conf does."""
+    if not TYPE_IN_LINK.fullmatch(argument):
+        return DEFAULT_TYPE
+    return ESCAPE_IN_TYPE.sub(lambda found: chr(int(found[1], 16)), argument)
+
+
+def argument_of(query: str, name: str) -> str:
+    """Return an argument as it stands in a query, as nginx does: the first, "" for none."""
+    found = re.search(rf"(?:^|&){name}=([^&]*)", query, re.IGNORECASE)
+    return found[1] if found else ""
 
 
 def disposition_of(query: str) -> str:
     """Return the Content-Disposition that a link asks for, as nginx.conf does: "" for none. What
     is in the link stays encoded, so no header can be made of it."""
-    name = re.search(r"(?:^|&)name=([^&]*)", query, re.IGNORECASE)
-    if name is None or not ENCODED_NAME.fullmatch(name[1]):
+    name = argument_of(query, "name")
+    kind = "attachment" if argument_of(query, "download") else "inline"
+    if PLAIN_IN_NAME.fullmatch(name):
+        return f'{kind}; filename="{name}"'
+    encoded, count = TWICE_IN_NAME.subn("%", name)
+    if count > ESCAPES or not NAME_IN_LINK.fullmatch(name):
         return ""
-    download = re.search(r"(?:^|&)download=([^&]*)", query, re.IGNORECASE)
-    kind = "attachment" if download and download[1] else "inline"
-    if "%" in name[1]:
-        return f"{kind}; filename*=UTF-8''{name[1]}"  # RFC 8187
-    return f'{kind}; filename="{name[1]}"'
+    return f"{kind}; filename*=UTF-8''{encoded}"  # RFC 8187
 
 
 def after_prefix(prefix: str) -> str | None:
@@ -920,14 +984,14 @@ class Record(NamedTuple):
         raise KeyError(volume)
 
     @property
-    def modified_s(self) -> float:
-        """When it was written, in Unix seconds, by the clock of the index."""
-        return version_ns(self.version) / 1e9
+    def modified_s(self) -> int:
+        """When it was written, in whole Unix seconds, by the clock of the index."""
+        return version_s(self.version)
 
     @property
     def modified(self) -> str:
         """The same, as HTTP writes it."""
-        return formatdate(self.modified_s, usegmt=True)
+        return http_date(self.modified_s)
 
 
 def encode_sidecar(record: Record) -> bytes:
@@ -1022,17 +1086,18 @@ def parse_etags(header: str) -> tuple[str, ...]:
 def decide_conditions(
     conditions: Conditions, record: Record | None, reading: bool = False
 ) -> Verdict:
-    """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2."""
+    """Evaluate the conditions against the current record in the order of RFC 9110, 13.2.2. Dates
+    are compared for equality, as nginx does: a key's may go back."""
     c = conditions
     etag = record.etag if record else None
-    modified_s = int(record.modified_s) if record else None
+    modified_s = record.modified_s if record else None
     if c.if_match is not None:
         if etag is None or not {"*", etag} & {*c.if_match}:  # strong comparison: W/ never matches
             return Verdict.FAILED
     elif (
         c.unmodified_since_s is not None
         and modified_s is not None
-        and modified_s > c.unmodified_since_s
+        and modified_s != c.unmodified_since_s
     ):
         return Verdict.FAILED
     if c.if_none_match is not None:
@@ -1042,7 +1107,7 @@ def decide_conditions(
         reading
         and c.modified_since_s is not None
         and modified_s is not None
-        and modified_s <= c.modified_since_s
+        and modified_s == c.modified_since_s
     ):
         return Verdict.NOT_MODIFIED
     return Verdict.PROCEED
@@ -1522,11 +1587,40 @@ def take_token(tokens: float, elapsed_s: float, rate: float, burst: int) -> tupl
 
 
 @lru_cache(4096)  # for half of link_ttl the same link is asked for
-def sign_link(path: str, secret: str, expires_s: int) -> str:
-    """Return the query that nginx's secure_link checks: an MD5 over expiry, path and secret, bound
-    to all three."""
-    digest = hashlib.md5(f"{expires_s}{path} {secret}".encode(), usedforsecurity=False).digest()
+def sign_link(subject: str, secret: str, expires_s: int) -> str:
+    """Return the query that nginx's secure_link checks: an MD5 over expiry, what else the link
+    says, and the secret, bound to all three."""
+    signed = f"{expires_s}{subject} {secret}".encode("utf-8", "surrogateescape")
+    digest = hashlib.md5(signed, usedforsecurity=False).digest()
     return f"?md5={base64.urlsafe_b64encode(digest).decode().rstrip('=')}&expires={expires_s}"
+
+
+def subject_of_link(path: str, media_type: str, name: str) -> str:
+    """Return what is signed of a link beside its expiry: its path on the volume, and type and name
+    as they stand there. No argument holds an "&", and each path begins with "/", so no two links
+    have one subject. A link without a type is one of dialect 1, and its name is not signed."""
+    return f"&{media_type}&{name}&{path}" if media_type else path
+
+
+def make_link(
+    url: str, record: Record, dialect: int, secret: str, expires_s: int, now_s: float
+) -> str:
+    """Return the link to the blob at `url`, on a volume of that dialect: with its type (but not in
+    dialect 1) and the download's name, signed if there is a secret."""
+    media_type = type_in_link(record.content_type) if dialect > 1 else ""
+    name = name_in_link(record.key, dialect)
+    query = ""
+    if secret:
+        # The volume checks the path that it is asked for, so that of the whole URL counts.
+        path = "/" + url.split("/", 3)[3]
+        query = sign_link(subject_of_link(path, media_type, name), secret, expires_s)
+    if media_type:
+        query += f"&type={media_type}"
+    if name:
+        query += f"&name={name}"
+    if media_type and record.modified_s > now_s:
+        query += "&undated=1"  # no Last-Modified is later than now (RFC 9110, 8.8.2.1)
+    return f"{url}?{query[1:]}" if query else url
 
 
 def link_expiry(now_s: float, ttl_s: float) -> int:
@@ -1611,6 +1705,7 @@ ANSWER_HEAD = re.compile(
     rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:" + TEXT + rb"\r\n)*+\r\n"
 )  # fmt: skip
 FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)", re.IGNORECASE)
+DIALECT = re.compile(rb"\nmkv-dialect: *2 *\r", re.IGNORECASE)
 
 
 class RequestHead(NamedTuple):
@@ -1674,11 +1769,13 @@ def parse_request_head(head: bytes) -> RequestHead | None:
 
 
 class AnswerHead(NamedTuple):
-    """What the head of an answer says; `size` is that of the body, None for a chunked one."""
+    """What the head of an answer says; `size` is that of the body, None for a chunked one;
+    `dialect` that of nginx.conf on the volume."""
 
     status: int
     size: int | None
     reusable: bool
+    dialect: int = 1
 
 
 @lru_cache(HEADS_KNOWN)
@@ -1708,7 +1805,7 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
         size = 0
     elif size is None and not chunked:
         raise ValueError("its answer has no length")
-    return AnswerHead(status, size, reusable)
+    return AnswerHead(status, size, reusable, 2 if DIALECT.search(head) else 1)
 
 
 def drop_location(head: bytes) -> bytes:
@@ -1830,6 +1927,7 @@ class AnswerReader:
 
     def __init__(self) -> None:
         self.reusable = True  # more answers can follow
+        self.dialect = 1  # that the last answer showed
         self._data = b""  # what has come
         self._at = 0  # how much of it has been read
         self._interim = 0  # answers before the next one proper
@@ -1900,6 +1998,7 @@ class AnswerReader:
                 raise ValueError("it sends interim answers only")
         self._interim = 0
         self.reusable = self.reusable and head.reusable
+        self.dialect = head.dialect
         self._left = head.size or 0
         self._chunks = ChunkDecoder() if head.size is None else None
         return head
@@ -3434,8 +3533,10 @@ class Transaction:
             self._garbage += len(pending.dead) - len(stored.dead)
             self._stored[stem] = pending.copy()
         for table, columns in TABLES.items():
-            delete = f"DELETE FROM {table} WHERE ({columns}) IN (VALUES "
-            self._session.run_on_rows(delete, gone[table], ")")
+            cast_to = "BIGINT" if table == "claim" else "TEXT"  # PostgreSQL takes all for text
+            named = f"SELECT column1, CAST(column2 AS {cast_to}) FROM (VALUES "
+            delete = f"DELETE FROM {table} WHERE ({columns}) IN ({named}"
+            self._session.run_on_rows(delete, gone[table], ") AS gone)")
             self._session.run_on_rows(f"INSERT INTO {table} VALUES ", new[table], REPLACE[table])
 
     # -- owners --
@@ -4576,6 +4677,8 @@ class Line(Wire):
         status, body = answer
         count = len(exchange.answers)
         self._under_way -= 1
+        if status in GOOD:  # what answers in its place may be another server
+            self._client.hear_dialect(self._reader.dialect)
         if exchange.method != "GET":
             if len(body) > ANSWER_BYTES:
                 raise ValueError("its answer does not end")
@@ -4757,14 +4860,15 @@ class Patience:
 class VolumeClient:
     """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds,
     error)` how long; `hear_slow(yes)` when it has not answered for a while, and when it does
-    again; `hear_late` of PUTs that nobody waits for any more, (paths, whether they were
-    answered)."""
+    again; `hear_dialect(number)` with each good answer which one it showed; `hear_late` of PUTs
+    that nobody waits for any more, (paths, whether they were answered)."""
 
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
         measure: Callable[[str, float, str], None],
         hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
         slow_after_s: float = 0.0, hear_slow: Callable[[bool], None] = lambda yes: None,
+        hear_dialect: Callable[[int], None] = lambda number: None,
     ) -> None:  # fmt: skip
         self.volume = volume
         self.facts = (volume, secret, timeout_s, slow_after_s)
@@ -4774,6 +4878,7 @@ class VolumeClient:
         self._measure = measure
         self._tell_late = hear_late
         self._tell_slow = hear_slow
+        self.hear_dialect = hear_dialect
         parts = urlsplit(volume.url)
         self._ssl = parts.scheme == "https" or None
         self._host = parts.hostname or ""
@@ -4880,6 +4985,11 @@ class VolumeClient:
         return exchange
 
     def _request(self, method: str, path: str, trail: str = "", framing: str = "") -> bytes:
+        parsed = parse_path(path) if method == "PUT" else None
+        if parsed is not None and parsed[2] not in ("key", "del"):
+            # nginx keeps it as the blob's time, and shows that as Last-Modified. (The time of a
+            # sidecar tells verify when it was written.)
+            trail += f"Date: {http_date(version_s(parsed[1]))}\r\n"
         return f"{method} {self._base}{path} HTTP/1.1\r\n{self._head}{trail}{framing}\r\n".encode()
 
     # -- lines --
@@ -4977,7 +5087,8 @@ class VolumeClient:
         failed = list[Exchange]()
         for exchange in line.waiting_for:
             is_second = exchange.sent > 1 and exchange.through == len(exchange.answers)
-            exchange.doubt_s = BROKEN_S
+            # Behind a last answer nothing is carried out (RFC 9112, 9.6).
+            exchange.doubt_s = BROKEN_S if reason else ANSWERED
             if exchange.is_abandoned:
                 self.hear_late(exchange)
             elif exchange.error or exchange.lease or (reason and is_second):
@@ -5377,6 +5488,8 @@ class Health:
         self.states: dict[str, State] = {}
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
+        # by which nginx.conf its volumes go; not there until it is known
+        self.dialects = dict[str, int]()
         self._peers = peers or Peers()
         self._clock = clock
         self._next_write = dict[str, float]()
@@ -5411,14 +5524,32 @@ class Health:
             return
         self._peers.tell([self._describe(name)])
 
+    def note_dialect(self, name: str, dialect: int) -> None:
+        """Hear by which nginx.conf a volume goes: 1 is that of an earlier version of mkv."""
+        before = self.dialects.get(name)
+        if dialect == before:
+            return
+        self.dialects[name] = dialect
+        self._peers.tell([self._describe(name)])
+        if not self._peers.is_first:
+            return  # one line a server
+        if dialect == 1:
+            log.warning(
+                "volume %s goes by an earlier version: replace nginx.conf (or mkv.py) there", name
+            )
+        elif before is not None:
+            log.info("volume %s goes by this version's nginx.conf", name)
+
     def forget(self, name: str) -> None:
         """Hear that a volume is configured no longer."""
         self.states.pop(name, None)
+        self.dialects.pop(name, None)
         self.slow.discard(name)
 
     def _describe(self, name: str) -> str:
         state = self.states.get(name, State.DOWN)
-        return f"{name} {state.value} {'slow' if name in self.slow else 'swift'}"
+        pace = "slow" if name in self.slow else "swift"
+        return f"{name} {state.value} {pace} {self.dialects.get(name, 0)}"
 
     def _hear(self, names: Collection[str]) -> None:
         """Take over what other processes have found out of the volumes `names`."""
@@ -5426,9 +5557,11 @@ class Health:
             if line == PROBED:
                 self._heard_s = self._clock()
                 continue
-            name, state, pace = line.split()
+            name, state, pace, dialect = line.split()
             if name in names:
                 self._set(name, State(state))
+                if dialect != "0":
+                    self.dialects[name] = int(dialect)
                 (self.slow.add if pace == "slow" else self.slow.discard)(name)
 
     @property
@@ -6071,6 +6204,7 @@ class Store:
                     partial(self.health.notice, name), partial(self._measure, name),
                     partial(self._hear_late, name),
                     config.slow_after, partial(self.health.note_slow, name),
+                    partial(self.health.note_dialect, name),
                 )  # fmt: skip
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
@@ -6169,7 +6303,7 @@ class Store:
             name = choose_replica(known, health.states, turn, health.slow)
         if name is None:
             raise no_replica(record)
-        return self._link(clients[name].volume, clients[name].volume.public_url, record)
+        return self._link(name, clients[name].volume.public_url, record)
 
     def locate_inside(self, record: Record) -> tuple[str, str]:
         """Return the URL from which a proxy can read the blob now, and one to try after that, on
@@ -6181,23 +6315,17 @@ class Store:
         names.sort(key=lambda name: (health.is_down(name), name in health.slow))
         if not names or health.is_down(names[0]):
             raise no_replica(record)
-        links = [
-            self._link(clients[name].volume, clients[name].volume.url, record) for name in names
-        ]
+        links = [self._link(name, clients[name].volume.url, record) for name in names]
         return links[0], links[1 % len(links)]
 
-    def _link(self, volume: Volume, base: str, record: Record) -> str:
-        """Return the URL of a blob on the volume at `base`, signed and with the download's
-        name."""
+    def _link(self, name: str, base: str, record: Record) -> str:
+        """Return the URL of a blob on the volume `name`, which is reached at `base`."""
         config = self.view.config
-        url = base + record.path_on(volume.name)
-        if config.link_secret:
-            # The volume checks the path that it is asked for, so that of `base` counts.
-            path = "/" + url.split("/", 3)[3]
-            expires_s = link_expiry(time.time(), config.link_ttl)
-            url += sign_link(path, config.link_secret, expires_s)
-            return url + name_query(record.key).replace("?", "&")
-        return url + name_query(record.key)
+        dialect = self.health.dialects.get(name, 1)
+        now_s = time.time()
+        expires_s = link_expiry(now_s, config.link_ttl)
+        url = base + record.path_on(name)
+        return make_link(url, record, dialect, config.link_secret, expires_s, now_s)
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str,
@@ -6225,7 +6353,9 @@ class Store:
             )  # fmt: skip
             is_new, burial = await self.index.write(commit, keys=[draft.key])
         except BaseException as error:
-            is_buried = not write.claimed or await self._discard(view, write, trail)
+            # A commit that was asked for and not heard of may have come about.
+            is_sure = not isinstance(error, IndexUnsure | asyncio.CancelledError)
+            is_buried = not write.claimed or await self._discard(view, write, trail, is_sure)
             if not is_buried and isinstance(error, MkvError):
                 raise Unfinished(f"{error}; what was written may come back") from error
             raise
@@ -6240,15 +6370,19 @@ class Store:
         answering = [name for name in view.clients if not self.health.is_down(name)]
         return Reach(frozenset(answering), len(up), view.config.min_replicas)
 
-    async def _discard(self, view: View, write: Write, trail: str) -> bool:
+    async def _discard(self, view: View, write: Write, trail: str, is_sure: bool) -> bool:
         """Bury what a failed PUT has written (I2), and return whether that succeeded. Its blobs
-        are left to the collector."""
+        are left to the collector. `is_sure`: no commit of it can come about."""
         try:
             burial = await self._refuse(write)
         except (IndexFailed, IndexUnsure) as error:
             log.error("%s; what was written for %r is deleted later", error, write.draft.key)
             self._undiscarded.append(write)
-            return not write.sent
+            if not is_sure:
+                return not write.sent
+            pending = Pending({}, {}, {})
+            pending.end_write(write.path, write.claimed, write.sent, (), 0.0, write.draft.key)
+            burial = pending.above("", 0.0)
         # Where no sidecar was sent there is nothing that a rebuild could take.
         unmarked = {place_path(write.path, place) for place in write.claimed - write.marked}
         rows = [row for row in burial.rows if row.path not in unmarked]
@@ -6338,7 +6472,8 @@ class Store:
         for name, client in self.view.clients.items():
             blobs, its_size = totals.get(name, (0, 0))
             state = self.health.states.get(name, State.DOWN).value
-            facts = {"state": state, "blobs": blobs, "bytes": its_size}
+            dialect = self.health.dialects.get(name)
+            facts = {"state": state, "dialect": dialect, "blobs": blobs, "bytes": its_size}
             volumes.append(asdict(client.volume) | facts)
         return {
             "version": __version__,
@@ -6818,9 +6953,10 @@ function volume_row(one, all_bytes, all_weight) {
   const percent = value => `${(100 * value).toFixed(1)} %`;
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
   const errors = rates("errors " + one.name);
+  const advice = one.dialect === 1 ? ", replace nginx.conf" : "";
   return make("tr", {},
     cell("name", "name", show(one.name)),
-    cell("state", `state ${one.state}`, one.state),
+    cell("state", `state ${one.state}`, one.state + advice),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
@@ -7348,8 +7484,9 @@ class Call:
             headers["Location"] = link
             return Response(302, headers)
         headers["Content-Length"] = str(record.size)
-        headers["Content-Type"] = record.content_type
-        headers["Last-Modified"] = record.modified
+        headers["Content-Type"] = served_type(type_in_link(record.content_type))
+        if record.modified_s <= time.time():
+            headers["Last-Modified"] = record.modified
         if accel:
             headers["Accept-Ranges"] = "bytes"
         headers["Repr-Digest"] = (
@@ -7364,7 +7501,8 @@ class Call:
         headers["Mkv-Other"] = other
         headers["X-Accel-Redirect"] = "@mkv_volume"
         headers["Mkv-Range"] = decide_range(self.request.headers, record)
-        headers["Last-Modified"] = record.modified
+        if record.modified_s <= time.time():
+            headers["Last-Modified"] = record.modified
         return Response(302, headers)
 
     async def put(self) -> Response:
@@ -8342,45 +8480,55 @@ EMBEDDED_CONNECTIONS = 65_536  # to a server's own volumes: on loopback it is it
 VOLUME_METHODS = "DELETE, GET, HEAD, OPTIONS, PUT"
 # A blob is a stranger's: a browser must neither guess its type nor run what is in it.
 SAFETY = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}
+DIALECT_2 = {"Mkv-Dialect": "2"}  # it does as this version's nginx.conf
 # A path names one version, so what is there never changes; it is for whoever got the link.
 FOR_EVER = "private, max-age=31536000, immutable"
-IS_BLOB = re.compile(r"/[0-9a-f]{64}-[0-9a-f]{20}(?!\.(?:key|del)\Z)(?:\.[a-z0-9]{1,8})?")
+IS_BLOB = re.compile(
+    r"/[0-9a-f]{64}-[0-9a-f]{20}(?!.*\.(?:key|del)\Z)(?:~[0-9a-f]{8})?(?:\.[a-z0-9]{1,8})?"
+)
 # For `cors_origins`. Whoever has a link may read by it, from wherever: it holds no cookie.
 VOLUME_CORS = {
     "Access-Control-Allow-Origin": "*",
     "Access-Control-Allow-Headers": "*, Authorization",
     "Access-Control-Expose-Headers": "*",
 }
-BY_DATE = ("Range", "If-Range", "If-Modified-Since", "If-Unmodified-Since")
 
 
-def is_date(value: str) -> bool:
-    """Whether a header is a date that a clock can show; aiohttp fails on others."""
+def time_of(date: str) -> int | None:
+    """Return the Unix time of a header's date; None if it is none that a clock can show."""
     try:
-        parsedate_to_datetime(value)
+        return int(parsedate_to_datetime(date).timestamp())
     except (ValueError, OverflowError):
-        return False
-    return True
+        return None
 
 
 class StoredFile(web.FileResponse):
-    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do. It is
-    the index server's, and has been compared there."""
+    """A file as nginx serves it with `etag off`: an ETag means nothing here, only dates do, and
+    most are compared for equality. It is the index server's, and has been compared there."""
+
+    def __init__(self, file: Path, modified_s: int, headers: dict[str, str]) -> None:
+        super().__init__(file, headers=headers)
+        self._modified_s = modified_s
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        given = request.headers
         headers = {}
-        for name in BY_DATE:
-            value = request.headers.get(name)
-            if value is not None and value.isascii() and (name == "Range" or is_date(value)):
-                headers[name] = value
-        if "If-Range" in request.headers and "If-Range" not in headers:
-            headers.pop("Range", None)  # the client may have a part of another version
+        part = given.get("Range", "")
+        known_s = time_of(given["If-Range"]) if "If-Range" in given else self._modified_s
+        # If it is another, the client may have a part of another version. One part is enough.
+        if re.fullmatch(r"[!-+--~]+", part) and known_s == self._modified_s:
+            headers["Range"] = part
+        if time_of(given.get("If-Modified-Since", "")) == self._modified_s:
+            headers["If-Modified-Since"] = given["If-Modified-Since"]
+        if time_of(given.get("If-Unmodified-Since", "")) is not None:
+            headers["If-Unmodified-Since"] = given["If-Unmodified-Since"]
         return await super().prepare(request.clone(headers=headers))
 
 
 def headers_of_blob(path: str, query: str) -> dict[str, str]:
-    """Return what nginx.conf adds to a file that is read: how long to keep it, and its name."""
-    headers = dict[str, str]()
+    """Return what nginx.conf adds to a file that is read: what it is, how long to keep it, and its
+    name."""
+    headers = {"Content-Type": served_type(argument_of(query, "type"))}
     if IS_BLOB.fullmatch(path, path.rfind("/")):
         headers["Cache-Control"] = FOR_EVER
     disposition = disposition_of(query)
@@ -8442,17 +8590,14 @@ class EmbeddedVolume:
         ):
             raise Forbidden("the volume's secret is needed")
         if self._link_secret:
-            given = dict(parse_qsl(query))
-            expires = int(
-                given.get("expires", "")
-                if re.fullmatch("[0-9]{1,15}", given.get("expires", ""))
-                else 0
-            )
-            shown = f"?md5={given.get('md5', '')}&expires={given.get('expires', '')}".encode(
-                "utf-8", "surrogateescape"
-            )
+            given = argument_of(query, "expires")
+            expires = int(given) if re.fullmatch("[0-9]{1,15}", given) else 0
+            claimed = f"?md5={argument_of(query, 'md5')}&expires={given}"
+            arguments = argument_of(query, "type"), argument_of(query, "name")
+            subject = subject_of_link(path, *arguments)
+            signed = sign_link(subject, self._link_secret, expires)
             if not hmac.compare_digest(
-                sign_link(path, self._link_secret, expires).encode(), shown
+                signed.encode(), claimed.encode("utf-8", "surrogateescape")
             ):
                 raise Forbidden("a signed link is needed")
             if expires < time.time():
@@ -8498,11 +8643,8 @@ class EmbeddedVolume:
                     content_type="application/json",
                 )
             case "GET" | "HEAD":
-                if not await asyncio.to_thread(file.is_file):
-                    raise NotFound("not found")
-                media_type = MEDIA_TYPES.get(file.suffix[1:], DEFAULT_TYPE)
-                headers = headers_of_blob(path, query) | {"Content-Type": media_type}
-                return StoredFile(file, headers=headers)
+                modified_s = await asyncio.to_thread(modified_of, file)
+                return StoredFile(file, modified_s, headers_of_blob(path, query))
         raise web.HTTPMethodNotAllowed(
             request.method, ["GET", "HEAD", "PUT"] + ["DELETE"] * (not folder)
         )
@@ -8524,6 +8666,10 @@ class EmbeddedVolume:
                         unsynced %= SYNC_EVERY
                         pending = bytearray()
                 await asyncio.to_thread(write_file, file, bytes(pending), True)
+            modified_s = time_of(request.headers.get("Date", ""))
+            if modified_s is None:
+                modified_s = int(time.time())
+            await asyncio.to_thread(os.utime, temporary, (modified_s, modified_s))
             return await asyncio.to_thread(move_file, temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -8546,6 +8692,13 @@ def status_of(error: OSError, method: str) -> int:
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):  # a file where a folder is
         return 409 if method == "PUT" else 404
     return 404 if error.errno == errno.ENOENT and method != "PUT" else 500
+
+
+def modified_of(file: Path) -> int:
+    """Return a file's time, as aiohttp shows it; raises NotFound."""
+    if not file.is_file():
+        raise NotFound("not found")
+    return math.ceil(file.stat().st_mtime)
 
 
 def write_file(file: Any, data: bytes, sync: bool) -> None:
@@ -8617,6 +8770,8 @@ async def harden(
     """Add to every answer what nginx.conf adds, and take from it what nginx.conf turns off."""
     response.headers.update(more)
     response.headers.pop("ETag", None)
+    if argument_of(request.rel_url.raw_query_string, "undated"):
+        response.headers.pop("Last-Modified", None)
 
 
 def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
@@ -8639,7 +8794,7 @@ async def serve_volumes(
     """Serve folders as volumes, each on its socket; `max_connections` are of one client."""
     config = replace(config, max_connections=max_connections)
     patience_s = BODY_PATIENCE * config.body_timeout
-    more = SAFETY | (VOLUME_CORS if config.cors_origins else {})
+    more = SAFETY | DIALECT_2 | (VOLUME_CORS if config.cors_origins else {})
     loop = asyncio.get_running_loop()
     runners = list[web.AppRunner]()
     servers = list[asyncio.Server]()
@@ -8945,7 +9100,10 @@ class Client:
                 size=int(headers["Content-Length"]),
                 digest=digest_of(headers["ETag"]),
                 content_type=headers["Content-Type"],
-                modified_s=parsedate_to_datetime(headers["Last-Modified"]).timestamp(),
+                # Without a date it is, by the server's clock, not of the past.
+                modified_s=parsedate_to_datetime(
+                    headers.get("Last-Modified", headers["Date"])
+                ).timestamp(),
                 volumes=tuple(headers["Mkv-Volumes"].split(",")),
             )
         except NOT_AS_MKV as error:
