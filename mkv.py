@@ -2502,6 +2502,7 @@ def prepare_sqlite(session: SqliteSession) -> None:
         query = "UPDATE clock SET boot = ?1, ahead = ?2 WHERE boot NOT IN (?1, ?3)"
         db.execute(query, (boot, ahead, COPY))
         if version == 3:
+            check_unused(session)
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
             session.run("DROP TABLE pending")
@@ -3132,6 +3133,7 @@ class PostgresEngine(Engine):
                 self._make_tables(session)
             ((version,),) = session.select("SELECT schema FROM meta")
             if version == 3:
+                check_unused(session)
                 migrate(session, tables_in_postgres(PENDING + DRAWN))
                 session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
                 session.run("ALTER TABLE meta DROP COLUMN epoch")
@@ -3230,12 +3232,16 @@ class PostgresEngine(Engine):
 # no row now, since a record names it. All versions up to the highest were drawn by anybody.
 
 
-def migrate(session: Session, tables: str) -> None:
-    """Make the tables that are new, and bring over what is pending; raises Occupied."""
-    now_s = session.read_clock()
+def check_unused(session: Session) -> None:
+    """Raise Occupied if an owner of the second edition is alive."""
     owners = "SELECT role, until FROM owner WHERE role <> 'gone' AND until > ?1"
-    for role, until_s in session.select(owners, (now_s,)):
+    for role, until_s in session.select(owners, (session.read_clock(),)):
         raise Occupied(role, until_s)
+
+
+def migrate(session: Session, tables: str) -> None:
+    """Make the tables that are new, and bring over what is pending."""
+    now_s = session.read_clock()
     for statement in tables.split(";"):
         if statement.strip():
             session.run(statement)
