@@ -54,13 +54,13 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 from unittest.mock import Mock
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
@@ -83,6 +83,7 @@ import mkv
 import mkv_tools
 from mkv import Config, Record, State, Store, Volume
 
+T = TypeVar("T")
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program started compiles mkv.py anew
@@ -1663,7 +1664,7 @@ def test_reads_go_to_any_replica_that_is_not_down() -> None:
 
 
 def test_retry_backs_off_to_an_hour() -> None:
-    assert [mkv.retry_delay_s(n) for n in (0, 1, 5, 12, 1000)] == [1, 2, 32, 3600, 3600]
+    assert [mkv.retry_delay_s(s) for s in (0, 1, 5, 3601, 9e9)] == [1, 1, 5, 3600, 3600]
 
 
 def test_digest_headers() -> None:
@@ -2232,10 +2233,10 @@ async def test_which_writes_of_a_store_wait_for_the_disk(
         with pytest.raises(mkv.PreconditionFailed):
             await put_late(store, "k", mkv.Conditions(if_none_match=("*",)))
         monkeypatch.undo()
-    assert Counter(waits).keys() == {
-        ("_claim", False), ("_claim_first", False), ("commit_put", True),
-        ("commit_delete", True), ("_bury", False), ("settle_dead", False), ("_refuse", True),
-    } - {("_claim", False)}  # fmt: skip
+    assert {*waits} - {("renew", False)} == {
+        ("_claim_first", False), ("commit_put", True), ("commit_delete", True), ("_bury", False),
+        ("settle_dead", False), ("_refuse", True),
+    }  # fmt: skip
 
 
 async def test_what_a_put_claimed_and_holds_no_replica_is_dead_if_something_was_sent_there(
@@ -2658,7 +2659,7 @@ def make_schema_3(db: str, postgres: Callable[[], Postgres]) -> None:
     url, schema = mkv.split_schema(db)
     postgres().ask(f"CREATE SCHEMA {schema}")
     with psycopg.connect(url, options=f"-c search_path={schema}", autocommit=True) as cluster:
-        cluster.execute(mkv.tables_in_postgres(SCHEMA_3) + META_3 + ";".join(values))
+        cluster.execute(mkv.tables_in_postgres(SCHEMA_3 + META_3) + ";".join(values))
 
 
 @pytest.fixture
@@ -3020,6 +3021,459 @@ def test_pages_of_a_list_add_up_to_what_a_scan_says(
     session.roll_back()
     session.close()
     assert (found_keys, found_prefixes) == (expected_keys, expected_prefixes)
+
+
+# -- R1 to R3, R5: a random model over the functions of the index --
+
+
+class Clocked(mkv.SqliteSession):
+    """An index in memory whose clock stands, and whose wall clock jumps."""
+
+    now_s = 1e6
+
+    def __init__(self) -> None:
+        super().__init__("file::memory:")
+        self.chance = random.Random(0)
+
+    def read_clock(self) -> float:
+        return self.now_s
+
+    def begin(self, lease: mkv.Lease, renew: bool, *more: Any) -> mkv.Turn:
+        turn = super().begin(lease, False, *more)
+        return turn._replace(now_s=self.now_s, wall_ns=self.chance.randrange(10**6))
+
+    def clear(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        for table in ("record", "total", "claim", "dead", "tombstone", "owner", "drawn"):
+            self.run(f"DELETE FROM {table}")
+
+
+@dataclass(eq=False)
+class Op:
+    """A PUT, a DELETE or a tool that copies, step by step; each is an owner."""
+
+    kind: str
+    began: int
+    lease: mkv.Lease
+    path: str = ""
+    places: list[str] = field(default_factory=list)
+    waits: set[str] = field(default_factory=set)  # places
+    sent: dict[str, float] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    condition: mkv.Conditions = FREE
+    before: mkv.Record | None = None  # what a tool copies
+    step: str = "begin"
+    burial: list[list[mkv.Dead]] = field(default_factory=list)
+    known: mkv.Burial | None = None
+    found: list[mkv.Dead] = field(default_factory=list)
+    marked: list[tuple[str, str]] = field(default_factory=list)
+    will: str = ""  # be the answer
+    answer: str = ""
+    ended: float = math.inf
+
+
+class Late(NamedTuple):
+    """What is on its way to a volume, and may be carried out whenever it answers."""
+
+    what: str  # PUT, DELETE
+    volume: str
+    file: str
+    op: Op | None = None
+    place: str = ""
+
+
+class Copy(NamedTuple):
+    """What a whole copy of the index says of the key."""
+
+    version: str
+    claimed: frozenset[str]
+    drawn: tuple[mkv.Drawn, ...]
+
+
+class World:
+    """One key on three volumes that go and come, and all that happens to it, at random: see
+    `steps`. What the Store does with volumes is imitated, what it does with the index is real."""
+
+    def __init__(self, session: Clocked, seed: int, copies: int) -> None:
+        session.clear(seed)
+        self.session = session
+        self.chance = random.Random(seed)
+        self.copies = copies
+        self.time = 0
+        self.up = dict.fromkeys("abc", True)
+        self.files = {volume: set[str]() for volume in "abc"}
+        self.late = list[Late]()
+        self.ops = list[Op]()
+        self.history = list[Op]()
+        self.snapshots = list[Copy]()
+        self.due: mkv.Due | None = None
+        self.trace = list[str]()
+        self.janitor = mkv.Lease()
+
+    # -- the index --
+
+    def write(self, lease: mkv.Lease, act: Callable[[mkv.Transaction], T]) -> tuple[T, mkv.Lease]:
+        tx = mkv.Transaction(self.session, lease)
+        tx.begin(["k"])
+        try:
+            result = act(tx)
+        except BaseException:
+            self.session.roll_back()
+            raise
+        lease = commit(tx)
+        lease.renewed_s = math.inf
+        return result, lease
+
+    def write_as(self, op: Op, act: Callable[[mkv.Transaction], T]) -> T:
+        result, op.lease = self.write(op.lease, act)
+        return result
+
+    def is_alive(self, op: Op) -> bool:
+        query = "SELECT 1 FROM owner WHERE id = ?1 AND until > 0"
+        return bool(self.session.select(query, [op.lease.owner]))
+
+    def record(self) -> mkv.Record | None:
+        return self.session.look_up(["k"]).get("k")
+
+    def reach(self) -> mkv.Reach:
+        alive = [volume for volume, is_up in self.up.items() if is_up]
+        return mkv.Reach(alive, len(alive), self.copies)
+
+    # -- the volumes --
+
+    def delete(self, volume: str, file: str) -> bool | None:
+        """Ask a volume to delete a file; None: no answer, and it may come later."""
+        if not self.up[volume]:
+            return None
+        if self.chance.random() < 0.07:
+            self.late.append(Late("DELETE", volume, file))
+            return None
+        found = file in self.files[volume]
+        self.files[volume].discard(file)
+        return found
+
+    def bury(self, rows: list[mkv.Dead], burial: mkv.Burial, op: Op) -> bool:
+        """As Grave does with the rows of one version."""
+        answers = {row: self.delete(row.volume, mkv.sidecar_path(row.path)) for row in rows}
+        op.found += [row for row, found in answers.items() if found]
+        if all(row.is_gone(found, burial.asked_s) for row, found in answers.items()):
+            return True
+        path = mkv.tombstone_path(rows[0].path)
+        has = set(burial.tombstones.get(path, ()))
+        silent = {row.volume for row, found in answers.items() if found is None}
+        for volume in self.chance.sample("abc", 3):
+            if len(has) < self.copies and self.up[volume] and volume not in has | silent:
+                has.add(volume)
+                self.files[volume].add(path)
+                op.marked.append((path, volume))
+        return len(has) >= self.copies
+
+    def carry_out(self, one: Late) -> None:
+        self.late.remove(one)
+        if one.what == "DELETE":
+            self.files[one.volume].discard(one.file)
+            return
+        self.files[one.volume].add(one.file)
+        if one.op in self.ops and one.place in one.op.waits:
+            one.op.waits.discard(one.place)
+            one.op.sent[one.place] = mkv.ANSWERED
+            one.op.done.append(one.place)
+
+    # -- what happens --
+
+    def begin(self) -> None:
+        kind = self.chance.choice(["PUT", "PUT", "PUT", "DELETE", "copy"])
+        alive = [volume for volume, is_up in self.up.items() if is_up]
+        op = Op(kind, self.time, mkv.Lease())
+        if kind == "PUT" and len(alive) >= self.copies:
+            op.places = self.chance.sample(alive, self.chance.randint(self.copies, len(alive)))
+            op.condition = self.chance.choice([FREE, FREE, FREE, IF_NONE])
+            op.path = self.write_as(op, lambda tx: self.draw(tx, op))
+        elif kind == "copy" and alive and (record := self.record()):
+            if not any(self.has(record, volume) and self.up[volume] for volume in record.volumes):
+                return
+            op.before = record
+            op.path = record.path
+            op.places = [f"{self.chance.choice(alive)}~{self.chance.getrandbits(32):08x}"]
+            self.write_as(op, lambda tx: tx.claim(op.path, op.places))
+        elif kind != "DELETE":
+            return
+        self.ops.append(op)
+        self.history.append(op)
+
+    @staticmethod
+    def draw(tx: mkv.Transaction, op: Op) -> str:
+        path = tx.draw_path("k", "")
+        tx.claim(path, op.places)
+        return path
+
+    def has(self, record: mkv.Record, volume: str) -> bool:
+        return mkv.sidecar_path(record.path_on(volume)) in self.files[volume]
+
+    def go_on(self, op: Op) -> None:
+        if op.step == "begin" and op.kind == "DELETE":
+            self.delete_key(op)
+        elif op.step == "begin":
+            self.send(op)
+        elif op.step == "sent" and not op.waits:
+            self.end(op)
+        elif op.step == "sent" and self.chance.random() < 0.3:
+            op.sent |= dict.fromkeys(op.waits, mkv.HUNG_S)
+            op.waits.clear()
+        elif op.step == "bury":
+            self.bury_next(op)
+
+    def send(self, op: Op) -> None:
+        op.step = "sent"
+        if not self.is_alive(op):
+            return  # R5: nothing is sent
+        for place in op.places:
+            file = mkv.sidecar_path(mkv.place_path(op.path, place))
+            self.late.append(Late("PUT", mkv.volume_of(place), file, op, place))
+            op.waits.add(place)
+
+    def end(self, op: Op) -> None:
+        """Commit, or refuse."""
+        act = self.commit_put if op.kind == "PUT" else self.commit_copy
+        try:
+            if len(op.done) < (self.copies if op.kind == "PUT" else 1):
+                raise mkv.Unavailable("too few")
+            burial = self.write_as(op, lambda tx: act(tx, op))
+            op.will = "ok"
+        except mkv.MkvError:
+            refuse = partial(mkv.refuse_put, key="k", path=op.path, claimed={*op.places})
+            burial = self.write_as(op, lambda tx: refuse(tx, sent=op.sent))
+            op.will = "refused"
+        self.begin_burial(op, burial)
+
+    def commit_put(self, tx: mkv.Transaction, op: Op) -> mkv.Burial:
+        record = RECORD._replace(version=mkv.version_of(op.path), places=tuple(sorted(op.done)))
+        places = {*op.places}
+        return mkv.commit_put(tx, record, op.condition, places, op.sent, 0.0, self.reach())[1]
+
+    def commit_copy(self, tx: mkv.Transaction, op: Op) -> mkv.Burial:
+        """As a tool moves a replica."""
+        pending = tx.pending_of("k")
+        current = tx.get("k")
+        if current != op.before or not pending.claimed_at(op.path) >= {*op.done}:
+            raise mkv.Unavailable("it has changed")
+        left = self.chance.choice(current.places)
+        (new,) = op.done
+        names = [one for one in current.places if mkv.volume_of(one) != mkv.volume_of(new)]
+        names = [one for one in names if one != left] + [new]
+        pending.end_write(op.path, {*op.places}, op.sent, names, tx.now_s, "k")
+        gone = [one for one in current.places if one not in names]
+        pending.kill_places(op.path, gone, tx.now_s, tx.now_s, "k")
+        tx.remove(current)
+        tx.insert(current._replace(places=tuple(sorted(names))))
+        return pending.above(mkv.LAST_VERSION, tx.now_s)
+
+    def delete_key(self, op: Op) -> None:
+        try:
+            delete = partial(mkv.commit_delete, key="k", conditions=FREE, delay_s=0.0)
+            _, burial = self.write_as(op, lambda tx: delete(tx, reach=self.reach()))
+        except mkv.MkvError:
+            self.answer(op, "refused")
+            return
+        op.will = "ok"
+        self.begin_burial(op, burial)
+
+    def begin_burial(self, op: Op, burial: mkv.Burial) -> None:
+        op.known = burial
+        op.burial = [*burial.by_version()]
+        op.step = "bury"
+
+    def bury_next(self, op: Op) -> None:
+        is_buried = True
+        if op.burial:
+            is_buried = self.bury(op.burial.pop(0), op.known, op)
+            if is_buried and op.burial:
+                return
+        self.write_as(op, lambda tx: mkv.note_buried(tx, op.found, op.marked))
+        self.answer(op, op.will if is_buried else "unknown")
+
+    def answer(self, op: Op, what: str) -> None:
+        self.ops.remove(op)
+        op.answer = what
+        if what == "ok":
+            op.ended = self.time
+
+    def end_lease(self, op: Op) -> None:
+        """Somebody takes it for dead. It may be alive all the same."""
+        self.session.run("UPDATE owner SET until = 0 WHERE id = ?1", [op.lease.owner])
+        self.janitor.renewed_s = -math.inf
+        _, self.janitor = self.write(self.janitor, lambda tx: None)
+
+    def collect(self) -> None:
+        """As Store._collect_on does: look, then, some time later, delete and settle."""
+        if self.due is None:
+            self.due = mkv.select_due(self.chance.choice("abc"), self.session)
+            return
+        due, self.due = self.due, None
+        hand = Op("collector", self.time, self.janitor)
+        answers = dict[mkv.Dead, bool | None]()
+        for row in due.rows:
+            answers[row] = None
+            burial = due.burial_of(row)
+            if row.is_tombstone:
+                answers[row] = self.delete(row.volume, row.path)
+                continue
+            if mkv.must_be_buried(row, burial, self.copies):
+                below = [
+                    rows
+                    for rows in burial.by_version()
+                    if mkv.version_of(rows[0].path) < mkv.version_of(row.path)
+                ]
+                if not all(self.bury(rows, burial, hand) for rows in below):
+                    continue
+            answers[row] = self.delete(row.volume, mkv.sidecar_path(row.path))
+
+        def note(tx: mkv.Transaction) -> None:
+            mkv.note_buried(tx, hand.found, hand.marked)
+            mkv.settle_dead(tx, answers, due.asked_s)
+
+        _, self.janitor = self.write(self.janitor, note)
+
+    def pass_a_day(self) -> None:
+        """What may still come has come by then, or never will."""
+        for one in [*self.late]:
+            if self.up[one.volume] and self.chance.random() < 0.5:
+                self.carry_out(one)
+            else:
+                self.late.remove(one)
+        self.session.now_s += mkv.HUNG_S + 1
+
+    def copy_index(self) -> None:
+        record = self.record()
+        claims = self.session.select("SELECT path FROM claim")
+        version = record.version if record else ""
+        claimed = frozenset(mkv.version_of(path) for (path,) in claims)
+        self.snapshots.append(Copy(version, claimed, tuple(mkv.select_drawn(self.session))))
+
+    def step(self) -> None:
+        self.time += 1
+        number = self.chance.random()
+        if number < 0.12 and len(self.ops) < 3:
+            self.begin()
+        elif number < 0.55 and self.ops:
+            self.go_on(self.chance.choice(self.ops))
+        elif number < 0.72 and (late := [one for one in self.late if self.up[one.volume]]):
+            self.carry_out(self.chance.choice(late))
+        elif number < 0.82:
+            self.collect()
+        elif number < 0.85:
+            self.pass_a_day()
+        elif number < 0.91:
+            volume = self.chance.choice("abc")
+            self.up[volume] = not self.up[volume]
+        elif number < 0.95 and self.ops:
+            op = self.chance.choice(self.ops)
+            self.end_lease(op)
+            if number < 0.93:
+                self.ops.remove(op)  # killed
+        else:
+            self.copy_index()
+
+    # -- the judge --
+
+    def rebuilds(self) -> Iterator[str]:
+        """Yield the version that a rebuild finds, without the index and with each older copy."""
+        files = set[str]().union(*self.files.values())
+        alive = {
+            mkv.version_of(file)
+            for file in files
+            if file.endswith(".key") and mkv.tombstone_path(file) not in files
+        }
+        yield max(alive, default="")
+        for one in self.snapshots:
+            kept = {one.version} | one.claimed
+            yield max(
+                (v for v in alive if v in kept or not mkv.is_drawn(v, one.drawn)), default=""
+            )
+
+    def find_fault(self) -> str:
+        record = self.record()
+        if record and not all(self.has(record, volume) for volume in record.volumes):
+            return "a live replica was deleted"
+        for version in self.rebuilds():
+            if version:
+                (op,) = (
+                    op for op in self.history
+                    if op.kind == "PUT" and mkv.version_of(op.path) == version
+                )  # fmt: skip
+                if op.answer == "refused":
+                    return "a refused PUT is back"
+                end = op.ended
+            else:
+                deletes = [op for op in self.history if op.kind == "DELETE"]
+                possible = [op.ended for op in deletes if op.answer != "refused"]
+                end = max(possible, default=-1)
+            if any(
+                other.answer == "ok" and other.began > end and other.kind != "copy"
+                for other in self.history
+            ):
+                return "an acknowledged write is undone"
+        return ""
+
+
+def find_fault(runs: int, first: int = 0) -> str:
+    """Let so many worlds go on for a while each; return what the judge says, or ""."""
+    with contextlib.closing(Clocked()) as session:
+        mkv.prepare_sqlite(session)
+        for seed in range(first, first + runs):
+            world = World(session, seed, 1 + seed % 2)
+            for _ in range(90):
+                world.step()
+                if fault := world.find_fault():
+                    return f"{fault} (seed {seed})"
+    return ""
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_whatever_happens_nothing_that_was_promised_is_lost_in_any_rebuild(part: int) -> None:
+    """An acknowledged write is not undone, a refused one not back, no live replica is deleted;
+    after each step, without the index and with every older copy of it."""
+    runs = 1500 if os.environ.get("CI") else 250
+    assert find_fault(runs, part * runs) == ""
+
+
+def bury_only_what_was_replaced(tx: mkv.Transaction, *given: Any) -> tuple[bool, mkv.Burial]:
+    before = tx.get("k")
+    is_new, burial = commit_put(tx, *given)
+    rows = [row for row in burial.rows if before and mkv.version_of(row.path) == before.version]
+    return is_new, burial._replace(rows=rows)
+
+
+def kill_without_owner(pending: mkv.Pending, *given: Any) -> None:
+    kill_places(pending, *given[:5])
+
+
+def release_too_early(pending: mkv.Pending, path: str, key: str, now_s: float) -> None:
+    release_tombstones(mkv.Pending({}, {}, pending.tombstones), path, key, now_s)
+
+
+commit_put = mkv.commit_put
+kill_places = mkv.Pending.kill_places
+release_tombstones = mkv.Pending.release_tombstones
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead"),
+    [
+        (mkv, "must_be_buried", lambda *_: False),
+        (mkv, "commit_put", bury_only_what_was_replaced),
+        (mkv.Pending, "kill_places", kill_without_owner),
+        (mkv.Pending, "release_tombstones", release_too_early),
+        (mkv.Dead, "is_gone", lambda row, found, asked_s: found is not None),
+        (mkv, "is_drawn", lambda version, drawn: True),
+    ],
+    ids=["order", "all that is above", "owner", "tombstones", "doubt", "drawn"],
+)
+def test_model_finds_what_is_lost_without_a_rule(
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, instead: Any
+) -> None:
+    monkeypatch.setattr(where, name, instead)
+    assert find_fault(6000)
 
 
 # -- PostgreSQL --
@@ -3646,7 +4100,7 @@ async def test_odd_but_whole_answer_is_understood(answer: bytes) -> None:
     with fake_volume(lambda connection: say(connection, answer)) as url:
         for act, result in ACTS.items():
             client, heard = client_that_hears(url)  # and a new connection
-            expected = {"get": [(201, b"ok")], "stream": b"ok", "delete": [True], "put": 1}
+            expected = {"get": [(201, b"ok")], "stream": b"ok", "delete": [True]}
             assert await result(client) == expected.get(act)
             client.close()
             assert not {mkv.Event.UNREACHABLE, mkv.Event.REFUSED}.intersection(heard)
@@ -4775,11 +5229,11 @@ class Disk:
         self.files = dict[str, bytes]()
         self.asked = list[str]()
         self.breaks: Callable[[int, str], bool] = lambda number, asked: False
-        self._connections = 0
+        self.connections = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
-        number = self._connections
+        self.connections += 1
+        number = self.connections
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
             length = re.search(rb"Content-Length: (\d+)", head)
@@ -4891,7 +5345,8 @@ async def test_put_goes_to_a_new_place_where_a_kept_connection_turns_out_to_be_b
     """R1. And reads, lists and totals show plain names."""
     async with small_store(tmp_path, 2) as (store, disks):
         await put_one(store, "before", b"x")
-        disks[0].breaks = lambda number, asked: asked.startswith("PUT /") and number in old
+        kept = disks[0].connections
+        disks[0].breaks = lambda number, asked: number <= kept
         await put_one(store, "k", b"blob", "image/png")
         record = await store.index.get("k")
         assert record and record.volumes == ("v0", "v1") and record.places[1] == "v1"
@@ -4907,67 +5362,54 @@ async def test_put_goes_to_a_new_place_where_a_kept_connection_turns_out_to_be_b
         assert {one["name"]: one["blobs"] for one in (await store.status())["volumes"]} == {
             "v0": 2, "v1": 2
         }  # fmt: skip
-        (dead_place,) = await all_garbage(store.index)
-        assert dead_place == ("v0", record.path)  # what was sent there may still come
-        assert Counter(disks[0].asked).most_common(1)[0][1] <= 1 + disks[0].asked.count("HEAD /")
+        # What was sent there may still come.
+        assert await all_garbage(store.index) == {("v0", record.path)}
+        puts = Counter(asked for asked in disks[0].asked if record.version in asked)
+        assert puts.keys() >= {f"PUT {record.path}", f"PUT {blob}"} and max(puts.values()) == 1
         await store.delete("k", FREE, "")
         assert not any(record.version in path for path in disks[0].sidecars())
 
 
-async def test_volume_that_breaks_every_connection_gets_two_places_and_another_volume_helps(
-    tmp_path: Path,
-) -> None:
+async def test_volume_that_breaks_every_connection_is_helped_by_another(tmp_path: Path) -> None:
+    """It gets a second place if the first connection was a kept one, and no third."""
     async with small_store(tmp_path, 3, replicas=1) as (store, disks):
-        first = store.view.ring.place("k", 1, lambda name: True)[0]
-        broken = disks[int(first[1:])]
-        broken.breaks = lambda number, asked: asked.startswith("PUT /")
+        (first,) = store.view.ring.place("k", 1, lambda name: True)
+        disk = disks[int(first[1:])]
+        await store.view.clients[first].put({"/kept": b""})
+        disk.breaks = lambda number, asked: asked.startswith("PUT /")
         await put_one(store, "k", b"blob")
         record = await store.index.get("k")
         assert record and record.volumes != (first,)
+        assert store.health.states[first] is State.DOWN
         places = {path for volume, path in await all_garbage(store.index) if volume == first}
         assert len(places) == 2 and record.path in places
-        puts = [asked for asked in broken.asked if record.version in asked]
-        assert len(puts) == len({*puts}) == 2
+        puts = Counter(asked for asked in disk.asked if record.version in asked)
+        assert len(puts) >= 2 and max(puts.values()) == 1
 
 
 async def test_what_a_put_replaced_is_buried_if_it_has_a_higher_version(tmp_path: Path) -> None:
-    """R2: its sidecar is gone before the answer, and then a rebuild finds what lives; a lower one
+    """R2: its sidecar is gone before the answer, so that a rebuild finds what lives. A lower one
     goes with the garbage."""
     async with small_store(tmp_path) as (store, (disk,)):
-        for low, left in ((True, 1), (False, 2)):
-            draft = mkv.Draft("k", "a/b", "", 1)
+        size = mkv.SMALL_BLOB + 1
 
-            async def body(low: bool = low) -> AsyncIterator[bytes]:
-                if low:
-                    await put_one(store, "k", b"first")
-                yield b"x"
+        async def body() -> AsyncIterator[bytes]:
+            yield bytes(mkv.SMALL_BLOB)
+            await put_one(store, "k", b"higher")  # the version of this one is drawn
+            assert len(disk.sidecars()) == 1
+            yield b"x"
 
-            large = b"" if low else None
-            write = mkv.Write(store.view, store.health, draft, "", store.index)
-            if low:
-                await write._claim(["v0"])  # its version is drawn before the other's
-                await put_one(store, "k", b"first")
-                write._send(["v0"], b"x", hashlib.sha256(b"x").hexdigest())
-                await write._wait_for_news()
-                record = write._make_record(hashlib.sha256(b"x").hexdigest())
-                commit = partial(
-                    mkv.commit_put, record=record._replace(size=1), conditions=FREE,
-                    claimed=write.claimed, sent=write.sent, delay_s=0.0,
-                    reach=store._reach(store.view),
-                )  # fmt: skip
-                _, burial = await store.index.write(commit, ["k"])
-                assert await store._bury(store.view, burial)
-            else:
-                await put_one(store, "k", b"second")
-            assert large in (b"", None) and len(disk.sidecars()) == left
+        _, is_new = await store.put(mkv.Draft("k", "a/b", "", size), body(), "")
+        record = await store.index.get("k")
+        assert record and record.size == size and not is_new
+        assert disk.sidecars() == [mkv.sidecar_path(record.path)]
+        await put_one(store, "k", b"highest")
+        assert len(disk.sidecars()) == 2
 
 
 @pytest.mark.parametrize("how", ["403", "breaks", "hangs"])
-async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
-    tmp_path: Path, how: str
-) -> None:
-    """A blob without its sidecar would be an unfinished write, but the other way round it would
-    be a replica that is gone."""
+async def test_garbage_that_cannot_be_deleted_is_put_off(tmp_path: Path, how: str) -> None:
+    """Until its volume has said that it is gone, whatever it says instead."""
     asked, end = list[bytes](), threading.Event()
 
     def refuse(line: bytes) -> int:
@@ -4992,30 +5434,32 @@ async def test_garbage_that_cannot_be_deleted_is_put_off_and_its_blob_stays(
         after = await store.index.write(lambda tx: row_at(tx, ("a", R.path)))
         await store.close()
         end.set()
-    deletes = {line.split()[1].decode() for line in asked if line.startswith(b"DELETE")}
-    assert deletes == {mkv.sidecar_path(R.path)}
+    deletes = [line.split()[1].decode() for line in asked if line.startswith(b"DELETE")]
+    assert deletes[0] == mkv.sidecar_path(R.path)
     assert after.due_s > before.due_s and after._replace(due_s=before.due_s) == before
 
 
+@pytest.mark.parametrize("error", [mkv.IndexFailed, mkv.IndexUnsure])
 async def test_put_that_ends_while_the_database_is_away_is_discarded_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[mkv.MkvError]
 ) -> None:
-    """Its commit may still come about, so nothing is deleted until the index has been told; and it
-    is not told as refused, since it is not buried."""
+    """What is told as refused is buried at once. A commit that may have come about is not, before
+    the index has been told; then the answer is 504."""
     write = mkv.Index.write
 
     def fail(index: mkv.Index, mutation: Any, *named: Any, **more: Any) -> Any:
         if "claim" not in getattr(mutation, "func", mutation).__name__:
-            raise mkv.IndexFailed("it is away")
+            raise error("it is away")
         return write(index, mutation, *named, **more)
 
     async with small_store(tmp_path) as (store, (disk,)):
         with monkeypatch.context() as patch:
             patch.setattr(mkv.Index, "write", fail)
-            with pytest.raises(mkv.Unfinished, match="it is away.*may come back"):
+            is_sure = error is mkv.IndexFailed
+            with pytest.raises(error if is_sure else mkv.Unfinished, match="it is away"):
                 await put_one(store, "k", b"x")
         assert len(await all_claims(store.index)) == 1
-        assert len(disk.sidecars()) == 1
+        assert len(disk.sidecars()) == (0 if is_sure else 1)
         await store._discard_late()
         assert not await all_claims(store.index) and len(await all_garbage(store.index)) == 1
         await store.collect_garbage()
