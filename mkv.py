@@ -5508,7 +5508,12 @@ class VolumeClient:
     async def _connect(self, wire: Wire) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.timeout_s):
-            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            try:
+                await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            except OSError:
+                # Without a free file a look-up may fail with any words. This says the right ones.
+                socket.socket(socket.AF_UNIX).close()
+                raise
 
     def take_back(self, line: Line) -> None:
         """Hear that a line is free."""

@@ -4397,6 +4397,26 @@ async def test_what_waits_for_a_busy_line_needs_no_more_connections(
         one.client.close()
 
 
+async def test_look_up_without_files_blames_no_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it says then: with nss-mdns, that the name is not known."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fail)
+    one = Hearing("http://volume.invalid")
+    with (
+        limited(os.getpid(), resource.RLIMIT_NOFILE, 3),
+        pytest.raises(mkv.VolumeBlameless, match="Too many open files"),
+    ):
+        await one.client.get(["/1"], 99)
+    assert not one.events
+    with pytest.raises(mkv.VolumeDown, match="not known"):
+        await one.client.get(["/1"], 99)
+    assert one.events == [mkv.Event.UNREACHABLE]
+    one.client.close()
+
+
 @pytest.mark.parametrize("timeout_s", [20.0, 0.4])
 def test_answer_that_came_while_this_process_stood_still_is_not_late(timeout_s: float) -> None:
     asked, go_on = threading.Event(), threading.Event()
