@@ -12053,7 +12053,7 @@ class Meddling(BaseHTTPRequestHandler):
         asked = "" if self.path == mkv.PROBE_PATH else self.command
         way = self.server.way if self.server.path in (self.path, asked) else ""
         if way == "hang":
-            time.sleep(2)
+            self.rfile.read()  # until the other side hangs up
         status, data = (int(way), b"") if way.isdigit() else (status, data)
         self.send_response(status)
         self.send_header("Content-Length", str(10**12 if way == "long" else len(data)))
@@ -13029,11 +13029,8 @@ def test_repair_that_fails_leaves_the_record_as_it_was(
         assert cluster.rows() == before and not cluster.garbage() and not cluster.claims()
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert (
-        (code, facts["left"]) == (0, 0)
-        and facts["found"]["missing"] > 20
-        and cluster.rows() == before
-    )
+    # How many were still missing is up to the volume that hung: it has written what it was sent.
+    assert (code, facts["left"]) == (0, 0) and cluster.rows() == before
     check_placement(cluster)
 
 
