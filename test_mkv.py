@@ -82,6 +82,10 @@ import mkv
 import mkv_tools
 from mkv import Config, Record, State, Store, Volume
 
+# A shell script that starts the suite in the background has it ignore Ctrl-C, and with it all that
+# the tests start, some of which they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program started compiles mkv.py anew
