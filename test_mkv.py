@@ -88,6 +88,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
+os.environ["PATH"] += ":/usr/sbin"  # Debian has nginx there, where only root looks by itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program started compiles mkv.py anew
 settings.register_profile("mkv", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("mkv")
