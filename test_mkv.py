@@ -28,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -88,6 +89,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
+TOOLS = [sys.executable, str(HERE / "mkv_tools.py")]
 os.environ["PATH"] += ":/usr/sbin"  # Debian has nginx there, where only root looks by itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program started compiles mkv.py anew
 settings.register_profile("mkv", deadline=None, derandomize=bool(os.environ.get("CI")))
@@ -5954,7 +5956,9 @@ def browser() -> Iterator[Any]:
     sync_api = importlib.import_module("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        one = playwright.chromium.launch(executable_path=path, args=options)
+        # Where the locale has no "ü", Chromium gives no download a name with one.
+        env = os.environ | {"LC_ALL": "C.UTF-8"}
+        one = playwright.chromium.launch(executable_path=path, args=options, env=env)
         yield one
         one.close()
 
@@ -8712,7 +8716,7 @@ def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program
     (find,) = re.findall(r"^find /srv/mkv -name .*$", readme, re.MULTILINE)
     (token,) = re.findall(r"^python mkv_tools.py token .*$", readme, re.MULTILINE)
     find = find.replace("/srv/mkv", "mkv-data")
-    token = token.replace("python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py")
+    token = token.replace("python mkv_tools.py", shlex.join(TOOLS))
     for command, count in ((find, 2), (token, 7)):
         said = subprocess.run(
             ["bash", "-ec", command], cwd=server.folder, capture_output=True, text=True
@@ -8734,7 +8738,7 @@ def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
         )
     script = script.replace("300$n", f"$(echo {' '.join(ports)} | cut -d' ' -f$n)")
     script = re.sub(r"^apt-get .*\n", "", script, flags=re.MULTILINE)
-    script = script.replace(".venv/bin/python mkv.py serve", f"exec {' '.join(SERVE)} --port 0")
+    script = script.replace(".venv/bin/python mkv.py serve", f"exec {shlex.join(SERVE)} --port 0")
     shutil.copy(HERE / "nginx.conf", tmp_path)
     pids = list[int]()
     with open(tmp_path / "log", "wb") as log:
@@ -9400,7 +9404,7 @@ def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
 @pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2>&- <&-"])
 def test_log_that_cannot_be_written_stops_nothing(tmp_path: Path, log: str) -> None:
     port = free_port()
-    command = f"exec {sys.executable} {HERE / 'mkv.py'} serve --port {port} --data d {log}"
+    command = f"exec {shlex.join(SERVE)} --port {port} --data d {log}"
     process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         eventually(lambda: try_ask(f"http://127.0.0.1:{port}/k", "PUT", b"x") == 201)
@@ -13503,7 +13507,7 @@ def test_interrupt_during_the_imports_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(3)"
     )
-    line = [sys.executable, HERE / "mkv_tools.py", "status"]
+    line = [*TOOLS, "status"]
     done = subprocess.run(
         line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
     )
@@ -13984,7 +13988,7 @@ def test_single_keys_go_where_they_are_told(
     code, facts, _ = cluster.tool("get", served, "two", "none")
     assert (code, facts["same"], facts["failed"]) == (1, 1, 1)
     assert cluster.tool("get", served, "a/")[0] == 2  # into which folder?
-    line = [sys.executable, HERE / "mkv_tools.py", "get", served, "a/one", "two", "-o", "-"]
+    line = [*TOOLS, "get", served, "a/one", "two", "-o", "-"]
     assert subprocess.run(line, check=True, capture_output=True).stdout == b"a/onetwo"
 
 
@@ -14029,7 +14033,7 @@ def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> 
     server = start()
     for i in range(50):
         ask(f"{server.url}/{i:0900}", "PUT", b"")
-    line = f"{sys.executable} {HERE}/mkv_tools.py ls {server.url} --json"
+    line = f"{shlex.join(TOOLS)} ls {server.url} --json"
     ended = subprocess.run(
         ["bash", "-c", f"{line} | head -1"], capture_output=True, timeout=60, check=True
     )
@@ -14098,7 +14102,7 @@ def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -
         (source / f"{i}").write_bytes(os.urandom(20_000))
 
     def run(*line: object) -> subprocess.Popen[bytes]:
-        command = [sys.executable, HERE / "mkv_tools.py", *map(str, line), "--json"]
+        command = [*TOOLS, *map(str, line), "--json"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     commands: tuple[tuple[tuple[object, ...], Callable[[], int]], ...] = (
@@ -14124,7 +14128,7 @@ def test_interrupted_copying_says_how_to_go_on(
     (tmp_path / "source").mkdir()
     for i in range(2000):
         (tmp_path / "source" / f"{i}").write_bytes(b"x")
-    line = [sys.executable, HERE / "mkv_tools.py", "put", server.url, f"{tmp_path}/source"]
+    line = [*TOOLS, "put", server.url, f"{tmp_path}/source"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     eventually(lambda: server.log().count("method=PUT") > 20)
     process.send_signal(signal.SIGINT)
@@ -14209,7 +14213,7 @@ def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: P
         ["put", server.url, f"{tmp_path}/source/"],
         ["get", server.url, "", "-o", str(tmp_path / "back")],
     ):
-        line = [sys.executable, str(HERE / "mkv_tools.py"), *command]
+        line = [*TOOLS, *command]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
@@ -14225,9 +14229,7 @@ def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) ->
     readme = (HERE / "README.md").read_text()
     (script,) = re.findall(r"^## Copying\n\n```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     script = re.sub(" +#.*", "", script.replace("http://127.0.0.1:3000", server.url))
-    script = script.replace(
-        ".venv/bin/python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py"
-    )
+    script = script.replace(".venv/bin/python mkv_tools.py", shlex.join(TOOLS))
     files = make_tree(tmp_path / "photos")
     with Go({"/from": b"go"}) as original:
         script = script.replace("http://127.0.0.1:3333", original.url)
@@ -15374,7 +15376,7 @@ class Site:
             self._tool = command, subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
 
     def _tool_line(self, command: str) -> list[str]:
-        return [sys.executable, str(HERE / "mkv_tools.py"), command, "--config", str(self._config)]
+        return [*TOOLS, command, "--config", str(self._config)]
 
     def await_tool(self) -> int:
         """Wait for the end of the tool that runs; return its exit code, 0 if none does."""
@@ -16039,7 +16041,7 @@ class ServerTarget(Target):
             assert not row["key"].startswith("s/") or blob in self.sent[row["key"]], row
         eventually(lambda: json.loads(ask(f"{url}/-/status")[2])["garbage"] == 0)
         urls = [f"--volume={part}" for part in self._server.said.splitlines()[0].split()[1:]]
-        tool = [sys.executable, str(HERE / "mkv_tools.py"), "verify", "--deep", "--grace", "0"]
+        tool = [*TOOLS, "verify", "--deep", "--grace", "0"]
         done = subprocess.run(
             [*tool, *urls], cwd=self._server.folder, capture_output=True, text=True
         )  # fmt: skip
