@@ -14040,6 +14040,19 @@ def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> 
     assert ended.stdout.count(b"\n") == 1 and ended.stderr == b""
 
 
+def test_ls_ends_quietly_when_nobody_reads_at_all(start: Callable[..., Program]) -> None:
+    """Not even the little that waits to be written until its end."""
+    server = start()
+    ask(f"{server.url}/k", "PUT", b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    line = [*TOOLS, "ls", server.url]
+    with open(writer, "wb") as out:
+        ended = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, env=env)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
 @on_nginx
 def test_copying_takes_its_token_from_file_or_environment(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
