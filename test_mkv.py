@@ -12033,14 +12033,18 @@ def test_rebuild_bears_many_blobs_of_one_version(cluster: Cluster) -> None:
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-class Meddler(ThreadingHTTPServer):
-    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a
-    status, or cut short."""
+class Quiet(ThreadingHTTPServer):
+    """Says nothing if whoever asked hangs up."""
 
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the tool hung up
+        pass
+
+
+class Meddler(Quiet):
+    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a
+    status, or cut short."""
 
     def __init__(self, port: int, path: str, way: str) -> None:
         super().__init__(("127.0.0.1", 0), Meddling)
@@ -13205,7 +13209,7 @@ def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
         for phase in ("PUT", "GET", "READ", "HEAD", "DELETE"):
             assert facts[phase]["requests"] == 60 and facts[phase]["errors"] == 0
             assert 0 < facts[phase]["p50_ms"] <= facts[phase]["p99_ms"]
-            assert 0 < facts[phase]["busy"] <= 1.1
+            assert 0 <= facts[phase]["busy"] <= 1.1  # 0.0: others took the CPU
         assert (
             cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
             == 0
@@ -13249,7 +13253,8 @@ def test_bench_stops_at_a_server_that_is_dead() -> None:
 
     part = mkv_tools.BenchPart(client, Orders())  # type: ignore[arg-type]
     asyncio.run(part._run("PUT"))
-    assert phases[0].errors.total() == phases[0].done <= mkv_tools.GIVE_UP_AFTER + 2
+    *_, phase = phases  # before it, how far it is, if it takes long
+    assert phase.errors.total() == phase.done <= mkv_tools.GIVE_UP_AFTER + 2
 
 
 @on_nginx
@@ -14254,11 +14259,10 @@ def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) ->
 # -- import --
 
 
-class Go(ThreadingHTTPServer):
+class Go(Quiet):
     """A small minikeyvalue, as its README and server.go have it: lists with `?list`, keys with
     their first slash, redirects to a volume, MD5 in hex, if it was told to keep that."""
 
-    daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, blobs: Mapping[str, bytes]) -> None:
@@ -14266,8 +14270,7 @@ class Go(ThreadingHTTPServer):
         self.md5 = dict[str, str]()
         self.asked = Counter[str]()
         self.failing = 0  # requests that break off
-        self.volume = ThreadingHTTPServer(("127.0.0.1", 0), GoVolume)
-        self.volume.daemon_threads = True
+        self.volume = Quiet(("127.0.0.1", 0), GoVolume)
         self.volume.blobs = self.blobs  # type: ignore[attr-defined]
         self.volume.asked = self.asked  # type: ignore[attr-defined]
         super().__init__(("127.0.0.1", 0), GoMaster)
