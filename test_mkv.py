@@ -4610,6 +4610,8 @@ def test_all_workers_know_at_once_what_one_finds_out(
     with Nginx(tmp_path / "a") as volume:
         server = start("--workers", "3", "--replicas", "1", "--volume", f"a={volume.url}")
         assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+        # Whoever heard only later that it was up would find out once more that it is down.
+        eventually(lambda: all(try_ask(server.url + "/k") == 302 for _ in range(30)))
         volume.signal(signal.SIGKILL)
         eventually(lambda: all(try_ask(server.url + "/k") == 503 for _ in range(30)))
         assert server.log().count("volume a is down") == 1
