@@ -2412,10 +2412,14 @@ class SqliteSession(Session):
 
     def __init__(self, uri: str) -> None:
         self.db = sqlite3.connect(uri, uri=True, timeout=WRITERS_S, isolation_level=None)
-        self.db.execute("PRAGMA cache_size = -32768")
-        # A log that grew beside a long reader shrinks again.
-        self.db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         self._is_durable: bool | None = None  # what the next transaction will be
+        try:
+            self.db.execute("PRAGMA cache_size = -32768")
+            # A log that grew beside a long reader shrinks again.
+            self.db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        except sqlite3.Error:  # the file is no database
+            self.close()
+            raise
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         return self.db.execute(query, values).fetchall()
@@ -5131,7 +5135,12 @@ class VolumeClient:
     async def _connect(self, wire: Wire) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.timeout_s):
-            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            try:
+                await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            except OSError:
+                # Without a free file a look-up may fail with any words. This says the right ones.
+                socket.socket(socket.AF_UNIX).close()
+                raise
 
     def take_back(self, line: Line) -> None:
         """Hear that a line is free."""
