@@ -10207,6 +10207,7 @@ async def wait_for_stop(
     signals = asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     print(greeting, end="", flush=True)
     notify_systemd("READY=1")
     watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
@@ -10311,7 +10312,8 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             return
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        # A SIGHUP that comes while it starts waits until it can be heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched - {signal.SIGHUP})
         run(work(number))
 
     for number in range(-1 if folders else 0, config.workers):
