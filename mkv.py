@@ -17,6 +17,7 @@ that say who drew it:
     /h[0:2]/h[2:4]/h-version.key      its sidecar: what it is, as JSON
     /h[0:2]/h[2:4]/h-version~tag.*    the same, where something was written a second time
     /h[0:2]/h[2:4]/h-version.del      a tombstone: this version is dead, whatever sidecar turns up
+    /mkv-volume.key                   whose volume this is: store, name, a random number, as JSON
 
 The sidecar is written after its blob and deleted before it: it is the commit mark on the volume. A
 blob without a sidecar is an unfinished write; a sidecar without a blob is nothing. The index can
@@ -935,8 +936,7 @@ class Ring:
 # == Records, sidecars, tombstones ================================================================
 # A key's row in the index, and its sidecar: the same facts as JSON. A tombstone says that a
 # version is dead. A place is where on a volume a replica lies: the volume's name, then ~tag if
-# there is one
-# in its path.
+# there is one in its path. An identity says which volume of which store a disk is.
 
 MAX_SIDECAR_BYTES = 64 * 1024  # no sidecar is larger: a key has 1024 bytes
 SIDECAR_FIELDS = {
@@ -1022,6 +1022,53 @@ def decode_tombstone(data: bytes, path: str) -> tuple[str, tuple[str, ...]]:
     ):
         raise ValueError("it names no volumes")
     return split_path(blob)[0], tuple(places)
+
+
+IDENTITY_PATH = "/mkv-volume.key"  # no dot-file: nginx.conf and rsync leave those out
+MAX_IDENTITY_BYTES = 1024
+
+
+class Identity(NamedTuple):
+    """Which volume a disk is. The number is drawn when this is written, so that an earlier disk of
+    the same name is told apart."""
+
+    store: str  # the store's id, drawn with its index
+    volume: str
+    number: str
+
+
+def encode_identity(identity: Identity) -> bytes:
+    return json.dumps(identity._asdict()).encode()
+
+
+def decode_identity(data: bytes) -> Identity:
+    """Read what was found at IDENTITY_PATH; raises ValueError."""
+    if len(data) > MAX_IDENTITY_BYTES:
+        raise ValueError(f"it has more than {MAX_IDENTITY_BYTES} bytes")
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON" if data else "it is empty") from None
+    if not isinstance(facts, dict) or facts.keys() != set(Identity._fields):
+        raise ValueError("its fields are not those of an identity")
+    identity = Identity(**facts)
+    numbers = (identity.store, identity.number)
+    if any(type(one) is not str or not re.fullmatch("[0-9a-f]{32}", one) for one in numbers):
+        raise ValueError("store or number is malformed")
+    if type(identity.volume) is not str or not VOLUME_NAME.fullmatch(identity.volume):
+        raise ValueError("volume is no name")
+    return identity
+
+
+def lists_blobs(listing: bytes) -> bool:
+    """Return whether a volume whose root is listed so has a folder of blobs; raises ValueError."""
+    try:
+        entries = json.loads(listing)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if type(entries) is not list or any(not isinstance(one, dict) for one in entries):
+        raise ValueError("it is no list of entries")
+    return any(re.fullmatch("[0-9a-f]{2}", str(one.get("name"))) for one in entries)
 
 
 def decode_sidecar(data: bytes, path: str) -> Record:
@@ -1204,6 +1251,68 @@ STATE_AFTER: Mapping[State, Mapping[Event, State]] = {
     State.DOWN: {Event.ANSWERED: State.READONLY, **AFTER_A_PUT},
 }
 States = Mapping[str, State]  # of the volumes, by name
+
+
+class Standing(enum.Enum):
+    """What is known of who a volume is. right: the index has seen this identity there. new: too
+    little yet. unwritten: it is the right one, but its identity cannot be written. refused: it is
+    another one, or may be; a person has to settle that."""
+
+    RIGHT = "right"
+    NEW = "new"
+    UNWRITTEN = "unwritten"
+    REFUSED = "refused"
+
+
+# What a volume is at best, whatever requests say. Only a probe that reads another identity ends
+# that.
+AT_BEST = {
+    Standing.RIGHT: State.UP,
+    Standing.NEW: State.DOWN,
+    Standing.UNWRITTEN: State.READONLY,
+    Standing.REFUSED: State.DOWN,
+}
+
+
+class Finding(NamedTuple):
+    """How a volume stands, and why if that is not as it should be."""
+
+    standing: Standing
+    reason: str = ""
+
+
+def decide_state(before: State, event: Event, standing: Standing) -> State:
+    after = STATE_AFTER[before][event]
+    return max(after, AT_BEST[standing], key=list(State).index)
+
+
+def judge_identity(
+    found: Identity | str | None, store: str, name: str, seen: str | None
+) -> Finding:
+    """Say what it means to find this where volume `name` of `store` should be: an identity, what
+    is wrong with one, or none. `seen` is the number that the index has seen there. New is what it
+    has not seen, and is this volume or has no identity."""
+    if isinstance(found, str):
+        return Finding(Standing.REFUSED, f"its {IDENTITY_PATH} cannot be used: {found}")
+    if found is None and seen:
+        why = f"it has lost its {IDENTITY_PATH}: a disk that is not mounted, or another one"
+        return Finding(Standing.REFUSED, f"{why}; adopt it if it is to be {name}")
+    if found is None:
+        return Finding(Standing.NEW, "it has no identity yet")
+    if found.store != store and not seen:
+        why = f"its files are of store {found.store}, not {store}"
+        words = "they belong to another index: rebuild, or adopt"
+        return Finding(Standing.REFUSED, f"{why}; {words}")
+    if found.store != store:
+        return Finding(Standing.REFUSED, f"it is {found.volume} of another store, {found.store}")
+    if found.volume != name:
+        why = f"by its {IDENTITY_PATH} it is volume {found.volume}"
+        words = "exchanged addresses, a new name, or two names for one disk"
+        return Finding(Standing.REFUSED, f"{why}: {words}")
+    if seen and found.number != seen:
+        why = "another disk had this name since, or has it"
+        return Finding(Standing.REFUSED, f"its identity is not the one last seen: {why}; adopt")
+    return Finding(Standing.RIGHT) if seen else Finding(Standing.NEW, "it was not seen before")
 
 
 def plan_write(
@@ -1786,8 +1895,8 @@ class AnswerHead(NamedTuple):
 
 
 @lru_cache(HEADS_KNOWN)
-def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
-    """Read the head of an answer strictly; raises ValueError. HEAD's is `bodyless`."""
+def parse_answer_head(head: bytes) -> AnswerHead:
+    """Read the head of an answer strictly, but not to a HEAD; raises ValueError."""
     found = ANSWER_HEAD.fullmatch(head) if len(head) <= ANSWER_HEAD_BYTES else None
     if found is None:
         raise ValueError("what it answers is not HTTP")
@@ -1808,7 +1917,7 @@ def parse_answer_head(head: bytes, bodyless: bool) -> AnswerHead:
                 raise ValueError("the length of its answer is malformed or given twice")
     if chunked and size is not None:
         raise ValueError("its answer has two lengths")
-    if bodyless or status < 200 or status in (204, 304):
+    if status < 200 or status in (204, 304):
         size = 0
     elif size is None and not chunked:
         raise ValueError("its answer has no length")
@@ -1957,13 +2066,13 @@ class AnswerReader:
         self._data = self._data[self._at :] + data
         self._at = 0
 
-    def read(self, bodyless: bool, limit: int) -> Answer | None:
+    def read(self, limit: int) -> Answer | None:
         """Return the next answer, None if it is not whole yet; raises ValueError.
 
         A body longer than `limit` is cut off after one byte more, and then no other can follow.
         """
         if self._head is None:
-            self._head = self.read_head(bodyless)
+            self._head = self.read_head()
             if self._head is None:
                 return None
         head = self._head
@@ -1984,7 +2093,7 @@ class AnswerReader:
         self._body.clear()
         return head.status, body
 
-    def read_head(self, bodyless: bool) -> AnswerHead | None:
+    def read_head(self) -> AnswerHead | None:
         """Return the head of the next answer, past those that are interim; None if it is not whole
         yet. Raises ValueError."""
         while True:
@@ -1996,7 +2105,7 @@ class AnswerReader:
             size = end - self._at
             if size > ANSWER_HEAD_BYTES:
                 raise ValueError("the head of its answer is too long")
-            head = parse_answer_head(drop_location(self._data[self._at : end]), bodyless)
+            head = parse_answer_head(drop_location(self._data[self._at : end]))
             self._at = end
             if head.status >= 200:
                 break
@@ -2075,6 +2184,14 @@ CREATE TABLE drawn (tag TEXT PRIMARY KEY, first INTEGER NOT NULL,
     highest INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE INDEX drawn_highest ON drawn (highest);
 """
+# The number that was seen on each volume; the store's own id has the name ''.
+IDENTITIES = """
+CREATE TABLE identity (name TEXT PRIMARY KEY, number TEXT NOT NULL) STRICT, WITHOUT ROWID;
+"""
+STORE_ID = ""
+KEEP_IDENTITY = "INSERT INTO identity VALUES (?1, ?2) ON CONFLICT (name) DO NOTHING"
+REPLACE_IDENTITY = """INSERT INTO identity VALUES (?1, ?2)
+    ON CONFLICT (name) DO UPDATE SET number = excluded.number"""
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
 FIELDS = 7
 DEAD_COLUMNS = "path, volume, due, since, doubt, owner, key"
@@ -2109,6 +2226,11 @@ def record_of_row(row: Iterable[Any]) -> Record:
 def row_of_record(record: Record) -> Row:
     r = record
     return r.key, r.version, " ".join(r.places), r.size, r.digest, r.content_type, r.ext
+
+
+def draw_number() -> str:
+    """Return a store's id, or the number of an identity."""
+    return f"{random.getrandbits(128):032x}"
 
 
 @lru_cache(64)
@@ -2508,8 +2630,9 @@ def prepare_sqlite(session: SqliteSession) -> None:
         db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            for statement in (RECORDS + PENDING + OWNERS + DRAWN + CLOCK).split(";"):
+            for statement in (RECORDS + PENDING + OWNERS + DRAWN + IDENTITIES + CLOCK).split(";"):
                 db.execute(statement)
+            session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
         elif version not in (3, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(
                 f"its schema is {version}, this mkv knows {SCHEMA_VERSION}, and 3 from mkv 1"
@@ -2524,7 +2647,7 @@ def prepare_sqlite(session: SqliteSession) -> None:
         if version == 3:
             check_unused(session)
             keep_copy(db, version)
-            migrate(session, PENDING + DRAWN)
+            migrate(session, PENDING + DRAWN + IDENTITIES)
             session.run("DROP TABLE pending")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
@@ -3157,8 +3280,9 @@ class PostgresEngine(Engine):
                 self._make_tables(session)
             ((version,),) = session.select("SELECT schema FROM meta")
             if version == 3:
+                session.run(TAKE_TURN)  # nobody writes meanwhile
                 check_unused(session)
-                migrate(session, tables_in_postgres(PENDING + DRAWN))
+                migrate(session, tables_in_postgres(PENDING + DRAWN + IDENTITIES))
                 session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
                 session.run("ALTER TABLE meta DROP COLUMN epoch")
                 session.run("ALTER TABLE meta ADD COLUMN is_copy BOOLEAN NOT NULL DEFAULT false")
@@ -3175,11 +3299,12 @@ class PostgresEngine(Engine):
 
     def _make_tables(self, session: Session) -> None:
         for statement in (
-            tables_in_postgres(RECORDS + PENDING + OWNERS + DRAWN + META) + STORAGE
+            tables_in_postgres(RECORDS + PENDING + OWNERS + DRAWN + IDENTITIES + META) + STORAGE
         ).split(";"):
             if statement.strip():
                 session.run(statement)
         session.run("INSERT INTO meta VALUES (?1, 0, false)", (SCHEMA_VERSION,))
+        session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
 
     def is_copy(self, session: Session) -> bool:
         return session.select("SELECT is_copy FROM meta") == [(True,)]
@@ -3277,6 +3402,7 @@ def migrate(session: Session, tables: str) -> None:
     for statement in tables.split(";"):
         if statement.strip():
             session.run(statement)
+    session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
     after = ("", "")
     query = """SELECT path, volume, state, due, since, doubt FROM pending
         WHERE (path, volume) > (?1, ?2) ORDER BY path, volume LIMIT ?3"""
@@ -4152,6 +4278,18 @@ RECONNECT_S = 10.0  # how long a write waits for another connection in place of 
 RECONNECT_EVERY_S = 0.1
 
 
+def keep_identity(engine: Engine, name: str, number: str, anew: bool) -> None:
+    """Note the number that volume `name` shows. If one was noted before, that stays unless this is
+    to be kept `anew`. In a session of its own: it is rare, and no transaction of keys."""
+    try:
+        with contextlib.closing(engine.connect(False)) as session:
+            session.run("BEGIN")
+            session.run(REPLACE_IDENTITY if anew else KEEP_IDENTITY, (name, number))
+            session.commit()
+    except Exception as error:
+        raise engine.explain(error) from None
+
+
 class Index:
     """The index at `db`. Every await returns after the fact: a write is on disk. While it is
     open, nobody can replace it. Who writes becomes an owner by that, with this `role` and for
@@ -4305,6 +4443,17 @@ class Index:
     async def totals(self) -> dict[str, tuple[int, int]]:
         """Return name -> (blobs, bytes) for each volume, ALL_KEYS and GARBAGE."""
         return await self._read(read_totals)
+
+    async def identities(self) -> dict[str, str]:
+        """Return name -> number of each volume that was ever seen, and the store's own id as
+        STORE_ID."""
+        query = "SELECT name, number FROM identity"
+        return dict(await self._read(lambda session: session.select(query)))
+
+    async def keep_identity(self, name: str, number: str, anew: bool = False) -> None:
+        """Note the number that a volume shows, or `anew` in the place of another; raises
+        IndexFailed."""
+        await asyncio.to_thread(keep_identity, self.engine, name, number, anew)
 
     async def garbage_age_s(self) -> float:
         """Return for how long the oldest garbage has waited, 0 if there is none."""
@@ -4543,8 +4692,8 @@ class Exchange:
 
     __slots__ = (
         "answers", "began_s", "doubt_s", "error", "hear_end", "hear_slow", "is_abandoned",
-        "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size", "through",
-        "volume", "waits_since_s",
+        "is_probe", "is_slow", "lease", "limit", "method", "paths", "requests", "sent", "size",
+        "through", "volume", "waits_since_s",
     )  # fmt: skip
 
     def __init__(
@@ -4552,8 +4701,10 @@ class Exchange:
         requests: Sequence[Sequence[bytes]], limit: int,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
         lease: Lease | None = None,
+        is_probe: bool = False,
     ) -> None:  # fmt: skip
         self.volume = volume
+        self.is_probe = is_probe  # it finds out who the volume is, or how
         self.method = method
         # Of who writes to places: it is sent once, and not after that has ended.
         self.lease = lease
@@ -4732,7 +4883,7 @@ class Line(Wire):
         try:
             while self.waiting_for:
                 exchange = self.waiting_for[0]
-                answer = self._reader.read(exchange.method == "HEAD", exchange.limit)
+                answer = self._reader.read(exchange.limit)
                 if answer is None:
                     if self._is_late and not self._under_way:
                         self.end(EOFError())  # the rest was never sent
@@ -4757,11 +4908,12 @@ class Line(Wire):
         self._under_way -= 1
         if status in GOOD:  # what answers in its place may be another server
             self._client.hear_dialect(self._reader.dialect)
-        if exchange.method != "GET":
-            if len(body) > ANSWER_BYTES:
-                raise ValueError("its answer does not end")
-            if status not in GOOD and exchange.error is None:
-                exchange.error = self._client.judge(exchange.method, exchange.paths[count], status)
+        path = exchange.paths[count]
+        if exchange.method != "GET" and len(body) > ANSWER_BYTES:
+            raise ValueError("its answer does not end")
+        is_judged = exchange.method != "GET" or path == IDENTITY_PATH
+        if is_judged and exchange.error is None:
+            exchange.error = self._client.judge(exchange.method, path, status)
         exchange.answers.append(answer)
         if count + 1 < len(exchange.paths):
             return
@@ -4861,7 +5013,7 @@ class Stream(Wire):
     async def read_head(self) -> AnswerHead:
         """Raises BROKEN."""
         while True:
-            head = self._reader.read_head(bodyless=False)
+            head = self._reader.read_head()
             if head is not None:
                 return head
             await self._wait_for_news()
@@ -4877,7 +5029,7 @@ class Stream(Wire):
     async def read_status(self) -> int:
         """Read an answer whose body nobody needs. Raises BROKEN."""
         while True:
-            answer = self._reader.read(False, ANSWER_BYTES)
+            answer = self._reader.read(ANSWER_BYTES)
             if answer is not None:
                 break
             await self._wait_for_news()
@@ -4939,7 +5091,8 @@ class VolumeClient:
     """Talks to one volume. `notice(event, reason)` hears how it went; `measure(method, seconds,
     error)` how long; `hear_slow(yes)` when it has not answered for a while, and when it does
     again; `hear_dialect(number)` with each good answer which one it showed; `hear_late` of PUTs
-    that nobody waits for any more, (paths, whether they were answered)."""
+    that nobody waits for any more, (paths, whether they were answered). While `refusal` says why
+    it is not the volume that it should be, it is sent probes and nothing else."""
 
     def __init__(
         self, volume: Volume, secret: str, timeout_s: float, notice: Callable[[Event, str], None],
@@ -4947,8 +5100,10 @@ class VolumeClient:
         hear_late: Callable[[list[str], bool], Awaitable[None]] | None = None,
         slow_after_s: float = 0.0, hear_slow: Callable[[bool], None] = lambda yes: None,
         hear_dialect: Callable[[int], None] = lambda number: None,
+        refusal: Callable[[], str] = str,
     ) -> None:  # fmt: skip
         self.volume = volume
+        self._refusal = refusal
         self.facts = (volume, secret, timeout_s, slow_after_s)
         self.timeout_s = timeout_s
         self._slow_after_s = slow_after_s
@@ -4983,6 +5138,10 @@ class VolumeClient:
         """Send it as soon as a line is free; `hear_end` is called when it is over."""
         exchange.began_s = time.monotonic()
         exchange.waits_since_s = exchange.began_s
+        if not exchange.is_probe and self._refusal():
+            exchange.error = VolumeDown(self.volume.name, self._refusal())
+            asyncio.get_running_loop().call_soon(self.finish, exchange)
+            return
         self._queue.append(exchange)
         self._wake()
 
@@ -4990,6 +5149,7 @@ class VolumeClient:
         self, files: Mapping[str, bytes], trail: str,
         hear_end: Callable[[Exchange], None], hear_slow: Callable[[Exchange], None],
         lease: Lease | None = None,
+        is_probe: bool = False,
     ) -> Exchange:  # fmt: skip
         """Store small files, path -> bytes, in that order. With the lease under which their places
         are claimed they are sent once, and not after it has ended (R1, R5)."""
@@ -4999,7 +5159,7 @@ class VolumeClient:
             requests.append((head, body))
         exchange = Exchange(
             self.volume.name, "PUT", tuple(files), requests, ANSWER_BYTES, hear_end, hear_slow,
-            lease,
+            lease, is_probe,
         )  # fmt: skip
         self.send(exchange)
         return exchange
@@ -5015,11 +5175,13 @@ class VolumeClient:
             exchange.requests = ()  # which would keep memory
 
     async def put(
-        self, files: Mapping[str, bytes], trail: str = "", lease: Lease | None = None
-    ) -> None:
+        self, files: Mapping[str, bytes], trail: str = "", lease: Lease | None = None,
+        is_probe: bool = False,
+    ) -> None:  # fmt: skip
         """Store small files as send_files does. Raises VolumeError unless all are answered for."""
         over = asyncio.get_running_loop().create_future()
-        exchange = self.send_files(files, trail, partial(resolve, over), ignore, lease)
+        hear_end = partial(resolve, over)
+        exchange = self.send_files(files, trail, hear_end, ignore, lease, is_probe)
         await self._wait(exchange, over)
 
     async def delete(self, paths: Iterable[str], trail: str = "") -> list[bool]:
@@ -5027,12 +5189,33 @@ class VolumeClient:
         answers = await self._exchange("DELETE", tuple(paths), trail)
         return [status != 404 for status, _ in answers]
 
-    async def probe(self, write: bool) -> None:
-        """See whether the volume answers, or takes writes; raises VolumeError."""
-        if write:
-            await self.put({PROBE_PATH: PROBE_BODY})
-        else:
-            await self._exchange("HEAD", ("/",))
+    async def probe(self) -> None:
+        """See whether the volume takes writes; raises VolumeError."""
+        await self.put({PROBE_PATH: PROBE_BODY}, is_probe=True)
+
+    async def read_identity(self) -> Identity | str | None:
+        """Return who the volume is, or what is wrong with what says so, or None: only a whole 404
+        says that nothing does. Raises VolumeError."""
+        ((status, body),) = await self.look_at([IDENTITY_PATH], MAX_IDENTITY_BYTES)
+        if status == 404:
+            return None
+        try:
+            return decode_identity(body)
+        except ValueError as error:
+            return str(error)
+
+    async def write_identity(self, identity: Identity) -> None:
+        """May be sent twice. Raises VolumeError."""
+        await self.put({IDENTITY_PATH: encode_identity(identity)}, is_probe=True)
+
+    async def look_at(self, paths: Sequence[str], limit: int) -> list[Answer]:
+        """Do the same as `get` to find out who the volume is."""
+        return await self._exchange("GET", paths, limit=limit, is_probe=True)
+
+    @property
+    def is_whole_server(self) -> bool:
+        """Whether the volume has all paths there, and not only those below one."""
+        return not self._base
 
     async def get(self, paths: Iterable[str], limit: int) -> list[Answer]:
         """Read small files or listings; return (status, body) of each, whole, but a body longer
@@ -5041,14 +5224,17 @@ class VolumeClient:
         return await self._exchange("GET", tuple(paths), limit=limit)
 
     async def _exchange(
-        self, method: str, paths: Sequence[str], trail: str = "", limit: int = ANSWER_BYTES
-    ) -> list[Answer]:
+        self, method: str, paths: Sequence[str], trail: str = "", limit: int = ANSWER_BYTES,
+        is_probe: bool = False,
+    ) -> list[Answer]:  # fmt: skip
         if not paths:
             return []
         requests = [(self._request(method, path, trail),) for path in paths]
         over = asyncio.get_running_loop().create_future()
         hear_end = partial(resolve, over)
-        exchange = Exchange(self.volume.name, method, paths, requests, limit, hear_end, ignore)
+        exchange = Exchange(
+            self.volume.name, method, paths, requests, limit, hear_end, ignore, None, is_probe
+        )
         self.send(exchange)
         return (await self._wait(exchange, over)).answers
 
@@ -5233,6 +5419,8 @@ class VolumeClient:
         error = exchange.error
         if error:
             error.doubt_s = exchange.doubt_s
+        elif exchange.is_probe and exchange.method == "GET":
+            silent = True  # what it means is for whoever asked
         seconds = time.monotonic() - exchange.began_s
         self._report(exchange.method, seconds, error, silent)
         if exchange.is_abandoned and not isinstance(error, VolumeTimeout):
@@ -5344,14 +5532,15 @@ class VolumeClient:
 
     def judge(self, method: str, path: str, status: int) -> VolumeError | None:
         """Return what is wrong if `status` is the answer."""
-        if status in GOOD or (method == "DELETE" and status == 404):
+        may_be_absent = method == "DELETE" or path == IDENTITY_PATH
+        if status in GOOD or (may_be_absent and status == 404):
             return None
         kind: type[VolumeError] = (
             VolumeFull if method == "PUT" and status in (500, 507) else VolumeUnexpected
         )
-        if method in ("GET", "HEAD") and status >= 500:
+        if method == "GET" and status >= 500:
             kind = VolumeDown  # whoever cannot read is no use
-        is_probe = method == "HEAD" or path == PROBE_PATH  # with which nothing can be wrong
+        is_probe = path in (IDENTITY_PATH, PROBE_PATH)  # with which nothing can be wrong
         if status in BAD_REQUESTS and not is_probe:
             kind = VolumeBlameless
         return kind(self.volume.name, f"{method} {path} was answered {status}")
@@ -5402,11 +5591,17 @@ class VolumeClient:
 
     # -- streams --
 
+    async def _open_stream(self) -> Stream:
+        if reason := self._refusal():
+            raise VolumeDown(self.volume.name, reason)
+        wire = Stream()
+        await self._connect(wire)
+        return wire
+
     async def stream(self, path: str) -> AsyncGenerator[bytes, None]:
         """Read a blob of any size in pieces; raises NotFound and VolumeError."""
         with self.watch("GET"):
-            wire = Stream()
-            await self._connect(wire)
+            wire = await self._open_stream()
             try:
                 wire.write(self._request("GET", path))
                 async with asyncio.timeout(self.timeout_s):
@@ -5428,12 +5623,11 @@ class VolumeClient:
     ) -> Upload:
         """Open a connection for one large blob of `size` bytes (None: not known), unless the lease
         under which its place is claimed has ended; raises VolumeError."""
-        wire = Stream()
         with self.watch("CONNECT"):
-            await self._connect(wire)
+            wire = await self._open_stream()
             if lease is not None and lease.has_ended():
                 wire.abort()
-                raise LeaseEnded()
+                raise LeaseEnded
         framing = (
             "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         )
@@ -5521,11 +5715,20 @@ class Upload:
 # Requests tell what they saw of a volume, and of the processes of a server one probes all volumes.
 # STATE_AFTER decides, this section only carries it out. What one process finds out all others
 # hear, so that a request finds what it needs in its own memory.
+#
+# A probe first reads who the volume is. Until that is the one that the index has seen there, the
+# volume is down, whatever requests say, and no request is sent to it. A process hears from others
+# that it is so, but not that it is over: each reads that for itself, since its configuration may
+# have another address.
 
 PROBE_PATH = "/.mkv-probe"  # in no listing
 PROBE_BODY = bytes(64 * 1024)  # large enough that a full disk refuses it
 PROBE_EVERY_S = 1.0
 WRITE_PROBE_EVERY_S = 10.0  # also how long a full volume is left alone
+LOOK_AGAIN_S = 0.2  # after it was written, or met first, an identity is read once more
+SAMPLE = 8  # replicas by which a volume without an identity is known,
+SAMPLE_PAGES = 100  # and pages of records that are read to find some of them
+ROOT_BYTES = 1024 * 1024  # of the listing of a volume's root, which has 256 folders
 PROBER_SILENT_S = 5.0  # then others probe, too: it may be stopped, or dead
 PROBED = "probed"  # what a process says that probes
 PIPE_BYTES = 256 * 1024  # of what other processes say; one reads within milliseconds, or hangs
@@ -5577,13 +5780,23 @@ class Peers:
             asyncio.get_running_loop().remove_reader(self._mine)
 
 
+UNKNOWN = Finding(Standing.NEW, "it has not said who it is")
+
+
+async def take_for_right(client: VolumeClient) -> Finding:
+    return Finding(Standing.RIGHT)
+
+
 class Health:
-    """The state of each volume, kept by name."""
+    """The state of each volume, kept by name. `identify` finds out who a volume is."""
 
     def __init__(
-        self, peers: Peers | None = None, clock: Callable[[], float] = time.monotonic
+        self, peers: Peers | None = None, clock: Callable[[], float] = time.monotonic,
+        identify: Callable[[VolumeClient], Awaitable[Finding]] = take_for_right,
     ) -> None:  # fmt: skip
         self.states: dict[str, State] = {}
+        self.findings: dict[str, Finding] = {}  # of volumes that are not known to be right
+        self._identify = identify
         # have not answered for `slow_after`: up, but for small PUTs others come first
         self.slow = set[str]()
         # by which nginx.conf its volumes go; not there until it is known
@@ -5598,12 +5811,41 @@ class Health:
 
     def notice(self, name: str, event: Event, reason: str) -> None:
         before = self.states.get(name)
-        after = STATE_AFTER[before or State.DOWN][event]
+        after = decide_state(before or State.DOWN, event, self.standing(name))
         if after is not before:
-            self._set(name, after)
-            level = logging.INFO if after is State.UP else logging.WARNING
-            log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
-            self._peers.tell([self._describe(name)])
+            self._change(name, after, reason)
+
+    def _change(self, name: str, after: State, reason: str) -> None:
+        self._set(name, after)
+        level = logging.INFO if after is State.UP else logging.WARNING
+        log.log(level, "volume %s is %s%s", name, after.value, reason and f" ({reason})")
+        self._peers.tell([self._describe(name)])
+
+    def standing(self, name: str) -> Standing:
+        finding = self.findings.get(name)
+        return finding.standing if finding else Standing.RIGHT
+
+    def refusal(self, name: str) -> str:
+        """Return why nothing may be sent to a volume but probes, or ""."""
+        finding = self.findings.get(name)
+        if finding is None or AT_BEST[finding.standing] is not State.DOWN:
+            return ""
+        return finding.reason
+
+    def note(self, name: str, finding: Finding) -> None:
+        """Hear who a volume is."""
+        if finding == self.findings.get(name):
+            return
+        if finding.standing is Standing.RIGHT:
+            # Its state is for the request that follows.
+            self.findings.pop(name, None)
+            return
+        self.findings[name] = finding
+        best = AT_BEST[finding.standing]
+        if finding.standing is Standing.NEW and self.is_down(name):
+            self.states[name] = best  # that it does not answer is in the log
+        else:
+            self._change(name, best, finding.reason)
 
     def _set(self, name: str, state: State) -> None:
         if self.states.get(name) is State.DOWN and state is not State.DOWN:
@@ -5642,12 +5884,17 @@ class Health:
         """Hear that a volume is configured no longer."""
         self.states.pop(name, None)
         self.dialects.pop(name, None)
+        self.findings.pop(name, None)
         self.slow.discard(name)
 
     def _describe(self, name: str) -> str:
         state = self.states.get(name, State.DOWN)
         pace = "slow" if name in self.slow else "swift"
-        return f"{name} {state.value} {pace} {self.dialects.get(name, 0)}"
+        line = f"{name} {state.value} {pace} {self.dialects.get(name, 0)}"
+        finding = self.findings.get(name)
+        if finding is None or finding.standing is Standing.NEW:  # which each finds out for itself
+            return line
+        return f"{line} {finding.standing.value} {finding.reason}"
 
     def _hear(self, names: Collection[str]) -> None:
         """Take over what other processes have found out of the volumes `names`."""
@@ -5655,53 +5902,201 @@ class Health:
             if line == PROBED:
                 self._heard_s = self._clock()
                 continue
-            name, state, pace, dialect = line.split()
-            if name in names:
+            name, state, pace, dialect, *finding = line.split(" ", 5)
+            if name not in names:
+                continue
+            (self.slow.add if pace == "slow" else self.slow.discard)(name)
+            if dialect != "0":
+                self.dialects[name] = int(dialect)
+            if finding:
+                self.findings[name] = Finding(Standing(finding[0]), finding[1])
+            if finding or name not in self.findings:
                 self._set(name, State(state))
-                if dialect != "0":
-                    self.dialects[name] = int(dialect)
-                (self.slow.add if pace == "slow" else self.slow.discard)(name)
 
     @property
     def _is_prober(self) -> bool:
         """Whether this process probes: the first does, and others while nobody is heard to."""
         return self._peers.is_first or self._clock() - self._heard_s > PROBER_SILENT_S
 
-    async def probe(self, client: VolumeClient) -> None:
-        """Probe one volume: whether it answers, and now and then, and whenever it was down,
-        whether it writes."""
+    async def probe(self, client: VolumeClient) -> Finding | None:
+        """Probe one volume: who it is, and if that is right, now and then, and whenever it was
+        down, whether it writes. Return who it is, None if it does not say."""
         name = client.volume.name
-        now = self._clock()
-        write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
-        if write:
-            self._next_write[name] = now + WRITE_PROBE_EVERY_S
+        finding = None
         try:
-            await client.probe(write)
+            finding = await self._identify(client)
+            now = self._clock()
+            write = self.is_down(name) or now >= self._next_write.get(name, 0.0)
+            self.note(name, finding)
+            if write and finding.standing is Standing.RIGHT:
+                self._next_write[name] = now + WRITE_PROBE_EVERY_S
+                await client.probe()
+            else:
+                self.notice(name, Event.ANSWERED, "")
         except VolumeError:
-            return  # the client has told `notice`
+            return finding  # the client has told `notice`
+        except IndexFailed as error:
+            log.error("%s; who volume %s is cannot be found out", error, name)
+            return None
         except Exception:
             log.exception("unexpected error in a probe of volume %s", name)
-            return
+            return None
         self.note_slow(name, False)  # as another process may have found it
+        return finding
 
     async def run(self, clients: Callable[[], Mapping[str, VolumeClient]]) -> None:
         """Listen to other processes and probe all volumes, for ever; one that hangs does not delay
         the others' probes."""
-        running: dict[str, asyncio.Task[None]] = {}
+        running: dict[str, asyncio.Task[Finding | None]] = {}
         self._heard_s = self._clock()
         self._peers.listen(lambda: self._hear(clients()))
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
-                    if self._is_prober:
+                    is_prober = self._is_prober
+                    if is_prober:
                         self._peers.tell([*map(self._describe, clients()), PROBED])
-                        for name, client in clients().items():
-                            last = running.get(name)
-                            if last is None or last.done():
-                                running[name] = group.create_task(self.probe(client))
+                    for name, client in clients().items():
+                        last = running.get(name)
+                        is_due = is_prober or name in self.findings
+                        if is_due and (last is None or last.done()):
+                            running[name] = group.create_task(self.probe(client))
                     await asyncio.sleep(PROBE_EVERY_S)
         finally:
             self._peers.close()
+
+
+class Identities:
+    """Finds out who volumes are, for Health, and gives new ones their identity.
+
+    What the index has not seen is taken in only by one process of a server, by one volume after
+    another, and read once more before it counts: so who has overwritten it meanwhile, under
+    another name of the same disk or on another server, is seen."""
+
+    def __init__(self, index: Index, takes_in: bool) -> None:
+        self._index = index
+        self._takes_in = takes_in
+        self._seen: dict[str, str] = {}  # what the index has
+        self._read_s = -math.inf  # when that was read
+        self._reading = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._waits = dict[str, tuple[float, Finding]]()  # until when what was found stands
+        # What is written twice is the same, so that it does not matter which comes last.
+        self._drawn = dict[str, str]()
+
+    async def identify(self, client: VolumeClient) -> Finding:
+        """Say who a volume is; raises VolumeError, IndexFailed."""
+        found = await client.read_identity()
+        finding = self._judge(client, found)
+        if finding.standing is not Standing.RIGHT:
+            await self._read_index()
+            finding = self._judge(client, found)
+        if finding.standing is Standing.NEW and self._takes_in:
+            finding = await self._take_in(client, found)
+        return finding
+
+    def _judge(self, client: VolumeClient, found: Identity | str | None) -> Finding:
+        name = client.volume.name
+        store = self._seen.get(STORE_ID, "")
+        return judge_identity(found, store, name, self._seen.get(name))
+
+    async def _read_index(self) -> None:
+        """Read what the index has seen, unless that was done just now: `adopt`, or another
+        process, may have changed it."""
+        async with self._reading:
+            if time.monotonic() - self._read_s > LOOK_AGAIN_S:
+                self._seen = await self._index.identities()
+                self._read_s = time.monotonic()
+
+    async def _take_in(self, client: VolumeClient, found: Identity | str | None) -> Finding:
+        """Take in a volume that the index has not seen, if it is the right one; what prevents it
+        is looked at again after a while."""
+        name = client.volume.name
+        if found is not None:
+            return await self._look_again(client)
+        until_s, finding = self._waits.get(name, (-math.inf, UNKNOWN))
+        if time.monotonic() < until_s:
+            return finding
+        finding = await self._give_identity(client)
+        if finding.standing is Standing.NEW:
+            return await self._look_again(client)
+        self._waits[name] = (time.monotonic() + WRITE_PROBE_EVERY_S, finding)
+        return finding
+
+    async def _give_identity(self, client: VolumeClient) -> Finding:
+        """Write an identity where none is, unless it may be another volume. What is there then is
+        new."""
+        doubt = await self._doubt(client)
+        if doubt:
+            reason = f"it has no identity, and {doubt}; adopt it if it is the right one"
+            return Finding(Standing.REFUSED, reason)
+        async with self._writing:
+            if await client.read_identity() is not None:  # by another name of the same disk
+                return UNKNOWN
+            name = client.volume.name
+            number = self._drawn.setdefault(name, draw_number())
+            try:
+                await client.write_identity(Identity(self._seen[STORE_ID], name, number))
+            except (VolumeFull, VolumeUnexpected) as error:
+                return Finding(Standing.UNWRITTEN, f"its identity cannot be written: {error}")
+        return UNKNOWN
+
+    async def _look_again(self, client: VolumeClient) -> Finding:
+        """Read an identity once more, and note that it was seen."""
+        await asyncio.sleep(LOOK_AGAIN_S)
+        found = await client.read_identity()
+        finding = self._judge(client, found)
+        if finding.standing is not Standing.NEW or not isinstance(found, Identity):
+            return finding
+        try:
+            await self._index.keep_identity(found.volume, found.number)
+        except IndexFailed as error:
+            return Finding(Standing.UNWRITTEN, f"that it was seen cannot be noted: {error}")
+        self._seen = await self._index.identities()  # another server may have been first
+        return self._judge(client, found)
+
+    async def _doubt(self, client: VolumeClient) -> str:
+        """Return why a volume without an identity may be another one than it should be, or ""."""
+        name = client.volume.name
+        blobs, _ = (await self._index.totals()).get(name, (0, 0))
+        if blobs:
+            sample = await self._find_some(name)
+            right = await count_right(client, sample)
+            if 2 * right > len(sample):
+                return ""
+            return f"of {len(sample)} replicas that should be there, {right} are"
+        ((status, body),) = await client.look_at(["/"], ROOT_BYTES)
+        if status == 404 and not client.is_whole_server:
+            return ""
+        try:
+            if status != 200:
+                raise ValueError(f"it was answered {status}")
+            return "it has blobs that no record names" if lists_blobs(body) else ""
+        except ValueError as error:
+            return f"its root has no listing: {error}"
+
+    async def _find_some(self, volume: str) -> list[Record]:
+        """Return some records that name a volume."""
+        found = list[Record]()
+        pages = SAMPLE_PAGES
+        async for page in self._index.read_records():
+            found += [record for record in page if volume in record.volumes]
+            pages -= 1
+            if len(found) >= SAMPLE or not pages:
+                break
+        return found[:SAMPLE]
+
+
+async def count_right(client: VolumeClient, records: Sequence[Record]) -> int:
+    """Return of how many records a volume has the sidecar, with the right size; raises
+    VolumeError."""
+    paths = [sidecar_path(record.path_on(client.volume.name)) for record in records]
+    answers = await client.look_at(paths, MAX_SIDECAR_BYTES)
+    count = 0
+    for record, path, (status, body) in zip(records, paths, answers, strict=True):
+        with contextlib.suppress(ValueError):
+            count += status == 200 and decode_sidecar(body, path).size == record.size
+    return count
 
 
 # == Metrics ======================================================================================
@@ -5726,6 +6121,10 @@ FAMILIES = {
     "mkv_volume_errors_total": ("counter", "Requests to a volume that failed."),
     "mkv_volume_request_duration_seconds": ("histogram", "Time of a request to a volume."),
     "mkv_volume_state": ("gauge", "1 for the state that the volume is in."),
+    "mkv_volume_identity_refused": (
+        "gauge",
+        "1 if the volume is another one than it should be, or may be.",
+    ),
     "mkv_volume_blobs": ("gauge", "Blobs that the index says are on the volume."),
     "mkv_volume_bytes": ("gauge", "Bytes that the index says are on the volume."),
     "mkv_keys": ("gauge", "Keys in the index."),
@@ -6268,13 +6667,14 @@ class Store:
         peers: Peers | None = None,
     ) -> None:  # fmt: skip
         self.metrics = metrics or Metrics()
-        self.health = Health(peers)
         self._role = role
         self._is_first = peers is None or peers.is_first  # of the processes of a server
         observe = partial(self.metrics.observe, "mkv_index_batch_size", bounds=SIZES)
         self.index = Index(
             config.db, lambda kind, size: observe(f'kind="{kind}"', size), role, config.lease
         )
+        identities = Identities(self.index, takes_in=self._is_first)
+        self.health = Health(peers, identify=identities.identify)
         self.stopping = False
         self.uploads = 0
         self.in_flight = 0
@@ -6303,6 +6703,7 @@ class Store:
                     partial(self._hear_late, name),
                     config.slow_after, partial(self.health.note_slow, name),
                     partial(self.health.note_dialect, name),
+                    partial(self.health.refusal, name),
                 )  # fmt: skip
             clients[name] = client
         return View(config, Ring(config.volumes), clients)
@@ -6336,11 +6737,27 @@ class Store:
         await self._name_unconfigured()
 
     async def _meet(self, clients: Iterable[VolumeClient]) -> None:
-        """Probe volumes that are new. One that does not answer soon counts as down until it
-        does."""
-        if probes := [asyncio.create_task(self.health.probe(client)) for client in clients]:
-            for late in (await asyncio.wait(probes, timeout=MEETING_PATIENCE_S))[1]:
-                late.cancel()
+        """Probe volumes that are new. One that does not say soon who it is counts as down until
+        it does."""
+        meetings = {
+            asyncio.create_task(self._meet_one(client)): client.volume.name for client in clients
+        }
+        if not meetings:
+            return
+        await asyncio.wait(meetings, timeout=MEETING_PATIENCE_S)
+        for task, name in meetings.items():
+            if not task.done() or not task.result():
+                task.cancel()
+                self.health.note(name, UNKNOWN)
+
+    async def _meet_one(self, client: VolumeClient) -> bool:
+        """Return whether a volume has said who it is. If it is new, another process may be taking
+        it in just now."""
+        while True:
+            finding = await self.health.probe(client)
+            if finding is None or finding.standing is not Standing.NEW:
+                return finding is not None
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def close(self) -> None:
         """Stop the tasks, flush and close the index."""
@@ -6572,6 +6989,8 @@ class Store:
             state = self.health.states.get(name, State.DOWN).value
             dialect = self.health.dialects.get(name)
             facts = {"state": state, "dialect": dialect, "blobs": blobs, "bytes": its_size}
+            if finding := self.health.findings.get(name):
+                facts |= {"identity": finding.standing.value, "reason": finding.reason}
             volumes.append(asdict(client.volume) | facts)
         return {
             "version": __version__,
@@ -6596,6 +7015,8 @@ class Store:
             gauges |= {
                 f"mkv_volume_{what}{{{label}}}": volume[what] for what in ("blobs", "bytes")
             }
+            refused = volume.get("identity") == Standing.REFUSED.value
+            gauges[f"mkv_volume_identity_refused{{{label}}}"] = refused
             gauges |= {
                 f'mkv_volume_state{{{label},state="{s.value}"}}': s.value == volume["state"]
                 for s in State
@@ -7052,9 +7473,10 @@ function volume_row(one, all_bytes, all_weight) {
   const meter = make("meter", { value: share, title: `ideal: ${percent(fair)}` });
   const errors = rates("errors " + one.name);
   const advice = one.dialect === 1 ? ", replace nginx.conf" : "";
+  const state = one.reason ? show(`${one.state}: ${one.reason}`) : one.state + advice;
   return make("tr", {},
     cell("name", "name", show(one.name)),
-    cell("state", `state ${one.state}`, one.state + advice),
+    cell("state", `state ${one.state}`, state),
     cell("zone", "", show(one.zone || "\u2013")),
     cell("share of bytes", "number", meter, `${percent(share)} of ${percent(fair)}`),
     cell("bytes", "number", bytes(one.bytes)),
@@ -9943,6 +10365,7 @@ async def wait_for_stop(
     signals = asyncio.Queue[int]()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     print(greeting, end="", flush=True)
     notify_systemd("READY=1")
     watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 2e6 or None
@@ -10047,7 +10470,8 @@ def supervise(config: Config, listener: socket.socket, reread: Callable[[], Conf
             return
         os.close(parent_w)
         os.setsid()  # the terminal's Ctrl-C is for this process to pass on
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
+        # A SIGHUP that comes while it starts waits until it can be heard.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, watched - {signal.SIGHUP})
         run(work(number))
 
     for number in range(-1 if folders else 0, config.workers):

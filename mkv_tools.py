@@ -1,5 +1,5 @@
-"""The tools for mkv: rebuild, rebalance, verify, discard, status, bench, backup, move-index,
-forget, token for whoever runs a store; put, get, ls, rm, import for whoever uses one.
+"""The tools for mkv: rebuild, rebalance, verify, discard, status, adopt, bench, backup,
+move-index, forget, token for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
 here is only what it takes to walk, compare, copy and report. Theory of operation:
@@ -64,6 +64,10 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
     the volumes. Litter is removed at the end, by entering it as dead in a transaction that looks
     the record up once more: only if it is older than --grace by version and by mtime, its key's
     own replicas are good and were read in full, and nothing speaks against it (explain_keeping).
+11. Volumes know who they are (mkv-volume.key). To a tool that opens the store, one that is another
+    than it should be counts as down: its client sends nothing there. rebuild looks for itself: by
+    the store's id and the numbers of the old index, if that has seen any volume; else all must
+    show one store, whose index the new one then is. `adopt` settles what they refuse.
 
 A copy of the index (backup, the source of move-index) says that it is one: only rebuild takes it,
 as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes:
@@ -128,16 +132,18 @@ from urllib.parse import SplitResult, quote, urlsplit
 # isort: off
 from mkv import (
     ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
-    HUNG_S, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S,
-    SEEN_TAG, SMALL_BLOB, STEM, TOOL, URL, Answer, Blob, Burial, Client, Config, ConfigError,
-    Corrupt, Dead, Drawn, Forbidden, Full, Hasher, Index, IndexDamaged, IndexFailed, Lease,
-    MkvError, NotFound, Pending, Place, PreconditionFailed, Record, Replacement, Ring, Sent, State,
-    States, Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload,
-    Volume, VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix,
-    check_key, decode_sidecar, decode_tombstone, encode_sidecar, find_unconfigured, forget_places,
-    hide_secrets, is_drawn, is_postgres, is_sound, load_config, media_type_of, new_loop, new_place,
-    note_buried, open_engine, parse_path, place_path, print_faults, run_embedded, sidecar_path,
-    split_path, stem_of, tombstone_path, version_ns, version_of, volume_of,
+    HUNG_S, IDENTITY_PATH, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES,
+    OPERATIONS, PATIENCE_S, SEEN_TAG, SMALL_BLOB, STEM, STORE_ID, TOOL, URL, Answer, Blob,
+    Burial, Client, Config, ConfigError, Corrupt, Dead, Drawn, Forbidden, Full, Hasher,
+    Identity, Index, IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Pending, Place,
+    PreconditionFailed, Record, Replacement, Ring, Sent, Standing, State, States, Store,
+    Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload, Volume,
+    VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix,
+    check_key, decode_sidecar, decode_tombstone, draw_number, encode_sidecar,
+    find_unconfigured, forget_places, hide_secrets, is_drawn, is_postgres, is_sound,
+    judge_identity, load_config, media_type_of, new_loop, new_place, note_buried, open_engine,
+    parse_path, place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of,
+    tombstone_path, version_ns, version_of, volume_of,
     NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
 from aiohttp import ClientResponse  # only now: mkv says what is missing
@@ -153,6 +159,7 @@ Replica = tuple[str, Record]  # (place, record)
 Draw = Callable[[str], str]  # volume -> a place on it that nobody has had
 Sidecars = Mapping[str, Record | str]  # place -> what its sidecar says, or what is wrong
 Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as listed
+Shown = Identity | str | None  # of a volume: its identity, what is wrong with it, or none
 Answered = Answer | VolumeError
 Clients = Mapping[str, VolumeClient]
 On = Mapping[str, Sequence[str]]  # volume -> folders that it has
@@ -569,6 +576,38 @@ def plan_mend(
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
 
+def judge_identities(shown: Mapping[str, Shown], seen: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return the id of the store that volumes are of, "" if none has one, and what is wrong with
+    their identities. `seen` is what their index has seen: where it has seen no volume, its own id
+    says nothing, and all must be of one store."""
+    stores = {one.store for one in shown.values() if isinstance(one, Identity)}
+    faults = list[str]()
+    knows_any = seen.keys() > {STORE_ID}
+    if not knows_any and len(stores) > 1:
+        faults.append(f"the volumes are of several stores: {', '.join(sorted(stores))}")
+    store = seen[STORE_ID] if knows_any else min(stores, default="")
+    for name, one in sorted(shown.items()):
+        if one is None and name not in seen:
+            continue  # of an edition that gave none, or new
+        finding = judge_identity(one, store, name, seen.get(name))
+        if finding.standing is Standing.REFUSED:
+            faults.append(f"volume {name}: {finding.reason}")
+    return store, faults
+
+
+def explain_adoption(shown: Mapping[str, Shown], name: str, store: str) -> str:
+    """Return why a volume cannot be adopted: it is another configured one."""
+    found = shown[name]
+    if not isinstance(found, Identity):
+        return ""
+    same = [other for other, one in shown.items() if one == found and other != name]
+    if same:
+        return f"{' and '.join(same)} shows the same identity: two names for one disk, or a copy"
+    if found.store == store and found.volume in shown.keys() - {name}:
+        return f"it is {found.volume}, which is configured elsewhere: mend the addresses"
+    return ""
+
+
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
     """Group what is small, by number and bytes; what is large goes alone."""
     batches = list[list[T]]()
@@ -854,6 +893,12 @@ async def read_digest(client: VolumeClient, path: str, size: int) -> str:
     return hasher.hexdigest() if left == 0 else ""
 
 
+async def read_identities(clients: Clients) -> dict[str, Shown]:
+    """Read who volumes say that they are; raises VolumeError."""
+    shown = await asyncio.gather(*(client.read_identity() for client in clients.values()))
+    return dict(zip(clients, shown, strict=True))
+
+
 async def run_all(jobs: AsyncIterator[Awaitable[None]], at_once: int) -> None:
     """Carry out `jobs`, some at once; if one fails, end the others."""
     running: deque[asyncio.Future[None]] = deque()
@@ -914,7 +959,7 @@ class Walk:
             for path, (size, _) in files.items():
                 if size < 0 and re.fullmatch("(/[0-9a-f]{2}){1,2}", path):
                     deeper[volume].append(f"{path}/")
-                elif path != "/corrupt":
+                elif path not in ("/corrupt", IDENTITY_PATH):
                     self._report.add(Case("foreign file", volume, path))
         return {volume: sorted(folders) for volume, folders in deeper.items()}
 
@@ -1552,6 +1597,7 @@ class Rebuild:
     async def run(self, allowed: Collection[str]) -> None:
         """Carry over what the old index says that is dead or claimed; decide on the keys of all
         folders; see what has become of the old keys."""
+        await self._check_identities()
         await self.walk.start()
         if self._copy:
             self._check_volumes(await self._copy.totals(), allowed)
@@ -1565,6 +1611,19 @@ class Rebuild:
         await self._see_to_the_lost()
         await self._release_tombstones()
         await self._new.write(partial(Transaction.note_drawn, rows=self._rows_of_drawn()))
+
+    async def _check_identities(self) -> None:
+        """Raise ToolError if a volume is another than it should be; note in the new index who they
+        are."""
+        shown = await read_identities(self._clients)
+        seen = await self._copy.identities() if self._copy else {}
+        store, faults = judge_identities(shown, seen)
+        if faults:
+            hint = "if the index is the wrong one, put it away and rebuild without it"
+            raise ToolError("; ".join([*faults, hint] if seen else faults))
+        found = {name: one.number for name, one in shown.items() if isinstance(one, Identity)}
+        for name, number in (seen | found | ({STORE_ID: store} if store else {})).items():
+            await self._new.keep_identity(name, number, anew=True)
 
     async def _carry_over(self, old: Index) -> None:
         age_s = await self._new.now_s() - await old.now_s()
@@ -2014,9 +2073,9 @@ def remove_strays(rows: Iterable[StrayRow], tx: Transaction) -> int:
         plain, tag = split_path(path)
         if path.endswith(".del"):
             note_buried(tx, (), [(path, volume)])
-        elif is_named(tx.get(key) if key else None, volume, path):
-            continue
-        elif any(at[:STEM] == path[:STEM] for at, _ in pending.claims):
+        elif is_named(tx.get(key) if key else None, volume, path) or any(
+            at[:STEM] == path[:STEM] for at, _ in pending.claims
+        ):
             continue
         else:
             pending.kill_places(plain, [volume + tag], tx.now_s, tx.now_s, key)
@@ -2467,7 +2526,7 @@ async def discard(config: Config, options: argparse.Namespace, report: Report) -
     report.code = 1 if compared.failed or work.deleted < work.count else 0
 
 
-# == status, backup, forget, token ================================================================
+# == status, backup, forget, token =========================================================
 
 
 def share_ideally(volumes: Sequence[Volume], replicas: int) -> dict[str, float]:
@@ -2498,6 +2557,7 @@ async def status(config: Config, options: argparse.Namespace, report: Report) ->
         v |= {"share": round(v["blobs"] / blobs, 4), "ideal": round(ideal[v["name"]], 4)}
         row = f"{v['name']:20} {v['state']:9} {v['blobs']:10} {show_bytes(v['bytes']):>10} "
         report.lines.append(row + f"{v['share']:7.1%} {v['ideal']:7.1%}")
+        report.lines += [f"  {v['reason']}"] if v.get("reason") else []
     unconfigured = facts.get("unconfigured", [])  # an older server does not say
     for v in unconfigured:
         report.lines.append(
@@ -2595,6 +2655,8 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
                 await copying.copy()
                 if why := await copying.compare(target.new):
                     raise ToolError(f"{why}: TO stays as it was")
+            for name, number in (await source.old.identities()).items():
+                await target.new.keep_identity(name, number, anew=True)
             await target.finish(keys, size)
         await source.old.mark_as_copy()
     report.facts = {"keys": keys, "bytes": size, "pending": copying.pending}
@@ -2664,6 +2726,72 @@ async def count_pending(index: Index) -> int:
                 places |= {(volume_of(place), place_path(path, place)) for place in claimed}
             count += len(places) + sum(map(len, one.tombstones.values()))
     return count
+
+
+async def adopt(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Make a volume the one that it is configured as: write its identity, and nothing else."""
+    name = options.name
+    check_index(config.db)
+    async with contextlib.AsyncExitStack() as stack:
+        config = await stack.enter_async_context(open_volumes(config))
+        if name not in {volume.name for volume in config.volumes}:
+            raise ConfigError([f"VOLUME: {name} is not in the configuration"])
+        store = Store(config, role=TOOL)  # not started, since that takes in what is new
+        stack.push_async_callback(store.close)
+        await store.index.open()
+        clients = store.view.clients
+        seen = await store.index.identities()
+        shown = await read_answering(clients, name)
+        found = shown[name]
+        (root,) = await clients[name].get(["/"], LISTING_BYTES)
+        listed = read_listing(root, "/") if root[0] == 200 else {}
+        blobs, _ = (await store.index.totals()).get(name, (0, 0))
+        report.facts = {"volume": name, "records": blobs, "root": sorted(listed)}
+        report.facts["identity"] = found._asdict() if isinstance(found, Identity) else found
+        report.facts["adopted"] = False
+        folders = sum(re.fullmatch("/[0-9a-f]{2}", path) is not None for path in listed)
+        report.lines = [
+            f"{clients[name].volume.url}: {describe_identity(found)}, {folders} folders of blobs",
+            f"{blobs} records name {name}",
+        ]
+        identity = Identity(seen[STORE_ID], name, draw_number())
+        if judge_identity(found, identity.store, name, seen.get(name)).standing is Standing.RIGHT:
+            report.lines.append("it is the one that was last seen: nothing is to be done")
+            return
+        if refusal := explain_adoption(shown, name, identity.store):
+            raise ToolError(f"{name} is not adopted: {refusal}")
+        await clients[name].write_identity(identity)
+        shown = await read_answering(clients, name)
+        if shown[name] != identity:
+            raise ToolError(
+                f"{name} is not adopted: it shows {describe_identity(shown[name])} now"
+            )
+        if refusal := explain_adoption(shown, name, identity.store):
+            raise ToolError(f"{name} is not adopted: {refusal}")
+        await store.index.keep_identity(name, identity.number, anew=True)
+        report.facts["adopted"] = True
+        report.lines.append(f"{name} is adopted: a server takes it up within seconds")
+
+
+async def read_answering(clients: Clients, needed: str) -> dict[str, Shown]:
+    """Read the identity of `needed`, and of all others that answer; raises VolumeError."""
+    shown = dict[str, Shown]()
+
+    async def read(name: str) -> None:
+        try:
+            shown[name] = await clients[name].read_identity()
+        except VolumeError:
+            if name == needed:
+                raise
+
+    await asyncio.gather(*map(read, clients))
+    return shown
+
+
+def describe_identity(shown: Shown) -> str:
+    if isinstance(shown, Identity):
+        return f"volume {shown.volume} of store {shown.store}, number {shown.number}"
+    return "no identity" if shown is None else f"no identity that can be read ({shown})"
 
 
 async def forget(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -3983,6 +4111,17 @@ COMMANDS: Mapping[str, Command] = {
             argument("source", metavar="FROM", help="the index: a file, or postgresql://..."),
             argument("target", metavar="TO", help="where it goes: a file, or postgresql://..."),
         ],
+    ),
+    "adopt": Command(
+        adopt,
+        "Settle that what is at a volume's address is that volume, while the server runs. Says "
+        "what is there and how many records name it, and writes its identity, nothing else.",
+        [argument("name", metavar="VOLUME", help="its name in the configuration")],
+        ALL_SETTINGS,
+        "For a volume that is refused, with the reason in `status`: a disk that was replaced "
+        "under its old name, or another store's that is to be used here. Where the disk is not "
+        "mounted or the addresses are exchanged, mend that instead. What records name and is not "
+        "there is for verify --repair afterwards.",
     ),
     "forget": Command(
         forget,

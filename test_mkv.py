@@ -204,11 +204,12 @@ class Nginx:
             self.process.wait(20)
 
     def files(self) -> list[str]:
-        """Return what is on the volume, without nginx's own dot-files."""
+        """Return what is on the volume, without nginx's own dot-files and its identity."""
         found = (
             str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()
         )
-        return sorted(name for name in found if not name.startswith("."))
+        own = mkv.IDENTITY_PATH[1:]
+        return sorted(name for name in found if not name.startswith(".") and name != own)
 
     def __enter__(self) -> Self:
         return self
@@ -1092,6 +1093,43 @@ def test_no_bytes_break_the_sidecar_reader(data: bytes) -> None:
         mkv.decode_sidecar(data, GOLDEN_PATH + ".key")
 
 
+IDENTITY = {"store": "a" * 32, "volume": "v1", "number": "1" * 32}
+
+
+def test_identity_comes_back_from_its_bytes() -> None:
+    identity = mkv.Identity(**IDENTITY)
+    assert mkv.decode_identity(mkv.encode_identity(identity)) == identity
+    assert mkv.parse_path(mkv.IDENTITY_PATH) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "empty"), (b"ok", "JSON"), (b"[" * 1000, "JSON"), (b"[]", "fields"),
+        (b"\xff", "JSON"), (b" " * 1025, "1024 bytes"),
+        (IDENTITY | {"more": 1}, "fields"), ({"store": "a" * 32, "volume": "v1"}, "fields"),
+        (IDENTITY | {"store": "A" * 32}, "malformed"), (IDENTITY | {"store": 1}, "malformed"),
+        (IDENTITY | {"number": "1" * 33}, "malformed"), (IDENTITY | {"number": []}, "malformed"),
+        (IDENTITY | {"volume": "a b"}, "no name"), (IDENTITY | {"volume": None}, "no name"),
+        (IDENTITY | {"volume": "v" * 64}, "no name"),
+    ],
+)  # fmt: skip
+def test_what_is_no_identity_is_named(data: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        mkv.decode_identity(data if isinstance(data, bytes) else json.dumps(data).encode())
+
+
+def test_root_with_a_folder_of_blobs_is_told_from_an_empty_one() -> None:
+    row = '[{"name": "%s", "type": "directory"}]'
+    assert mkv.lists_blobs((row % "0f").encode())
+    for name in ("corrupt", "0F", "0ff", "lost+found", "mkv-volume.key"):
+        assert not mkv.lists_blobs((row % name).encode())
+    assert not mkv.lists_blobs(b"[\n]\n")
+    for odd in (b"", b"{}", b'[{"name": "0f"}', b"[1]", b"\xff", b"[" * 9999):
+        with pytest.raises(ValueError, match="it is no"):
+            mkv.lists_blobs(odd)
+
+
 # == Decisions ====================================================================================
 
 PURE_SECTIONS = (
@@ -1614,6 +1652,49 @@ def test_health_by_table(
     assert after == [answered, stored, refused, unreachable]
 
 
+STORE_A, STORE_B = "a" * 32, "b" * 32
+SEEN, OTHER = "1" * 32, "2" * 32
+
+
+@pytest.mark.parametrize(
+    ("found", "seen", "standing", "why"),
+    [
+        ((STORE_A, "v", SEEN), SEEN, "RIGHT", ""),
+        ((STORE_A, "v", SEEN), None, "NEW", "not seen before"),
+        (None, None, "NEW", "no identity"),
+        (None, SEEN, "REFUSED", "not mounted.*adopt"),
+        ("it is empty", None, "REFUSED", "cannot be used: it is empty"),
+        ("it is empty", SEEN, "REFUSED", "cannot be used: it is empty"),
+        ((STORE_A, "v", OTHER), SEEN, "REFUSED", "not the one last seen.*adopt"),
+        ((STORE_A, "w", SEEN), SEEN, "REFUSED", "is volume w.*exchanged"),
+        ((STORE_A, "w", SEEN), None, "REFUSED", "is volume w.*two names"),
+        ((STORE_B, "v", SEEN), SEEN, "REFUSED", f"v of another store, {STORE_B}"),
+        (
+            (STORE_B, "v", SEEN), None, "REFUSED",
+            f"{STORE_B}.*they belong to another index: rebuild, or adopt",
+        ),
+    ],
+)  # fmt: skip
+def test_who_a_volume_is_by_table(
+    found: tuple[str, str, str] | str | None, seen: str | None, standing: str, why: str
+) -> None:
+    identity = mkv.Identity(*found) if isinstance(found, tuple) else found
+    finding = mkv.judge_identity(identity, STORE_A, "v", seen)
+    assert finding.standing is mkv.Standing[standing]
+    assert re.search(why, finding.reason) and bool(finding.reason) == (standing != "RIGHT")
+
+
+@pytest.mark.parametrize("before", mkv.State)
+def test_no_request_makes_a_volume_better_than_who_it_is(before: mkv.State) -> None:
+    for event in mkv.Event:
+        known = mkv.STATE_AFTER[before][event]
+        assert mkv.decide_state(before, event, mkv.Standing.RIGHT) is known
+        assert mkv.decide_state(before, event, mkv.Standing.REFUSED) is DOWN
+        assert mkv.decide_state(before, event, mkv.Standing.NEW) is DOWN
+        best = DOWN if known is DOWN else READONLY
+        assert mkv.decide_state(before, event, mkv.Standing.UNWRITTEN) is best
+
+
 @pytest.mark.parametrize(
     ("done", "left", "replicas", "minimum", "step"),
     [
@@ -1863,7 +1944,7 @@ def test_location_says_nothing_that_counts(status: bytes, lines: list[bytes]) ->
     results = list[object]()
     for one in (head, mkv.drop_location(head)):
         try:
-            results.append(mkv.parse_answer_head(one, False))
+            results.append(mkv.parse_answer_head(one))
         except ValueError as error:
             results.append(str(error))
     assert results[0] == results[1]
@@ -1881,7 +1962,7 @@ def test_answers_are_read_the_same_however_they_come(cuts: list[int], each: bool
     at = sorted({0, len(said), *(range(len(said)) if each else (cut % len(said) for cut in cuts))})
     for begin, end in itertools.pairwise(at):
         reader.feed(said[begin:end])
-        while answer := reader.read(False, 7):
+        while answer := reader.read(7):
             answers.append(answer)
             if not reader.reusable:
                 break
@@ -2778,6 +2859,50 @@ async def test_copy_of_an_index_is_not_served(tmp_path: Path) -> None:
     again = mkv.Index(str(tmp_path / "index.db"))
     await again.open()
     await again.close()
+
+
+async def test_index_knows_its_store_and_the_number_it_has_seen_first(index: mkv.Index) -> None:
+    store = await index.identities()
+    assert store.keys() == {mkv.STORE_ID} and re.fullmatch("[0-9a-f]{32}", store[mkv.STORE_ID])
+    await index.keep_identity("a", "1")
+    await index.keep_identity("a", "2")
+    await index.keep_identity(mkv.STORE_ID, "3")
+    assert await index.identities() == store | {"a": "1"}
+    await index.keep_identity("a", "2", anew=True)
+    assert await index.identities() == store | {"a": "2"}
+    await index.prepare()
+    assert await index.identities() == store | {"a": "2"}
+
+
+async def test_index_of_the_third_schema_is_brought_up_to_date_and_gets_an_id(
+    index: mkv.Index, db: str
+) -> None:
+    await put(index, make_record("k"))
+    await index.write(
+        lambda tx: (
+            tx._session.run("DROP TABLE identity")
+            if is_remote(index)
+            else [
+                tx._session.run(line)
+                for line in ("DROP TABLE identity", "PRAGMA user_version = 3")
+            ]
+        )
+    )
+    if is_remote(index):
+        await index.write(lambda tx: tx._session.run("UPDATE meta SET schema = 3"))
+        again = mkv.Index(db)
+        with pytest.raises(mkv.ConfigError, match=r"schema is 3.*stop that first"):
+            await again.open()  # `index` still has its lease
+        await again.close()
+    await index.close()
+    again = mkv.Index(db)
+    await again.open()
+    assert (await again.identities()).keys() == {mkv.STORE_ID}
+    assert await again.get("k") == make_record("k")
+    assert await put(again, make_record("k", 2)) is False
+    await again.close()
+    if not is_remote(index):
+        assert len(list(Path(db).parent.glob("index.db.schema3.*"))) == 1
 
 
 # -- owners --
@@ -3956,17 +4081,43 @@ def read_request(connection: socket.socket) -> tuple[bytes, int]:
 
 def answering(status_of: Callable[[bytes], int]) -> Callable[[socket.socket], None]:
     """Make what fake_volume needs to answer each request, once it is whole, with the status that
-    `status_of` gives for its first line."""
+    `status_of` gives for its first line. It keeps its identity, and has no blobs."""
+    identity = list[bytes]()
 
     def serve(connection: socket.socket) -> None:
         while True:
             line, left = read_request(connection)
-            while left:
-                left -= len(connection.recv(left)) or left
-            head = f"HTTP/1.1 {status_of(line)} So\r\nContent-Length: 0\r\n\r\n"
-            connection.sendall(head.encode())
+            body = read_exactly(connection, left)
+            connection.sendall(
+                answer_to_probe(line, body, identity) or say_status(status_of(line))
+            )
 
     return serve
+
+
+def say_status(status: int, body: bytes = b"") -> bytes:
+    return f"HTTP/1.1 {status} So\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def answer_to_probe(line: bytes, body: bytes, identity: list[bytes]) -> bytes:
+    """Return the answer of a volume without blobs to who asks who it is, or nothing."""
+    if line.startswith(b"GET / "):
+        return say_status(200, b"[]")
+    if mkv.IDENTITY_PATH.encode() not in line:
+        return b""
+    if line.startswith(b"PUT"):
+        identity[:] = [body]
+        return say_status(201)
+    return say_status(200, identity[0]) if identity else say_status(404)
+
+
+def read_exactly(connection: socket.socket, size: int) -> bytes:
+    body = b""
+    while len(body) < size:
+        if not (piece := connection.recv(size - len(body))):
+            raise EOFError
+        body += piece
+    return body
 
 
 def say(connection: socket.socket, answer: bytes) -> None:
@@ -4015,7 +4166,7 @@ ACTS: dict[str, Callable[[mkv.VolumeClient], Any]] = {
     "put": lambda client: client.put({"/p": b"x"}),
     "delete": lambda client: client.delete(["/p"]),
     "upload": lambda client: upload(client, 100_000),
-    "probe": lambda client: client.probe(write=False),
+    "probe": lambda client: client.read_identity(),
     "get": lambda client: client.get(["/p"], 1000),
     "stream": read_all,
 }
@@ -4075,9 +4226,7 @@ LONG_BODIES = {  # GET's is cut off
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("what", NO_ANSWERS | NO_BODIES | LONG_BODIES)
 async def test_volume_that_answers_beyond_all_bounds_has_failed(act: str, what: str) -> None:
-    if (act == "probe" and what not in NO_ANSWERS) or (
-        act in ("get", "stream") and what in LONG_BODIES
-    ):
+    if act in ("get", "probe", "stream") and what in LONG_BODIES:
         return
     answer = (NO_ANSWERS | NO_BODIES | LONG_BODIES)[what]
     with fake_volume(lambda connection: say(connection, answer)) as url:
@@ -4108,26 +4257,27 @@ async def test_odd_but_whole_answer_is_understood(answer: bytes) -> None:
         for act, result in ACTS.items():
             client, heard = client_that_hears(url)  # and a new connection
             expected = {"get": [(201, b"ok")], "stream": b"ok", "delete": [True]}
+            expected["probe"] = "it is not JSON"
             assert await result(client) == expected.get(act)
             client.close()
             assert not {mkv.Event.UNREACHABLE, mkv.Event.REFUSED}.intersection(heard)
 
 
-def flood(connection: socket.socket) -> None:
+def flood(identity: list[bytes], connection: socket.socket) -> None:
     """Take probes and answer everything else with interim answers for ever."""
     while True:
         line, left = read_request(connection)
-        while left:
-            left -= len(connection.recv(left)) or left
-        while b"probe" not in line and b"HEAD" not in line:
+        body = read_exactly(connection, left)
+        answer = answer_to_probe(line, body, identity)
+        while b"probe" not in line and not answer:
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000)
-        connection.sendall(CREATED + b"Content-Length: 0\r\n\r\n")
+        connection.sendall(answer or say_status(201))
 
 
 def test_volume_that_floods_is_down_and_no_client_sees_it(
     start: Callable[..., Program], nginx: Callable[..., str]
 ) -> None:
-    with fake_volume(flood) as url:
+    with fake_volume(partial(flood, [])) as url:
         server = start(
             "--volume", f"bad={url}", "--volume", f"n0={nginx()}", "--volume", f"n1={nginx()}"
         )
@@ -4178,16 +4328,15 @@ async def test_body_longer_than_asked_for_is_cut_off_and_the_others_are_read(
     assert heard == [mkv.Event.ANSWERED]
 
 
-def take_slowly(connection: socket.socket) -> None:
+def take_slowly(identity: list[bytes], connection: socket.socket) -> None:
     """Take PUTs at some 100 KB/s."""
     while True:
         line, left = read_request(connection)
-        if not line.startswith(b"PUT"):
-            left = 0
-        while left:
+        body = b""
+        while len(body) < left:
             time.sleep(0.02)
-            left -= len(connection.recv(min(left, 2000))) or left
-        connection.sendall(CREATED + b"Content-Length: 0\r\n\r\n")
+            body += read_exactly(connection, min(left - len(body), 2000))
+        connection.sendall(answer_to_probe(line, body, identity) or say_status(201))
 
 
 @LEASES
@@ -4383,7 +4532,7 @@ async def test_what_could_not_be_sent_says_so(how: str, monkeypatch: pytest.Monk
 
 
 async def test_volume_that_is_slow_and_steady_is_not_hung() -> None:
-    with fake_volume(take_slowly, receive_buffer=4096) as url:
+    with fake_volume(partial(take_slowly, []), receive_buffer=4096) as url:
         client, heard = client_that_hears(url, timeout_s=0.4)
         await asyncio.gather(upload(client, 300_000), client.put({"/p": bytes(200_000)}))
         client.close()
@@ -4404,7 +4553,7 @@ async def test_client_is_waited_for_only_while_its_body_is_read() -> None:
 def test_upload_to_a_slow_volume_succeeds(
     start: Callable[..., Program], nginx: Callable[..., str]
 ) -> None:
-    with fake_volume(take_slowly, receive_buffer=4096) as url:
+    with fake_volume(partial(take_slowly, []), receive_buffer=4096) as url:
         server = start(
             "--volume", f"slow={url}", "--volume", f"fast={nginx()}", "--volume-timeout", "0.5"
         )
@@ -5033,29 +5182,31 @@ async def test_volume_that_is_back_is_asked_at_once_whether_it_takes_writes() ->
     class Client:
         volume = Volume(name="a", url="http://h")
 
-        async def probe(self, write: bool) -> None:
-            probes.append(write)
-            health.notice("a", mkv.Event.STORED if write else mkv.Event.ANSWERED, "")
+        async def probe(self) -> None:
+            probes.append(True)
+            health.notice("a", mkv.Event.STORED, "")
 
     await health.probe(Client())  # type: ignore[arg-type]
     health.notice("a", mkv.Event.UNREACHABLE, "")
     health.notice("a", mkv.Event.ANSWERED, "")  # as by a DELETE
-    assert health.states["a"] is READONLY
+    assert health.states["a"] is READONLY and len(probes) == 1
     await health.probe(Client())  # type: ignore[arg-type]
-    assert health.states["a"] is UP and probes[-1] is True
+    assert health.states["a"] is UP and len(probes) == 2
 
 
 class ProbedClient:
-    """A volume that is there, for `health`; counts its probes."""
+    """A volume that is there; counts its probes."""
 
-    def __init__(self, health: mkv.Health) -> None:
+    def __init__(self) -> None:
         self.volume = Volume(name="a", url="http://h")
         self.probes = 0
-        self._health = health
 
-    async def probe(self, write: bool) -> None:
+    async def identify(self, _: mkv.VolumeClient) -> mkv.Finding:
         self.probes += 1
-        self._health.notice("a", mkv.Event.STORED if write else mkv.Event.ANSWERED, "")
+        return mkv.Finding(mkv.Standing.RIGHT)
+
+    async def probe(self) -> None:
+        """Nothing is heard of it."""
 
 
 async def test_one_process_probes_and_another_only_while_that_one_is_silent(
@@ -5064,8 +5215,12 @@ async def test_one_process_probes_and_another_only_while_that_one_is_silent(
     monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.01)
     monkeypatch.setattr(mkv, "PROBER_SILENT_S", 3600.0)
     pipes = mkv.open_pipes(2)
-    healths = [mkv.Health(mkv.Peers(pipes, number)) for number in range(2)]
-    clients = [ProbedClient(health) for health in healths]
+    clients = [ProbedClient() for _ in range(2)]
+    healths = [
+        mkv.Health(mkv.Peers(pipes, number), identify=client.identify)
+        for number, client in enumerate(clients)
+    ]
+    healths[0].notice("a", mkv.Event.STORED, "")
     tasks = [
         asyncio.create_task(health.run(lambda client=client: {"a": client}))  # type: ignore
         for health, client in zip(healths, clients, strict=True)
@@ -5136,6 +5291,519 @@ def test_all_workers_know_at_once_what_one_finds_out(
         volume.signal(signal.SIGKILL)
         eventually(lambda: all(try_ask(server.url + "/k") == 503 for _ in range(30)))
         assert server.log().count("volume a is down") == 1
+
+
+# -- who a volume is --
+
+
+@contextlib.asynccontextmanager
+async def disks(folder: Path, *names: str) -> AsyncIterator[dict[str, str]]:
+    """Serve folders of these names; yield name -> URL."""
+    sockets = {folder / name: mkv.listen("127.0.0.1", 0) for name in names}
+    urls = {path.name: f"http://127.0.0.1:{one.getsockname()[1]}" for path, one in sockets.items()}
+    async with mkv.serve_volumes(sockets, Config(), 1000):
+        yield urls
+
+
+def store_at(folder: Path, urls: Mapping[str, str], db: str = "i.db", **settings: Any) -> Config:
+    volumes = tuple(Volume(name=name, url=url) for name, url in urls.items())
+    facts = {"replicas": 1, "garbage_delay": 0.0} | settings
+    return Config(db=str(folder / db), volumes=volumes, **facts)
+
+
+@contextlib.asynccontextmanager
+async def started(config: Config, **how: Any) -> AsyncIterator[Store]:
+    store = Store(config, **how)
+    try:
+        await store.start()
+        yield store
+    finally:
+        await store.close()
+
+
+def identity_file(folder: Path, name: str) -> Path:
+    return folder / name / mkv.IDENTITY_PATH[1:]
+
+
+def shown_by(folder: Path, name: str) -> mkv.Identity:
+    return mkv.decode_identity(identity_file(folder, name).read_bytes())
+
+
+async def reasons_of(store: Store) -> dict[str, str]:
+    """Return name -> why, of the volumes that are refused, and see that these are down."""
+    volumes = (await store.status())["volumes"]
+    refused = {one["name"]: one for one in volumes if one.get("identity") == "refused"}
+    assert all(one["state"] == "down" for one in refused.values())
+    return {name: one["reason"] for name, one in refused.items()}
+
+
+def forget_identities(folder: Path, *names: str) -> None:
+    """As if an earlier edition had written the store."""
+    with contextlib.closing(sqlite3.connect(folder / "i.db")) as db:
+        db.execute("DROP TABLE identity")
+        db.execute("PRAGMA user_version = 3")
+        db.commit()
+    for name in names:
+        identity_file(folder, name).unlink()
+
+
+async def test_volumes_get_identities_before_a_start_is_over_and_keep_them(tmp_path: Path) -> None:
+    async with disks(tmp_path, "a", "b") as urls:
+        config = store_at(tmp_path, urls)
+        async with started(config) as store:
+            assert store.health.states == {"a": UP, "b": UP}
+            shown = {name: shown_by(tmp_path, name) for name in "ab"}
+            seen = await store.index.identities()
+        assert {one.store for one in shown.values()} == {seen[mkv.STORE_ID]}
+        assert {name: one.number for name, one in shown.items()} == {
+            name: seen[name] for name in "ab"
+        }
+        assert len({*seen.values()}) == 3 and [shown[name].volume for name in "ab"] == ["a", "b"]
+        async with started(config) as store:
+            assert store.health.states == {"a": UP, "b": UP}
+            asked = store.metrics.render({})
+        assert {name: shown_by(tmp_path, name) for name in "ab"} == shown
+    # A look at who it is, a write, and the first of the looks that follow.
+    assert re.search(r'requests_total{volume="a",method="GET"} [12]\n', asked)
+    assert 'mkv_volume_requests_total{volume="a",method="PUT"} 1\n' in asked
+
+
+async def test_existing_store_needs_no_step(tmp_path: Path) -> None:
+    """Blobs that records name are there; a volume that is new to the store is empty."""
+    async with disks(tmp_path, "a", "b") as urls:
+        only_a = store_at(tmp_path, {"a": urls["a"]})
+        async with started(only_a) as store:
+            await put_all(store, {f"k{i}": b"x" * i for i in range(20)})
+        forget_identities(tmp_path, "a")
+        async with started(store_at(tmp_path, urls)) as store:
+            assert store.health.states == {"a": UP, "b": UP}
+    assert shown_by(tmp_path, "a").volume == "a" and shown_by(tmp_path, "b").volume == "b"
+
+
+@pytest.mark.parametrize("how", ["not mounted", "another size", "unknown blobs", "no listing"])
+async def test_volume_without_identity_that_may_be_another_is_refused(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with disks(tmp_path, "a") as urls:
+        config = store_at(tmp_path, urls)
+        async with started(config) as store:
+            await put_all(store, {f"k{i}": b"xyz" for i in range(20)})
+        forget_identities(tmp_path, "a")
+        if how == "not mounted":
+            for folder in (tmp_path / "a").glob("[0-9a-f]*"):
+                shutil.rmtree(folder)
+        elif how == "another size":
+            for file in (tmp_path / "a").glob("*/*/*.key"):
+                facts = json.loads(file.read_bytes())
+                file.write_text(json.dumps(facts | {"size": 4}))
+        else:
+            (tmp_path / "i.db").unlink()
+            if how == "no listing":
+                monkeypatch.setattr(mkv, "list_folder", lambda folder: b"[")
+        async with started(config) as store:
+            (reason,) = (await reasons_of(store)).values()
+        why = {
+            "not mounted": "of 8 replicas that should be there, 0 are",
+            "another size": "of 8 replicas that should be there, 0 are",
+            "unknown blobs": "has blobs that no record names",
+            "no listing": "its root has no listing",
+        }
+        assert why[how] in reason and "adopt" in reason
+    assert not identity_file(tmp_path, "a").exists()
+
+
+async def test_path_of_a_server_where_nothing_is_yet_is_an_empty_volume(
+    nginx: Callable[..., str], tmp_path: Path
+) -> None:
+    """Several servers share disks so (README, Several SQLite servers)."""
+    url = nginx()
+    for name in ("one", "two"):
+        async with started(store_at(tmp_path, {"a": f"{url}/{name}"}, f"{name}.db")) as store:
+            assert store.health.states == {"a": UP}
+
+
+@pytest.mark.parametrize("way", ["none", "another store", "earlier disk", "no JSON", "long"])
+async def test_running_server_finds_that_a_disk_is_another_and_that_it_is_back(
+    tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    caplog.set_level("INFO")
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        await put_one(store, "k", b"x")
+        file = identity_file(tmp_path, "a")
+        good = file.read_bytes()
+        shown = shown_by(tmp_path, "a")
+        changed = {
+            "another store": mkv.encode_identity(shown._replace(store="0" * 32)),
+            "earlier disk": mkv.encode_identity(shown._replace(number="0" * 32)),
+            "no JSON": b"x", "long": good + b" " * 2000,
+        }  # fmt: skip
+        if way == "none":
+            file.unlink()
+        else:
+            file.write_bytes(changed[way])
+        await until(lambda: store.health.is_down("a"))
+        (reason,) = (await reasons_of(store)).values()
+        assert 'mkv_volume_identity_refused{volume="a"} 1' in await store.render_metrics()
+        store.health.notice("a", mkv.Event.STORED, "")  # as by a request that was under way
+        store.health.notice("a", mkv.Event.ANSWERED, "")
+        assert store.health.is_down("a")
+        with pytest.raises(mkv.Unavailable):
+            await put_one(store, "k2", b"x")
+        with pytest.raises(mkv.Unavailable):
+            store.locate(await find_record(store, "k"))
+        await asyncio.sleep(0.3)
+        assert caplog.text.count("volume a is down") == 1 and f"is down ({reason})" in caplog.text
+        if way == "none":
+            assert not file.exists()  # it is not for a server to settle that
+        file.write_bytes(good)
+        await until(lambda: store.health.states["a"] is UP)
+        assert await reasons_of(store) == {}
+        assert 'mkv_volume_identity_refused{volume="a"} 0' in await store.render_metrics()
+        await put_one(store, "k", b"y")
+
+
+async def test_nothing_is_sent_to_a_volume_that_is_refused_but_probes(tmp_path: Path) -> None:
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        store.health.note("a", mkv.Finding(mkv.Standing.REFUSED, "another"))
+        client = store.view.clients["a"]
+        acts: list[Callable[[], Any]] = [
+            lambda: client.put({"/x": b"x"}), lambda: client.get(["/"], 99),
+            lambda: client.delete(["/x"]), lambda: client.start_upload("/x", 1),
+            lambda: anext(client.stream("/x")),
+        ]  # fmt: skip
+        for act in acts:
+            with pytest.raises(mkv.VolumeDown, match="another") as raised:
+                await act()
+            assert raised.value.sent == 0  # so nothing of it can come late
+        assert await client.read_identity() == shown_by(tmp_path, "a")
+    assert not (tmp_path / "a" / "x").exists()
+
+
+async def test_exchanged_addresses_are_refused_by_a_reload_and_by_a_start(tmp_path: Path) -> None:
+    async with disks(tmp_path, "a", "b") as urls:
+        config = store_at(tmp_path, urls)
+        exchanged = store_at(tmp_path, {"a": urls["b"], "b": urls["a"]})
+        async with started(config) as store:
+            await store.reload(exchanged)
+            reasons = await reasons_of(store)
+            assert "is volume b" in reasons["a"] and "is volume a" in reasons["b"]
+            await store.reload(config)
+            assert store.health.states == {"a": UP, "b": UP}
+        async with started(exchanged) as store:
+            assert (await reasons_of(store)).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("second", ["localhost", "127.1", "127.0.0.1/."])
+async def test_second_name_for_a_disk_is_refused(
+    nginx: Callable[..., str], tmp_path: Path, second: str
+) -> None:
+    """Else a 201 for two replicas would be for one file."""
+    url = nginx()
+    host, _, path = second.partition("/")
+    other = url.replace("127.0.0.1", host) + (path and f"/{path}")
+    config = store_at(tmp_path, {"a": url, "b": other}, replicas=2)
+    async with started(config) as store:
+        assert len(await reasons_of(store)) == 1
+        assert sorted(state.value for state in store.health.states.values()) == ["down", "up"]
+        with pytest.raises(mkv.Unavailable):
+            await put_one(store, "k", b"x")
+        with pytest.raises(mkv.Unavailable):
+            await put_one(store, "k", bytes(LARGE))
+
+
+async def test_identities_are_written_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the second name of a disk finds what the first one wrote, however long that takes."""
+    write = mkv.VolumeClient.write_identity
+    written = list[str]()
+
+    async def take_long(client: mkv.VolumeClient, identity: mkv.Identity) -> None:
+        written.append(identity.volume)
+        await asyncio.sleep(0.3 * len(written))
+        await write(client, identity)
+
+    monkeypatch.setattr(mkv.VolumeClient, "write_identity", take_long)
+    async with disks(tmp_path, "a") as urls:
+        names = {"a": urls["a"], "b": urls["a"].replace("127.0.0.1", "127.1")}
+        async with started(store_at(tmp_path, names)) as store:
+            assert len(written) == 1 and len(await reasons_of(store)) == 1
+            assert store.health.states[written[0]] is UP
+
+
+async def test_disk_that_another_server_takes_for_another_volume_is_seen_by_the_second_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both found no identity; the other one wrote last."""
+    write = mkv.VolumeClient.write_identity
+
+    async def be_late(client: mkv.VolumeClient, identity: mkv.Identity) -> None:
+        await write(client, identity)
+        other = identity._replace(volume="b", number="0" * 32)
+        asyncio.get_running_loop().call_later(
+            0.1, identity_file(tmp_path, "a").write_bytes, mkv.encode_identity(other)
+        )
+
+    monkeypatch.setattr(mkv.VolumeClient, "write_identity", be_late)
+    monkeypatch.setattr(mkv, "LOOK_AGAIN_S", 0.3)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        assert "is volume b" in (await reasons_of(store))["a"]
+        assert (await store.index.identities()).keys() == {mkv.STORE_ID}
+
+
+async def test_identity_that_is_written_again_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one may still come, after the second."""
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    write = mkv.VolumeClient.write_identity
+    written = list[mkv.Identity]()
+
+    async def time_out_once(client: mkv.VolumeClient, identity: mkv.Identity) -> None:
+        written.append(identity)
+        if len(written) == 1:
+            raise mkv.VolumeTimeout("a", "no progress in time")
+        await write(client, identity)
+
+    monkeypatch.setattr(mkv.VolumeClient, "write_identity", time_out_once)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        await until(lambda: store.health.states["a"] is UP)
+        assert len(written) == 2 and len(set(written)) == 1
+
+
+async def test_server_takes_over_the_number_of_another_that_wrote_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = mkv.VolumeClient.write_identity
+
+    async def be_overtaken(client: mkv.VolumeClient, identity: mkv.Identity) -> None:
+        await write(client, identity)
+        await write(client, identity._replace(number="0" * 32))
+
+    monkeypatch.setattr(mkv.VolumeClient, "write_identity", be_overtaken)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        assert store.health.states == {"a": UP}
+        assert (await store.index.identities())["a"] == "0" * 32
+
+
+@pytest.mark.parametrize("db", ["sqlite", "postgres"], indirect=True)
+async def test_two_servers_that_meet_empty_volumes_agree_on_who_they_are(
+    tmp_path: Path, db: str
+) -> None:
+    async with disks(tmp_path, *"abcd") as urls:
+        config = replace(store_at(tmp_path, urls), db=db)
+        stores = [Store(config) for _ in range(3)]
+        await stores[0].index.open()  # so that it is made only once
+        await asyncio.gather(*(store.start() for store in stores))
+        for store in stores:
+            await until(lambda store=store: set(store.health.states.values()) == {UP})
+        seen = await stores[0].index.identities()
+        assert {name: shown_by(tmp_path, name).number for name in "abcd"} == {
+            name: seen[name] for name in "abcd"
+        }
+        for store in stores:
+            await store.close()
+
+
+async def test_volume_whose_identity_cannot_be_written_is_readonly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    monkeypatch.setattr(mkv, "WRITE_PROBE_EVERY_S", 0.1)
+    async with disks(tmp_path, "a") as urls:
+        config = store_at(tmp_path, urls)
+        async with started(config) as store:
+            await put_one(store, "k", b"x")
+        forget_identities(tmp_path, "a")
+        move = mkv.move_file
+        full = threading.Event()
+        full.set()
+
+        def refuse(source: Path, target: Path) -> bool:
+            if full.is_set() and target.name == "mkv-volume.key":
+                raise OSError(errno.ENOSPC, "full")
+            return move(source, target)
+
+        monkeypatch.setattr(mkv, "move_file", refuse)
+        async with started(config) as store:
+            assert store.health.states == {"a": READONLY} and await reasons_of(store) == {}
+            (one,) = (await store.status())["volumes"]
+            assert one["identity"] == "unwritten" and "507" in one["reason"]
+            assert store.locate(await find_record(store, "k"))
+            await asyncio.sleep(0.5)  # a write probe would succeed
+            assert store.health.states == {"a": READONLY}
+            full.clear()
+            await until(lambda: store.health.states == {"a": UP})
+
+
+@pytest.mark.parametrize("status", [403, 500])
+async def test_only_a_whole_404_says_that_a_volume_has_no_identity(
+    tmp_path: Path, status: int
+) -> None:
+    asked = list[bytes]()
+
+    def answer(connection: socket.socket) -> None:
+        line, left = read_request(connection)
+        read_exactly(connection, left)
+        asked.append(line)
+        connection.sendall(say_status(status if line.startswith(b"GET /mkv") else 200, b"[]"))
+
+    def serve(connection: socket.socket) -> None:
+        while True:
+            answer(connection)
+
+    with fake_volume(serve) as url:
+        async with started(store_at(tmp_path, {"a": url})) as store:
+            assert store.health.is_down("a") and await reasons_of(store) == {}
+            with pytest.raises(mkv.Unavailable):
+                await put_one(store, "k", b"x")
+    assert {line.split()[0] for line in asked} == {b"GET"}
+
+
+async def test_fresh_index_refuses_the_volumes_of_another_store(tmp_path: Path) -> None:
+    async with disks(tmp_path, "a", "b") as urls:
+        async with started(store_at(tmp_path, urls)) as store:
+            await put_all(store, {f"k{i}": b"x" for i in range(20)})
+        before = {name: shown_by(tmp_path, name) for name in "ab"}
+        async with started(store_at(tmp_path, urls, "fresh.db")) as store:
+            reasons = await reasons_of(store)
+            assert reasons.keys() == {"a", "b"}
+            words = "they belong to another index: rebuild, or adopt"
+            assert all(words in reason for reason in reasons.values())
+        assert {name: shown_by(tmp_path, name) for name in "ab"} == before
+
+
+async def test_volume_that_was_renamed_in_the_configuration_says_its_name(tmp_path: Path) -> None:
+    async with disks(tmp_path, "a", "b") as urls:
+        async with started(store_at(tmp_path, urls)):
+            pass
+        async with started(store_at(tmp_path, {"a": urls["a"], "new": urls["b"]})) as store:
+            assert "is volume b" in (await reasons_of(store))["new"]
+            assert store.health.states["a"] is UP
+
+
+async def test_volume_that_does_not_answer_at_the_start_is_asked_who_it_is_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another one, so nothing is written there before."""
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    port = free_port()
+    config = store_at(tmp_path, {"a": f"http://127.0.0.1:{port}"})
+    async with started(config) as store:
+        (one,) = (await store.status())["volumes"]
+        assert (one["state"], one["identity"]) == ("down", "new")
+        store.health.notice("a", mkv.Event.STORED, "")
+        assert store.health.is_down("a")
+        listener = mkv.listen("127.0.0.1", port)
+        async with mkv.serve_volumes({tmp_path / "a": listener}, Config(), 1000):
+            await until(lambda: store.health.states["a"] is UP)
+
+
+async def test_process_hears_that_a_volume_is_another_but_reads_for_itself_that_it_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its configuration may have another address for it."""
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.01)
+    right, other = mkv.Finding(mkv.Standing.RIGHT), mkv.Finding(mkv.Standing.REFUSED, "it is b")
+    found = [right, right]
+    pipes = mkv.open_pipes(2)
+
+    may_read = asyncio.Event()
+    may_read.set()
+
+    async def identify(number: int, _: mkv.VolumeClient) -> mkv.Finding:
+        if number == 1:
+            await may_read.wait()
+        return found[number]
+
+    healths = [
+        mkv.Health(mkv.Peers(pipes, number), identify=partial(identify, number))
+        for number in range(2)
+    ]
+
+    class Stored:
+        volume = Volume(name="a", url="http://h")
+
+        async def probe(self) -> None:
+            for health in healths:
+                health.notice("a", mkv.Event.STORED, "")
+
+    tasks = [
+        asyncio.create_task(health.run(lambda: {"a": Stored()}))  # type: ignore[dict-item]
+        for health in healths
+    ]
+    await until(lambda: all(health.states == {"a": UP} for health in healths))
+    found[:] = [other, other]
+    await until(lambda: all(health.refusal("a") == "it is b" for health in healths))
+    may_read.clear()
+    found[:] = [right, right]
+    await until(lambda: healths[0].states["a"] is UP)
+    await asyncio.sleep(0.1)  # in which the first one says so again and again
+    assert healths[1].states["a"] is DOWN and healths[1].refusal("a")
+    may_read.set()
+    await until(lambda: healths[1].states["a"] is UP)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    close_pipes(pipes)
+
+
+def test_all_workers_take_a_volume_that_is_another_for_down(
+    start: Callable[..., Program], tmp_path: Path
+) -> None:
+    """One finds it out; when it is over each reads that for itself."""
+    with Nginx(tmp_path / "a") as volume:
+        server = start("--workers", "3", "--replicas", "1", "--volume", f"a={volume.url}")
+        assert {try_ask(f"{server.url}/k{i}", "PUT", b"x") for i in range(30)} == {201}
+        file = identity_file(tmp_path, "a")
+        identity = file.read_bytes()
+        file.unlink()
+        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 503 for i in range(30)))
+        assert server.log().count("volume a is down") == 1
+        file.write_bytes(identity)
+        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
+
+
+def test_identity_is_shown_to_nobody_without_the_secret(tmp_path: Path) -> None:
+    path = mkv.IDENTITY_PATH
+    with Nginx(tmp_path / "a", ("one", "two")) as volume:
+        (tmp_path / "a" / path[1:]).write_text("{}")
+        assert try_ask(volume.url + path) == 403
+        assert ask(volume.url + path, Mkv_Volume_Secret="one")[0] == 200
+        assert try_ask(volume.url + path, "PUT", b"x") == 403
+
+
+async def test_thousand_volumes_that_are_known_are_met_at_once(tmp_path: Path) -> None:
+    """Issue 21, A5: the index is read once for all of them."""
+    shown = dict[str, mkv.Identity]()
+    index = mkv.Index(str(tmp_path / "i.db"))
+    await index.open()
+    store_id = (await index.identities())[mkv.STORE_ID]
+    for i in range(100):
+        shown[f"v{i}"] = mkv.Identity(store_id, f"v{i}", f"{i:032x}")
+        await index.keep_identity(f"v{i}", f"{i:032x}")
+    reads = list[int]()
+    read = index.identities
+
+    class Known:
+        def __init__(self, name: str) -> None:
+            self.volume = Volume(name=name, url="http://h")
+
+        async def read_identity(self) -> mkv.Identity:
+            return shown[self.volume.name]
+
+    async def count_reads() -> dict[str, str]:
+        reads.append(1)
+        return await read()
+
+    index.identities = count_reads  # type: ignore[method-assign]
+    identities = mkv.Identities(index, takes_in=True)
+    clients: list[Any] = [Known(name) for name in shown]
+    findings = await asyncio.gather(*map(identities.identify, clients))
+    assert {finding.standing for finding in findings} == {mkv.Standing.RIGHT}
+    assert len(reads) == 1
+    await index.close()
 
 
 # == Metrics and store ============================================================================
@@ -5238,7 +5906,7 @@ async def test_volume_that_was_taken_out_is_unknown_when_it_comes_back(
         config = Config(db=str(tmp_path / "i.db"), volumes=both, replicas=1, volume_timeout=3600.0)
         store = Store(config)
         await store.start()
-        probed = 'mkv_volume_requests_total{volume="there",method="HEAD"} 1'
+        probed = 'mkv_volume_requests_total{volume="there",method="GET"} 5'
         await until(lambda: probed in store.metrics.render({}))  # no probe is under way now
         assert await state_of(store, "there") == "up"
         await store.reload(replace(config, volumes=(here,)))
@@ -7527,6 +8195,7 @@ class Faulty:
 
     def __init__(self, how: str, good: int = 100_000) -> None:
         self.how, self.good, self.bad_blob, self.stop = how, good, False, threading.Event()
+        self._identity = list[bytes]()
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -7548,7 +8217,7 @@ class Faulty:
                 bad = line.startswith(b"PUT") and b"probe" not in line and length > self.good
                 if self.how == "sidecar":
                     self.bad_blob |= bad and b".key " not in line
-                    bad = self.bad_blob and b".key " in line
+                    bad = self.bad_blob and b".key " in line and b"mkv-volume" not in line
                 if bad:
                     stream.read(min(length, self.good))
                     if self.how in ("500", "sidecar"):
@@ -7558,8 +8227,9 @@ class Faulty:
                     if self.how == "stall":
                         self.stop.wait(30)
                     return
-                stream.read(length)
-                connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+                body = stream.read(length)
+                answer = answer_to_probe(line, body, self._identity)
+                connection.sendall(answer or say_status(201))
 
     def close(self) -> None:
         self.stop.set()
@@ -9621,7 +10291,7 @@ async def test_volume_that_dislikes_a_request_is_not_worse_for_it(status: int) -
             await client.delete(["/p"])
         assert noticed == []
         with pytest.raises(mkv.VolumeUnexpected):
-            await client.probe(write=True)
+            await client.probe()
         assert noticed == ["REFUSED"]
         client.close()
 
@@ -9940,7 +10610,11 @@ def test_readmes_rsync_copies_a_volume(start: Callable[..., Program], tmp_path: 
     command = command.replace("elsewhere:/srv/mkv", str(copy)).replace("/srv/mkv", str(folder))
     subprocess.run(["bash", "-ec", f"{require('rsync')} {command}"], check=True)
     copied = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
-    assert len(copied) == 2 and not [name for name in copied if name.startswith(".")]
+    assert (
+        len(copied) == 3
+        and "mkv-volume.key" in copied
+        and not [name for name in copied if name.startswith(".")]
+    )
 
 
 def test_compose_file_runs_what_is_in_the_repository() -> None:
@@ -10617,7 +11291,7 @@ def test_trace_that_is_none_goes_nowhere(
     good = f"cc-{trace}-{parent}-00"
     assert ask(server.url + "/k", "PUT", b"x", traceparent=good)[0] == 204
     eventually(lambda: server.log().count("method=PUT") == len(bad) + 1)
-    puts = re.findall(r'trace=(\S+) "PUT', (folders[0] / ".access.log").read_text())
+    puts = re.findall(r'trace=(\S+) "PUT /(?!mkv)', (folders[0] / ".access.log").read_text())
     assert Counter(puts) == {"-": 2 * len(bad), good: 2}
     assert re.findall(r"trace=(\S+)", server.log()) == [good]
 
@@ -11471,6 +12145,7 @@ class Cluster:
         self.db: Any = folder / "index.db"
         self.volumes: dict[str, Nginx] = {}
         self.ports: dict[str, int] = {}
+        self.hosts = {"second": "localhost"}  # a second name for a disk
 
     def start(self, *names: str) -> None:
         for name in names:
@@ -11501,7 +12176,7 @@ class Cluster:
         lines = [f"{name} = {json.dumps(value)}" for name, value in facts.items()]
         for name in volumes if self.kind == "nginx" else ():
             weight = (weights or {}).get(name, 1.0)
-            url = f"http://127.0.0.1:{self.ports[name]}"
+            url = f"http://{self.hosts.get(name, '127.0.0.1')}:{self.ports[name]}"
             lines.append(f'[[volume]]\nname = "{name}"\nurl = "{url}"\nweight = {weight}')
         self.file.write_text("\n".join(lines))
         self.config = mkv.load_config(str(self.file), {})
@@ -11580,6 +12255,19 @@ class Cluster:
             process.terminate()
             process.wait(20)
             process.stdout.close()
+
+    def use_index(self, act: Callable[[mkv.Transaction], Any]) -> None:
+        async def write() -> None:
+            index = mkv.Index(str(self.db))
+            await index.open()
+            await index.write(act)
+            await index.close()
+
+        asyncio.run(write())
+
+    def collect_if_any(self) -> None:
+        """Delete what can be deleted; what is on a volume that is down waits."""
+        self.use(lambda store: store.collect_garbage())
 
     def ask_index(self, query: str) -> list[Any]:
         if self.postgres:
@@ -13673,6 +14361,11 @@ def test_rebuild_does_not_take_an_unmounted_or_forgotten_disk_for_an_empty_one(
     cluster.stop("volume3")
     cluster.start("volume3")
     code, _, err = cluster.tool("rebuild")
+    assert code == 1 and "volume3: it has lost its" in err and cluster.rows() == before
+    for name in ("volume1", "volume2", "volume3"):  # of an edition that gave them none
+        identity_file(cluster.data, name).unlink(missing_ok=True)
+    cluster.use_index(lambda tx: tx._session.run("DELETE FROM identity WHERE name <> ''"))
+    code, _, err = cluster.tool("rebuild")
     assert code == 1 and "volume3 is empty" in err and cluster.rows() == before
     cluster.configure("volume1", "volume2", replicas=2)
     code, _, err = cluster.tool("rebuild")
@@ -14699,6 +15392,244 @@ def test_verify_takes_a_volume_that_is_down_for_unknown_not_for_empty(cluster: C
     code, facts, _ = cluster.tool("verify", "--repair", "--deep")
     assert code == 1 and facts["found"] == {"failed volume": 1}
     assert cluster.rows() == before and not cluster.garbage()
+
+
+# -- volumes that are others than they should be --
+
+
+def exchange_addresses(cluster: Cluster) -> None:
+    ports = cluster.ports
+    ports["volume1"], ports["volume2"] = ports["volume2"], ports["volume1"]
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+
+
+def rename_all(cluster: Cluster) -> None:
+    for i in (1, 2, 3):
+        cluster.ports[f"new{i}"] = cluster.ports[f"volume{i}"]
+    cluster.configure("new1", "new2", "new3", replicas=2)
+
+
+def take_a_fresh_index(cluster: Cluster) -> None:
+    cluster.db = cluster.db.with_name("fresh.db")
+    cluster.configure("volume1", "volume2", "volume3", replicas=2)
+    cluster.use(lambda store: store.status())  # makes it
+
+
+def unmount(cluster: Cluster) -> None:
+    away = cluster.data / "volume2-away"
+    away.mkdir()
+    for file in (cluster.data / "volume2").glob("[!.]*"):
+        file.rename(away / file.name)
+
+
+@on_nginx
+@pytest.mark.parametrize(
+    "way", [exchange_addresses, rename_all, take_a_fresh_index, unmount], ids=lambda f: f.__name__
+)
+def test_no_tool_touches_what_is_on_volumes_that_are_others(
+    cluster: Cluster, way: Callable[[Cluster], None]
+) -> None:
+    """All of it, or a third, was taken for litter, or for lost."""
+    cluster.put({f"k{i}": os.urandom(100) for i in range(60)})
+    records = cluster.rows()
+    way(cluster)
+    files = all_files(cluster)
+    code, facts, _ = cluster.tool("verify", "--repair", "--grace", 0)
+    harmless = {"failed volume", "not configured", "no good replica"}
+    assert code == 1 and facts["found"].keys() <= harmless and facts["repaired"] == 0
+    code, facts, _ = cluster.tool("rebalance")
+    assert facts["moved"] == 0
+    cluster.collect_if_any()
+    assert all_files(cluster) == files
+    if way is not take_a_fresh_index:
+        assert cluster.rows() == records
+
+
+@on_nginx
+def test_status_names_who_is_refused_and_why(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    unmount(cluster)
+    code, facts, _ = cluster.tool("status")
+    refused = {one["name"]: one["reason"] for one in facts["volumes"] if "reason" in one}
+    assert code == 1 and refused.keys() == {"volume2"} and "not mounted" in refused["volume2"]
+
+
+@pytest.mark.parametrize("way", [exchange_addresses, rename_all, unmount])
+@pytest.mark.parametrize("lost", [False, True])
+@on_nginx
+def test_rebuild_believes_no_volume_that_is_another(
+    cluster: Cluster, way: Callable[[Cluster], None], lost: bool
+) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    way(cluster)
+    if lost:
+        cluster.lose_index()
+        if way is unmount:
+            return  # nobody knows any more that it had one
+    before = {one.name for one in cluster.file.parent.glob("index.db*")}
+    code, _, said = cluster.tool("rebuild")
+    assert code == 1 and ("is volume" in said or "not mounted" in said)
+    after = {one.name for one in cluster.file.parent.glob("index.db*")}
+    assert after - before <= {"index.db.lock"}
+
+
+@on_both_engines
+def test_rebuild_without_an_index_takes_over_who_the_volumes_are(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    records = cluster.rows()
+    identities = sorted(cluster.ask_index("SELECT name, number FROM identity"))
+    cluster.lose_index()
+    assert cluster.tool("rebuild")[0] == 0
+    assert cluster.rows() == records
+    assert sorted(cluster.ask_index("SELECT name, number FROM identity")) == identities
+    assert cluster.tool("rebuild")[0] == 0  # and with it
+    assert sorted(cluster.ask_index("SELECT name, number FROM identity")) == identities
+    check_placement(cluster)
+
+
+@on_nginx
+def test_rebuild_over_a_fresh_index_takes_over_who_the_volumes_are(cluster: Cluster) -> None:
+    """As the words say with which a server refuses them."""
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    records = cluster.rows()
+    take_a_fresh_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0
+    assert cluster.rows() == records
+    check_placement(cluster)
+
+
+@on_nginx
+def test_rebuild_names_the_stores_if_volumes_are_of_several(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    cluster.lose_index()
+    file = identity_file(cluster.data, "volume3")
+    store = shown_by(cluster.data, "volume3").store
+    file.write_bytes(mkv.encode_identity(mkv.Identity("f" * 32, "volume3", "1" * 32)))
+    code, _, said = cluster.tool("rebuild")
+    assert code == 1 and store in said and "f" * 32 in said
+    assert not cluster.db.exists()
+
+
+@on_nginx
+def test_rebuild_of_volumes_without_identities_is_as_before(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    records = cluster.rows()
+    for name in ("volume1", "volume2", "volume3"):
+        identity_file(cluster.data, name).unlink()
+    cluster.lose_index()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == records
+    check_placement(cluster)
+
+
+@on_nginx
+def test_index_that_is_moved_keeps_who_the_volumes_are(
+    cluster: Cluster, postgres: Postgres
+) -> None:
+    cluster.put({"k": b"x"})
+    query = "SELECT name, number FROM identity"
+    identities = sorted(cluster.ask_index(query))
+    schema = f"t{random.getrandbits(40):x}"
+    assert cluster.tool("move-index", cluster.db, postgres.url(schema))[0] == 0
+    assert sorted(postgres.ask(query, schema)) == identities
+    back = cluster.db.with_name("back.db")
+    assert cluster.tool("move-index", postgres.url(schema), back)[0] == 0
+    cluster.db = back
+    assert sorted(cluster.ask_index(query)) == identities
+    postgres.ask(f"DROP SCHEMA {schema} CASCADE")
+
+
+@on_both_engines
+def test_replaced_disk_is_adopted_beside_a_server_that_takes_it_up(cluster: Cluster) -> None:
+    cluster.put({f"k{i}": b"x" for i in range(20)})
+    named = sum("volume2" in row[2] for row in cluster.rows())
+    with cluster.serve() as (port, _):
+        unmount(cluster)
+        url = f"http://127.0.0.1:{port}/-/status"
+
+        def state() -> str:
+            volumes = json.loads(ask(url)[2])["volumes"]
+            return next(one["state"] for one in volumes if one["name"] == "volume2")
+
+        eventually(lambda: state() == "down")
+        code, facts, _ = cluster.tool("adopt", "volume2")
+        assert (code, facts["identity"], facts["records"], facts["root"]) == (0, None, named, [])
+        assert facts["adopted"] and cluster.files("volume2") == set()  # and nothing else
+        eventually(lambda: state() == "up")
+    assert cluster.tool("verify", "--repair", "--grace", 0)[0] == 0
+    check_placement(cluster)
+    before = shown_by(cluster.data, "volume2")
+    code, facts, _ = cluster.tool("adopt", "volume2")
+    assert code == 0 and not facts["adopted"] and shown_by(cluster.data, "volume2") == before
+
+
+@on_nginx
+def test_old_disk_that_comes_back_after_another_was_adopted_is_refused(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    old = identity_file(cluster.data, "volume2").read_bytes()
+    unmount(cluster)
+    assert cluster.tool("adopt", "volume2")[0] == 0
+    identity_file(cluster.data, "volume2").write_bytes(old)
+    _, facts, _ = cluster.tool("status")
+    (reason,) = (one["reason"] for one in facts["volumes"] if "reason" in one)
+    assert "not the one last seen" in reason
+
+
+@on_nginx
+def test_adopt_refuses_what_makes_no_sense(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    before = {name: shown_by(cluster.data, name) for name in cluster.volumes}
+
+    def refused(name: str, why: str) -> None:
+        code, _, said = cluster.tool("adopt", name)
+        assert code == 1 and why in said
+        assert {name: shown_by(cluster.data, name) for name in cluster.volumes} == before
+
+    exchange_addresses(cluster)
+    refused("volume1", "it is volume2, which is configured elsewhere")
+    exchange_addresses(cluster)
+    cluster.ports["second"] = cluster.ports["volume3"]
+    cluster.configure("volume1", "volume3", "second", replicas=2)
+    refused("second", "volume3 shows the same identity: two names for one disk")
+    code, _, said = cluster.tool("adopt", "volume9")
+    assert code == 2 and "not in the configuration" in said
+
+
+@on_nginx
+def test_adopt_of_one_of_two_names_for_a_disk_is_no_success(cluster: Cluster) -> None:
+    """Neither shows an identity before."""
+    cluster.put({"k": b"x"})
+    cluster.ports["second"] = cluster.ports["volume3"]
+    identity_file(cluster.data, "volume3").unlink()
+    cluster.configure("volume1", "volume3", "second", replicas=2)
+    code, _, said = cluster.tool("adopt", "second")
+    assert code == 1 and "volume3 shows the same identity" in said
+    assert not cluster.ask_index("SELECT 1 FROM identity WHERE name = 'second'")
+
+
+@on_nginx
+def test_adopt_makes_a_volume_of_another_store_one_of_this(cluster: Cluster) -> None:
+    cluster.put({"k": b"x"})
+    take_a_fresh_index(cluster)
+    store = {shown_by(cluster.data, name).store for name in cluster.volumes}
+    for name in cluster.volumes:
+        code, facts, _ = cluster.tool("adopt", name)
+        assert code == 0 and {facts["identity"]["store"]} == store and facts["records"] == 0
+    code, facts, _ = cluster.tool("status")
+    assert code == 0 and {one["state"] for one in facts["volumes"]} == {"up"}
+
+
+@on_nginx
+def test_rebalance_of_a_store_with_two_names_for_a_disk_loses_nothing(cluster: Cluster) -> None:
+    """Written before volumes knew who they are: 21 of 40 keys were lost, with exit code 0."""
+    cluster.configure("volume1", replicas=1)
+    cluster.put({f"k{i}": b"x" for i in range(40)})
+    files = all_files(cluster)
+    cluster.ports["second"] = cluster.ports["volume1"]
+    cluster.configure("volume1", "second", replicas=1)
+    code, _, _ = cluster.tool("rebalance")
+    assert code == 1
+    cluster.collect_if_any()
+    assert all_files(cluster) == files
 
 
 @on_nginx
