@@ -5465,18 +5465,20 @@ async def test_running_server_finds_that_a_disk_is_another_and_that_it_is_back(
 
 async def test_nothing_is_sent_to_a_volume_that_is_refused_but_probes(tmp_path: Path) -> None:
     async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
-        store.health.note("a", mkv.Finding(mkv.Standing.REFUSED, "another"))
         client = store.view.clients["a"]
+        other = shown_by(tmp_path, "a")._replace(volume="b")
+        identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(other))
+        await store.health.probe(client)
         acts: list[Callable[[], Any]] = [
             lambda: client.put({"/x": b"x"}), lambda: client.get(["/"], 99),
             lambda: client.delete(["/x"]), lambda: client.start_upload("/x", 1),
             lambda: anext(client.stream("/x")),
         ]  # fmt: skip
         for act in acts:
-            with pytest.raises(mkv.VolumeDown, match="another") as raised:
+            with pytest.raises(mkv.VolumeDown, match="is volume b") as raised:
                 await act()
             assert raised.value.sent == 0  # so nothing of it can come late
-        assert await client.read_identity() == shown_by(tmp_path, "a")
+        assert await client.read_identity() == other
     assert not (tmp_path / "a" / "x").exists()
 
 
