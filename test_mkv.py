@@ -14912,6 +14912,168 @@ def test_rebalance_gives_no_volume_a_wrong_blob(cluster: Cluster) -> None:
     assert all(re.search(put_one, log) for log in logs)
 
 
+# -- what stands still and wakes (R1, R5) --
+
+
+def spawn_with(cluster: Cluster, patch: str, *arguments: object) -> subprocess.Popen[bytes]:
+    """Run a tool whose code was changed by `patch`."""
+    line = f"import sys, asyncio, mkv, mkv_tools\n{patch}\nsys.exit(mkv_tools.main(sys.argv[1:]))"
+    words = [str(one) for one in arguments]
+    command = [sys.executable, "-c", line, words[0], "--config", str(cluster.file), *words[1:]]
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    )
+
+
+# A rebalance that stands still when it has claimed, or has copied, until the file `go` is there.
+STAND_STILL = """
+import pathlib
+real = mkv_tools.Mover._copy_small
+async def stand_still(mover, batch):
+    if {late}:
+        await real(mover, batch)
+    pathlib.Path({still!r}).touch()
+    import os, signal
+    os.kill(os.getpid(), signal.SIGSTOP)
+    if not {late}:
+        await real(mover, batch)
+mkv_tools.Mover._copy_small = stand_still
+"""
+
+
+@on_nginx
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("act", ["nothing", "DELETE", "PUT"])
+def test_rebalance_that_stood_still_for_longer_than_lease_and_doubt_brings_nothing_back(
+    cluster: Cluster, act: str, late: bool, tmp_path: Path
+) -> None:
+    """R5: a server takes it for dead, its doubts pass, the collector has done with its places; then
+    it wakes, with its copies to be sent, or sent and not yet committed."""
+    settings = {"replicas": 3, "lease": 1.0, "min_replicas": 1}
+    cluster.configure("volume1", "volume2", "volume3", **settings | {"replicas": 2})
+    cluster.put({"k": b"old", "other": b"x"})
+    before = cluster.record("k")
+    cluster.configure("volume1", "volume2", "volume3", **settings)
+    still = tmp_path / "still"
+    patch = STAND_STILL.format(late=late, still=str(still))
+    tool = spawn_with(cluster, patch, "rebalance")
+    eventually(still.exists)
+
+    async def outlive(store: Store) -> None:
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(mkv, "BROKEN_S", 0.5)
+            if act == "DELETE":
+                await store.delete("k", mkv.UNCONDITIONAL, "")
+            if act == "PUT":
+                await put_one(store, "k", b"new")
+            deadline = time.monotonic() + 20
+            while cluster.claims() or cluster.ask_index("SELECT 1 FROM dead"):
+                assert time.monotonic() < deadline
+                await store.index.write(lambda tx: tx._end_leases())
+                await store.collect_garbage()
+                await asyncio.sleep(0.1)
+
+    cluster.use(outlive)
+    os.kill(tool.pid, signal.SIGCONT)
+    out, err = tool.communicate(timeout=30)
+    assert b"Traceback" not in err, err
+    rows = {row[0] for row in cluster.rows()}
+    assert rows == {"other"} if act == "DELETE" else {"k", "other"}
+    # Before any collector comes: no sidecar above what lives, nor of what was deleted.
+    named = {
+        mkv.sidecar_path(record.path_on(volume))[1:]
+        for row in cluster.rows()
+        for record in [mkv.record_of_row(row)]
+        for volume in record.volumes
+    }
+    others = set(sidecars(cluster)) - named
+    if act == "DELETE":
+        assert not any(before.path[1 : mkv.KEY_STEM] in path for path in others), others
+    cluster.collect()
+    assert set(sidecars(cluster)) == named  # nothing dead is left without a row
+    assert cluster.tool("rebalance")[0] == 0
+    cluster.collect()
+    check_placement(cluster)
+
+
+@on_nginx
+def test_collector_that_stood_still_deletes_nothing_that_rebalance_brought_back(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """R1: it is stopped in the middle of its deletions, for longer than its lease, while another
+    one empties the volume and the replicas come back to it."""
+    use_only(cluster, "volume1", lease=1.0)
+    cluster.put({f"k{i}": os.urandom(20) for i in range(12)})
+    use_only(cluster, "volume2", lease=1.0)
+    assert cluster.tool("rebalance")[0] == 0 and len(cluster.garbage()) == 12
+    still = tmp_path / "still"
+    collector = f"""
+import asyncio, os, pathlib, signal, sys, mkv
+real, seen = mkv.VolumeClient.delete, []
+async def delete(client, paths, trail=""):
+    seen.append(paths)
+    if len(seen) == 4:
+        pathlib.Path({str(still)!r}).touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return await real(client, paths, trail)
+mkv.VolumeClient.delete = delete
+async def main():
+    store = mkv.Store(mkv.load_config({str(cluster.file)!r}, {{}}), role=mkv.TOOL)
+    await store.start()
+    await store.collect_garbage()
+    await store.close()
+asyncio.run(main())
+print(len(seen))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", collector], cwd=HERE, stdout=subprocess.PIPE, env=os.environ
+    )
+    eventually(still.exists)
+    time.sleep(1.5)  # for longer than its lease: that is what is tested
+    cluster.collect()
+    assert not cluster.files("volume1") and not cluster.garbage()
+    use_only(cluster, "volume1", lease=1.0)
+    assert cluster.tool("rebalance")[1]["moved"] == 12
+    files = cluster.files("volume1")
+    os.kill(process.pid, signal.SIGCONT)
+    out = process.communicate(timeout=30)[0]
+    assert int(out) >= 4  # it went on
+    assert cluster.files("volume1") == files and len(files) == 24
+    use_only(cluster, "volume1")
+    check_placement(cluster)
+
+
+@on_nginx
+def test_delete_that_was_sent_twice_hits_nothing_alive(cluster: Cluster) -> None:
+    """R1: its connection broke, it was sent again and answered; rebalance brings the replica back;
+    then the first one comes."""
+    use_only(cluster, "volume1")
+    cluster.put({"k": b"abc"})
+    late = list[list[str]]()
+    real = mkv.VolumeClient.delete
+
+    async def twice(client: Any, paths: Any, trail: str = "") -> Any:
+        late.append([*paths])
+        return await real(client, paths, trail)
+
+    use_only(cluster, "volume2")
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mkv.VolumeClient, "delete", twice)
+        cluster.collect()
+    use_only(cluster, "volume1")
+    assert cluster.tool("rebalance")[1]["moved"] == 1
+    assert late and cluster.record("k").volumes == ("volume1",)
+
+    async def come(store: Store) -> None:
+        for paths in late:
+            await store.view.clients["volume1"].delete(paths)
+
+    cluster.use(come)
+    assert cluster.replica("k").read_bytes() == b"abc"
+    check_placement(cluster)
+
+
 # == Tools: verify ================================================================================
 
 
