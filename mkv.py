@@ -2521,7 +2521,8 @@ def prepare_sqlite(session: SqliteSession) -> None:
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
             session.run("DROP TABLE pending")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version != SCHEMA_VERSION:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def keep_copy(db: sqlite3.Connection, version: int) -> None:
