@@ -8580,7 +8580,7 @@ class StoredFile(web.FileResponse):
         part = given.get("Range", "")
         known_s = time_of(given["If-Range"]) if "If-Range" in given else self._modified_s
         # If it is another, the client may have a part of another version. One part is enough.
-        if re.fullmatch(r"[!-+--~]+", part) and known_s == self._modified_s:
+        if re.fullmatch(r"[!-+\--~]+", part) and known_s == self._modified_s:
             headers["Range"] = part
         if time_of(given.get("If-Modified-Since", "")) == self._modified_s:
             headers["If-Modified-Since"] = given["If-Modified-Since"]

@@ -11714,10 +11714,9 @@ def test_blob_that_comes_late_after_a_large_put_was_refused_is_deleted(
     monkeypatch.setattr(mkv.Upload, "send", send_or_fail)
     now_s = cluster.use(work)
     with contextlib.closing(sqlite3.connect(cluster.db)) as db:
-        rows = db.execute("SELECT volume, path, doubt FROM dead").fetchall()
-    assert [row[2] for row in rows] == [pytest.approx(now_s + 300, abs=30)] * 3
-    assert not tombstones(cluster)
-    for volume, path, _ in rows:
+        rows = db.execute("SELECT volume, path FROM dead").fetchall()
+    assert len(rows) == 3 and not tombstones(cluster)
+    for volume, path in rows:
         late = cluster.data / volume / path[1:]
         late.parent.mkdir(parents=True, exist_ok=True)
         late.write_bytes(b"late")
