@@ -1323,8 +1323,7 @@ class Keys:
         """Adopt the first version, from the highest one down, that is sound and not dead; what is
         below is dead."""
         known = self._known.records.get(key_stem)
-        away = self._places_away(known)
-        if known and away and known.path[:STEM] not in self._versions:
+        if known and self._places_away(known) and known.path[:STEM] not in stems:
             stems = sorted([*stems, known.path[:STEM]], reverse=True)
         is_settled = False
         for stem in stems:
@@ -1334,8 +1333,9 @@ class Keys:
             elif self._known.is_dead(stem):
                 self._kill(version)
                 places = version.sidecars.keys() | version.blobs.keys()
-                self.known_dead += not places <= self._known.dead.get(stem, set())
-            elif is_settled and (version.sidecars or away):
+                if not places <= self._known.dead.get(stem, set()):
+                    self.known_dead += 1
+            elif is_settled and (version.sidecars or self._known.names(stem)):
                 self._kill(version)
             else:
                 record = await self._judge(version)
@@ -1345,10 +1345,8 @@ class Keys:
                     if not version.sidecars.keys() <= {*record.places}:
                         self._kill_the_rest(version, record)
 
-    def _places_away(self, record: Record | None) -> list[str]:
+    def _places_away(self, record: Record) -> list[str]:
         """Return the places of a record that are on volumes that are not read now."""
-        if record is None:
-            return []
         return [place for place in record.places if volume_of(place) not in self._clients]
 
     def _key_of(self, stem: str) -> str:
