@@ -726,7 +726,7 @@ def blob_path(key: str, version: str, ext: str) -> str:
 def place_path(path: str, place: str) -> str:
     """Return where on its volume the blob of the version at `path` lies at `place`."""
     _, sign, tag = place.partition("~")
-    return f"{path[:STEM]}{sign}{tag}{path[STEM:]}"
+    return f"{path[:STEM]}~{tag}{path[STEM:]}" if sign else path
 
 
 def split_path(path: str) -> tuple[str, str]:

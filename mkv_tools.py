@@ -253,7 +253,7 @@ def parse_listing(body: bytes) -> Files:
 
 def tag_of(path: str) -> str:
     """Return the tag in a path with its sign, "" if it has none."""
-    return stem_of(path)[STEM:]
+    return stem_of(path)[STEM:] if path[STEM : STEM + 1] == "~" else ""
 
 
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
@@ -359,7 +359,10 @@ def judge_version(
     good = dict[str, str]()  # volume -> place
     others = dict[str, Record]()
     cases = list[Case]()
-    for place in sorted(read, key=lambda place: (place not in named, place)):
+    order = sorted(read)
+    if is_crowded(read):
+        order.sort(key=lambda place: place not in named)
+    for place in order:
         sidecar = read[place]
         volume = volume_of(place)
         if isinstance(sidecar, str):
@@ -1323,8 +1326,8 @@ class Keys:
         """Adopt the first version, from the highest one down, that is sound and not dead; what is
         below is dead."""
         known = self._known.records.get(key_stem)
-        if known and self._places_away(known) and known.path[:STEM] not in stems:
-            stems = sorted([*stems, known.path[:STEM]], reverse=True)
+        if known and key_stem + known.version not in stems and self._places_away(known):
+            stems = sorted([*stems, key_stem + known.version], reverse=True)
         is_settled = False
         for stem in stems:
             version = self._versions.get(stem) or Version(stem)
@@ -1381,9 +1384,10 @@ class Keys:
             sidecars = {place: read[place] for place in standing.sidecars} if dead else read
             record, cases = await self._read_and_judge(standing, sidecars, named)
             self.cases += cases
-        for place in sorted(standing.blobs.keys() - standing.sidecars.keys()):
-            for path in standing.blobs[place]:
-                self.cases.append(Case("blob without sidecar", volume_of(place), path))
+        if bare := standing.blobs.keys() - standing.sidecars.keys():
+            for place in sorted(bare):
+                for path in standing.blobs[place]:
+                    self.cases.append(Case("blob without sidecar", volume_of(place), path))
         if record is None and dead and named:  # it may have the last good replica
             record, _ = await self._read_and_judge(version, read, named, in_full=True)
         if record is None and standing.sidecars and standing.blobs:
