@@ -67,8 +67,9 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
     digest names the bytes.
 
 A copy of the index (backup, the source of move-index) says that it is one: only rebuild takes it,
-as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes: 0 done; 1 something is left or failed; 2 wrong usage, or a
-configuration or an index that cannot be used. Ctrl-C is safe: the same command goes on.
+as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes:
+0 done; 1 something is left or failed; 2 wrong usage, or a configuration or an index that cannot be
+used. Ctrl-C is safe: the same command goes on.
 
 Reading order: plans (pure), reading volumes, moving replicas, running, tool after tool, command
 line."""
