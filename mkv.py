@@ -2518,6 +2518,7 @@ def prepare_sqlite(session: SqliteSession) -> None:
         db.execute("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
         db.execute("UPDATE clock SET boot = ?1 WHERE boot NOT IN (?1, ?2)", (boot, COPY))
         if version == 3:
+            check_unused(session)
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN)
             session.run("DROP TABLE pending")
@@ -3153,6 +3154,7 @@ class PostgresEngine(Engine):
                 self._make_tables(session)
             ((version,),) = session.select("SELECT schema FROM meta")
             if version == 3:
+                check_unused(session)
                 migrate(session, tables_in_postgres(PENDING + DRAWN))
                 session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
                 session.run("ALTER TABLE meta DROP COLUMN epoch")
@@ -3259,12 +3261,16 @@ class PostgresEngine(Engine):
 # no row now, since a record names it. All versions up to the highest were drawn by anybody.
 
 
-def migrate(session: Session, tables: str) -> None:
-    """Make the tables that are new, and bring over what is pending; raises Occupied."""
-    now_s = session.read_clock()
+def check_unused(session: Session) -> None:
+    """Raise Occupied if an owner of the second edition is alive."""
     owners = "SELECT role, until FROM owner WHERE role <> 'gone' AND until > ?1"
-    for role, until_s in session.select(owners, (now_s,)):
+    for role, until_s in session.select(owners, (session.read_clock(),)):
         raise Occupied(role, until_s)
+
+
+def migrate(session: Session, tables: str) -> None:
+    """Make the tables that are new, and bring over what is pending."""
+    now_s = session.read_clock()
     for statement in tables.split(";"):
         if statement.strip():
             session.run(statement)
@@ -4575,6 +4581,9 @@ class Exchange:
 class LeaseEnded(OSError):
     """What was claimed may be taken for dead by now, so nothing more is written there."""
 
+    def __init__(self) -> None:
+        super().__init__("the lease of this process has ended")
+
 
 def ignore(_: Exchange) -> None:
     pass
@@ -4675,6 +4684,7 @@ class Line(Wire):
         self._unsent = deque[Sequence[bytes]]()  # requests
         self._under_way = 0  # requests that have been sent and not answered
         self.is_used = False
+        self.is_kept = False  # it was idle since it was used, and may have broken then
         self.waiting_for = deque[Exchange]()  # sent and not answered
         self.answered_s = 0.0  # when there was an answer last, or nothing to answer
         self.progress_s = 0.0  # the same for any byte that came or was taken
@@ -4685,6 +4695,7 @@ class Line(Wire):
             exchange.sent += 1
             exchange.through = len(exchange.answers)
             self._unsent.extend(exchange.requests[exchange.through :])
+        self.is_kept = self.is_used
         self.is_used = True
         self.waiting_for.extend(batch)
         self.answered_s = time.monotonic()
@@ -4697,7 +4708,7 @@ class Line(Wire):
         if count <= 0:
             return
         if any(one.lease and one.lease.has_ended() for one in self.waiting_for):
-            self.end(LeaseEnded("the lease of this process has ended"))
+            self.end(LeaseEnded())
             return
         pieces = list[bytes]()
         for _ in range(count):
@@ -5087,7 +5098,7 @@ class VolumeClient:
         """Take from the queue what goes out together on one line."""
         first = self._queue.popleft()
         if first.lease and first.lease.has_ended():
-            self._fail([first], LeaseEnded("the lease of this process has ended"))
+            self._fail([first], LeaseEnded())
             return []
         batch = [first]
         size = first.size
@@ -5162,7 +5173,9 @@ class VolumeClient:
                 again.append(exchange)
         line.waiting_for.clear()
         self._queue.extendleft(reversed(again))
-        self._fail(failed, reason or EOFError("it hung up before it answered"))
+        # A kept line may have broken long ago: that says nothing of the volume.
+        is_news = reason is not None and not line.is_kept
+        self._fail(failed, reason or EOFError("it hung up before it answered"), silent=not is_news)
         self._wake()
 
     def give_up(self, line: Line) -> None:
@@ -5193,9 +5206,11 @@ class VolumeClient:
         self._queue.clear()
         self._fail(waiting, error)
 
-    def _fail(self, exchanges: Iterable[Exchange], reason: Exception) -> None:
-        """Fail these; health hears that once."""
-        told = False
+    def _fail(
+        self, exchanges: Iterable[Exchange], reason: Exception, silent: bool = False
+    ) -> None:
+        """Fail these; health hears that once, or not at all."""
+        told = silent
         for exchange in exchanges:
             exchange.requests = ()
             if exchange.error is None:
@@ -5410,12 +5425,12 @@ class VolumeClient:
             await self._connect(wire)
             if lease is not None and lease.has_ended():
                 wire.abort()
-                raise LeaseEnded("the lease of this process has ended")
+                raise LeaseEnded()
         framing = (
             "Transfer-Encoding: chunked\r\n" if size is None else f"Content-Length: {size}\r\n"
         )
         wire.write(self._request("PUT", path, trail, framing))
-        return Upload(self, wire, path, chunked=size is None)
+        return Upload(self, wire, path, size is None, lease)
 
 
 def resolve(over: asyncio.Future[None], _: Exchange) -> None:
@@ -5423,10 +5438,13 @@ def resolve(over: asyncio.Future[None], _: Exchange) -> None:
 
 
 class Upload:
-    """One large blob on its way to one volume."""
+    """One large blob on its way to one volume, unless `lease` ends before it has all of it."""
 
-    def __init__(self, client: VolumeClient, wire: Stream, path: str, chunked: bool) -> None:
+    def __init__(
+        self, client: VolumeClient, wire: Stream, path: str, chunked: bool, lease: Lease | None
+    ) -> None:
         self._client = client
+        self._lease = lease
         self._wire = wire
         self._path = path
         self._chunked = chunked
@@ -5445,14 +5463,20 @@ class Upload:
         """Send a piece; wait if more than UPLOAD_BUFFER would wait. Raises VolumeError."""
         self._size += len(chunk)
         framed = encode_chunks(chunk) if self._chunked else chunk
-        if self._write(framed) and self._wire.waiting <= UPLOAD_BUFFER:
+        has_ended = self._has_ended()
+        if not has_ended and self._write(framed) and self._wire.waiting <= UPLOAD_BUFFER:
             return
         with self._client.watch("SEND"):
+            if has_ended:
+                raise LeaseEnded
             async with Patience(self._wire, self._client.timeout_s):
                 await self._wire.drain()
                 if self._wire.is_closed:
                     self._client.check("PUT", self._path, await self._answer)
                     raise self._too_early()
+
+    def _has_ended(self) -> bool:
+        return self._lease is not None and self._lease.has_ended()
 
     def _write(self, data: bytes) -> bool:
         """Write unless the connection is closed; return whether it is open."""
@@ -5465,6 +5489,8 @@ class Upload:
         """End the blob and wait for the volume's word that it has it; raises VolumeError. Before
         that the volume keeps nothing of it."""
         with self._client.watch("PUT"):
+            if self._chunked and self._has_ended():
+                raise LeaseEnded
             complete = not self._chunked or self._write(b"0\r\n\r\n")
             last_sync_s = min(self._size, SYNC_EVERY) / SLOWEST_DISK
             async with Patience(self._wire, self._client.timeout_s + last_sync_s):
@@ -8580,7 +8606,8 @@ class StoredFile(web.FileResponse):
         part = given.get("Range", "")
         known_s = time_of(given["If-Range"]) if "If-Range" in given else self._modified_s
         # If it is another, the client may have a part of another version. One part is enough.
-        if re.fullmatch(r"[!-+\--~]+", part) and known_s == self._modified_s:
+        is_one = part.startswith("bytes=") and part.isascii() and "," not in part
+        if is_one and known_s == self._modified_s:
             headers["Range"] = part
         if time_of(given.get("If-Modified-Since", "")) == self._modified_s:
             headers["If-Modified-Since"] = given["If-Modified-Since"]

@@ -1,5 +1,5 @@
-"""The tools for mkv: rebuild, rebalance, verify, status, bench, backup, move-index, forget, token
-for whoever runs a store; put, get, ls, rm, import for whoever uses one.
+"""The tools for mkv: rebuild, rebalance, verify, discard, status, bench, backup, move-index,
+forget, token for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
 here is only what it takes to walk, compare, copy and report. Theory of operation:
@@ -39,32 +39,31 @@ here is only what it takes to walk, compare, copy and report. Theory of operatio
     is reported. The new one hands on all rows of `drawn`, and draws no version below any that was
     seen in a file. Whatever is found to be dead is noted as that, due at once since nobody reads.
 6.  Moving replicas (rebalance, verify --repair) locks no key. A batch of keys goes through claim,
-    copy, commit. Claim, one transaction: if a record still is what the plan saw, the places to be
-    written are claimed. Copy: read one replica, check its digest, write blob, then sidecar.
-    Commit, one transaction: if nothing came between, the record gets its new volumes, the claims
-    end and dropped replicas become garbage; else the copies do, and the key is left to the client.
-7.  A bad replica is made anew in its place. Its record stands there all the time, so a repair that
-    fails, or is killed, leaves it as it was. If a DELETE or a PUT comes between, this place, or
-    one that is being copied to, is garbage in doubt: that nothing is there does not settle it,
-    since it may yet be written here. The doubt ends when the tool says that it has written.
-8.  So whenever a tool is killed (I7), a copy that no record names is claimed: for a DELETE to
-    find, for rebuild to ignore. The next run takes over the claims of a dead one (only one tool
-    moves at a time: INDEX.tools, or a lease), and makes garbage of what it has no use for, but not
-    of what was being made anew, where the record stands. Nothing is ever copied where garbage is
-    due, since the server may be deleting just there, nor where a DELETE was not answered and may
-    come late: rebalance waits a while for that, then leaves the key to a later run.
-9.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
-    right, and that one or its copies stay. No place that a record names becomes garbage.
-10. verify notes the path of every record in a scratch database of its own, then walks the folders
-    and compares. The store is in use: what looks wrong is looked up again before it
-    counts. A record with fewer replicas than `replicas` gets more where a PUT would write now.
-    Strays are noted and removed at the end: only if no volume failed, only if older than --grace
-    by version and by mtime, and by entering the garbage in a transaction that looks the record up
-    once more. No PUT can still commit one: its claim would be there.
-11. A corrupt replica is first uploaded as /corrupt/<its name> on its volume, where no tool looks.
-    Then the good bytes are PUT to its path. That is no overwriting of a blob in place (a volume
-    renames a whole file there) and no new version: a path names a version, and the version's
-    digest names the bytes.
+    copy, commit. Claim, one transaction: if a record still is what the plan saw, the new places
+    are claimed. Copy: read one replica, check its digest, write blob, then sidecar, once, and not
+    after the lease has ended. Commit, one transaction: if nothing came between, the record gets
+    its new places, the claims end and what it drops is dead. Else the copies are dead, and those
+    above what lives are buried at once, as by a PUT that is refused, whoever has ended the claims
+    meanwhile. If they cannot be buried, the key is reported and left.
+7.  A copy goes to a place that nobody has had (R1), that of a bad replica or sidecar, too. So the
+    record stands as it was until all is written; a DELETE that is late hits nothing alive; and a
+    copy whose connection broke is tried again at another place, in the next pass.
+8.  No tool drops the last good replica (I8): a move reads one replica in full and finds its digest
+    right, and that one or its copies stay. A tool that is killed leaves claims (I7), which are
+    dead once its lease ends, or the next tool begins (only one moves at a time: INDEX.tools, or a
+    lease). Bad bytes stay where they are until garbage_delay is over.
+9.  verify notes the path of every record in a scratch database of its own, then walks the folders
+    and compares. The store is in use: what looks wrong is looked up again before it counts. A
+    record whose replicas are bad, or too few, is mended by one plan: a good place of its version
+    that no record names is adopted, wherever it lies, once it was read in full; else there are
+    new places, on the volumes that have the bad ones, or where a PUT would write now.
+10. That no record names a file says little: the index may be new, old or another's. It is litter
+    only if the index has drawn its version (R3), or the version lives, and neither record, claim
+    nor dead row names the place. The rest is an "unknown version": named, and deleted by
+    nothing but `discard`. A tombstone of a version that lives says that the index is older than
+    the volumes. Litter is removed at the end, by entering it as dead in a transaction that looks
+    the record up once more: only if it is older than --grace by version and by mtime, its key's
+    own replicas are good and were read in full, and nothing speaks against it (explain_keeping).
 
 A copy of the index (backup, the source of move-index) says that it is one: only rebuild takes it,
 as the old index, and makes a live one. pg_dump and cp make copies that do not say so. Exit codes:
@@ -89,6 +88,7 @@ import argparse
 import asyncio
 import bisect
 import contextlib
+import enum
 import errno
 import hashlib
 import json
@@ -127,21 +127,17 @@ from urllib.parse import SplitResult, quote, urlsplit
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE, HUNG_S,
-    KEY_STEM,
-    LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S, SEEN_TAG, SMALL_BLOB, STEM, TOOL,
-    URL, Answer,
-    Blob, Client, Config, ConfigError, Corrupt, Dead, Drawn, Forbidden, Full, Hasher, Index,
-    IndexDamaged,
-    IndexFailed, MkvError, NotFound, Pending, PreconditionFailed, Record,
-    Replacement, Ring, State, States, Store, Token, Transaction, Unanswered, Unauthorized,
-    Unavailable, Unreachable,
-    Upload, Volume, VolumeClient, VolumeDown, VolumeError, VolumeTimeout, VolumeUnexpected,
-    WrongDigest, add_settings, after_prefix, check_key, decode_sidecar, decode_tombstone,
-    encode_sidecar, hide_secrets, is_drawn, is_postgres, is_sound, load_config,
-    media_type_of, new_loop, open_engine,
-    parse_path, place_path, print_faults, run_embedded, sidecar_path, stem_of,
-    tombstone_path, version_ns, version_of, volume_of,
+    ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
+    HUNG_S, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES, OPERATIONS, PATIENCE_S,
+    SEEN_TAG, SMALL_BLOB, STEM, TOOL, URL, Answer, Blob, Burial, Client, Config, ConfigError,
+    Corrupt, Dead, Drawn, Forbidden, Full, Hasher, Index, IndexDamaged, IndexFailed, Lease,
+    MkvError, NotFound, Pending, Place, PreconditionFailed, Record, Replacement, Ring, Sent, State,
+    States, Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload,
+    Volume, VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix,
+    check_key, decode_sidecar, decode_tombstone, encode_sidecar, find_unconfigured, forget_places,
+    hide_secrets, is_drawn, is_postgres, is_sound, load_config, media_type_of, new_loop, new_place,
+    note_buried, open_engine, parse_path, place_path, print_faults, run_embedded, sidecar_path,
+    split_path, stem_of, tombstone_path, version_ns, version_of, volume_of,
     NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
 from aiohttp import ClientResponse  # only now: mkv says what is missing
@@ -152,9 +148,9 @@ T = TypeVar("T")
 File = tuple[int, str]  # (size, mtime as listed); the size is -1 for what is no plain file
 Files = dict[str, File]  # by name or path
 Found = dict[str, Files]  # volume -> path -> file
-Place = tuple[str, str]  # (volume, path)
-Names = tuple[str, ...]  # of volumes
-Replica = tuple[str, Record]  # (volume, record)
+Places = tuple[str, ...]  # each a volume's name, with ~tag if its path has one
+Replica = tuple[str, Record]  # (place, record)
+Draw = Callable[[str], str]  # volume -> a place on it that nobody has had
 Sidecars = Mapping[str, Record | str]  # place -> what its sidecar says, or what is wrong
 Digests = Mapping[Place, str]  # of blobs, "" for one that has not as many bytes as listed
 Answered = Answer | VolumeError
@@ -202,6 +198,29 @@ class Version:
             for place in places
             for path in self.blobs.get(place, [place_path(self.stem, place)])
         ]
+
+    def others(self, named: Places) -> set[str]:
+        """Return the places of its files but for those that are `named`."""
+        return (self.sidecars.keys() | self.blobs.keys()).difference(named)
+
+    def beside(self, named: Places) -> Iterator[tuple[str, str, tuple[File, ...]]]:
+        """Yield (volume, path, files) of what is at other places than those `named`: a blob, its
+        sidecar, or both; and of the tombstones."""
+        others = self.others(named)
+        for volume, path in self.places:
+            place = volume + split_path(path)[1]
+            if place in others:
+                files = (self.blobs.get(place, {}).get(path), self.sidecars.get(place))
+                yield volume, path, tuple(file for file in files if file)
+        for volume, file in self.tombstones.items():
+            yield volume, tombstone_path(self.stem), (file,)
+
+    def is_young(self, files: Iterable[File], before_s: float) -> bool:
+        """Whether it was drawn, or one of the files written, after `before_s`."""
+        drawn_ns = version_ns(version_of(self.stem))
+        if before_s < drawn_ns / 1e9 and drawn_ns < END_OF_TIME_NS:  # else it is for ever
+            return True
+        return any(modified_s(file) > before_s for file in files)
 
     def without(self, places: Collection[str]) -> Version:
         """Return the version without what is at some places."""
@@ -459,64 +478,98 @@ class Tombstone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """How a record gets to the volumes `keep` and `copy`; on some of `copy` it may stand already,
-    with a bad replica that is made anew. If `left` says why, nothing can be done now."""
+    """How a record gets to other places. Those in `keep` are on their volumes already, those in
+    `copy` are new, those in `drop` are dead once the record names the others. If `left` says why,
+    nothing can be done now."""
 
     record: Record
-    sources: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    copy: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
+    sources: Places = ()  # to read from, in this order; any place of the record's version
+    keep: Places = ()
+    copy: Places = ()
+    drop: Places = ()
     left: str = ""
 
     @property
     def after(self) -> Record:
-        return self.record._replace(volumes=tuple(sorted(self.keep + self.copy)))
+        return self.record._replace(places=tuple(sorted(self.keep + self.copy)))
 
 
-def plan_move(record: Record, target: Sequence[str], states: Mapping[str, State]) -> Move | None:
+def is_readable(place: str, states: States) -> bool:
+    return states.get(volume_of(place), State.DOWN) is not State.DOWN
+
+
+def plan_move(
+    record: Record, target: Sequence[str], states: States, draw: Draw = new_place
+) -> Move | None:
     """Bring a record to the volumes that the ring names; None if it is there.
 
     Only volumes that are up are written to, only those that are not down are read. If there is
     nothing to copy, one of the replicas that stay must be read and found good before others are
     dropped.
     """
-    copy = tuple(v for v in target if v not in record.volumes)
-    keep = tuple(v for v in record.volumes if v in target)
-    drop = tuple(v for v in record.volumes if v not in target)
-    if not copy and not drop:
+    has = record.volumes
+    wanted = tuple(v for v in target if v not in has)
+    if not wanted and len(has) == len(target):
         return None
-    readable = [
-        v
-        for v in (record.volumes if copy else keep)
-        if states.get(v, State.DOWN) is not State.DOWN
-    ]
-    if unfit := [f"{v} is {states[v].value}" for v in copy if states[v] is not State.UP]:
+    keep = tuple(place for place in record.places if volume_of(place) in target)
+    drop = tuple(place for place in record.places if volume_of(place) not in target)
+    if unfit := [f"{v} is {states[v].value}" for v in wanted if states[v] is not State.UP]:
         return Move(record=record, left=", ".join(unfit))
+    readable = [place for place in record.places if is_readable(place, states)]
+    if not wanted:
+        readable = [place for place in readable if place in keep]
     if not readable:
-        return Move(record=record, left=f"none of {', '.join(record.volumes)} can be read")
+        return Move(record=record, left=f"none of {', '.join(has)} can be read")
     # Spreads the reading, the same way each time.
     turn = int(record.version[-4:], 16) % len(readable)
     sources = (*readable[turn:], *readable[:turn])
+    copy = tuple(map(draw, wanted))
     return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
 
-def plan_more(record: Record, sources: Names, ring: Ring, replicas: int, states: States) -> Move:
-    """Make up for the replicas that a record lacks, from `sources` to where a PUT would write
-    now."""
+# What is wrong with a replica that another one takes the place of.
+MENDABLE = ("missing", "wrong size", "corrupt", "missing sidecar", "bad sidecar")
 
-    def fits(volume: str) -> bool:
-        return states.get(volume) is State.UP or volume in record.volumes
 
-    target = ring.place(record.key, replicas, fits)
-    more = [v for v in target if v not in record.volumes]
-    copy = tuple(more[: replicas - len(record.volumes)])
-    alive = tuple(v for v in sources if states.get(v, State.DOWN) is not State.DOWN)
-    if not alive:
+def plan_mend(
+    record: Record, faults: Mapping[str, str], spare: Places, others: Places,
+    ring: Ring, replicas: int, states: States, draw: Draw = new_place,
+) -> Move:  # fmt: skip
+    """Give a record good replicas for those that are bad, place -> what is wrong, and for those
+    that it lacks. What is good already and no record names, `spare`, comes first; then a new place
+    on the volume that has the bad one; then where a PUT would write now. `others` may be good
+    enough to be read."""
+    bad = [place for place in record.places if faults.get(place) in MENDABLE]
+    good = [place for place in record.places if place not in bad]
+    count = max(replicas, len(record.places)) - len(good)
+    taken = set(map(volume_of, good))
+    adopted = list[str]()
+    for place in spare:
+        if len(adopted) < count and volume_of(place) not in taken:
+            adopted.append(place)
+            taken.add(volume_of(place))
+    here = [v for v in map(volume_of, bad) if v not in taken and states.get(v) is State.UP]
+    taken.update(map(volume_of, bad))
+    fits = {v for v in ring.zones if states.get(v) is State.UP or v in taken}
+    target = ring.place(record.key, count + len(taken), fits.__contains__)
+    elsewhere = [v for v in target if v not in taken]
+    wanted = (here + elsewhere)[: count - len(adopted)]
+    # What stays bad is still named: its volume may get well.
+    replaced = set(map(volume_of, adopted)).union(wanted)
+    whole = len(adopted) + len(wanted) == count
+    drop = tuple(place for place in bad if whole or volume_of(place) in replaced)
+    keep = tuple(place for place in record.places if place not in drop) + tuple(adopted)
+    # Of a bad sidecar the blob may be good.
+    beside = [place for place in bad if faults[place].endswith("sidecar")]
+    readable = [place for place in good if place not in faults]
+    readable += [*spare, *beside, *others]
+    sources = tuple(place for place in readable if is_readable(place, states))
+    if not sources:
         return Move(record=record, left="none of them can be read")
-    if not copy:
+    if not replaced:
         return Move(record=record, left="no other volume is up")
-    return Move(record=record, sources=alive, keep=record.volumes, copy=copy)
+    copy = tuple(map(draw, wanted))
+    return Move(record=record, sources=sources, keep=keep, copy=copy, drop=drop)
 
 
 def plan_batches(items: Iterable[T], size_of: Callable[[T], int]) -> list[list[T]]:
@@ -542,63 +595,118 @@ def judge_blob(answer: Answer | VolumeError, record: Record) -> bytes | str:
     return "missing" if answer[0] == 404 else f"unreadable: GET was answered {answer[0]}"
 
 
-def judge_replica(record: Record, version: Version, volume: str) -> str:
+def judge_replica(record: Record, version: Version, place: str) -> str:
     """Return what is wrong with a replica, as far as a listing can tell."""
-    size = version.size(volume, record.path)
+    size = version.size(place, place_path(version.path_of(record), place))
     if size is None:
         return "missing"
     if size != record.size:
         return "wrong size"
-    if volume not in version.sidecars:
+    if place not in version.sidecars:
         return "missing sidecar"
     return ""
 
 
+class Expected(NamedTuple):
+    """What the index says that there is in some folders."""
+
+    records: Mapping[str, Record]  # by the stem of their version
+    claimed: Collection[str]  # stems of versions: somebody may be writing them
+    dead: Collection[Place]  # volume, and the path without extension; or with .del
+    drawn: Sequence[Drawn]
+
+    def names(self, volume: str, path: str) -> bool:
+        """Whether a claim or a dead row says what is there."""
+        place = (volume, path if path.endswith(".del") else stem_of(path))
+        return place in self.dead or path[:STEM] in self.claimed
+
+
+def collect_expected(
+    records: Mapping[str, Record], pending: Iterable[Pending], drawn: Sequence[Drawn]
+) -> Expected:
+    claimed = set[str]()
+    dead = set[Place]()
+    for one in pending:
+        claimed.update(path[:STEM] for path, _ in one.claims)
+        for volume, path in one.dead:
+            dead.add((volume, path if path.endswith(".del") else stem_of(path)))
+        for path, volumes in one.tombstones.items():
+            dead.update((volume, path) for volume in volumes)
+    return Expected(records, claimed, dead, drawn)
+
+
+# LITTER is dead for sure. EXTRA is of a version that lives, and may be good for something. UNKNOWN
+# was written by an index that this one does not know. CONTRADICTION is a tombstone of a version
+# that lives here.
+Kind = enum.Enum("Kind", "LITTER EXTRA UNKNOWN CONTRADICTION")
+
+
+class Stray(NamedTuple):
+    """A blob, a sidecar without one, or a tombstone, that the index does not know."""
+
+    volume: str
+    path: str
+    kind: Kind
+    files: tuple[File, ...]
+
+
 def find_strays(
-    versions: Iterable[Version],
-    records: Mapping[str, Record],
-    garbage: Collection[Place],
-    before_s: float,
-) -> tuple[list[Place], int]:
-    """Return what neither a record (by stem) nor the garbage (volume, stem) names; how many are
-    too young to tell."""
-    strays = list[Place]()
+    versions: Iterable[Version], expected: Expected, before_s: float
+) -> tuple[list[Stray], int]:
+    """Return what neither record, claim nor dead row names, and how much of it is too young to
+    tell.
+
+    No version is litter because no record names it: the index may be new, old or another's. It
+    must be known to have drawn it.
+    """
+    strays = list[Stray]()
     young = 0
     for version in versions:
-        record = records.get(version.stem)
-        for volume, path in version.places:
-            ours = (
-                record
-                and volume in record.volumes
-                and (path == record.path or path == version.stem)
-            )
-            if not ours and (volume, version.stem) not in garbage:
-                files = (version.blobs.get(volume, {}).get(path), version.sidecars.get(volume))
-                times = [modified_s(file) for file in files if file]
-                written_ns = version_ns(version.stem[-20:])
-                if written_ns < END_OF_TIME_NS:  # else it would never be old enough
-                    times.append(written_ns / 1e9)
-                if max(times) > before_s:
-                    young += 1
-                else:
-                    strays.append((volume, path))
+        record = expected.records.get(version.stem)
+        named = record.places if record else ()
+        if not version.tombstones and not version.others(named):
+            continue
+        if record is not None:
+            kind = Kind.EXTRA
+        elif is_drawn(version_of(version.stem), expected.drawn):
+            kind = Kind.LITTER
+        else:
+            kind = Kind.UNKNOWN
+        for volume, path, files in version.beside(named):
+            if path.endswith(".del") and record is not None:
+                strays.append(Stray(volume, path, Kind.CONTRADICTION, files))
+            elif expected.names(volume, path):
+                continue
+            elif version.is_young(files, before_s):
+                young += 1
+            else:
+                strays.append(Stray(volume, path, kind, files))
     return strays, young
 
 
-def find_stray_marks(
-    versions: Iterable[Version], known: Collection[Place], before_s: float
-) -> list[Place]:
-    """Return the marks that the index does not know and that are not young, say of a crash."""
-    found = [
-        (v, f"{version.stem}.del", file)
-        for version in versions
-        for v, file in version.marks.items()
-    ]
-    return [
-        (v, path)
-        for v, path, file in found
-        if (v, path) not in known and modified_s(file) <= before_s
-    ]
+class Beside(NamedTuple):
+    """What else there is of a version that lives, beside the places of its record. Blobs have the
+    right size, as far as a listing can tell."""
+
+    has_extra: bool = False  # something that the index does not know
+    spare: Places = ()  # of that, what may be good enough to be adopted
+    others: Places = ()  # what may be good enough to be read: it is dead, or has no sidecar
+
+
+def look_beside(version: Version, record: Record, expected: Expected) -> Beside:
+    has_extra = False
+    spare = list[str]()
+    others = list[str]()
+    for place in sorted(version.others(record.places)):
+        blob = place_path(version.path_of(record), place)
+        is_extra = not expected.names(volume_of(place), blob)
+        has_extra = has_extra or is_extra
+        if version.size(place, blob) == record.size:
+            if is_extra and place in version.sidecars:
+                spare.append(place)
+            else:
+                others.append(place)
+    return Beside(has_extra, tuple(spare), tuple(others))
 
 
 def modified_s(file: File) -> float:
@@ -609,12 +717,35 @@ def modified_s(file: File) -> float:
 
 
 def name_stray(path: str, sidecar: Record | str, record: Record | None) -> str:
-    """Say what a stray is, from its sidecar and from the current record of that sidecar's key."""
+    """Say what litter is, from its sidecar and from the current record of that sidecar's key."""
+    if path.endswith(".del"):
+        return "leftover tombstone"
     if isinstance(sidecar, str) or record is None:
         return "unfinished write" if isinstance(sidecar, str) else "orphan"
-    if record.path[:STEM] == path[:STEM]:
+    if record.version == version_of(path):
         return "extra replica"
-    return "stale version" if path[:STEM][-20:] < record.version else "orphan"
+    return "stale version" if version_of(path) < record.version else "orphan"
+
+
+def explain_keeping(
+    litter: int, keys: int, bad: int, failed: Collection[str], unconfigured: Collection[str],
+    contradictions: int,
+) -> str:  # fmt: skip
+    """Return why no litter may be removed now, "" if it may."""
+    if contradictions:
+        return "the index is older than the volumes: run rebuild"
+    if failed:
+        return f"not all could be read of {', '.join(sorted(failed))}"
+    if unconfigured:
+        return f"records name volumes that are not configured: {', '.join(unconfigured)}"
+    if bad:
+        return f"{bad} keys have no good replica, and it may be among them"
+    if litter > keys:
+        return (
+            f"{litter} files that no record names are more than the {keys} keys that there are: "
+            "is this the right index?"
+        )
+    return ""
 
 
 # == Reading volumes ==============================================================================
@@ -823,10 +954,10 @@ class Walk:
 
 
 # == Moving replicas ==============================================================================
-# Claim, copy, commit: points 6 to 9 of the theory of operation.
+# Claim, copy, commit: points 6 to 8 of the theory of operation.
 
-INTERRUPTED = "interrupted"
-REASONS = {"waiting": "garbage waits where they go; the server deletes it"}  # for people
+LEASE_ENDED = "this tool stood still for too long: its copies are given up"
+UNBURIED = "its copies may come back in a rebuild: too few volumes could note that they are dead"
 
 
 def claim(tx: Transaction, move: Move) -> str:
@@ -834,60 +965,60 @@ def claim(tx: Transaction, move: Move) -> str:
     record = move.record
     if tx.get(record.key) != record:
         return "changed"
-    rows = [row for row in tx.pending_below(record.path).values() if row.volume in move.copy]
-    if any(
-        row.state is PendingState.DELETING or (row.due_s is not None and row.due_s <= tx.now_s)
-        for row in rows
-    ):
-        return "waiting"  # the server may be deleting there just now, or a DELETE may still come
-    remade = set(record.volumes).intersection(move.copy)
-    tx.claim(record.path, remade, PendingState.REMAKING)
-    tx.claim(record.path, set(move.copy) - remade, PendingState.COPYING)
+    if move.copy:
+        tx.claim(record.path, move.copy)
     return ""
 
 
 def commit(
-    tx: Transaction, move: Move, failed: str, delay_s: float, sent: Mapping[str, int] | None = None
-) -> str:
-    """Move the record if nothing failed or came between, else leave the copies to the garbage;
-    return why, if so. In no case does a place that the record names become garbage. `sent`: how
-    many times the sidecar may have been sent to a volume; once, if nothing is said."""
-    if failed == INTERRUPTED:
-        return failed  # the claims stay, for the next run to take over
-    sent = sent or {}
+    tx: Transaction, move: Move, failed: str, sent: Sent, delay_s: float
+) -> tuple[str, Burial]:
+    """Move the record if nothing `failed` or came between; return why it was not moved, if so. All
+    that was `sent` and that the record does not name then is dead, whoever has ended its claim;
+    return, too, what of it is to be buried."""
     before = move.record
-    after = move.after
     path = before.path
-    claimed = {row.volume for row in tx.pending_below(path).values() if row.state in CLAIMS}
-    current = tx.get(before.key)
-    doubts = dict.fromkeys(claimed.difference(move.copy), BROKEN_OFF)  # of a run that was killed
-    for volume in move.copy:
-        times = sent.get(volume, 1)
-        if failed or times > 1:
-            doubts[volume] = (HUNG if failed else BROKEN_OFF)._replace(sidecars=times)
-    if current != before or not claimed.issuperset(move.copy):
-        named = current.volumes if current and current.path == path else ()
-        tx.end_claims(path, named, doubts)
-        if not failed:
-            once = [volume for volume in move.copy if sent.get(volume, 1) == 1]
-            tx.end_copies(path, {volume: 3 if volume in before.volumes else 0 for volume in once})
-        return "changed"
-    tx.end_claims(path, before.volumes if failed else after.volumes, doubts)
-    if failed:
-        return failed
-    if after != before:
+    key = before.key
+    pending = tx.pending_of(key)
+    if tx.get(key) != before:
+        failed = "changed"
+    elif not pending.claimed_at(path).issuperset(move.copy):
+        failed = failed or LEASE_ENDED
+    if not failed:
         tx.remove(before)
-        tx.insert(after)
-    tx.add_garbage(path, move.drop, delay_s)
-    return ""
+        tx.insert(move.after)
+        pending.kill_places(path, move.drop, tx.now_s + delay_s, tx.now_s, key)
+    current = tx.get(key)
+    lives = current is not None and current.version == before.version
+    named = current.places if current is not None and lives else ()
+    pending.end_write(path, set(move.copy), sent, named, tx.now_s, key)
+    living = current.version if current is not None else ""
+    is_above = living < before.version
+    return failed, pending.above(living if is_above else LAST_VERSION, tx.now_s)
+
+
+class CopyFailed(Exception):
+    """A volume did not take its copy."""
 
 
 async def in_step(acts: Iterable[Awaitable[None]]) -> None:
-    """Await all to their end, then raise what the first that failed did: none goes on by
-    itself."""
+    """Await all to their end, then raise CopyFailed if a volume failed: none goes on by itself."""
     for error in await asyncio.gather(*acts, return_exceptions=True):
+        if isinstance(error, VolumeError):
+            raise CopyFailed(str(error)) from error
         if error:
             raise error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Moves that are under way together, one large blob or small ones; by keys, why copies were
+    not made, and where they were sent to."""
+
+    moves: Sequence[Move]
+    lease: Lease  # under which their places are claimed
+    failed: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
 
 
 class Mover:
@@ -904,8 +1035,6 @@ class Mover:
         self.clients = store.view.clients
         self.bytes = 0
         self._free_at = 0.0
-        # key -> volume -> how many times the sidecar was sent there, or may have been before
-        self._sent = defaultdict[str, dict[str, int]](dict)
 
     async def _pace(self, size: int) -> None:
         self.bytes += size
@@ -914,29 +1043,25 @@ class Mover:
             self._free_at += max(0.0, -wait_s) + size / self._rate
             await asyncio.sleep(max(0.0, wait_s))
 
-    async def read_blobs(self, wanted: Sequence[tuple[str, Record]]) -> list[bytes | str]:
-        """Read small replicas, (volume, record): each its good bytes, or what is wrong with it."""
-        places = [(volume, record.path) for volume, record in wanted]
+    async def read_blobs(self, wanted: Sequence[Replica]) -> list[bytes | str]:
+        """Read small replicas: each its good bytes, or what is wrong with it."""
+        places = [(volume_of(place), place_path(record.path, place)) for place, record in wanted]
         answers = await get_each(self.clients, places, SMALL_BLOB)
         return [
             judge_blob(answer, record) for answer, (_, record) in zip(answers, wanted, strict=True)
         ]
 
-    async def stream(self, record: Record, source: str, targets: Sequence[str] = ()) -> str:
-        """Read a replica of any size from `source`, checking it, into `targets`; return what is
-        wrong with it.
-
-        The last piece is held back until the digest is known to be right, so that no target ever
-        has a wrong blob. Raises VolumeError if a target fails.
-        """
-        uploads = list[Upload]()
+    async def stream(
+        self, record: Record, place: str, uploads: Sequence[Upload] = ()
+    ) -> bytes | str:
+        """Read a replica of any size, checking it, into `uploads`, but for its last piece: so no
+        volume ever has a wrong blob. Return that piece, or what is wrong with the replica. Raises
+        CopyFailed."""
         hasher = Hasher({"sha256": bytes.fromhex(record.digest)})
         held = b""
-
+        chunks = self.clients[volume_of(place)].stream(place_path(record.path, place))
         try:
-            for target in targets:
-                uploads.append(await self.clients[target].start_upload(record.path, record.size))
-            async with contextlib.aclosing(self.clients[source].stream(record.path)) as chunks:
+            async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     await self._pace(len(chunk) * max(1, len(uploads)))
                     hasher.update(chunk)
@@ -946,167 +1071,150 @@ class Mover:
                         await in_step(upload.send(held) for upload in uploads)
                     held = chunk
             hasher.finish()
-            await in_step(upload.send(held) for upload in uploads)
-            await in_step(upload.finish() for upload in uploads)
-            return ""
+            return held
         except WrongDigest:
             return "corrupt"
         except NotFound:
             return "missing"
         except VolumeError as error:
-            if error.volume != source:
-                raise
             return f"unreadable: {error}"
-        finally:
-            for upload in uploads:
-                upload.abort()
 
-    async def check(self, wanted: Sequence[tuple[str, Record]]) -> list[str]:
-        """Read replicas, (volume, record), in full: each "" if it is good, else what is wrong with
-        it."""
-        results: list[str] = []
+    async def check(self, wanted: Sequence[Replica]) -> list[str]:
+        """Read replicas in full: each "" if it is good, else what is wrong with it."""
+        results: list[bytes | str] = []
         for batch in plan_batches(wanted, lambda one: one[1].size):
-            if batch[0][1].size > SMALL_BLOB:
-                results.append(await self.stream(batch[0][1], batch[0][0]))
+            place, record = batch[0]
+            if record.size > SMALL_BLOB:
+                results.append(await self.stream(record, place))
             else:
                 await self._pace(sum(record.size for _, record in batch))
-                results += [
-                    "" if isinstance(blob, bytes) else blob
-                    for blob in await self.read_blobs(batch)
-                ]
-        return results
+                results += await self.read_blobs(batch)
+        return [one if isinstance(one, str) else "" for one in results]
 
     async def move(self, moves: Sequence[Move]) -> dict[str, str]:
-        """Carry a batch out (one large blob, or small ones); return key -> why it was not done, or
-        ""."""
+        """Carry a batch out; return key -> why it was not done, or "". If it is cancelled, its
+        claims stay until the lease ends."""
         index = self._store.index
-        delay_s = self._store.view.config.garbage_delay
         keys = [move.record.key for move in moves]
-        claims = await index.write(partial(self._claim, moves), keys)
-        outcome = {move.record.key: why for move, why in zip(moves, claims, strict=True)}
+        claims, lease = await index.write(partial(self._claim, moves), keys, durable=False)
+        outcome = dict(zip(keys, claims, strict=True))
         begun = [move for move in moves if not outcome[move.record.key]]
-        failed = {move.record.key: INTERRUPTED for move in begun}
-        try:
-            if begun:
-                failed |= await (
-                    self._copy_large if begun[0].record.size > SMALL_BLOB else self._copy_small
-                )(begun)
-        finally:
-            ends = await index.write(partial(self._commit, begun, failed, delay_s), keys)
-            for move in begun:
-                self._sent.pop(move.record.key, None)
-        return outcome | {move.record.key: why for move, why in zip(begun, ends, strict=True)}
+        batch = Batch(moves=begun, lease=lease)
+        if not begun:
+            return outcome
+        if begun[0].record.size > SMALL_BLOB:
+            await self._copy_large(batch)
+        else:
+            await self._copy_small(batch)
+        ends = await index.write(partial(self._commit, batch), keys)
+        for move, (why, burial) in zip(begun, ends, strict=True):
+            if burial.rows and not await self._store._bury(self._store.view, burial):
+                why = UNBURIED
+            outcome[move.record.key] = why
+        return outcome
 
-    def _claim(self, moves: Sequence[Move], tx: Transaction) -> list[str]:
-        results = []
-        for move in moves:
-            why = claim(tx, move)
-            results.append(why)
-            if why:
-                continue
-            for row in tx.pending_below(move.record.path).values():
-                if row.state in CLAIMS and row.doubt_s is not None:
-                    self._sent[move.record.key][row.volume] = 1  # by whoever is in doubt
-        return results
+    def _claim(self, moves: Sequence[Move], tx: Transaction) -> tuple[list[str], Lease]:
+        return [claim(tx, move) for move in moves], tx.lease
 
-    def _commit(
-        self, moves: Sequence[Move], failed: Mapping[str, str], delay_s: float, tx: Transaction
-    ) -> list[str]:
-        results = []
-        for move in moves:
+    def _commit(self, batch: Batch, tx: Transaction) -> list[tuple[str, Burial]]:
+        delay_s = self._store.view.config.garbage_delay
+        ends = []
+        for move in batch.moves:
             key = move.record.key
-            results.append(commit(tx, move, failed[key], delay_s, self._sent.get(key, {})))
-        return results
+            sent = batch.sent.get(key, {})
+            ends.append(commit(tx, move, batch.failed.get(key, ""), sent, delay_s))
+        return ends
 
-    async def _copy_small(self, moves: Sequence[Move]) -> dict[str, str]:
-        """Return key -> why its copies were not made, or "". Sources are tried in turn, for all
-        keys at once."""
-        blobs: dict[str, bytes] = {}
-        for turn in range(max(len(move.sources) for move in moves)):
-            left = [m for m in moves if m.record.key not in blobs and turn < len(m.sources)]
-            results = await self.read_blobs([(m.sources[turn], m.record) for m in left])
+    async def _copy_small(self, batch: Batch) -> None:
+        """Sources are tried in turn, for all keys at once."""
+        blobs = dict[str, bytes]()
+        for turn in range(max(len(move.sources) for move in batch.moves)):
+            left = [
+                move
+                for move in batch.moves
+                if move.record.key not in blobs and turn < len(move.sources)
+            ]
+            results = await self.read_blobs([(move.sources[turn], move.record) for move in left])
             for move, blob in zip(left, results, strict=True):
                 if isinstance(blob, bytes):
                     blobs[move.record.key] = blob
                 else:
                     self._note_bad(move, move.sources[turn], blob)
-        failed = {
-            m.record.key: "" if m.record.key in blobs else "no good replica could be read"
-            for m in moves
-        }
-        writes: dict[str, list[Record]] = defaultdict(list)
-        for move in moves:
-            for volume in move.copy if move.record.key in blobs else ():
-                writes[volume].append(move.record)
-        await self._pace(sum(record.size for records in writes.values() for record in records))
-        for errors in await asyncio.gather(
-            *(self._put(volume, writes[volume], blobs) for volume in writes)
-        ):
-            failed |= errors
-        return failed
+        acts = list[Awaitable[None]]()
+        size = 0
+        for move in batch.moves:
+            good = blobs.get(move.record.key)
+            if good is None:
+                batch.failed[move.record.key] = NO_SOURCE
+                continue
+            acts += [self._put(batch, move.record, place, good) for place in move.copy]
+            size += len(good) * len(move.copy)
+        await self._pace(size)
+        await asyncio.gather(*acts)
 
-    async def _put(
-        self, volume: str, records: Sequence[Record], blobs: Mapping[str, bytes]
-    ) -> dict[str, str]:
-        """Write blobs and sidecars to one volume, together if it takes them, else one by one;
-        return key -> error."""
-        files: dict[str, bytes] = {}
-        for record in records:
-            files |= {
-                record.path: blobs[record.key],
-                sidecar_path(record.path): encode_sidecar(record),
-            }
+    async def _put(self, batch: Batch, record: Record, place: str, blob: bytes | None) -> None:
+        """Send a sidecar, and before it the blob if it is not there yet, to a place: once."""
+        path = place_path(record.path, place)
+        files = {} if blob is None else {path: blob}
+        files[sidecar_path(path)] = encode_sidecar(record)
+        doubt_s: float | None = ANSWERED
         try:
-            self._note_sent(volume, records, await self.clients[volume].put(files))
+            await self.clients[volume_of(place)].put(files, lease=batch.lease)
         except VolumeError as error:
-            self._note_sent(volume, records, error.sent)
-            if len(records) == 1 or isinstance(error, VolumeDown | VolumeTimeout):
-                return {record.key: str(error) for record in records}
-            each = [await self._put(volume, [record], blobs) for record in records]
-            return {key: error for errors in each for key, error in errors.items()}
-        return {}
+            batch.failed[record.key] = str(error)
+            doubt_s = error.doubt_s
+        if doubt_s is not None:
+            batch.sent[record.key][place] = doubt_s
 
-    async def _copy_large(self, moves: Sequence[Move]) -> dict[str, str]:
-        (move,) = moves
-        record = moves[0].record
+    async def _copy_large(self, batch: Batch) -> None:
+        (move,) = batch.moves
+        key = move.record.key
         try:
             for source in move.sources:
-                wrong = await self.stream(record, source, move.copy)
+                wrong = await self._copy_from(batch, move, source)
                 if not wrong:
-                    await in_step(self._put_sidecar(volume, record) for volume in move.copy)
-                    return {record.key: ""}
+                    return
                 self._note_bad(move, source, wrong)
-            return {record.key: "no good replica could be read"}
-        except VolumeError as error:
-            return {record.key: str(error)}
+            batch.failed[key] = NO_SOURCE
+        except (CopyFailed, VolumeError) as error:
+            batch.failed[key] = str(error)
 
-    async def _put_sidecar(self, volume: str, record: Record) -> None:
-        sent = await self.clients[volume].put({sidecar_path(record.path): encode_sidecar(record)})
-        self._note_sent(volume, [record], sent)
-
-    def _note_sent(self, volume: str, records: Iterable[Record], sent: int) -> None:
-        for record in records:
-            times = self._sent[record.key]
-            times[volume] = times.get(volume, 0) + sent
-
-    def _note_bad(self, move: Move, volume: str, wrong: str) -> None:
-        kind, _, detail = wrong.partition(": ")
-        self._report.add(Case(kind, volume, move.record.path, move.record.key, detail))
-
-    async def set_aside(self, volume: str, path: str) -> None:
-        """Copy a file to /corrupt/ on its own volume; raises VolumeError."""
-        upload = await self.clients[volume].start_upload(
-            f"/corrupt/{path.rpartition('/')[2]}", None
-        )
+    async def _copy_from(self, batch: Batch, move: Move, source: str) -> str:
+        """Copy a large blob; return what is wrong with its source. Raises CopyFailed or
+        VolumeError."""
+        record = move.record
+        uploads = list[Upload]()
+        sent = batch.sent[record.key]
         try:
-            async with contextlib.aclosing(self.clients[volume].stream(path)) as chunks:
-                async for chunk in chunks:
-                    await upload.send(chunk)
-            await upload.finish()
-        except NotFound:
-            pass  # nothing to set aside
+            # A PUT that has no end writes nothing: with another source there may be another one.
+            for place in move.copy:
+                path = place_path(record.path, place)
+                client = self.clients[volume_of(place)]
+                uploads.append(await client.start_upload(path, record.size, "", batch.lease))
+            held = await self.stream(record, source, uploads)
+            if isinstance(held, str):
+                return held
+            sent |= dict.fromkeys(move.copy, HUNG_S)
+            await in_step(upload.send(held) for upload in uploads)
+            await in_step(upload.finish() for upload in uploads)
+            sent |= dict.fromkeys(move.copy, ANSWERED)
+            await in_step(self._put(batch, record, place, None) for place in move.copy)
+            return ""
         finally:
-            upload.abort()
+            for upload in uploads:
+                upload.abort()
+
+    def _note_bad(self, move: Move, place: str, wrong: str) -> None:
+        """Report a replica that is not good; of what the record does not name nobody expects
+        that."""
+        record = move.record
+        if place in record.places:
+            kind, _, detail = wrong.partition(": ")
+            path = place_path(record.path, place)
+            self._report.add(Case(kind, volume_of(place), path, record.key, detail))
+
+
+NO_SOURCE = "no good replica could be read"
 
 
 # == Running ======================================================================================
@@ -1240,14 +1348,8 @@ async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Stor
         await store.start()
         if moving:
             await store.index.lock_tools()
-        try:
-            yield store
-        except BaseException:
-            if moving:
-                store.index.disown()  # what it has claimed is for the next run to take over
-            raise
-        if moving:
-            await store.index.end_other_tools()
+            await store.index.end_other_tools()  # who had the lock before and was killed
+        yield store
 
 
 # == rebuild ======================================================================================
@@ -1706,9 +1808,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
 
 # == rebalance ====================================================================================
 
-GARBAGE_PATIENCE_S = (
-    15.0  # beyond garbage_delay: how long the server may take to delete what is in the way
-)
+IDLE_PASSES = 2  # in which nothing is moved: kept connections may have broken long ago
 
 
 class Rebalance:
@@ -1721,23 +1821,22 @@ class Rebalance:
         self.keys = self.checked = self.moved = self.changed = self.dropped = 0
         self.pairs: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
         self.left: Counter[str] = Counter()
+        self._failed = 0  # in this pass, of what was tried
 
-    async def run(self, patience_s: float) -> None:
-        """Go over the keys until those left cannot be moved; garbage that is in the way gets some
-        time."""
-        since = time.monotonic()
-        while True:
+    async def run(self) -> None:
+        """Go over the keys until those left cannot be moved. What failed goes to new places in the
+        next pass."""
+        idle = 0
+        while idle < IDLE_PASSES:
             before = self.moved
             await self._pass()
-            if self.moved > before:
-                since = time.monotonic()
-            stuck = self.moved == before and not self.left["waiting"]
-            if not self._mover or not self.left or stuck or time.monotonic() - since > patience_s:
+            if not self._failed:
                 return
-            await asyncio.sleep(1)
+            idle = 0 if self.moved > before else idle + 1
 
     async def _pass(self) -> None:
         self.left.clear()
+        self._failed = 0
         totals = await self._store.index.totals()
         self.keys = totals.get(ALL_KEYS, (0, 0))[0]
         self.checked = 0
@@ -1770,11 +1869,12 @@ class Rebalance:
                 self.changed += 1
             elif why:
                 self.left[why] += 1
+                self._failed += why != NO_SOURCE
             else:
                 self.moved += 1
                 self.dropped += len(move.drop)
                 for target in move.copy:
-                    pair = self.pairs[move.sources[0], target]
+                    pair = self.pairs[volume_of(move.sources[0]), volume_of(target)]
                     pair[0] += 1
                     pair[1] += move.record.size
 
@@ -1794,7 +1894,7 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
             return f"{work.moved} keys moved, {work.left.total()} left, {copied}"
 
         async with show_progress(report, text, lambda: work.checked / max(1, work.keys)):
-            await work.run(min(config.garbage_delay, 60) + GARBAGE_PATIENCE_S)
+            await work.run()
     pairs = [
         {"from": a, "to": b, "replicas": n, "bytes": size}
         for (a, b), (n, size) in sorted(work.pairs.items())
@@ -1827,16 +1927,16 @@ async def rebalance(config: Config, options: argparse.Namespace, report: Report)
         line = f"{work.moved} moved: {replicas} copied, {work.dropped} dropped; {speed}"
     report.lines.append(f"{work.keys} keys, {line}")
     for reason, count in work.left.items():
-        report.lines.append(f"left {count}: {REASONS.get(reason, reason)}")
+        report.lines.append(f"left {count}: {reason}")
     report.code = 1 if work.left else 0
 
 
-# == verify =======================================================================================
+# == verify, discard ==============================================================================
 
 HARMLESS = ("foreign file", "nginx leftover")  # reported; no reason for exit code 1
 
 
-Stray = tuple[str, str, str]  # (key, volume, path)
+StrayRow = tuple[str, str, str]  # (key, volume, path); "": it is not known
 NOTES = """CREATE TABLE noted (path TEXT PRIMARY KEY, key TEXT NOT NULL) STRICT, WITHOUT ROWID;
     CREATE TABLE stray (key TEXT NOT NULL, volume TEXT NOT NULL, path TEXT NOT NULL) STRICT"""
 
@@ -1873,7 +1973,7 @@ class Notes:
         rows = [(record.path, record.key) for record in records]
         await self._insert("INSERT INTO noted VALUES (?, ?)", rows)
 
-    async def add_strays(self, strays: Iterable[Stray]) -> None:
+    async def add_strays(self, strays: Iterable[StrayRow]) -> None:
         await self._insert("INSERT INTO stray VALUES (?, ?, ?)", strays)
 
     async def folders(self, firsts: Sequence[str]) -> list[str]:
@@ -1886,7 +1986,7 @@ class Notes:
         query = "SELECT path, key FROM noted WHERE path >= ? AND path < ?"
         return await self._select(query, first, after_prefix(last))
 
-    async def strays(self) -> AsyncIterator[list[Stray]]:
+    async def strays(self) -> AsyncIterator[list[StrayRow]]:
         """Yield them in pages."""
         query = "SELECT rowid, * FROM stray WHERE rowid > ? ORDER BY rowid LIMIT 500"
         after = 0
@@ -1901,252 +2001,333 @@ class Notes:
 
 
 def is_named(record: Record | None, volume: str, path: str) -> bool:
-    """Whether the record stands on that volume with the version that `path` names."""
-    return record is not None and record.path[:STEM] == path[:STEM] and volume in record.volumes
+    """Whether the record names the place of the blob or sidecar at `path`."""
+    if record is None or record.version != version_of(path):
+        return False
+    return volume + split_path(path)[1] in record.places
 
 
-def remove_strays(rows: Iterable[Stray], tx: Transaction) -> int:
-    """Put each (key, volume, path) in the garbage unless the key's record names it; return how
-    many."""
-    strays = [
-        (volume, path) for key, volume, path in rows if not is_named(tx.get(key), volume, path)
-    ]
-    for volume, path in strays:
+def remove_strays(rows: Iterable[StrayRow], tx: Transaction) -> int:
+    """What is at these paths is dead, unless the key's record, or a claim, names it; return how
+    many are. A tombstone goes once nothing of its version is dead any more."""
+    count = 0
+    for key, volume, path in rows:
+        pending = tx.pending_at(path)
+        plain, tag = split_path(path)
         if path.endswith(".del"):
-            tx.add_marks([path], [volume], ())
+            note_buried(tx, (), [(path, volume)])
+        elif is_named(tx.get(key) if key else None, volume, path):
+            continue
+        elif any(at[:STEM] == path[:STEM] for at, _ in pending.claims):
+            continue
         else:
-            tx.add_garbage(path, [volume])
-    return len(strays)
+            pending.kill_places(plain, [volume + tag], tx.now_s, tx.now_s, key)
+        count += 1
+    return count
+
+
+class Comparison:
+    """The walk over the volumes beside what the index knows of each folder. The store is in use:
+    the index is read before the files and after them."""
+
+    def __init__(
+        self, store: Store, clients: Clients, notes: Notes, report: Report, grace_s: float
+    ) -> None:
+        self._store = store
+        self._clients = clients
+        self._notes = notes
+        self._report = report
+        self._before_s = time.time() - grace_s
+        self.walk = Walk(clients, report, self.fail)
+        self.failed = set[str]()
+
+    def fail(self, error: VolumeError) -> None:
+        if error.volume not in self.failed:
+            self.failed.add(error.volume)
+            self._report.add(Case("failed volume", error.volume, "", "", str(error)))
+
+    async def note_records(self) -> None:
+        async for page in self._store.index.read_records():
+            await self._notes.add_records(page)
+
+    async def look(self, run: Sequence[str], on: On) -> tuple[dict[str, Version], Expected]:
+        """Return what is in a run of folders, and what the index says of it."""
+        index = self._store.index
+        span = (run[0], run[-1])
+        before = await index.pending_between(*span)
+        versions, cases = group_files(await self.walk.list_run(on))
+        self._report.add(*cases)
+        records = await self._read_noted(*span)
+        after = await index.pending_between(*span)
+        drawn = await index.drawn()
+        return versions, collect_expected(records, [*before.values(), *after.values()], drawn)
+
+    async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
+        """Return, by stem, the records in a range of folders whose version is as it was noted."""
+        noted = await self._notes.records_in(first, last)
+        current = await self._store.index.get_many([key for _, key in noted])
+        records = dict[str, Record]()
+        for (path, _), record in zip(noted, current, strict=True):
+            if record is not None and record.version == version_of(path):
+                records[path[:STEM]] = record
+        return records
+
+    def find_strays(
+        self, versions: Iterable[Version], expected: Expected
+    ) -> tuple[list[Stray], int]:
+        return find_strays(versions, expected, self._before_s)
+
+    async def identify(self, strays: Sequence[Stray]) -> list[tuple[Stray, str, str]]:
+        """Return (stray, its key, what it is), without those that are named by now."""
+        wanted = [stray for stray in strays if not stray.path.endswith(".del")]
+        places = [(stray.volume, sidecar_path(stray.path)) for stray in wanted]
+        sidecars = dict(zip(wanted, await read_sidecars(self._clients, places), strict=True))
+        keys = [one.key for one in sidecars.values() if isinstance(one, Record)]
+        found = await self._store.index.get_many(keys)
+        current = dict(zip(keys, found, strict=True))
+        named = list[tuple[Stray, str, str]]()
+        for stray in strays:
+            sidecar = sidecars.get(stray, "")
+            key = sidecar.key if isinstance(sidecar, Record) else ""
+            record = current.get(key)
+            if not is_named(record, stray.volume, stray.path):
+                named.append((stray, key, name_stray(stray.path, sidecar, record)))
+        return named
 
 
 class Verify:
     """Compares the index with the volumes, and with --repair makes them agree."""
 
     def __init__(
-        self, store: Store, mover: Mover, notes: Notes, report: Report, deep: bool
-    ) -> None:
+        self, compared: Comparison, store: Store, mover: Mover, notes: Notes, report: Report,
+        deep: bool, repair: bool,
+    ) -> None:  # fmt: skip
+        self._compared = compared
         self._store = store
         self._mover = mover
         self._notes = notes
         self._report = report
         self._deep = deep
-        self.walk = Walk(mover.clients, report, self._fail)
-        self.failed: set[str] = set()
-        self.keys = self.replicas = self.bytes = self.young = self.repaired = 0
-
-    def _fail(self, error: VolumeError) -> None:
-        if error.volume not in self.failed:
-            self.failed.add(error.volume)
-            self._report.add(Case("failed volume", error.volume, "", "", str(error)))
-
-    async def run(self, repair: bool, grace_s: float) -> None:
         self._repair = repair
-        self._before_s = time.time() - grace_s
-        async for page in self._store.index.read_records():
-            await self._notes.add_records(page)
-        await self.walk.start()
-        await self.walk.run(self._compare, self._notes.folders)
-        if repair and not self.failed:
+        self.keys = self.replicas = self.bytes = self.young = self.repaired = 0
+        self.litter = 0  # noted for removal
+        self._beyond_index = 0  # blobs and sidecars that it does not name
+        self._without_replica = 0  # keys
+        self.kept = ""  # why no litter was removed
+
+    async def run(self) -> None:
+        walk = self._compared.walk
+        await self._compared.note_records()
+        await walk.start()
+        await walk.run(self._compare, self._notes.folders)
+        totals = await self._store.index.totals()
+        unconfigured = find_unconfigured(totals, self._mover.clients)
+        self.kept = explain_keeping(
+            self._beyond_index, self.keys, self._without_replica, self._compared.failed,
+            [one["name"] for one in unconfigured], self._report.counts[CONTRADICTION],
+        )  # fmt: skip
+        if self._repair and not self.kept:
             await self._remove_strays()
 
-    async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
-        """Return, by stem, the records in a range of folders that are still as they were noted."""
-        noted = await self._notes.records_in(first, last)
-        current = await self._store.index.get_many([key for _, key in noted])
-        records = dict[str, Record]()
-        for (path, _), record in zip(noted, current, strict=True):
-            if record is not None and record.path == path:
-                records[path[:STEM]] = record
-        return records
-
     async def _compare(self, run: list[str], on: On) -> None:
-        """Check a run of folders. The garbage is read before and after: what was deleted meanwhile
-        is no stray."""
-        span = (run[0], run[-1])
+        """Check a run of folders."""
         try:
-            pending = await self._store.index.pending_between(*span)
-            versions, cases = group_files(await self.walk.list_run(on))
-            records = await self._read_noted(*span)
-            pending += await self._store.index.pending_between(*span)
-            self._report.add(*cases)
-            await self._check(records.values(), versions)
-            dead = {(volume, path[:STEM]) for volume, path in places_of_garbage(pending)}
-            marks = {(row.volume, row.path) for row in pending if row.state is PendingState.MARK}
-            strays, young = find_strays(versions.values(), records, dead, self._before_s)
+            versions, expected = await self._compared.look(run, on)
+            unsound = await self._check(expected, versions)
+            strays, young = self._compared.find_strays(versions.values(), expected)
             self.young += young
-            await self._note_strays(strays)
-            stray_marks = find_stray_marks(versions.values(), marks, self._before_s)
-            await self._note_stray_marks(stray_marks)
+            await self._note_strays(strays, unsound)
         except VolumeError as error:
-            self._fail(error)
+            self._compared.fail(error)
 
-    async def _check(self, records: Collection[Record], versions: Mapping[str, Version]) -> None:
-        """Find what is wrong with the replicas of `records`; settle what still is when it has been
-        found."""
+    async def _check(self, expected: Expected, versions: Mapping[str, Version]) -> set[str]:
+        """Find what is wrong with the replicas of records, and settle it; return the stems of
+        those with which something still is."""
+        records = expected.records.values()
         self.keys += len(records)
-        self.replicas += sum(len(record.volumes) for record in records)
-        self.bytes += sum(record.size * len(record.volumes) for record in records)
-        # Record -> volume -> what is wrong.
+        self.replicas += sum(len(record.places) for record in records)
+        self.bytes += sum(record.size * len(record.places) for record in records)
+        beside = dict[Record, Beside]()
+        # Record -> place -> what is wrong.
         faults: dict[Record, dict[str, str]] = defaultdict(dict)
-        doubtful: list[Replica] = []
-        for record in records:
-            version = versions.get(record.path[:STEM]) or Version("")
+        doubtful = list[Replica]()  # whose sidecars are read
+        in_full = list[Replica]()  # whose blobs are
+        for stem, record in expected.records.items():
+            version = versions.get(stem) or Version(stem)
+            is_deep = self._deep
+            if version.others(record.places):
+                beside[record] = look_beside(version, record, expected)
+                # What is beside it goes only if its own replicas are good.
+                is_deep = is_deep or (self._repair and beside[record].has_extra)
             size = len(encode_sidecar(record))
-            for volume in record.volumes:
-                if volume not in self._mover.clients:
-                    faults[record][volume] = "not configured"
-                elif volume not in self.failed:
-                    if wrong := judge_replica(record, version, volume):
-                        faults[record][volume] = wrong
-                    elif (
-                        self._deep or version.sidecars[volume][0] != size
-                    ):  # of another make, or cut short
-                        doubtful.append((volume, record))
-        places = [(volume, sidecar_path(record.path)) for volume, record in doubtful]
-        for (volume, record), sidecar in zip(
-            doubtful, await read_sidecars(self._mover.clients, places), strict=True
-        ):
-            if isinstance(sidecar, str) or sidecar._replace(volumes=record.volumes) != record:
-                faults[record][volume] = "bad sidecar"
-        if self._deep:
-            doubtful += [
-                (v, record)
-                for record in faults
-                for v in faults[record]
-                if faults[record][v] == "missing sidecar"
-            ]
-            for (volume, record), wrong in zip(
-                doubtful, await self._mover.check(doubtful), strict=True
-            ):
+            for place in record.places:
+                if volume_of(place) not in self._mover.clients:
+                    faults[record][place] = "not configured"
+                    continue
+                if volume_of(place) in self._compared.failed:
+                    continue
+                wrong = judge_replica(record, version, place)
                 if wrong:
-                    faults[record][volume] = wrong
-        replicas = self._store.view.config.replicas
-        short = {record for record in records if len(record.volumes) < replicas}
-        suspects = [record for record in records if record in faults or record in short]
-        keys = [record.key for record in suspects]
-        current = await self._store.index.get_many(keys)
-        good = dict[Record, Names]()
-        for record, now in zip(suspects, current, strict=True):
-            if record == now:  # else a client came between
-                good[record] = await self._settle(record, faults[record])
-        await self._make_up({record: where for record, where in good.items() if record in short})
-
-    async def _settle(self, record: Record, faults: Mapping[str, str]) -> Names:
-        """Repair a record's replicas if told to, and note each fault; return the volumes where
-        they are good now."""
-        repaired = await self._restore(record, faults) if self._repair else set()
-        self.repaired += len(repaired)
-        for volume, wrong in faults.items():
-            kind, _, detail = wrong.partition(": ")
-            detail = "repaired" if volume in repaired else detail
-            self._report.add(Case(kind, volume, record.path, record.key, detail))
-        if all(
-            volume in faults and not faults[volume].endswith("sidecar")
-            for volume in record.volumes
+                    faults[record][place] = wrong
+                elif (
+                    is_deep or version.sidecars[place][0] != size
+                ):  # of another make, or cut short
+                    doubtful.append((place, record))
+                if is_deep and wrong in ("", "missing sidecar"):
+                    in_full.append((place, record))
+        for (place, record), is_good in zip(
+            doubtful, await self._check_sidecars(doubtful), strict=True
         ):
-            self._report.add(Case("no good replica", "", record.path, record.key))
-        return tuple(v for v in record.volumes if v not in faults or v in repaired)
+            if not is_good:
+                faults[record][place] = "bad sidecar"
+        for (place, record), wrong in zip(in_full, await self._mover.check(in_full), strict=True):
+            if wrong:
+                faults[record][place] = wrong
+        return await self._settle(records, faults, beside)
 
-    async def _make_up(self, short: Mapping[Record, Names]) -> None:
-        """Note the records that have too few replicas, and copy them, if told to, from where they
-        are good."""
+    async def _check_sidecars(self, replicas: Sequence[Replica]) -> list[bool]:
+        """Return which sidecars say what the record does."""
+        places = [
+            (volume_of(place), sidecar_path(place_path(record.path, place)))
+            for place, record in replicas
+        ]
+        sidecars = await read_sidecars(self._mover.clients, places)
+        return [
+            isinstance(sidecar, Record) and sidecar._replace(places=record.places) == record
+            for (_, record), sidecar in zip(replicas, sidecars, strict=True)
+        ]
+
+    async def _settle(
+        self, records: Collection[Record], faults: Mapping[Record, Mapping[str, str]],
+        beside: Mapping[Record, Beside],
+    ) -> set[str]:  # fmt: skip
+        """Mend what is wrong, if told to, and report it, unless a client has come between; return
+        the stems of the records with which something still is."""
+        replicas = self._store.view.config.replicas
+        suspects = [
+            record for record in records if record in faults or len(record.places) < replicas
+        ]
+        current = await self._store.index.get_many([record.key for record in suspects])
+        suspects = [record for record, now in zip(suspects, current, strict=True) if record == now]
+        moves = await self._plan(suspects, faults, beside)
+        outcome = {record: move.left for record, move in moves.items()}
+        if self._repair:
+            possible = [move for move in moves.values() if not move.left]
+            for batch in plan_batches(possible, lambda move: move.record.size):
+                ends = await self._mover.move(batch)
+                outcome |= {move.record: ends[move.record.key] for move in batch}
+        unsound = set[str]()
+        for record in suspects:
+            why = outcome.get(record, "")
+            if why == "changed":
+                continue
+            done = moves[record] if self._repair and record in moves and not why else None
+            if not self._report_on(record, faults.get(record, {}), done, why):
+                unsound.add(record.path[:STEM])
+        return unsound
+
+    async def _plan(
+        self, suspects: Sequence[Record], faults: Mapping[Record, Mapping[str, str]],
+        beside: Mapping[Record, Beside],
+    ) -> dict[Record, Move]:  # fmt: skip
+        """Return what can be done for records of which replicas are bad, or missing."""
         view = self._store.view
         replicas = view.config.replicas
-        states = self._store.health.states
-        moves = [plan_more(r, good, view.ring, replicas, states) for r, good in short.items()]
-        outcome = {move.record.key: move.left for move in moves}
-        if self._repair:
-            possible = [move for move in moves if not move.left]
-            for batch in plan_batches(possible, lambda move: move.record.size):
-                outcome |= await self._mover.move(batch)
-        for move in moves:
-            record = move.record
-            why = outcome[record.key]
-            if why == "changed":  # by a client
-                continue
-            if self._repair and not why:
-                record = move.after
-            count = len(record.volumes)
-            detail = f"{count} of {replicas}"
-            if count >= replicas:
-                self.repaired += 1
+        good = await self._read_spare(suspects, beside) if self._repair else {}
+        moves = dict[Record, Move]()
+        for record in suspects:
+            wrong = faults.get(record, {})
+            if len(record.places) < replicas or any(one in MENDABLE for one in wrong.values()):
+                spare = tuple(good.get(record, ()))
+                found = beside.get(record, Beside())
+                others = tuple(place for place in found.spare if place not in spare)
+                moves[record] = plan_mend(
+                    record, wrong, spare, others + found.others,
+                    view.ring, replicas, self._store.health.states,
+                )  # fmt: skip
+        return moves
+
+    async def _read_spare(
+        self, suspects: Sequence[Record], beside: Mapping[Record, Beside]
+    ) -> dict[Record, list[str]]:
+        """Return the places of which the index does not know, and that are good in full."""
+        replicas = [
+            (place, record) for record in suspects for place in beside.get(record, Beside()).spare
+        ]
+        whole = await self._mover.check(replicas)
+        told = await self._check_sidecars(replicas)
+        good = defaultdict[Record, list[str]](list)
+        for (place, record), wrong, is_told in zip(replicas, whole, told, strict=True):
+            if is_told and not wrong:
+                good[record].append(place)
+        return good
+
+    def _report_on(
+        self, record: Record, faults: Mapping[str, str], done: Move | None, why: str
+    ) -> bool:
+        """Report what was wrong with a record, and whether `done` has mended it, or `why` not;
+        return whether nothing is wrong any more."""
+        config = self._store.view.config
+        dropped = done.drop if done else ()
+        left = len(faults)
+        for place, wrong in faults.items():
+            kind, _, detail = wrong.partition(": ")
+            if place in dropped:
                 detail = "repaired"
-            elif why:
-                detail += f", {REASONS.get(why, why)}"
+                left -= 1
+                self.repaired += 1
+            path = place_path(record.path, place)
+            self._report.add(Case(kind, volume_of(place), path, record.key, detail))
+        is_lost = all(place in faults for place in record.places) and not done
+        self._without_replica += is_lost
+        if is_lost and not any(wrong.endswith("sidecar") for wrong in faults.values()):
+            self._report.add(Case("no good replica", "", record.path, record.key))
+        if len(record.places) < config.replicas:
+            count = len(done.after.places if done else record.places)
+            detail = f"{count} of {config.replicas}"
+            if count >= config.replicas:
+                detail = "repaired"
+                self.repaired += 1
+            else:
+                detail += f", {why}" if why else ""
+                left += 1
             self._report.add(Case("too few replicas", "", record.path, record.key, detail))
+        return left == 0
 
-    async def _restore(self, record: Record, faults: Mapping[str, str]) -> set[str]:
-        """Make replicas good from good ones; return the volumes where that succeeded."""
-        states = self._store.health.states
-        unmarked = [volume for volume, wrong in faults.items() if wrong.endswith("sidecar")]
-        checked = await self._mover.check([(volume, record) for volume in unmarked])
-        repaired = {
-            v
-            for v, wrong in zip(unmarked, checked, strict=True)
-            if not wrong and await self._mark(record, v)
-        }
-        sources = tuple(v for v in record.volumes if v not in faults or v in unmarked)
-        beyond = {
-            v for v, wrong in faults.items() if wrong in ("missing", "wrong size", "corrupt")
-        }
-        bad = tuple(v for v in record.volumes if v in beyond and states[v] is State.UP)
-        if bad and sources:
-            try:
-                for volume in bad:
-                    await self._mover.set_aside(volume, record.path)
-            except VolumeError as error:
-                self._report.add(
-                    Case("not set aside", error.volume, record.path, record.key, str(error))
-                )
-                return repaired
-            keep = tuple(v for v in record.volumes if v not in bad)
-            outcome = await self._mover.move(
-                [Move(record=record, sources=sources, keep=keep, copy=bad)]
-            )
-            repaired |= set() if outcome[record.key] else set(bad)
-        return repaired
-
-    async def _mark(self, record: Record, volume: str) -> bool:
-        """Write the sidecar beside a blob that is good; have it deleted if the key was deleted
-        meanwhile."""
-        path = record.path
-        try:
-            await self._mover.clients[volume].put({sidecar_path(path): encode_sidecar(record)})
-        except VolumeError:
-            return False
-        return not await self._store.index.write(
-            partial(remove_strays, [(record.key, volume, path)]), keys=[record.key]
-        )
-
-    async def _note_strays(self, strays: Sequence[Place]) -> None:
-        """Report what no record names, and note it for removal."""
-        sidecars = await read_sidecars(
-            self._mover.clients, [(volume, sidecar_path(path)) for volume, path in strays]
-        )
-        keys = [sidecar.key if isinstance(sidecar, Record) else "" for sidecar in sidecars]
-        current = await self._store.index.get_many(keys)
-        noted = list[Stray]()
-        for (volume, path), sidecar, key, record in zip(
-            strays, sidecars, keys, current, strict=True
-        ):
-            # One that is named was written since the records were noted.
-            if not is_named(record, volume, path):
-                self._report.add(Case(name_stray(path, sidecar, record), volume, path, key))
-                noted.append((key, volume, path))
+    async def _note_strays(self, strays: Sequence[Stray], unsound: Collection[str]) -> None:
+        """Report what the index does not know, and note what may be removed."""
+        noted = list[StrayRow]()
+        for stray, key, name in await self._compared.identify(strays):
+            volume, path = stray.volume, stray.path
+            is_tombstone = path.endswith(".del")
+            match stray.kind:
+                case Kind.CONTRADICTION:
+                    name = CONTRADICTION
+                case Kind.UNKNOWN:
+                    name = UNKNOWN
+                    self._beyond_index += not is_tombstone
+                case Kind.LITTER | Kind.EXTRA:
+                    self._beyond_index += not is_tombstone
+                    if path[:STEM] not in unsound:
+                        noted.append((key, volume, path))
+            self._report.add(Case(name, volume, path, key))
+        self.litter += len(noted)
         await self._notes.add_strays(noted)
 
-    async def _note_stray_marks(self, marks: Sequence[Place]) -> None:
-        self._report.add(*(Case("leftover mark", volume, path) for volume, path in marks))
-        await self._notes.add_strays([("", volume, path) for volume, path in marks])
-
     async def _remove_strays(self) -> None:
-        """Put the strays in the garbage: each one's record is looked up again in the
-        transaction."""
-        async for strays in self._notes.strays():
-            keys = [key for key, _, _ in strays if key]
-            paths = [path for _, _, path in strays]
-            remove = partial(remove_strays, strays)
-            self.repaired += await self._store.index.write(remove, keys, paths)
+        """Each one's record is looked up again in the transaction."""
+        async for rows in self._notes.strays():
+            self.repaired += await remove_noted(self._store.index, rows)
+
+
+async def remove_noted(index: Index, rows: Sequence[StrayRow]) -> int:
+    keys = [key for key, _, _ in rows if key]
+    paths = [path for _, _, path in rows]
+    return await index.write(partial(remove_strays, rows), keys, paths)
+
+
+CONTRADICTION = "tombstone of a version that lives"
+UNKNOWN = "unknown version"
 
 
 async def verify(config: Config, options: argparse.Namespace, report: Report) -> None:
@@ -2155,11 +2336,14 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
     async with open_store(config, options.repair) as store:
         mover = Mover(store, options.limit_rate * 1e6, report)
         notes = Notes()
-        work = Verify(store, mover, notes, report, options.deep)
-        progress = show_progress(report, lambda: tell_extent(work, mover), lambda: work.walk.done)
+        compared = Comparison(store, mover.clients, notes, report, options.grace)
+        work = Verify(compared, store, mover, notes, report, options.deep, options.repair)
+        progress = show_progress(
+            report, lambda: tell_extent(work, mover), lambda: compared.walk.done
+        )
         try:
             async with progress:
-                await work.run(options.repair, options.grace)
+                await work.run()
         finally:
             await notes.close()
     left = (
@@ -2178,6 +2362,15 @@ async def verify(config: Config, options: argparse.Namespace, report: Report) ->
         report.lines.append(
             f"{work.young} files that no record names are younger than --grace: left alone"
         )
+    unknown = report.counts[UNKNOWN]
+    if unknown:
+        report.lines.append(
+            f"{unknown} files are of versions that this index has never given out, and stay: if "
+            "it is the right one, `mkv_tools.py discard VOLUME` deletes them"
+        )
+    if work.kept and (work.litter or unknown or report.counts[CONTRADICTION]):
+        report.lines.append(f"nothing was removed: {work.kept}")
+    report.facts["kept"] = work.kept
     report.code = 1 if left else 0
 
 
@@ -2190,6 +2383,90 @@ def tell_faults(repaired: int, left: int) -> str:
     if repaired:
         return f"{repaired} faults repaired, {left} left"
     return f"{left} faults" if left else "no faults"
+
+
+class Discard:
+    """Deletes from one volume what no record, claim or dead row of the index names, and what is of
+    no version that lives."""
+
+    def __init__(self, compared: Comparison, store: Store, notes: Notes, report: Report) -> None:
+        self._compared = compared
+        self._store = store
+        self._notes = notes
+        self._report = report
+        self.keys = self.files = self.bytes = 0  # found
+        self.count = self.deleted = 0  # blobs, sidecars without one, tombstones
+
+    def share(self) -> float:
+        """Finding them is half of it."""
+        return (self._compared.walk.done + self.deleted / max(1, self.count)) / 2
+
+    def text(self) -> str:
+        return f"{self.files} files, {show_bytes(self.bytes)} found, {self.deleted} deleted"
+
+    async def find(self) -> None:
+        await self._compared.note_records()
+        await self._compared.walk.start()
+        await self._compared.walk.run(self._note)
+
+    async def _note(self, run: list[str], on: On) -> None:
+        try:
+            versions, expected = await self._compared.look(run, on)
+            strays, _ = self._compared.find_strays(versions.values(), expected)
+            found = await self._compared.identify(strays)
+        except VolumeError as error:
+            self._compared.fail(error)
+            return
+        rows = list[StrayRow]()
+        for stray, key, name in found:
+            if stray.kind in (Kind.UNKNOWN, Kind.LITTER):
+                name = UNKNOWN if stray.kind is Kind.UNKNOWN else name
+                self._report.add(Case(name, stray.volume, stray.path, key))
+                self.files += len(stray.files)
+                self.bytes += sum(size for size, _ in stray.files)
+                rows.append((key, stray.volume, stray.path))
+        self.keys += len({path[:KEY_STEM] for _, _, path in rows})
+        self.count += len(rows)
+        await self._notes.add_strays(rows)
+
+    async def delete(self) -> None:
+        """Enter them as dead, and do what a server does then. What a kill, or a volume that fails,
+        leaves undone is done by the server."""
+        async for rows in self._notes.strays():
+            self.deleted += await remove_noted(self._store.index, rows)
+            await self._store.collect_garbage()
+        while await self._store.collect_garbage():
+            pass
+
+
+async def discard(config: Config, options: argparse.Namespace, report: Report) -> None:
+    """Delete from one volume what this index does not know; first only say how much that is."""
+    name = options.name
+    async with open_store(config, options.yes) as store:
+        client = store.view.clients.get(name)
+        if client is None:
+            raise ConfigError([f"NAME: {name} is not in the configuration"])
+        notes = Notes()
+        compared = Comparison(store, {name: client}, notes, report, options.grace)
+        work = Discard(compared, store, notes, report)
+        try:
+            async with show_progress(report, work.text, work.share):
+                await work.find()
+                if options.yes and not compared.failed:
+                    await work.delete()
+        finally:
+            await notes.close()
+    report.facts = {"volume": name, "files": work.files, "bytes": work.bytes, "keys": work.keys}
+    report.facts["deleted"] = work.deleted
+    found = f"{name}: {work.files} files, {show_bytes(work.bytes)}, of {work.keys} keys"
+    if compared.failed:
+        report.lines = [f"{found}; not all could be read, and nothing was deleted"]
+    elif options.yes:
+        report.lines = [f"{found} are deleted"]
+    else:
+        report.lines = [f"{found} are of no version that this index knows to be alive"]
+        report.lines += ["say --yes to delete them"] if work.files else []
+    report.code = 1 if compared.failed or work.deleted < work.count else 0
 
 
 # == status, backup, forget, token ================================================================
@@ -2404,7 +2681,7 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
     await index.open()
     try:
         totals = await index.totals()
-        waiting = await index.unclaimed_on(name)
+        waiting = await index.dead_on(name)
         if name in (ALL_KEYS, GARBAGE) or not (name in totals or waiting):
             raise ConfigError([f"NAME: the index knows no volume {name}"])
         blobs, _ = totals.get(name, (0, 0))
@@ -2413,9 +2690,9 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
         count = 0
         while waiting:
             paths = [path for _, path in waiting]
-            await index.write(partial(Transaction.forget, places=waiting), paths=paths)
+            await index.write(partial(forget_places, places=waiting), paths=paths)
             count += len(waiting)
-            waiting = await index.unclaimed_on(name)
+            waiting = await index.dead_on(name)
     finally:
         await index.close()
     report.facts = {"volume": name, "forgotten": count}
@@ -3499,6 +3776,10 @@ LIMIT_RATE = argument(
     "--limit-rate", metavar="MB/S", type=SECONDS, default=0.0,
     help="of reading or copying [no limit]",
 )  # fmt: skip
+GRACE = argument(
+    "--grace", metavar="S", type=SECONDS, default=3600.0,
+    help="s; younger files are left alone [3600]",
+)  # fmt: skip
 FULL_FOLDER = (
     f"A folder of a volume whose listing has more than {LISTING_BYTES // 2**20} MiB (some 88,000 "
     "files; a volume has 65,536 folders) counts as unreadable."
@@ -3542,9 +3823,8 @@ COMMANDS: Mapping[str, Command] = {
         ALL_SETTINGS,
         "Change the volumes in the configuration and reload the server (kill -HUP) before: one "
         "that still has the old set would go on placing blobs by it. A key that a client changes "
-        "meanwhile, or that has garbage waiting where its copy would go, is left alone: run it "
-        "again until it exits with 0, and also after it was killed, since what it had copied "
-        "waits for that.",
+        "meanwhile is left alone: run it again until it exits with 0, and also after it was "
+        "killed.",
     ),
     "verify": Command(
         verify,
@@ -3558,17 +3838,29 @@ COMMANDS: Mapping[str, Command] = {
                 "--repair", action="store_true",
                 help="restore bad replicas; remove what no record names",
             ),
-            argument(
-                "--grace", metavar="S", type=SECONDS, default=3600.0,
-                help="s; younger files are left alone [3600]",
-            ),
+            GRACE,
             LIMIT_RATE,
         ],
         ALL_SETTINGS,
         "A record with fewer replicas than `replicas` is a fault (exit code 1), also one that a "
-        "PUT left behind with a lower `min_replicas`. A repair that fails leaves the record as it "
-        "was. --grace 0 is for a store that nobody writes to: an upload under way looks like an "
-        f"unfinished write. {FULL_FOLDER}",
+        "PUT left behind with a lower `min_replicas`. A repair goes to a new place; one that "
+        "fails leaves the record as it was. What no record names is removed only if this index "
+        "has given its version out, and only if every volume could be read, every key has a good "
+        f"replica, and it is not more than there are keys. {FULL_FOLDER}",
+    ),
+    "discard": Command(
+        discard,
+        "Delete from one volume what this index does not know, while the server runs: say how "
+        "much that is, and with --yes do it.",
+        [
+            argument("name", metavar="VOLUME", help="its name"),
+            argument("--yes", action="store_true", help="really"),
+            GRACE,
+        ],
+        ALL_SETTINGS,
+        "What was written by another index, or before this one was made without a copy of the old "
+        "one, is named by verify, and never removed by it: the index may be the wrong one. Where "
+        "that is not so, this deletes it. What belongs to a version that lives stays.",
     ),
     "status": Command(
         status,
