@@ -11905,7 +11905,7 @@ def test_what_is_deleted_while_a_volume_is_away_stays_dead_though_the_index_is_l
         eventually(lambda: len(sidecars(cluster)) == 3 and not tombstones(cluster))
     kinds = cluster.tool("verify", "--grace", 0)[1]["found"].keys()
     # Blobs that were waiting to be deleted when the index was lost.
-    assert kinds <= {"unfinished write"}
+    assert kinds <= {"unknown version"}
 
 
 @on_nginx
@@ -12018,7 +12018,9 @@ def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: C
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, so that it counts as up
-        store.view.clients["volume3"]._drop_idle()
+        client = store.view.clients["volume3"]
+        await until(lambda: len(client._lines) == len(client._idle))  # a probe was under way
+        client._drop_idle()
         cluster.stop("volume3")
         await put_one(store, "k", b"x")
 
@@ -12469,7 +12471,7 @@ def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> N
 
 
 @on_nginx
-def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(
+def test_rebuild_from_a_backup_takes_what_came_to_another_place_of_a_volume_since(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     """The key has moved from volume1 to volume3 before the backup, and back after it."""
@@ -12481,15 +12483,16 @@ def test_rebuild_from_a_backup_keeps_what_was_garbage_and_is_a_replica_again(
 
     cluster.configure("volume1", "volume2", replicas=2)
     cluster.put({"k": b"1"})
-    before = cluster.rows()
     move_off("volume1")
     assert cluster.tool("backup", tmp_path / "copy.db")[0] == 0
     cluster.collect()
     move_off("volume3")
     cluster.collect()
+    before = cluster.rows()
+    assert "volume1~" in before[0][2]
     lose_the_index(cluster)
     shutil.copy(tmp_path / "copy.db", cluster.db)
-    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before and not cluster.garbage()
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
 # -- what a whole old index knows (R3) --
@@ -12812,8 +12815,8 @@ def test_blob_decides_where_sidecars_contradict_each_other(
     """Whichever of them is wrong; no row changes, and then no good blob is deleted."""
     cluster.put({f"{i}": os.urandom(size) for i in range(4)})
     cluster.use(lambda store: put_one(store, "png", os.urandom(size), "image/png"))
-    before = cluster.rows()
     for number in (0, 1):
+        before = cluster.rows()
         file = cluster.replica("png", number, sidecar=True)
         good = file.read_bytes()
         edit_sidecar(file, **{field: WRONG[field]})
@@ -12827,7 +12830,8 @@ def test_blob_decides_where_sidecars_contradict_each_other(
         assert cluster.tool("verify", "--deep", "--repair", "--grace", 0)[1]["found"] == {
             "bad sidecar": 1
         }
-        assert file.read_bytes() == good and not cluster.garbage()
+        assert cluster.replica("png", number, sidecar=True).read_bytes() == good
+        cluster.collect()  # the place with the wrong one
     check_placement(cluster)
 
 
@@ -14428,6 +14432,7 @@ def test_tools_show_the_volume_secret(cluster: Cluster) -> None:
     flip_bit(cluster.replica("large"))
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
     assert cluster.tool("verify", "--deep", "--repair")[1]["repaired"] == 1
+    before = cluster.rows()
     cluster.configure(*names, replicas=2)
     code, _, err = cluster.tool("rebuild")
     assert code == 1 and "403" in err and cluster.rows() == before
