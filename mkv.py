@@ -727,7 +727,7 @@ def blob_path(key: str, version: str, ext: str) -> str:
 def place_path(path: str, place: str) -> str:
     """Return where on its volume the blob of the version at `path` lies at `place`."""
     _, sign, tag = place.partition("~")
-    return f"{path[:STEM]}{sign}{tag}{path[STEM:]}"
+    return f"{path[:STEM]}~{tag}{path[STEM:]}" if sign else path
 
 
 def split_path(path: str) -> tuple[str, str]:
@@ -2649,7 +2649,8 @@ def prepare_sqlite(session: SqliteSession) -> None:
             keep_copy(db, version)
             migrate(session, PENDING + DRAWN + IDENTITIES)
             session.run("DROP TABLE pending")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version != SCHEMA_VERSION:
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def keep_copy(db: sqlite3.Connection, version: int) -> None:

@@ -280,7 +280,7 @@ def parse_listing(body: bytes) -> Files:
 
 def tag_of(path: str) -> str:
     """Return the tag in a path with its sign, "" if it has none."""
-    return stem_of(path)[STEM:]
+    return stem_of(path)[STEM:] if path[STEM : STEM + 1] == "~" else ""
 
 
 def group_files(found: Found) -> tuple[dict[str, Version], list[Case]]:
@@ -386,7 +386,10 @@ def judge_version(
     good = dict[str, str]()  # volume -> place
     others = dict[str, Record]()
     cases = list[Case]()
-    for place in sorted(read, key=lambda place: (place not in named, place)):
+    order = sorted(read)
+    if is_crowded(read):
+        order.sort(key=lambda place: place not in named)
+    for place in order:
         sidecar = read[place]
         volume = volume_of(place)
         if isinstance(sidecar, str):
@@ -432,9 +435,9 @@ def name_unusable(version: Version, read: Sidecars) -> Case:
 
 
 @dataclass(slots=True, kw_only=True)
-class Known:
-    """What the old index says of a run of folders. Only one that is whole has records and what was
-    drawn: what it has drawn, and neither its record nor a claim names, is dead (R3)."""
+class Remembered:
+    """What the old index remembers of a run of folders. Only one that is whole has records and
+    what was drawn: what it has drawn, and neither its record nor a claim names, is dead (R3)."""
 
     drawn: Mapping[str, Drawn]  # by tag
     keys: dict[str, str] = field(default_factory=dict)  # stem of a key -> key, as sidecars say
@@ -1449,13 +1452,13 @@ class Keys:
         versions: Mapping[str, Version],
         read: Mapping[str, Sidecars],
         tombstones: Mapping[str, Tombstone],
-        known: Known,
+        old: Remembered,
     ) -> None:
         self._clients = clients
         self._versions = versions
         self._read = read
         self._tombstones = tombstones
-        self._known = known
+        self._old = old
         self.adopted = list[Record]()
         self.dead = dict[Place, str]()  # (volume, path of a blob) -> key, "" if it is not known
         self.known_dead = 0  # versions of which only the old index knew it
@@ -1470,20 +1473,20 @@ class Keys:
     async def _settle_key(self, key_stem: str, stems: list[str]) -> None:
         """Adopt the first version, from the highest one down, that is sound and not dead; what is
         below is dead."""
-        known = self._known.records.get(key_stem)
-        away = self._places_away(known)
-        if known and away and known.path[:STEM] not in self._versions:
-            stems = sorted([*stems, known.path[:STEM]], reverse=True)
+        named = self._old.records.get(key_stem)
+        if named and key_stem + named.version not in stems and self._places_away(named):
+            stems = sorted([*stems, key_stem + named.version], reverse=True)
         is_settled = False
         for stem in stems:
             version = self._versions.get(stem) or Version(stem)
             if stem in self._tombstones:
                 self._kill(version)
-            elif self._known.is_dead(stem):
+            elif self._old.is_dead(stem):
                 self._kill(version)
                 places = version.sidecars.keys() | version.blobs.keys()
-                self.known_dead += not places <= self._known.dead.get(stem, set())
-            elif is_settled and (version.sidecars or away):
+                if not places <= self._old.dead.get(stem, set()):
+                    self.known_dead += 1
+            elif is_settled and (version.sidecars or self._old.names(stem)):
                 self._kill(version)
             else:
                 record = await self._judge(version)
@@ -1493,20 +1496,18 @@ class Keys:
                     if not version.sidecars.keys() <= {*record.places}:
                         self._kill_the_rest(version, record)
 
-    def _places_away(self, record: Record | None) -> list[str]:
+    def _places_away(self, record: Record) -> list[str]:
         """Return the places of a record that are on volumes that are not read now."""
-        if record is None:
-            return []
         return [place for place in record.places if volume_of(place) not in self._clients]
 
     def _key_of(self, stem: str) -> str:
-        return self._known.keys.get(stem[:KEY_STEM], "")
+        return self._old.keys.get(stem[:KEY_STEM], "")
 
     def _kill(self, version: Version) -> None:
         """All of a version is dead, also what the old index names on volumes that are not read."""
         key = self._key_of(version.stem)
         self.dead |= dict.fromkeys(version.places, key)
-        if named := self._known.names(version.stem):
+        if named := self._old.names(version.stem):
             for place in self._places_away(named):
                 self.dead[volume_of(place), place_path(named.path, place)] = key
 
@@ -1522,18 +1523,19 @@ class Keys:
         """Return the record that a version makes which is not known to be dead, None if it makes
         none."""
         stem = version.stem
-        named = self._known.names(stem)
+        named = self._old.names(stem)
         read = self._read.get(stem, {})
-        dead = self._known.dead.get(stem, set())
+        dead = self._old.dead.get(stem, set())
         standing = version.without(dead) if dead else version
         record = None
         if standing.sidecars:
             sidecars = {place: read[place] for place in standing.sidecars} if dead else read
             record, cases = await self._read_and_judge(standing, sidecars, named)
             self.cases += cases
-        for place in sorted(standing.blobs.keys() - standing.sidecars.keys()):
-            for path in standing.blobs[place]:
-                self.cases.append(Case("blob without sidecar", volume_of(place), path))
+        if bare := standing.blobs.keys() - standing.sidecars.keys():
+            for place in sorted(bare):
+                for path in standing.blobs[place]:
+                    self.cases.append(Case("blob without sidecar", volume_of(place), path))
         if record is None and dead and named:  # it may have the last good replica
             record, _ = await self._read_and_judge(version, read, named, in_full=True)
         if record is None and standing.sidecars and standing.blobs:
@@ -1557,7 +1559,7 @@ class Keys:
     def write(self, tx: Transaction) -> None:
         """Write what has become of them to the new index."""
         tx.fill(self.adopted)
-        if self._known.dead or self._known.claimed:
+        if self._old.dead or self._old.claimed:
             for record in self.adopted:
                 raise_from_dead(record, tx.pending_of(record.key))
         for stem, tombstone in self._tombstones.items():
@@ -1700,37 +1702,37 @@ class Rebuild:
         self._highest = max([self._highest, *(one for one in found if one < END_OF_VERSIONS)])
         read = await self._read(versions.values())
         tombstones = await self._read_tombstones(versions.values())
-        known = await self._ask_old(run, read)
-        keys = Keys(self._clients, versions, read, tombstones, known)
+        old = await self._ask_old(run, read)
+        keys = Keys(self._clients, versions, read, tombstones, old)
         await keys.settle()
         paths = [path for _, path in keys.dead]
         paths += [tombstone.path for tombstone in tombstones.values()]
-        if known.dead or known.claimed:
+        if old.dead or old.claimed:
             paths += [record.path for record in keys.adopted]
         await self._new.write(keys.write, paths=paths)
         self._count(keys.adopted)
         self.known_dead += keys.known_dead
         self._report.add(*cases, *keys.cases)
 
-    async def _ask_old(self, run: list[str], read: Mapping[str, Sidecars]) -> Known:
+    async def _ask_old(self, run: list[str], read: Mapping[str, Sidecars]) -> Remembered:
         """Return what the old index says of the versions in a run. What was pending there is in
         the new one by now."""
-        known = Known(drawn=self._drawn)
+        old = Remembered(drawn=self._drawn)
         for one in (await self._new.pending_between(run[0], run[-1])).values():
             for row in one.dead.values():
                 if not row.is_tombstone:
-                    places = known.dead if row.owner is None else known.claimed
+                    places = old.dead if row.owner is None else old.claimed
                     place = row.volume + tag_of(row.path)
                     places.setdefault(row.path[:STEM], set()).add(place)
         for stem, sidecars in read.items():
             for sidecar in sidecars.values():
                 if isinstance(sidecar, Record):
-                    known.keys[stem[:KEY_STEM]] = sidecar.key
+                    old.keys[stem[:KEY_STEM]] = sidecar.key
                     break
         if self._copy:
-            records = await self._copy.get_many([*known.keys.values()])
-            known.records.update(zip(known.keys, records, strict=True))
-        return known
+            records = await self._copy.get_many([*old.keys.values()])
+            old.records.update(zip(old.keys, records, strict=True))
+        return old
 
     async def _read_tombstones(self, versions: Collection[Version]) -> dict[str, Tombstone]:
         """Return stem -> tombstone of the versions that are dead. That it has one is enough; what
