@@ -361,6 +361,8 @@ on_postgres = pytest.mark.parametrize("db", ["postgres"], indirect=True)
 class Program:
     """`python mkv.py ...` in a folder of its own, told to stop at the end, by pid."""
 
+    serve: ClassVar[list[str]] = SERVE
+
     def __init__(
         self, folder: Path, *arguments: str, config: str = "", env: dict[str, str] | None = None
     ) -> None:
@@ -369,7 +371,7 @@ class Program:
         write_whole(self.config, config)
         self.log_file = folder / "log"
         patient = ["--volume-timeout", "60"]  # a CI machine's disk may stand still for seconds
-        command = [*SERVE, "--config", str(self.config), "--port", "0", *patient, *arguments]
+        command = [*self.serve, "--config", str(self.config), "--port", "0", *patient, *arguments]
         with open(self.log_file, "ab") as log:
             environ = {**os.environ, **(env or {})}
             self.process = subprocess.Popen(
@@ -18278,6 +18280,8 @@ class Site:
     """Four volumes, a server with some workers, and its tools; all of it to be broken on purpose,
     and healed."""
 
+    program: ClassVar[type[Program]] = Program
+
     def __init__(
         self, folder: Path, stack: contextlib.ExitStack, db: str = "", workers: int = 2
     ) -> None:
@@ -18313,7 +18317,7 @@ class Site:
 
     def begin_server(self) -> None:
         flags = ("--volume-timeout", "0.7")  # Program has another one
-        self.server = Program(self._config.parent, *flags, config=self.configuration())
+        self.server = self.program(self._config.parent, *flags, config=self.configuration())
 
     def address(self) -> str:
         return self.server.url
@@ -18571,11 +18575,47 @@ class Cable:
         self.cut()
 
 
+# Leases and doubts that are over soon, so that processes can stand still for longer than both.
+HASTY_LEASE_S = 1.0
+HASTY_BROKEN_S = 1.5
+HASTY = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import mkv
+mkv.BROKEN_S = {HASTY_BROKEN_S}
+mkv.HUNG_S = 8.0
+"""
+
+
+@contextlib.contextmanager
+def paused(process: int) -> Iterator[None]:
+    with contextlib.suppress(ProcessLookupError):  # a tool that was quick
+        os.kill(process, signal.SIGSTOP)
+    time.sleep(HASTY_LEASE_S + HASTY_BROKEN_S + 0.5)
+    yield
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGCONT)
+
+
+class HastyProgram(Program):
+    serve: ClassVar[list[str]] = [
+        sys.executable, "-c", f"{HASTY}\nsys.exit(mkv.main(sys.argv[1:]))", "serve",
+    ]  # fmt: skip
+
+
 class Estate(Site):
     """A site whose first volume has a disk of its own, if root runs this, and whose last one is
-    reached by a cable."""
+    reached by a cable. Its leases and doubts are short."""
 
     DISK = 1 << 30  # bytes at most; it takes memory only for what is on it
+    program: ClassVar[type[Program]] = HastyProgram
+
+    def configuration(self) -> str:
+        return f"lease = {HASTY_LEASE_S}\n{super().configuration()}"
+
+    def _tool_line(self, command: str) -> list[str]:
+        code = f"{HASTY}\nimport mkv_tools\nsys.exit(mkv_tools.main(sys.argv[1:]))"
+        return [sys.executable, "-c", code, command, "--config", str(self._config)]
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._disk = folder / "n0"
@@ -18618,6 +18658,21 @@ class Estate(Site):
         eventually(lambda: len(children_of(self.server.process.pid)) == self.workers)
 
     @contextlib.contextmanager
+    def pause_worker(self, chance: random.Random) -> Iterator[None]:
+        """For longer than others wait before they take it, and what it has sent, for dead."""
+        worker = chance.choice(children_of(self.server.process.pid))
+        with paused(worker):
+            yield
+
+    @contextlib.contextmanager
+    def pause_tool(self, chance: random.Random) -> Iterator[None]:
+        self.begin_tool(*chance.choice([("rebalance",), ("verify", "--repair")]))
+        assert self._tool
+        time.sleep(chance.uniform(0.3, 1.0))
+        with paused(self._tool[1].pid):
+            yield
+
+    @contextlib.contextmanager
     def change_configuration(self, chance: random.Random) -> Iterator[None]:
         self.garbage_delay_s = chance.choice([0.0, 0.5, 1.0, 3.0])
         self.reload()
@@ -18647,7 +18702,8 @@ class Estate(Site):
 
 ALL_FAULTS: tuple[Fault, ...] = (
     *FAULTS, Estate.fill_disk, Estate.cut_connections, Estate.kill_worker,
-    Estate.change_configuration, Estate.repair, Estate.back_up,
+    Estate.change_configuration, Estate.repair, Estate.back_up, Estate.pause_worker,
+    Estate.pause_tool,
 )  # fmt: skip
 
 
@@ -18678,7 +18734,7 @@ class Audit:
             if len(record.volumes) != 2:
                 self.wrong.append(f"{record.key} is on {record.volumes}")
             for volume in record.volumes:
-                status, _, blob = ask(urls[volume] + record.path)
+                status, _, blob = ask(urls[volume] + record.path_on(volume))
                 self.replicas += 1
                 self.bytes += len(blob)
                 if (status, hashlib.sha256(blob).hexdigest()) != (200, record.digest):
