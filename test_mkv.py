@@ -13592,6 +13592,22 @@ def test_rebuild_believes_a_tombstone_and_not_the_backup_of_an_index(
 
 
 @on_nginx
+def test_tombstone_of_which_nothing_is_dead_any_more_goes_after_a_rebuild(
+    cluster: Cluster,
+) -> None:
+    cluster.put({"k": b"x"})
+    path = mkv.blob_path("k", f"{1:020x}", "")
+    file = cluster.data / "volume1" / mkv.tombstone_path(path)[1:]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(mkv.encode_tombstone(path, ()))
+    before = cluster.rows()
+    lose_the_index(cluster)
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+    cluster.collect()
+    assert not file.exists()
+
+
+@on_nginx
 def test_rebuild_never_takes_garbage_for_the_last_replica(cluster: Cluster) -> None:
     """An old index from a backup may call garbage what has become the record's only replica."""
     cluster.put({"k": b"1"})
