@@ -14925,16 +14925,17 @@ def spawn_with(cluster: Cluster, patch: str, *arguments: object) -> subprocess.P
     )
 
 
-# A rebalance that stands still when it has claimed, or has copied, until the file `go` is there.
+# A rebalance that stands still once, when it has claimed, or has copied.
 STAND_STILL = """
-import pathlib
+import os, pathlib, signal
 real = mkv_tools.Mover._copy_small
 async def stand_still(mover, batch):
     if {late}:
         await real(mover, batch)
-    pathlib.Path({still!r}).touch()
-    import os, signal
-    os.kill(os.getpid(), signal.SIGSTOP)
+    still = pathlib.Path({still!r})
+    if not still.exists():
+        still.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
     if not {late}:
         await real(mover, batch)
 mkv_tools.Mover._copy_small = stand_still
@@ -14973,9 +14974,12 @@ def test_rebalance_that_stood_still_for_longer_than_lease_and_doubt_brings_nothi
                 await store.collect_garbage()
                 await asyncio.sleep(0.1)
 
-    cluster.use(outlive)
-    os.kill(tool.pid, signal.SIGCONT)
-    out, err = tool.communicate(timeout=30)
+    try:
+        cluster.use(outlive)
+        os.kill(tool.pid, signal.SIGCONT)
+        _, err = tool.communicate(timeout=20)
+    finally:
+        tool.kill()
     assert b"Traceback" not in err, err
     rows = {row[0] for row in cluster.rows()}
     assert rows == {"other"} if act == "DELETE" else {"k", "other"}
