@@ -830,7 +830,7 @@ def test_place_comes_back_from_its_path(key: str, version: str, ext: str, tag: s
         GOLDEN_PATH + "~",
         GOLDEN_PATH + "~12345678~",
         GOLDEN_PATH + "~0123456",
-    ],  # fmt: skip
+    ],
 )
 def test_foreign_path_is_not_ours(path: str) -> None:
     assert mkv.parse_path(path) is None
@@ -1135,12 +1135,12 @@ def test_root_with_a_folder_of_blobs_is_told_from_an_empty_one() -> None:
 # == Decisions ====================================================================================
 
 PURE_SECTIONS = (
-    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, tombstones", "Decisions",
-    "Wire format",
+    "Errors", "Configuration", "Keys and paths", "Ring", "Records, sidecars, tombstones",
+    "Decisions", "Wire format",
 )  # fmt: skip
 SECTIONS = (
-    *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Migration", "Index", "Volume client", "Health",
-    "Metrics", "Store", "Page",
+    *PURE_SECTIONS, "Engine", "SQLite", "PostgreSQL", "Migration", "Index", "Volume client",
+    "Health", "Metrics", "Store", "Page",
     "Requests and responses", "Lane", "aiohttp", "Embedded volume", "Client", "Command line",
 )  # fmt: skip
 IMPURE = {
@@ -1312,8 +1312,12 @@ def test_what_an_owner_that_is_taken_for_dead_has_claimed_is_in_doubt_for_five_m
 
 @pytest.mark.parametrize(
     ("living", "above"),
-    [("", [3, 5, 5, 7]), (numbered(3).version, [5, 5, 7]), (numbered(7).version, [])]
-    + [(mkv.LAST_VERSION, [])],
+    [
+        ("", [3, 5, 5, 7]),
+        (numbered(3).version, [5, 5, 7]),
+        (numbered(7).version, []),
+        (mkv.LAST_VERSION, []),
+    ],
 )
 def test_all_that_is_dead_above_what_lives_is_buried_from_below(
     living: str, above: list[int]
@@ -2730,18 +2734,16 @@ def make_schema_3(db: str, postgres: Callable[[], Postgres]) -> None:
     rows.append((mkv.tombstone_path(make_record("k", 11).path), "b", "mark", 9.0, 5.0, None))
     record = make_record("k", 6)
     values = [
-        "INSERT INTO record VALUES ('k', '{}', 'a b', 5, '{}', 'a/b', '')".format(
-            record.version, record.digest
-        ),
+        f"INSERT INTO record VALUES ('k', '{record.version}', 'a b', 5, '{record.digest}', 'a/b', "
+        "'')",
         "INSERT INTO total VALUES ('', 1, 5), ('a', 1, 5), ('b', 1, 5), ('*', 4, 0)",
         "INSERT INTO owner VALUES (1, 'server', 10.0, 3), (2, 'gone', 8e9, 0)",
     ]
     for path, volume, state, due_s, since_s, doubt_s in rows:
         numbers = ", ".join("NULL" if one is None else str(one) for one in (due_s, 0, since_s))
         doubt = "NULL" if doubt_s is None else str(doubt_s)
-        values.append(
-            f"INSERT INTO pending VALUES ('{path}', '{volume}', '{state}', 1, {numbers}, {doubt}, 1)"
-        )
+        row = f"'{path}', '{volume}', '{state}', 1, {numbers}, {doubt}, 1"
+        values.append(f"INSERT INTO pending VALUES ({row})")
     if not mkv.is_postgres(db):
         with contextlib.closing(sqlite3.connect(db)) as made:
             made.executescript(SCHEMA_3 + CLOCK_3 + ";".join(values))
@@ -12346,7 +12348,7 @@ class Cluster:
         async def work(store: Store) -> None:
             while (await store.status())["garbage"]:
                 query = "UPDATE dead SET due = 0, doubt = NULL, owner = NULL"
-                await store.index.write(lambda tx: tx._session.run(query))
+                await store.index.write(lambda tx, query=query: tx._session.run(query))
                 await store.collect_garbage()
             await store.collect_garbage()  # tombstones, once what they speak of is gone
 
@@ -15114,8 +15116,8 @@ mkv_tools.Mover._copy_small = stand_still
 def test_rebalance_that_stood_still_for_longer_than_lease_and_doubt_brings_nothing_back(
     cluster: Cluster, act: str, late: bool, tmp_path: Path
 ) -> None:
-    """R5: a server takes it for dead, its doubts pass, the collector has done with its places; then
-    it wakes, with its copies to be sent, or sent and not yet committed."""
+    """R5: a server takes it for dead, its doubts pass, the collector has done with its places;
+    then it wakes, with its copies to be sent, or sent and not yet committed."""
     settings = {"replicas": 3, "lease": 1.0, "min_replicas": 1}
     cluster.configure("volume1", "volume2", "volume3", **settings | {"replicas": 2})
     cluster.put({"k": b"old", "other": b"x"})
