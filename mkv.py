@@ -6130,6 +6130,7 @@ FAMILIES = {
     "mkv_volume_bytes": ("gauge", "Bytes that the index says are on the volume."),
     "mkv_keys": ("gauge", "Keys in the index."),
     "mkv_bytes": ("gauge", "Bytes of all keys, each counted once."),
+    "mkv_replicas_missing": ("gauge", "Replicas that keys have less than `replicas`, in all."),
     "mkv_garbage_pending": ("gauge", "Replicas that wait to be deleted."),
     "mkv_garbage_oldest_age_seconds": ("gauge", "How long the oldest garbage has waited."),
     "mkv_samples_dropped_total": (
@@ -6984,6 +6985,9 @@ class Store:
         totals = await self.index.totals()
         keys, size = totals.get(ALL_KEYS, (0, 0))
         garbage, _ = totals.get(GARBAGE, (0, 0))
+        there = sum(
+            count for name, (count, _) in totals.items() if name not in (ALL_KEYS, GARBAGE)
+        )
         volumes = list[dict[str, Any]]()
         for name, client in self.view.clients.items():
             blobs, its_size = totals.get(name, (0, 0))
@@ -6998,6 +7002,7 @@ class Store:
             "keys": keys,
             "bytes": size,
             "garbage": garbage,
+            "replicas_missing": max(0, keys * self.view.config.replicas - there),
             "volumes": volumes,
             "unconfigured": find_unconfigured(totals, self.view.clients),
         }
@@ -7008,6 +7013,7 @@ class Store:
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"],
+            "mkv_replicas_missing": status["replicas_missing"],
             "mkv_garbage_pending": status["garbage"],
             "mkv_garbage_oldest_age_seconds": oldest_s,
         }  # fmt: skip

@@ -6941,6 +6941,17 @@ def test_status_counts_what_is_there(store: Program) -> None:
     assert ask(store.url + "/counted", "DELETE")[0] == 204
 
 
+def test_replicas_that_are_missing_are_counted(
+    start: Callable[..., Program], volumes3: list[Nginx]
+) -> None:
+    server = start(*flags_of(volumes3[:2]), "--min-replicas", "1")
+    assert ask(server.url + "/whole", "PUT", b"x")[0] == 201
+    volumes3[0].signal(signal.SIGKILL)
+    assert ask(server.url + "/half", "PUT", b"x")[0] == 201
+    metrics = ask(server.url + "/-/metrics")[2].decode()
+    assert "\nmkv_replicas_missing 1\n" in metrics
+
+
 @pytest.mark.parametrize(
     ("key", "sent", "kept"),
     [
