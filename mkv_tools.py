@@ -134,12 +134,12 @@ from mkv import (
     ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
     HUNG_S, IDENTITY_PATH, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES,
     OPERATIONS, PATIENCE_S, SEEN_TAG, SMALL_BLOB, STEM, STORE_ID, TOOL, URL, Answer, Blob,
-    Burial, Client, Config, ConfigError, Corrupt, Dead, Drawn, Forbidden, Full, Hasher,
-    Identity, Index, IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Pending, Place,
-    PreconditionFailed, Record, Replacement, Ring, Sent, Standing, State, States, Store,
-    Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload, Volume,
-    VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix,
-    check_key, decode_sidecar, decode_tombstone, draw_number, encode_sidecar,
+    Burial, Client, Config, ConfigError, Corrupt, Dead, Drawn, Exchange, Forbidden, Full,
+    Hasher, Identity, Index, IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Pending,
+    Place, PreconditionFailed, Record, Replacement, Ring, Sent, Standing, State, States,
+    Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload,
+    Volume, VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings,
+    after_prefix, check_key, decode_sidecar, decode_tombstone, draw_number, encode_sidecar,
     find_unconfigured, forget_places, hide_secrets, is_drawn, is_postgres, is_sound,
     judge_identity, load_config, media_type_of, new_loop, new_place, note_buried, open_engine,
     parse_path, place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of,
@@ -1185,31 +1185,43 @@ class Mover:
                     blobs[move.record.key] = blob
                 else:
                     self._note_bad(move, move.sources[turn], blob)
-        acts = list[Awaitable[None]]()
+        copies = list[tuple[Record, str, bytes | None]]()
         size = 0
         for move in batch.moves:
             good = blobs.get(move.record.key)
             if good is None:
                 batch.failed[move.record.key] = NO_SOURCE
                 continue
-            acts += [self._put(batch, move.record, place, good) for place in move.copy]
+            copies += [(move.record, place, good) for place in move.copy]
             size += len(good) * len(move.copy)
         await self._pace(size)
-        await asyncio.gather(*acts)
+        await self._put(batch, copies)
 
-    async def _put(self, batch: Batch, record: Record, place: str, blob: bytes | None) -> None:
-        """Send a sidecar, and before it the blob if it is not there yet, to a place: once."""
-        path = place_path(record.path, place)
-        files = {} if blob is None else {path: blob}
-        files[sidecar_path(path)] = encode_sidecar(record)
-        doubt_s: float | None = ANSWERED
-        try:
-            await self.clients[volume_of(place)].put(files, lease=batch.lease)
-        except VolumeError as error:
-            batch.failed[record.key] = str(error)
-            doubt_s = error.doubt_s
-        if doubt_s is not None:
-            batch.sent[record.key][place] = doubt_s
+    async def _put(self, batch: Batch, copies: Sequence[tuple[Record, str, bytes | None]]) -> None:
+        """Send sidecars, and before each its blob if it is not there yet, to places: once. Each is
+        an exchange of its own, so that one that fails says nothing of the others."""
+        over = asyncio.get_running_loop().create_future()
+        left = len(copies)
+
+        def hear_end(record: Record, place: str, exchange: Exchange) -> None:
+            nonlocal left
+            if exchange.error:
+                batch.failed[record.key] = str(exchange.error)
+            if exchange.doubt_s is not None:
+                batch.sent[record.key][place] = exchange.doubt_s
+            left -= 1
+            if not left and not over.done():
+                over.set_result(None)
+
+        for record, place, blob in copies:
+            path = place_path(record.path, place)
+            files = {} if blob is None else {path: blob}
+            files[sidecar_path(path)] = encode_sidecar(record)
+            self.clients[volume_of(place)].send_files(
+                files, "", partial(hear_end, record, place), lambda _: None, batch.lease
+            )
+        if copies:
+            await over
 
     async def _copy_large(self, batch: Batch) -> None:
         (move,) = batch.moves
@@ -1243,7 +1255,7 @@ class Mover:
             await in_step(upload.send(held) for upload in uploads)
             await in_step(upload.finish() for upload in uploads)
             sent |= dict.fromkeys(move.copy, ANSWERED)
-            await in_step(self._put(batch, record, place, None) for place in move.copy)
+            await self._put(batch, [(record, place, None) for place in move.copy])
             return ""
         finally:
             for upload in uploads:
@@ -2075,11 +2087,10 @@ def remove_strays(rows: Iterable[StrayRow], tx: Transaction) -> int:
         plain, tag = split_path(path)
         if path.endswith(".del"):
             note_buried(tx, (), [(path, volume)])
-        elif is_named(tx.get(key) if key else None, volume, path) or any(
-            at[:STEM] == path[:STEM] for at, _ in pending.claims
-        ):
-            continue
         else:
+            is_claimed = any(at[:STEM] == path[:STEM] for at, _ in pending.claims)
+            if is_claimed or is_named(tx.get(key) if key else None, volume, path):
+                continue
             pending.kill_places(plain, [volume + tag], tx.now_s, tx.now_s, key)
         count += 1
     return count

@@ -14913,17 +14913,20 @@ def test_copy_whose_connection_broke_goes_to_another_place_in_the_next_pass(
     names = ("volume4", "volume1", "volume2", "volume3")
     cluster.put({"k": os.urandom(size)})
     broken = list[str]()
-    real = mkv.VolumeClient.put
+    real = mkv.VolumeClient.send
 
-    async def put(client: Any, files: Any, trail: str = "", lease: Any = None) -> None:
-        if lease and not broken:
-            broken.extend(files)
-            raise mkv.VolumeDown(client.volume.name, "it hung up", mkv.BROKEN_S)
-        await real(client, files, trail, lease)
+    def send(client: Any, exchange: mkv.Exchange) -> None:
+        if exchange.lease and not broken:
+            broken.extend(exchange.paths)
+            exchange.error = mkv.VolumeDown(client.volume.name, "it hung up")
+            exchange.doubt_s = mkv.BROKEN_S
+            exchange.hear_end(exchange)
+        else:
+            real(client, exchange)
 
     cluster.configure(*names, weights={"volume1": 0.0}, replicas=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mkv.VolumeClient, "put", put)
+        patch.setattr(mkv.VolumeClient, "send", send)
         code, facts, _ = cluster.tool("rebalance")
     assert (code, facts["moved"], facts["left"]) == (0, 1, 0)
     record = cluster.record("k")
