@@ -4013,7 +4013,8 @@ def select_records(after: str, session: Session) -> list[Record]:
 def select_pending(first: str, session: Session) -> dict[str, Pending]:
     """Return a page of all that is pending, of the keys whose paths are not before `first`."""
     pieces = [
-        f"SELECT * FROM (SELECT path FROM {table} WHERE path >= ?1 ORDER BY path LIMIT ?2) AS one"
+        f"""SELECT * FROM (SELECT DISTINCT path FROM {table} WHERE path >= ?1
+            ORDER BY path LIMIT ?2) AS one"""
         for table in TABLES
     ]
     query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT ?2"

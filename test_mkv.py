@@ -2573,7 +2573,7 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
     assert len(stems) == len({*stems}) == 50 and stems == sorted(stems) and len(pending) > 6
     everything = {stem: one for page in pending for stem, one in page.items()}
     assert sum(len(one.claims) for one in everything.values()) == 10
-    # of 30 to 39 the tombstones were no use any more
+    # of 30 to 39, which live, the tombstones are of no use
     assert sum(len(one.dead) for one in everything.values()) == 60 + 10
     assert sum(len(one.tombstones) for one in everything.values()) == 15
     low, high = sorted(paths)[10:12]
@@ -2734,16 +2734,16 @@ def make_schema_3(db: str, postgres: Callable[[], Postgres]) -> None:
     rows.append((mkv.tombstone_path(make_record("k", 11).path), "b", "mark", 9.0, 5.0, None))
     record = make_record("k", 6)
     values = [
-        f"INSERT INTO record VALUES ('k', '{record.version}', 'a b', 5, '{record.digest}', 'a/b', "
-        "'')",
+        f"""INSERT INTO record
+            VALUES ('k', '{record.version}', 'a b', 5, '{record.digest}', 'a/b', '')""",
         "INSERT INTO total VALUES ('', 1, 5), ('a', 1, 5), ('b', 1, 5), ('*', 4, 0)",
         "INSERT INTO owner VALUES (1, 'server', 10.0, 3), (2, 'gone', 8e9, 0)",
     ]
     for path, volume, state, due_s, since_s, doubt_s in rows:
         numbers = ", ".join("NULL" if one is None else str(one) for one in (due_s, 0, since_s))
         doubt = "NULL" if doubt_s is None else str(doubt_s)
-        row = f"'{path}', '{volume}', '{state}', 1, {numbers}, {doubt}, 1"
-        values.append(f"INSERT INTO pending VALUES ({row})")
+        named = f"'{path}', '{volume}', '{state}'"
+        values.append(f"INSERT INTO pending VALUES ({named}, 1, {numbers}, {doubt}, 1)")
     if not mkv.is_postgres(db):
         with contextlib.closing(sqlite3.connect(db)) as made:
             made.executescript(SCHEMA_3 + CLOCK_3 + ";".join(values))
@@ -3729,22 +3729,23 @@ release_tombstones = mkv.Pending.release_tombstones
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "instead"),
+    ("where", "name", "instead", "first"),
     [
-        (mkv, "must_be_buried", lambda *_: False),
-        (mkv, "commit_put", bury_only_what_was_replaced),
-        (mkv.Pending, "kill_places", kill_without_owner),
-        (mkv.Pending, "release_tombstones", release_too_early),
-        (mkv.Dead, "is_gone", lambda row, found, asked_s: found is not None),
-        (mkv, "is_drawn", lambda version, drawn: True),
+        (mkv, "must_be_buried", lambda *_: False, 1450),
+        (mkv, "commit_put", bury_only_what_was_replaced, 650),
+        (mkv.Pending, "kill_places", kill_without_owner, 250),
+        (mkv.Pending, "release_tombstones", release_too_early, 100),
+        (mkv.Dead, "is_gone", lambda row, found, asked_s: found is not None, 0),
+        (mkv, "is_drawn", lambda version, drawn: True, 0),
     ],
     ids=["order", "all that is above", "owner", "tombstones", "doubt", "drawn"],
 )
 def test_model_finds_what_is_lost_without_a_rule(
-    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, instead: Any
+    monkeypatch: pytest.MonkeyPatch, where: Any, name: str, instead: Any, first: int
 ) -> None:
+    """The runs begin a little before the one that found it when this was written."""
     monkeypatch.setattr(where, name, instead)
-    assert find_fault(6000)
+    assert find_fault(6000, first)
 
 
 # -- PostgreSQL --
