@@ -1465,10 +1465,11 @@ class Pending:
     claims: dict[tuple[str, int], tuple[str, ...]]  # (path without tag, owner) -> places
     dead: dict[Place, Dead]
     tombstones: dict[str, set[str]]  # path -> volumes that have it
+    key: str = ""  # as far as rows tell: an earlier edition's do not
 
     def copy(self) -> Pending:
         tombstones = {path: set(volumes) for path, volumes in self.tombstones.items()}
-        return Pending(dict(self.claims), dict(self.dead), tombstones)
+        return Pending(dict(self.claims), dict(self.dead), tombstones, self.key)
 
     def become(self, other: Pending) -> None:
         self.claims = other.claims
@@ -1478,7 +1479,9 @@ class Pending:
     def rows(self) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
         """Return the rows of claims, of what is dead, and of tombstones, by what identifies
         them."""
-        claims = {claim: (*claim, " ".join(places)) for claim, places in self.claims.items()}
+        claims = {
+            claim: (*claim, " ".join(places), self.key) for claim, places in self.claims.items()
+        }
         dead = {(path, volume): tuple(row) for (volume, path), row in self.dead.items()}
         marked = {
             (path, volume): (path, volume)
@@ -1577,7 +1580,7 @@ class Pending:
         for (path, claimer), places in list(self.claims.items()):
             if claimer == owner:
                 del self.claims[path, claimer]
-                self.kill_places(path, places, now_s, now_s, "", owner)
+                self.kill_places(path, places, now_s, now_s, self.key, owner)
         for place, row in self.dead.items():
             if row.owner == owner:
                 doubt_s = max(until_s, row.doubt_s or 0.0)
@@ -2165,7 +2168,7 @@ CREATE TABLE total (name TEXT PRIMARY KEY, blobs INTEGER NOT NULL,
 """
 PENDING = """
 CREATE TABLE claim (path TEXT NOT NULL, owner INTEGER NOT NULL, places TEXT NOT NULL,
-    PRIMARY KEY (path, owner)) STRICT, WITHOUT ROWID;
+    key TEXT NOT NULL, PRIMARY KEY (path, owner)) STRICT, WITHOUT ROWID;
 CREATE TABLE dead (path TEXT NOT NULL, volume TEXT NOT NULL, due REAL NOT NULL,
     since REAL NOT NULL, doubt REAL, owner INTEGER, key TEXT NOT NULL,
     PRIMARY KEY (path, volume)) STRICT, WITHOUT ROWID;
@@ -2407,7 +2410,7 @@ def make_pending(stems: Iterable[str], rows: Iterable[Row]) -> dict[str, Pending
 
 # Claims (path, places, owner), what is dead, and tombstones, of some keys in one query.
 PENDING_QUERY = f"""WITH span AS (VALUES SPANS)
-    SELECT 'claim', path, places, 0.0, 0.0, 0.0, owner, '' FROM span CROSS JOIN claim
+    SELECT 'claim', path, places, 0.0, 0.0, 0.0, owner, key FROM span CROSS JOIN claim
         WHERE path >= column1 AND path < column2
     UNION ALL SELECT 'dead', {DEAD_COLUMNS} FROM span CROSS JOIN dead
         WHERE path >= column1 AND path < column2
@@ -2417,6 +2420,7 @@ PENDING_QUERY = f"""WITH span AS (VALUES SPANS)
 
 def note_row(pending: Pending, row: Row) -> None:
     """Add a row of PENDING_QUERY to what is pending on its key."""
+    pending.key = pending.key or row[7]
     match row[0]:
         case "claim":
             pending.claims[row[1], row[6]] = tuple(row[2].split())
@@ -3634,13 +3638,14 @@ class Transaction:
             pass
         return tag
 
-    def claim(self, path: str, places: Iterable[str]) -> None:
-        """Note that this owner is about to write there. Of its key nothing need be read."""
+    def claim(self, key: str, path: str, places: Iterable[str]) -> None:
+        """Note that this owner is about to write there. Of the key nothing need be read."""
         names = tuple(places)
         pending = self._pending.get(path[:KEY_STEM])
         if pending is None:
-            self._claims.append((path, self.lease.owner, " ".join(names)))
+            self._claims.append((path, self.lease.owner, " ".join(names), key))
             return
+        pending.key = key
         mine = (path, self.lease.owner)
         pending.claims[mine] = pending.claims.get(mine, ()) + names
 
@@ -3964,15 +3969,15 @@ class Due(NamedTuple):
     asked_s: float
 
     def burial_of(self, row: Dead) -> Burial:
-        """Return what is dead of the key of a row, above what lives of it. If the key is not known
-        all of it is."""
-        stem = row.path[:KEY_STEM]
-        pending = self.pending[stem]
-        living = [
-            self.records[key]
-            for key in {one.key for one in pending.dead.values()} & self.records.keys()
-        ]
-        return pending.above(max((one.version for one in living), default=""), self.asked_s)
+        """Return what is dead of the key of a row, above what lives of it."""
+        pending = self.pending[row.path[:KEY_STEM]]
+        living = self.records.get(pending.key)
+        return pending.above(living.version if living else "", self.asked_s)
+
+    def is_known(self, row: Dead) -> bool:
+        """Whether it is known what lives of the key of a row. Else nothing is buried: it could be
+        of the version that lives."""
+        return bool(self.pending[row.path[:KEY_STEM]].key)
 
 
 def select_due(volume: str, session: Session) -> Due:
@@ -3982,7 +3987,7 @@ def select_due(volume: str, session: Session) -> Due:
     now_s = session.read_clock()
     rows = [Dead(*row) for row in session.select(query, (volume, now_s))]
     pending = session.read_pending(sorted({row.path[:KEY_STEM] for row in rows}))
-    keys = sorted({row.key for one in pending.values() for row in one.dead.values()} - {""})
+    keys = sorted({one.key for one in pending.values()} - {""})
     return Due(rows, pending, session.look_up(keys) if keys else {}, now_s)
 
 
@@ -6445,7 +6450,7 @@ class Write:
 
     def _claim_more(self, places: Collection[str], tx: Transaction) -> None:
         self._lease = tx.lease
-        tx.claim(self.path, places)
+        tx.claim(self.draft.key, self.path, places)
 
     async def store_small(self, blob: bytes) -> Record:
         """Send blob and sidecar together. Whoever fails is replaced by the next volume in ring
@@ -7072,7 +7077,9 @@ class Store:
                     below = [
                         one for one in burial.rows if version_of(one.path) < version_of(row.path)
                     ]
-                    if not await self._bury(view, burial._replace(rows=below)):
+                    if not due.is_known(row) or not await self._bury(
+                        view, burial._replace(rows=below)
+                    ):
                         continue
                 paths = [row.path] if row.is_tombstone else [sidecar_path(row.path), row.path]
                 with contextlib.suppress(VolumeError):

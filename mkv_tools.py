@@ -1011,7 +1011,7 @@ def claim(tx: Transaction, move: Move) -> str:
     if tx.get(record.key) != record:
         return "changed"
     if move.copy:
-        tx.claim(record.path, move.copy)
+        tx.claim(record.key, record.path, move.copy)
     return ""
 
 
@@ -1421,7 +1421,7 @@ def carry_over(
     for one in pending.values():
         for (path, _), places in one.claims.items():
             after = tx.pending_at(path)
-            after.kill_places(path, places, tx.now_s, tx.now_s, "", tx.lease.owner)
+            after.kill_places(path, places, tx.now_s, tx.now_s, one.key, tx.lease.owner)
         for place, row in one.dead.items():
             doubts = list[float]()
             if row.doubt_s is not None:
@@ -1440,7 +1440,7 @@ def only_dead(pending: Mapping[str, Pending]) -> dict[str, Pending]:
     dead = dict[str, Pending]()
     for stem, one in pending.items():
         rows = {place: row for place, row in one.dead.items() if parse_path(row.path)}
-        dead[stem] = Pending({}, rows, {})
+        dead[stem] = Pending({}, rows, {}, one.key)
     return dead
 
 

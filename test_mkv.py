@@ -1613,7 +1613,7 @@ def test_answers_to_overlapping_writes_have_an_order(
             if i not in began:
                 began[i], paths[i] = now, tx.draw_path("k", "")
                 if method == "PUT":
-                    tx.claim(paths[i], ["a"])
+                    tx.claim("k", paths[i], ["a"])
                 continue
             record = RECORD._replace(
                 version=mkv.version_of(paths[i]), places=("a",), digest=digest
@@ -2066,7 +2066,7 @@ async def put(
 def claim_and_commit(
     tx: mkv.Transaction, record: mkv.Record, conditions: mkv.Conditions = mkv.UNCONDITIONAL
 ) -> bool:
-    tx.claim(record.path, record.places)
+    tx.claim(record.key, record.path, record.places)
     return commit_at(tx, record, conditions)[0]
 
 
@@ -2137,7 +2137,7 @@ async def all_claims(index: mkv.Index) -> set[tuple[str, str]]:
 async def test_commit_orders_whatever_the_versions_are(index: mkv.Index) -> None:
     """R2: and what is dead above what lives is to be buried, from the lowest version up."""
     low, high = make_record("k", 1), make_record("k", 2)
-    await index.write(lambda tx: tx.claim(low.path, low.places))
+    await index.write(lambda tx: tx.claim(low.key, low.path, low.places))
     assert await put(index, high) is True
     is_new, burial = await index.write(partial(commit_at, record=low), ["k"])
     assert not is_new and await index.get("k") == low
@@ -2156,7 +2156,9 @@ async def test_what_is_to_be_buried_is_all_that_is_dead_above_what_lives(
         await put(index, records[3])
     await index.write(lambda tx: add_dead(tx, records[2], "a"))
     await index.write(lambda tx: add_dead(tx, records[6], "ab"))
-    await index.write(lambda tx: [tx.claim(records[i].path, ["a"]) for i in (1, 4, 5, 7)])
+    await index.write(
+        lambda tx: [tx.claim(records[i].key, records[i].path, ["a"]) for i in (1, 4, 5, 7)]
+    )
     if act in ("put", "lower put"):
         number = 5 if act == "put" else 1
         _, burial = await index.write(partial(commit_at, record=records[number]), ["k"])
@@ -2174,7 +2176,7 @@ async def test_what_is_to_be_buried_is_all_that_is_dead_above_what_lives(
 async def test_put_below_what_lives_that_is_refused_needs_no_burial(index: mkv.Index) -> None:
     await put(index, make_record("k", 5))
     low = make_record("k", 3)
-    await index.write(lambda tx: tx.claim(low.path, low.places))
+    await index.write(lambda tx: tx.claim(low.key, low.path, low.places))
     assert (await index.write(partial(refuse_at, record=low), ["k"])).rows == []
     assert await all_garbage(index) == {(volume, low.path) for volume in "ab"}
 
@@ -2191,7 +2193,7 @@ async def test_put_that_was_committed_is_not_refused_any_more(index: mkv.Index) 
 async def test_what_cannot_be_buried_is_not_even_begun(index: mkv.Index, act: str) -> None:
     """R2: too few volumes take tombstones, and one that may show the sidecar does not answer."""
     low, high = make_record("k", 1), make_record("k", 2)
-    await index.write(lambda tx: tx.claim(low.path, low.places))
+    await index.write(lambda tx: tx.claim(low.key, low.path, low.places))
     await put(index, high)
     before = await all_pending(index)
     if act == "put":
@@ -2213,7 +2215,7 @@ async def test_put_whose_claims_do_not_stand_is_refused_and_buries_all_that_it_c
 ) -> None:
     """R5: rows or no rows. Others may have deleted there already."""
     record = make_record("k")
-    await index.write(lambda tx: tx.claim(record.path, record.places))
+    await index.write(lambda tx: tx.claim(record.key, record.path, record.places))
     if how == "lease ended":
         await index.write(lambda tx: tx._end_lease(tx.lease.owner))
     elif how == "version died":
@@ -2337,7 +2339,7 @@ async def test_what_a_put_claimed_and_holds_no_replica_is_dead_if_something_was_
     index: mkv.Index,
 ) -> None:
     record = make_record("k", 1, ("a", "b"))
-    await index.write(lambda tx: tx.claim(record.path, ["a", "b", "c", "d"]))
+    await index.write(lambda tx: tx.claim(record.key, record.path, ["a", "b", "c", "d"]))
     sent = dict.fromkeys("abc", mkv.ANSWERED)
     commit = partial(
         mkv.commit_put, record=record, conditions=FREE, claimed={*"abcd"}, sent=sent, delay_s=0.0,
@@ -2563,7 +2565,9 @@ async def test_pages_add_up_to_all_that_is_in_the_index(
     paths = {record.path for record in records}
     await index.write(lambda tx: [claim_and_commit(tx, record) for record in records])
     await index.write(lambda tx: [delete_at(tx, f"k{i:03d}") for i in range(30)])
-    await index.write(lambda tx: [tx.claim(record.path, "abc") for record in records[40:]])
+    await index.write(
+        lambda tx: [tx.claim(record.key, record.path, "abc") for record in records[40:]]
+    )
     marked = [(mkv.tombstone_path(record.path), "c") for record in records[20:45]]
     await index.write(lambda tx: mkv.note_buried(tx, [], marked))
     pages = [page async for page in index.read_records()]
@@ -2932,7 +2936,7 @@ async def test_claims_of_who_is_silent_for_a_lease_are_dead(
     """R5: in doubt, since it may be writing. Whoever lives after all finds that at its commit, is
     somebody else from then on, and buries anew."""
     record = make_record("k")
-    await index.write(lambda tx: tx.claim(record.path, record.places))
+    await index.write(lambda tx: tx.claim(record.key, record.path, record.places))
     silent = index.lease.owner
     await other.renew()
     await end_leases(other)
@@ -2956,7 +2960,7 @@ async def test_claim_that_another_write_kills_keeps_its_owner_until_that_has_end
     """R2: a tool has claimed another place of the version that a PUT replaces, and may write."""
     record = make_record("k")
     await put(index, record)
-    await other.write(lambda tx: tx.claim(record.path, ["c~00000001"]))
+    await other.write(lambda tx: tx.claim(record.key, record.path, ["c~00000001"]))
     await index.write(partial(delete_at, key="k"), ["k"])
     place = ("c", mkv.place_path(record.path, "c~00000001"))
     assert (await index.write(lambda tx: row_at(tx, place))).owner == other.lease.owner
@@ -2988,7 +2992,7 @@ async def test_who_renews_its_lease_in_time_keeps_what_it_claims(
     index: mkv.Index, other: mkv.Index
 ) -> None:
     record = make_record("k")
-    await index.write(lambda tx: tx.claim(record.path, record.places))
+    await index.write(lambda tx: tx.claim(record.key, record.path, record.places))
     await let_leases_end(other)
     await renew(index)
     await renew(other)
@@ -3466,7 +3470,7 @@ class World:
             op.before = record
             op.path = record.path
             op.places = [f"{self.chance.choice(alive)}~{self.chance.getrandbits(32):08x}"]
-            self.write_as(op, lambda tx: tx.claim(op.path, op.places))
+            self.write_as(op, lambda tx: tx.claim("k", op.path, op.places))
         elif kind != "DELETE":
             return
         self.ops.append(op)
@@ -3475,7 +3479,7 @@ class World:
     @staticmethod
     def draw(tx: mkv.Transaction, op: Op) -> str:
         path = tx.draw_path("k", "")
-        tx.claim(path, op.places)
+        tx.claim("k", path, op.places)
         return path
 
     def has(self, record: mkv.Record, volume: str) -> bool:
@@ -3588,6 +3592,8 @@ class World:
             burial = due.burial_of(row)
             if row.is_tombstone:
                 answers[row] = self.delete(row.volume, row.path)
+                continue
+            if mkv.must_be_buried(row, burial, self.copies) and not due.is_known(row):
                 continue
             if mkv.must_be_buried(row, burial, self.copies):
                 below = [
@@ -3854,7 +3860,7 @@ async def test_what_is_answered_is_the_truth_wherever_the_connection_breaks(
 
 def draw_and_claim(tx: mkv.Transaction, key: str) -> str:
     path = tx.draw_path(key, "")
-    tx.claim(path, ["a", "b"])
+    tx.claim("k", path, ["a", "b"])
     return path
 
 
@@ -13038,7 +13044,7 @@ def delete_key(tx: mkv.Transaction) -> None:
 def put_key(tx: mkv.Transaction, version: str) -> None:
     """Overwrite the key."""
     record = R._replace(version=version, places=("d",))
-    tx.claim(record.path, ["d"])
+    tx.claim(record.key, record.path, ["d"])
     sent = {"d": mkv.ANSWERED}
     mkv.commit_put(tx, record, mkv.UNCONDITIONAL, {"d"}, sent, 10.0, REACH)
 
@@ -13137,7 +13143,7 @@ def test_stray_is_dead_unless_it_is_named_or_claimed_by_then(
 ) -> None:
     path = mkv.place_path(R.path, f"c{tag}")
     rows = [("k", "c", path)]
-    tx.claim(R.path, ["d"])
+    tx.claim(R.key, R.path, ["d"])
     assert mkv_tools.remove_strays(rows, tx) == 0
     tx.pending_of("k").claims.clear()
     tx.remove(R)
@@ -13972,7 +13978,9 @@ def test_claim_of_the_old_index_is_for_the_volumes_to_decide(
 
     async def stop(store: Store) -> None:
         write = await begin_to_put(store, "k", b"new")
-        await store.index.write(lambda tx: tx.claim(write.path, ["volume1~0000000a"]))
+        await store.index.write(
+            lambda tx: tx.claim(write.draft.key, write.path, ["volume1~0000000a"])
+        )
         store.index.disown()  # killed
 
     cluster.use(stop)
@@ -15575,7 +15583,7 @@ def test_discard_touches_nothing_of_a_version_that_lives(
 
     async def claim(store: Store) -> None:
         place = "volume1" + mkv.split_path(path)[1]
-        await store.index.write(lambda tx: tx.claim(claimed, [place]))
+        await store.index.write(lambda tx: tx.claim("k", claimed, [place]))
         tool = cluster.spawn("discard", "volume1", "--grace", 0, "--yes")
         out, err = await asyncio.to_thread(tool.communicate)
         assert tool.returncode == 0, err
@@ -16794,7 +16802,7 @@ async def test_server_that_slept_through_a_rebuild_sees_it(shared: Cluster) -> N
     sleeper = mkv.Index(shared.config.db, role=mkv.SERVER)
     await sleeper.open()
     record = make_record("asleep")
-    await sleeper.write(lambda tx: tx.claim(record.path, record.places), ["asleep"])
+    await sleeper.write(lambda tx: tx.claim(record.key, record.path, record.places), ["asleep"])
     await sleeper.write(lambda tx: tx.insert(make_record("lost", 1, ("volume1",))), ["lost"])
     await let_leases_end(sleeper)
     rebuild = shared.spawn("rebuild")
