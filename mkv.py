@@ -9638,7 +9638,7 @@ class Client:
                 content_type=headers["Content-Type"],
                 # Without a date it is, by the server's clock, not of the past.
                 modified_s=parsedate_to_datetime(
-                    headers.get("Last-Modified", headers["Date"])
+                    headers.get("Last-Modified") or headers["Date"]
                 ).timestamp(),
                 volumes=tuple(headers["Mkv-Volumes"].split(",")),
             )
