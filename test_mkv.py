@@ -14628,7 +14628,10 @@ def kill_at_moments(
         check()
     assert hits > kills / 2  # the others came too late
     if cluster.postgres:
-        # Whose lease has ended left garbage, which nobody copies over before it is deleted.
+        # Whose lease has ended left garbage, which nobody copies over before it is deleted, and
+        # that is looked at again as long as something may come there: as in five minutes.
+        cluster.collect()
+        cluster.ask_index("UPDATE pending SET doubt = 0 WHERE doubt > 0")
         cluster.collect()
     process = cluster.spawn(command, *arguments)
     out, err = process.communicate(timeout=60)
