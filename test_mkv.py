@@ -4169,13 +4169,14 @@ async def test_doubt_about_what_is_only_noted_makes_no_error_of_a_write_that_is_
             await store.delete("k", FREE, "")
             assert await store.index.get("k") is None
             assert not any(disk.sidecars() for disk in disks)
-            # Nothing is told as refused that is not buried.
-            with pytest.raises(mkv.Unfinished, match="may come back"):
+            # What is told as refused is buried, though the index cannot be told of it yet.
+            with pytest.raises(mkv.PreconditionFailed):
                 await put_late(store, "k", mkv.Conditions(if_none_match=("*",)))
+            assert [len(disk.sidecars()) for disk in disks] == [1, 1]
         await store._discard_late()
-        assert [len(disk.sidecars()) for disk in disks] == [2, 2]
         await store.collect_garbage()
         assert [len(disk.sidecars()) for disk in disks] == [1, 1]
+        assert not await all_claims(store.index)
 
 
 # == Volume client ================================================================================
@@ -16149,7 +16150,7 @@ def test_interrupted_repair_leaves_everything_to_rebuild_and_to_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(mkv_tools.Mover, "_copy_small", end)
         assert cluster.tool("verify", "--deep", "--repair")[0] == 1
-    assert not cluster.claims() and cluster.rows() == before and len(cluster.garbage()) == 5
+    assert not cluster.claims() and cluster.rows() == before and cluster.garbage()
     shutil.copy(cluster.db, saved := cluster.db.with_suffix(".saved"))
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
     shutil.copy(saved, cluster.db)
@@ -16920,8 +16921,15 @@ def test_index_that_has_moved_says_that_it_is_a_copy(
 def test_index_is_not_moved_over_another(shared: Cluster, tmp_path: Path) -> None:
     ends = [str(tmp_path / "index.db"), str(shared.db)]
     shared.put({"k": b"x"})
+
+    async def fill() -> None:
+        index = mkv.Index(ends[0])
+        await index.open()
+        await put(index, make_record("k"))
+        await index.close()
+
+    asyncio.run(fill())
     shared.configure("volume1", "volume2", "volume3", db=ends[0])
-    shared.put({"k": b"x"})
     code, _, said = shared.tool("move-index", *ends)
     assert code == 2 and "not empty" in said
     assert shared.tool("status")[1]["keys"] == 1
