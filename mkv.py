@@ -2396,12 +2396,19 @@ class SqliteSession(Session):
 
     def __init__(self, uri: str) -> None:
         self.db = sqlite3.connect(uri, uri=True, timeout=WRITERS_S, isolation_level=None)
+        self._seen: int | None = None  # SQLite's data_version at the last turn
+        self._ahead_s = 0.0
+        try:
+            self._set_up()
+        except sqlite3.Error:  # the file is no database
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
         # Claims, too: if a power cut took one whose sidecar is on a volume already, no DELETE
         # would find that, and a rebuild would bring the key back (I4).
         self.db.execute("PRAGMA synchronous = FULL")
         self.db.execute("PRAGMA cache_size = -32768")
-        self._seen: int | None = None  # SQLite's data_version at the last turn
-        self._ahead_s = 0.0
 
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
         return self.db.execute(query, values).fetchall()
@@ -5519,7 +5526,12 @@ class VolumeClient:
     async def _connect(self, wire: Wire) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(self.timeout_s):
-            await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            try:
+                await loop.create_connection(lambda: wire, self._host, self._port, ssl=self._ssl)
+            except OSError:
+                # Without a free file a look-up may fail with any words. This says the right ones.
+                socket.socket(socket.AF_UNIX).close()
+                raise
 
     def take_back(self, line: Line) -> None:
         """Hear that a line is free."""

@@ -3485,6 +3485,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with asyncio.Runner() as runner:  # measured: uvloop makes no tool faster
             runner.run(run(options, report))
+        if not report.is_silent:
+            print(report.as_json() if options.json else report.as_text())
+        print(end="", flush=True)  # while it is known what to do if nobody reads on
+        return report.code
     except ConfigError as error:
         print_faults(error)
         return 2
@@ -3497,9 +3501,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         print(f"mkv: interrupted; {report.interrupted}", file=sys.stderr)
         return 1
-    if not report.is_silent:
-        print(report.as_json() if options.json else report.as_text())
-    return report.code
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -83,8 +84,14 @@ import mkv
 import mkv_tools
 from mkv import Config, Record, State, Store, Volume
 
+# A shell script that starts the suite in the background has it ignore Ctrl-C, and with it all that
+# the tests start, some of which they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = Path(__file__).parent
 SERVE = [sys.executable, str(HERE / "mkv.py"), "serve"]
+TOOLS = [sys.executable, str(HERE / "mkv_tools.py")]
+os.environ["PATH"] += ":/usr/sbin"  # Debian has nginx there, where only root looks by itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each program started compiles mkv.py anew
 settings.register_profile("mkv", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("mkv")
@@ -820,7 +827,7 @@ def test_extensions_are_those_of_nginx() -> None:
     """Needs Debian's nginx: a volume must answer with the type that the client gave."""
     require("nginx")
     types = dict(
-        re.findall(r"^ +(\S+) +([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
+        re.findall(r"^ +(\S+)\s+([^;]+);", Path("/etc/nginx/mime.types").read_text(), re.MULTILINE)
     )
     for media_type, ext in mkv.EXTENSIONS.items():
         assert ext in types[media_type].split() and ext != "key"
@@ -4427,6 +4434,26 @@ async def test_what_waits_for_a_busy_line_needs_no_more_connections(
         one.client.close()
 
 
+async def test_look_up_without_files_blames_no_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it says then: with nss-mdns, that the name is not known."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", fail)
+    one = Hearing("http://volume.invalid")
+    with (
+        limited(os.getpid(), resource.RLIMIT_NOFILE, 3),
+        pytest.raises(mkv.VolumeBlameless, match="Too many open files"),
+    ):
+        await one.client.get(["/1"], 99)
+    assert not one.events
+    with pytest.raises(mkv.VolumeDown, match="not known"):
+        await one.client.get(["/1"], 99)
+    assert one.events == [mkv.Event.UNREACHABLE]
+    one.client.close()
+
+
 @pytest.mark.parametrize("timeout_s", [20.0, 0.4])
 def test_answer_that_came_while_this_process_stood_still_is_not_late(timeout_s: float) -> None:
     asked, go_on = threading.Event(), threading.Event()
@@ -4613,6 +4640,8 @@ def test_all_workers_know_at_once_what_one_finds_out(
     with Nginx(tmp_path / "a") as volume:
         server = start("--workers", "3", "--replicas", "1", "--volume", f"a={volume.url}")
         assert ask(server.url + "/k", "PUT", b"x")[0] == 201
+        # Whoever heard only later that it was up would find out once more that it is down.
+        eventually(lambda: all(try_ask(server.url + "/k") == 302 for _ in range(30)))
         volume.signal(signal.SIGKILL)
         eventually(lambda: all(try_ask(server.url + "/k") == 503 for _ in range(30)))
         assert server.log().count("volume a is down") == 1
@@ -5959,7 +5988,9 @@ def browser() -> Iterator[Any]:
     sync_api = importlib.import_module("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         options = ["--no-sandbox"] if os.geteuid() == 0 else []
-        one = playwright.chromium.launch(executable_path=path, args=options)
+        # Where the locale has no "ü", Chromium gives no download a name with one.
+        env = os.environ | {"LC_ALL": "C.UTF-8"}
+        one = playwright.chromium.launch(executable_path=path, args=options, env=env)
         yield one
         one.close()
 
@@ -8828,7 +8859,7 @@ def test_readmes_words_find_a_blob_and_make_a_token(start: Callable[..., Program
     (find,) = re.findall(r"^find /srv/mkv -name .*$", readme, re.MULTILINE)
     (token,) = re.findall(r"^python mkv_tools.py token .*$", readme, re.MULTILINE)
     find = find.replace("/srv/mkv", "mkv-data")
-    token = token.replace("python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py")
+    token = token.replace("python mkv_tools.py", shlex.join(TOOLS))
     for command, count in ((find, 2), (token, 7)):
         said = subprocess.run(
             ["bash", "-ec", command], cwd=server.folder, capture_output=True, text=True
@@ -8850,7 +8881,7 @@ def test_readmes_volumes_by_hand_start_and_stop(tmp_path: Path) -> None:
         )
     script = script.replace("300$n", f"$(echo {' '.join(ports)} | cut -d' ' -f$n)")
     script = re.sub(r"^apt-get .*\n", "", script, flags=re.MULTILINE)
-    script = script.replace(".venv/bin/python mkv.py serve", f"exec {' '.join(SERVE)} --port 0")
+    script = script.replace(".venv/bin/python mkv.py serve", f"exec {shlex.join(SERVE)} --port 0")
     shutil.copy(HERE / "nginx.conf", tmp_path)
     pids = list[int]()
     with open(tmp_path / "log", "wb") as log:
@@ -9516,7 +9547,7 @@ def test_counters_survive_a_worker(start: Callable[..., Program]) -> None:
 @pytest.mark.parametrize("log", ["2>/dev/full", "2>&-", "2>&- <&-"])
 def test_log_that_cannot_be_written_stops_nothing(tmp_path: Path, log: str) -> None:
     port = free_port()
-    command = f"exec {sys.executable} {HERE / 'mkv.py'} serve --port {port} --data d {log}"
+    command = f"exec {shlex.join(SERVE)} --port {port} --data d {log}"
     process = subprocess.Popen(["sh", "-c", command], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         eventually(lambda: try_ask(f"http://127.0.0.1:{port}/k", "PUT", b"x") == 201)
@@ -10283,7 +10314,6 @@ async def test_read_replica_is_refused(db: str, tmp_path: Path) -> None:
     with postgres_in("replica") as cluster:
         cluster.kill()
         Path(cluster.data, "standby.signal").touch()
-        shutil.chown(Path(cluster.data, "standby.signal"), cluster._user)
         cluster.begin()
         assert "read replica" in await refusal(cluster.url())
 
@@ -12160,14 +12190,18 @@ def test_rebuild_bears_many_blobs_of_one_version(cluster: Cluster) -> None:
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
-class Meddler(ThreadingHTTPServer):
-    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a
-    status, or cut short."""
+class Quiet(ThreadingHTTPServer):
+    """Says nothing if whoever asked hangs up."""
 
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the tool hung up
+        pass
+
+
+class Meddler(Quiet):
+    """Stands before a volume and answers a path, or a method (but no probe), in its own way: a
+    status, or cut short."""
 
     def __init__(self, port: int, path: str, way: str) -> None:
         super().__init__(("127.0.0.1", 0), Meddling)
@@ -12189,7 +12223,7 @@ class Meddling(BaseHTTPRequestHandler):
         asked = "" if self.path == mkv.PROBE_PATH else self.command
         way = self.server.way if self.server.path in (self.path, asked) else ""
         if way == "hang":
-            time.sleep(2)
+            self.rfile.read()  # until the other side hangs up
         status, data = (int(way), b"") if way.isdigit() else (status, data)
         self.send_response(status)
         self.send_header("Content-Length", str(10**12 if way == "long" else len(data)))
@@ -12397,7 +12431,10 @@ def kill_at_moments(
         check()
     assert hits > kills / 2  # the others came too late
     if cluster.postgres:
-        # Whose lease has ended left garbage, which nobody copies over before it is deleted.
+        # Whose lease has ended left garbage, which nobody copies over before it is deleted, and
+        # that is looked at again as long as something may come there: as in five minutes.
+        cluster.collect()
+        cluster.ask_index("UPDATE pending SET doubt = 0 WHERE doubt > 0")
         cluster.collect()
     process = cluster.spawn(command, *arguments)
     out, err = process.communicate(timeout=60)
@@ -13165,11 +13202,8 @@ def test_repair_that_fails_leaves_the_record_as_it_was(
         assert cluster.rows() == before and not cluster.garbage() and not cluster.claims()
     cluster.configure("volume1", "volume2", "volume3", replicas=3)
     code, facts, _ = cluster.tool("verify", "--repair")
-    assert (
-        (code, facts["left"]) == (0, 0)
-        and facts["found"]["missing"] > 20
-        and cluster.rows() == before
-    )
+    # How many were still missing is up to the volume that hung: it has written what it was sent.
+    assert (code, facts["left"]) == (0, 0) and cluster.rows() == before
     check_placement(cluster)
 
 
@@ -13335,7 +13369,7 @@ def test_bench_measures_verifies_and_cleans_up(cluster: Cluster) -> None:
         for phase in ("PUT", "GET", "READ", "HEAD", "DELETE"):
             assert facts[phase]["requests"] == 60 and facts[phase]["errors"] == 0
             assert 0 < facts[phase]["p50_ms"] <= facts[phase]["p99_ms"]
-            assert 0 < facts[phase]["busy"] <= 1.1
+            assert 0 <= facts[phase]["busy"] <= 1.1  # 0.0: others took the CPU
         assert (
             cluster.tool("bench", f"http://127.0.0.1:{port}", "--duration", 0.2, "--size", 5)[0]
             == 0
@@ -13379,7 +13413,8 @@ def test_bench_stops_at_a_server_that_is_dead() -> None:
 
     part = mkv_tools.BenchPart(client, Orders())  # type: ignore[arg-type]
     asyncio.run(part._run("PUT"))
-    assert phases[0].errors.total() == phases[0].done <= mkv_tools.GIVE_UP_AFTER + 2
+    *_, phase = phases  # before it, how far it is, if it takes long
+    assert phase.errors.total() == phase.done <= mkv_tools.GIVE_UP_AFTER + 2
 
 
 @on_nginx
@@ -13637,7 +13672,7 @@ def test_interrupt_during_the_imports_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "aiohttp.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(3)"
     )
-    line = [sys.executable, HERE / "mkv_tools.py", "status"]
+    line = [*TOOLS, "status"]
     done = subprocess.run(
         line, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, check=False
     )
@@ -14118,7 +14153,7 @@ def test_single_keys_go_where_they_are_told(
     code, facts, _ = cluster.tool("get", served, "two", "none")
     assert (code, facts["same"], facts["failed"]) == (1, 1, 1)
     assert cluster.tool("get", served, "a/")[0] == 2  # into which folder?
-    line = [sys.executable, HERE / "mkv_tools.py", "get", served, "a/one", "two", "-o", "-"]
+    line = [*TOOLS, "get", served, "a/one", "two", "-o", "-"]
     assert subprocess.run(line, check=True, capture_output=True).stdout == b"a/onetwo"
 
 
@@ -14231,11 +14266,24 @@ def test_ls_ends_quietly_when_nobody_reads_on(start: Callable[..., Program]) -> 
     server = start()
     for i in range(50):
         ask(f"{server.url}/{i:0900}", "PUT", b"")
-    line = f"{sys.executable} {HERE}/mkv_tools.py ls {server.url} --json"
+    line = f"{shlex.join(TOOLS)} ls {server.url} --json"
     ended = subprocess.run(
         ["bash", "-c", f"{line} | head -1"], capture_output=True, timeout=60, check=True
     )
     assert ended.stdout.count(b"\n") == 1 and ended.stderr == b""
+
+
+def test_ls_ends_quietly_when_nobody_reads_at_all(start: Callable[..., Program]) -> None:
+    """Not even the little that waits to be written until its end."""
+    server = start()
+    ask(f"{server.url}/k", "PUT", b"")
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    line = [*TOOLS, "ls", server.url]
+    with open(writer, "wb") as out:
+        ended = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, env=env)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 @on_nginx
@@ -14300,7 +14348,7 @@ def test_killed_copying_goes_on(start: Callable[..., Program], tmp_path: Path) -
         (source / f"{i}").write_bytes(os.urandom(20_000))
 
     def run(*line: object) -> subprocess.Popen[bytes]:
-        command = [sys.executable, HERE / "mkv_tools.py", *map(str, line), "--json"]
+        command = [*TOOLS, *map(str, line), "--json"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     commands: tuple[tuple[tuple[object, ...], Callable[[], int]], ...] = (
@@ -14326,7 +14374,7 @@ def test_interrupted_copying_says_how_to_go_on(
     (tmp_path / "source").mkdir()
     for i in range(2000):
         (tmp_path / "source" / f"{i}").write_bytes(b"x")
-    line = [sys.executable, HERE / "mkv_tools.py", "put", server.url, f"{tmp_path}/source"]
+    line = [*TOOLS, "put", server.url, f"{tmp_path}/source"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     eventually(lambda: server.log().count("method=PUT") > 20)
     process.send_signal(signal.SIGINT)
@@ -14411,7 +14459,7 @@ def test_memory_of_copying_is_bounded(start: Callable[..., Program], tmp_path: P
         ["put", server.url, f"{tmp_path}/source/"],
         ["get", server.url, "", "-o", str(tmp_path / "back")],
     ):
-        line = [sys.executable, str(HERE / "mkv_tools.py"), *command]
+        line = [*TOOLS, *command]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
@@ -14427,9 +14475,7 @@ def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) ->
     readme = (HERE / "README.md").read_text()
     (script,) = re.findall(r"^## Copying\n\n```sh\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     script = re.sub(" +#.*", "", script.replace("http://127.0.0.1:3000", server.url))
-    script = script.replace(
-        ".venv/bin/python mkv_tools.py", f"{sys.executable} {HERE}/mkv_tools.py"
-    )
+    script = script.replace(".venv/bin/python mkv_tools.py", shlex.join(TOOLS))
     files = make_tree(tmp_path / "photos")
     with Go({"/from": b"go"}) as original:
         script = script.replace("http://127.0.0.1:3333", original.url)
@@ -14441,11 +14487,10 @@ def test_readmes_copying_works(start: Callable[..., Program], tmp_path: Path) ->
 # -- import --
 
 
-class Go(ThreadingHTTPServer):
+class Go(Quiet):
     """A small minikeyvalue, as its README and server.go have it: lists with `?list`, keys with
     their first slash, redirects to a volume, MD5 in hex, if it was told to keep that."""
 
-    daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, blobs: Mapping[str, bytes]) -> None:
@@ -14453,8 +14498,7 @@ class Go(ThreadingHTTPServer):
         self.md5 = dict[str, str]()
         self.asked = Counter[str]()
         self.failing = 0  # requests that break off
-        self.volume = ThreadingHTTPServer(("127.0.0.1", 0), GoVolume)
-        self.volume.daemon_threads = True
+        self.volume = Quiet(("127.0.0.1", 0), GoVolume)
         self.volume.blobs = self.blobs  # type: ignore[attr-defined]
         self.volume.asked = self.asked  # type: ignore[attr-defined]
         super().__init__(("127.0.0.1", 0), GoMaster)
@@ -15576,7 +15620,7 @@ class Site:
             self._tool = command, subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
 
     def _tool_line(self, command: str) -> list[str]:
-        return [sys.executable, str(HERE / "mkv_tools.py"), command, "--config", str(self._config)]
+        return [*TOOLS, command, "--config", str(self._config)]
 
     def await_tool(self) -> int:
         """Wait for the end of the tool that runs; return its exit code, 0 if none does."""
@@ -16241,7 +16285,7 @@ class ServerTarget(Target):
             assert not row["key"].startswith("s/") or blob in self.sent[row["key"]], row
         eventually(lambda: json.loads(ask(f"{url}/-/status")[2])["garbage"] == 0)
         urls = [f"--volume={part}" for part in self._server.said.splitlines()[0].split()[1:]]
-        tool = [sys.executable, str(HERE / "mkv_tools.py"), "verify", "--deep", "--grace", "0"]
+        tool = [*TOOLS, "verify", "--deep", "--grace", "0"]
         done = subprocess.run(
             [*tool, *urls], cwd=self._server.folder, capture_output=True, text=True
         )  # fmt: skip
