@@ -3903,6 +3903,7 @@ def note_buried(
             dead[place] = dead[place]._replace(doubt_s=None, owner=None)
     for path, volume in tombstones:
         pending = tx.pending_at(path)
+        pending.dead.pop((volume, path), None)  # one that was to go
         pending.tombstones.setdefault(path, set()).add(volume)
         pending.release_tombstones(path, "", tx.now_s)  # if the collector was faster
 
