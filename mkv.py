@@ -1513,6 +1513,7 @@ class Pending:
             until_s = now_s + doubt if doubt else None
             row = Dead(place_path(path, place), volume_of(place), now_s, now_s, until_s, None, key)
             self.dead[row.volume, row.path] = row
+        self.release_tombstones(path, key, now_s)
 
     def kill_places(
         self, path: str, places: Iterable[str], due_s: float, now_s: float, key: str,
@@ -3496,6 +3497,7 @@ class Lease:
     owner: int = 0  # the number of its row; 0: it has none yet
     seq: int = 0  # of its last transaction, where the engine counts them
     tag: str = ""  # at the end of the versions that it draws; "": it has drawn none
+    highest_ns: int = 0  # of these
     renewed_s: float = -math.inf  # by awake_s
 
     def is_due(self) -> bool:
@@ -3556,6 +3558,7 @@ class Transaction:
         self.lease.renewed_s = self._renewed_s
         if self._drawn:
             self.lease.tag = self._drawn.tag
+            self.lease.highest_ns = self._drawn.highest_ns
 
     def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
         """Read what is not known yet of keys, and of the keys that paths belong to."""
@@ -3621,7 +3624,8 @@ class Transaction:
 
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that were ever drawn."""
-        at_ns = max(self._wall_ns, self._highest_ns + 1)
+        # What it has drawn itself counts, too: a database that failed over may have lost it.
+        at_ns = max(self._wall_ns, self._highest_ns + 1, self.lease.highest_ns + 1)
         if self._drawn is None:
             self._drawn = Drawn(self.lease.tag or self._choose_tag(), at_ns, at_ns)
         version = make_version(at_ns, self._drawn.tag)
@@ -3630,10 +3634,12 @@ class Transaction:
         return blob_path(key, version, ext)
 
     def _choose_tag(self) -> str:
-        """Return a tag that no owner has had; raises Unavailable if there is none left."""
-        taken = {tag for (tag,) in self._session.select("SELECT tag FROM drawn")}
+        """Return a tag that no owner has had; once half of them are used, that of longest ago."""
+        rows = self._session.select("SELECT tag FROM drawn ORDER BY highest")
+        taken = [tag for (tag,) in rows]
         if len(taken) > TAGS // 2:
-            raise Unavailable("too many servers have written to this index: rebuild it")
+            oldest: str = next(tag for tag in taken if len(tag) == TAG_DIGITS)
+            return oldest
         while (tag := f"{random.getrandbits(16):04x}") in taken:
             pass
         return tag
@@ -3781,14 +3787,16 @@ class Transaction:
         self._end_lease(self.lease.owner)
 
 
-TAGS = 16**4
+TAG_DIGITS = 4
+TAGS = 16**TAG_DIGITS
 TABLES = {"claim": "path, owner", "dead": "path, volume", "tombstone": "path, volume"}
 ADD_PLACES = """ ON CONFLICT (path, owner) DO UPDATE
     SET places = claim.places || ' ' || excluded.places"""
 REPLACE = {
     "claim": " ON CONFLICT (path, owner) DO UPDATE SET places = excluded.places",
     "dead": """ ON CONFLICT (path, volume) DO UPDATE SET due = excluded.due,
-        since = excluded.since, doubt = excluded.doubt, owner = excluded.owner""",
+        since = excluded.since, doubt = excluded.doubt, owner = excluded.owner,
+        key = excluded.key""",
     "tombstone": "",
 }
 REPLACE_RECORD = """ ON CONFLICT (key) DO UPDATE SET version = excluded.version,
@@ -3830,7 +3838,7 @@ def commit_put(
     pending = tx.pending_of(key)
     if decide_conditions(conditions, current) is not Verdict.PROCEED:
         raise PreconditionFailed("the key has changed meanwhile")
-    if not pending.claimed_at(record.path) >= set(record.places):
+    if not record.places or not pending.claimed_at(record.path) >= claimed:
         raise Unavailable("the server stood still for too long: send it again")
     after = pending.copy()
     after.end_write(record.path, claimed, sent, record.places, tx.now_s, key)
@@ -3891,6 +3899,21 @@ def refuse_put(
 LAST_VERSION = "g"  # no version is above that
 
 
+def expect_tombstones(tx: Transaction, path: str, volumes: Iterable[str]) -> list[str]:
+    """Note that a tombstone is about to be written to these volumes, and return those to which it
+    may be: where an earlier one is being deleted, that could hit this one. Unless it is noted that
+    it was written, it is to be deleted: so none stays that nobody knows of."""
+    dead = tx.pending_at(path).dead
+    fit = list[str]()
+    for volume in volumes:
+        before = dead.get((volume, path))
+        if before is None or before.doubt_s is not None:
+            due_s = tx.now_s + BROKEN_S
+            dead[volume, path] = Dead(path, volume, due_s, tx.now_s, tx.now_s + HUNG_S)
+            fit.append(volume)
+    return fit
+
+
 def note_buried(
     tx: Transaction, found: Iterable[Dead], tombstones: Iterable[tuple[str, str]]
 ) -> None:
@@ -3903,7 +3926,7 @@ def note_buried(
             dead[place] = dead[place]._replace(doubt_s=None, owner=None)
     for path, volume in tombstones:
         pending = tx.pending_at(path)
-        pending.dead.pop((volume, path), None)  # one that was to go
+        pending.dead.pop((volume, path), None)
         pending.tombstones.setdefault(path, set()).add(volume)
         pending.release_tombstones(path, "", tx.now_s)  # if the collector was faster
 
@@ -4245,7 +4268,11 @@ class Writer:
             if not session.is_lost:
                 session.roll_back()
                 raise self._engine.explain(error) from None
-            if self._find_seq(tx.lease.owner, session) != tx.lease.seq:
+            seq = self._find_seq(tx.lease.owner, session)
+            if seq is None and tx.lease is self.lease:
+                # Others have taken it for dead meanwhile, and what it had done last is forgotten.
+                raise IndexUnsure("whether that was done is not known any more") from None
+            if seq != tx.lease.seq:
                 return False
         tx.end()
         self.lease = tx.lease
@@ -4668,7 +4695,8 @@ def check_new_index(keys: int, size: int, session: Session) -> None:
 # `slow_after`, and tells whoever waits, and on which there has been no progress for
 # `volume_timeout`. What was sent over such a line has failed, and may still come: its answers
 # are listened for, with nobody waiting. What was sent over a line that broke goes again over
-# another, once and alone, so that what breaks lines breaks no other request.
+# another, once and alone, so that what breaks lines breaks no other request; but never what writes
+# to places (R1).
 
 # Bytes; up to here a body is held in memory, and another volume can still take it.
 SMALL_BLOB = 256 * 1024
@@ -5995,10 +6023,8 @@ class Identities:
     async def identify(self, client: VolumeClient) -> Finding:
         """Say who a volume is; raises VolumeError, IndexFailed."""
         found = await client.read_identity()
+        await self._read_index()
         finding = self._judge(client, found)
-        if finding.standing is not Standing.RIGHT:
-            await self._read_index()
-            finding = self._judge(client, found)
         if finding.standing is Standing.NEW and self._takes_in:
             finding = await self._take_in(client, found)
         return finding
@@ -6506,11 +6532,12 @@ class Write:
             files[sidecar_path(path)] = sidecar
             self.marked.add(place)
             client = self._view.clients[volume_of(place)]
+            hear_end = partial(self._hear_end, place, blob is not None)
             self._under_way[place] = client.send_files(
-                files, self._trail, partial(self._hear_end, place), self._hear_slow, self._lease
+                files, self._trail, hear_end, self._hear_slow, self._lease
             )
 
-    def _hear_end(self, place: str, exchange: Exchange) -> None:
+    def _hear_end(self, place: str, is_whole: bool, exchange: Exchange) -> None:
         if self._under_way.pop(place, None) is None:  # nobody waits for it any more
             if exchange.doubt_s == ANSWERED:
                 self.sent[place] = ANSWERED
@@ -6521,7 +6548,7 @@ class Write:
             self.sent[place] = exchange.doubt_s
         if error is None:
             self.done.append(place)
-        elif place != name or not isinstance(error, VolumeDown) or exchange.doubt_s is None:
+        elif not (is_whole and place == name and exchange.doubt_s == BROKEN_S):
             self.failed[name] = error
         # else a kept connection may have broken long ago: once more, at another place
         if error or not self._under_way or len(self.done) >= self._view.config.replicas:
@@ -6738,7 +6765,7 @@ class Store:
         self._tasks = [asyncio.create_task(self.health.run(lambda: self.view.clients))]
         try:
             await self.index.renew()
-        except IndexFailed as error:  # a full disk: reads go on
+        except (IndexFailed, IndexUnsure) as error:  # a full disk: reads go on
             log.error("%s; what the last run left on the volumes waits until it can", error)
         self._tasks.append(asyncio.create_task(self.index.renew_for_ever()))
         if self._role == SERVER:
@@ -6947,7 +6974,7 @@ class Store:
         tombstones = list[tuple[str, str]]()
         is_done = True
         for rows in burial.by_version():
-            grave = Grave(view, self.health, rows, burial, trail)
+            grave = Grave(view, self.health, self.index, rows, burial, trail)
             is_done = await grave.dig()
             found += grave.found
             tombstones += grave.tombstones
@@ -6960,7 +6987,8 @@ class Store:
                     paths={row.path for row in burial.rows}, durable=False,
                 )  # fmt: skip
             except (IndexFailed, IndexUnsure) as error:
-                log.error("%s; a tombstone may stay until verify --repair removes it", error)
+                log.error("%s; what was buried will be once more", error)
+                return is_done and not tombstones  # which would be deleted as unknown
         return is_done
 
     async def list(self, query: ListQuery) -> bytes:
@@ -7052,8 +7080,9 @@ class Store:
     async def _discard_late(self) -> None:
         """Tell the index of the PUTs that were given up while it could not be reached."""
         while self._undiscarded:
-            await self._refuse(self._undiscarded[-1])
-            self._undiscarded.pop()
+            write = self._undiscarded[0]
+            await self._refuse(write)
+            self._undiscarded.remove(write)
 
     async def collect_garbage(self) -> int:
         """Delete what is due on every volume that is not down; return how many places. Can be
@@ -7099,10 +7128,12 @@ class Grave:
     volume)."""
 
     def __init__(
-        self, view: View, health: Health, rows: list[Dead], burial: Burial, trail: str
-    ) -> None:
+        self, view: View, health: Health, index: Index, rows: list[Dead], burial: Burial,
+        trail: str,
+    ) -> None:  # fmt: skip
         self._view = view
         self._health = health
+        self._index = index
         self._rows = rows
         self._asked_s = burial.asked_s
         self._trail = trail
@@ -7171,9 +7202,18 @@ class Grave:
 
         while waiting and len(self._has) < copies:
             missing = copies - len(self._has)
-            await asyncio.gather(*map(put, waiting[:missing]))
+            await asyncio.gather(*map(put, await self._expect(waiting[:missing])))
             waiting = waiting[missing:]
         return len(self._has) >= copies
+
+    async def _expect(self, names: Sequence[str]) -> list[str]:
+        """Note where tombstones are about to be written; return where they may be."""
+        expect = partial(expect_tombstones, path=self._path, volumes=names)
+        try:
+            return await self._index.write(expect, paths=[self._path], durable=False)
+        except (IndexFailed, IndexUnsure) as error:
+            log.error("%s; no tombstone is written that nobody would know of", error)
+            return []
 
 
 # == Page =========================================================================================

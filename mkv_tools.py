@@ -1029,6 +1029,8 @@ def commit(
         failed = "changed"
     elif not pending.claimed_at(path).issuperset(move.copy):
         failed = failed or LEASE_ENDED
+    elif any((volume_of(p), place_path(path, p)) in pending.dead for p in move.after.places):
+        failed = failed or "changed"
     if not failed:
         tx.remove(before)
         tx.insert(move.after)
