@@ -1641,7 +1641,7 @@ def only_if_absent(conditions: Conditions) -> Conditions:
 
 
 ANY_TAG = "*"
-SEEN_TAG = "seen"  # of no version
+SEEN_TAG = "-"  # of no version
 
 
 class Drawn(NamedTuple):

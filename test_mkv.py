@@ -3243,11 +3243,17 @@ def test_tag_of_an_owner_is_one_that_none_has_had(
     assert {version[16:] for version in versions} == {"0002"} and min(versions) > f"{9:016x}ffff"
 
 
-def test_there_is_an_end_of_tags(tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tag_of_longest_ago_is_used_again_once_half_of_all_are_used(
+    tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(mkv, "TAGS", 4)
-    tx.note_drawn([mkv.Drawn(f"{i:04x}", 1, 9) for i in range(3)])
-    with pytest.raises(mkv.Unavailable, match="rebuild"):
-        tx.draw_path("k", "")
+    rows = [(mkv.ANY_TAG, 0, 5), ("0001", 1, 9), ("0002", 2, 7), ("0003", 1, 8)]
+    tx.note_drawn([mkv.Drawn(*row) for row in rows])
+    version = mkv.version_of(tx.draw_path("k", ""))
+    assert version.endswith("0002")
+    tx.flush()
+    row = (row for row in mkv.select_drawn(tx._session) if row.tag == "0002")
+    assert [*row] == [mkv.Drawn("0002", 2, mkv.version_ns(version))]
 
 
 def test_nothing_is_drawn_from_the_end_of_time_on(tx: mkv.Transaction) -> None:
@@ -6247,7 +6253,7 @@ async def test_what_may_still_come_of_a_put(
     exchange.doubt_s = doubt_s
     exchange.error = failure and failure("v0", "")
     write._under_way[place] = exchange
-    write._hear_end(place, exchange)
+    write._hear_end(place, True, exchange)
     assert write.sent == ({} if doubt_s is None else {place: doubt_s})
     assert write.done == ([place] if failure is None else [])
     assert set(write.failed) == ({"v0"} if failure and not goes_on else set())
@@ -6266,7 +6272,7 @@ async def test_what_nobody_waits_for_any_more_is_in_doubt_until_it_is_answered(
     write._abandon()
     assert write.sent == {"v0": mkv.HUNG_S}
     exchange.doubt_s = mkv.ANSWERED
-    write._hear_end("v0", exchange)
+    write._hear_end("v0", True, exchange)
     assert write.sent == {"v0": mkv.ANSWERED} and write.done == []
 
 
@@ -18765,6 +18771,11 @@ on_all_sites = pytest.mark.parametrize(
 )
 
 
+ANSWERS_WANTED = (
+    "PUT 201", "PUT 204", "PUT 412", "DELETE 204", "GET 302", "GET 404", "HEAD 200", "LIST 200",
+)  # fmt: skip
+
+
 def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequence[Fault]) -> None:
     """Let clients work while things fail; then look at all keys, and say how it went."""
     chance = random.Random(f"{traffic.seed} faults")
@@ -18773,6 +18784,8 @@ def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequen
         if kinds:
             site.break_and_heal(chance, kinds, until)
         time.sleep(max(0.0, until - time.monotonic()))
+        # A busy machine takes longer until there is enough of each to show something.
+        eventually(lambda: all(traffic.answers[answer] > 5 for answer in ANSWERS_WANTED), 60)
 
     traffic.run_for(seconds, meanwhile)
     eventually(site.is_well)
@@ -18784,14 +18797,10 @@ def run_among_faults(site: Site, traffic: Traffic, seconds: float, kinds: Sequen
 
 
 def check_answers(site: Site, traffic: Traffic) -> None:
-    """The answers have an order, and there were enough of each kind to show something."""
+    """The answers have an order."""
     assert not site.find_bugs_in_log()
     faults = traffic.find_faults()
     assert not faults, "\n".join(faults)
-    for answer in ("PUT 201", "PUT 204", "PUT 412", "DELETE 204"):
-        assert traffic.answers[answer] > 5, traffic.answers
-    for answer in ("GET 302", "GET 404", "HEAD 200", "LIST 200"):
-        assert traffic.answers[answer] > 5, traffic.answers
 
 
 @on_all_sites
