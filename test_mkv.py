@@ -14059,7 +14059,7 @@ def test_index_that_is_not_whole_says_only_what_its_dead_rows_say(
     assert cluster.rows() == [row for row in before if row[0] != "dead"]
     assert set(dead) <= set(cluster.garbage())
     (seen,) = cluster.ask_index("SELECT tag, first > highest FROM drawn")
-    assert seen == ("seen", 1)  # so the new one does not say more than it knows
+    assert seen == (mkv.SEEN_TAG, 1)  # so the new one does not say more than it knows
 
 
 def sha256(data: bytes) -> str:
@@ -14137,7 +14137,7 @@ def test_highest_version_of_any_file_is_below_all_that_come(cluster: Cluster) ->
         lose_the_index(cluster)
         for _ in range(2):
             assert cluster.tool("rebuild")[0] == 0
-            ((seen,),) = cluster.ask_index("SELECT highest FROM drawn WHERE tag = 'seen'")
+            ((seen,),) = cluster.ask_index("SELECT highest FROM drawn WHERE tag = '-'")
             assert int(ahead[:16], 16) <= seen < mkv.END_OF_TIME_NS
         cluster.put({"k": b"y"})
         assert cluster.record("k").version > ahead
