@@ -13674,14 +13674,25 @@ def test_one_stopped_worker_of_a_volume_brings_nothing_back(cluster: Cluster, in
                 )
             )
 
-    gone = [f"k{i}" for i in range(32)]
+    def hang(url: str, number: int) -> int:
+        """Stop the worker that has kept connections, and have it sent something; return it."""
+        gone = [f"k{number}-{i}" for i in range(32)]
+        assert at_once(url, "PUT", [f"warm{i}" for i in range(64)]) <= {201, 204}
+        worker = max(workers, key=count_open)
+        os.kill(worker, signal.SIGSTOP)
+        assert at_once(url, "PUT", gone) == {201} and at_once(url, "DELETE", gone) == {204}
+        return worker
+
+    in_doubt = "SELECT 1 FROM dead WHERE volume = 'volume3' AND doubt IS NOT NULL"
     with cluster.serve() as (port, process):
         url = f"http://127.0.0.1:{port}"
-        assert at_once(url, "PUT", [f"warm{i}" for i in range(64)]) == {201}
-        worker = max(workers, key=count_open)  # which has kept connections
-        os.kill(worker, signal.SIGSTOP)
+        worker = hang(url, 0)
         try:
-            assert at_once(url, "PUT", gone) == {201} and at_once(url, "DELETE", gone) == {204}
+            for number in range(1, 10):
+                if cluster.ask_index(in_doubt):
+                    break
+                os.kill(worker, signal.SIGCONT)  # it was sent a probe at most
+                worker = hang(url, number)
             before, known = cluster.rows(), len(sidecars(cluster))
             assert tombstones(cluster)
             if index == "lost":
