@@ -5692,16 +5692,19 @@ async def test_nothing_is_sent_to_a_volume_that_is_refused_but_probes(tmp_path: 
 
 
 async def test_exchanged_addresses_are_refused_by_a_reload_and_by_a_start(tmp_path: Path) -> None:
+    refused = mkv.Standing.REFUSED
     async with disks(tmp_path, "a", "b") as urls:
         config = store_at(tmp_path, urls)
         exchanged = store_at(tmp_path, {"a": urls["b"], "b": urls["a"]})
         async with started(config) as store:
             await store.reload(exchanged)
+            await until(lambda: {store.health.standing(v) for v in "ab"} == {refused})
             reasons = await reasons_of(store)
             assert "is volume b" in reasons["a"] and "is volume a" in reasons["b"]
             await store.reload(config)
-            assert store.health.states == {"a": UP, "b": UP}
+            await until(lambda: store.health.states == {"a": UP, "b": UP})
         async with started(exchanged) as store:
+            await until(lambda: {store.health.standing(v) for v in "ab"} == {refused})
             assert (await reasons_of(store)).keys() == {"a", "b"}
 
 
