@@ -44,6 +44,8 @@ Rules that make cases impossible, so that no code has to count them:
     R3  Versions only rise, and the index knows which it has given out. So whoever holds a whole
         copy of it, however old, knows what is dead of all that it knew: what was drawn, and is in
         no record and no claim.
+    R4  Volumes know who they are, and the index who it has seen. One that shows another identity,
+        or none any more, is down until a person settles it (mkv_tools.py adopt).
     R5  Nobody acts on authority that has run out. Owners have random numbers; a PUT to a place is
         not sent once its owner's lease has ended. What stays true, a DELETE, a tombstone, may be
         sent at any time, by anybody.
