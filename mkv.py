@@ -84,7 +84,8 @@ call that sends.
 Not here: POSIX, erasure coding, consensus between index servers, access lists per blob.
 
 Reading order: as below. Up to "wire format" everything is pure (no clock, no randomness, no I/O),
-and who has read that far knows all policy; the rest carries it out."""
+and who has read that far knows all policy; the rest carries it out. A section whose banner says
+that it is optional registers itself: it can be cut out of a copy, from its banner to the next."""
 
 from __future__ import annotations
 
@@ -121,22 +122,18 @@ import json
 import logging
 import math
 import mmap
-import queue
 import random
 import re
 import resource
 import select
-import shutil
 import signal
 import socket
 import sqlite3
 import stat
 import struct
 import termios
-import threading
 import time
 import tomllib
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
@@ -152,6 +149,7 @@ from collections.abc import (
     Sequence,
 )
 from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from email.utils import formatdate, parsedate_to_datetime
@@ -159,8 +157,21 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import chain, groupby, islice
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from typing import IO, Any, ClassVar, NamedTuple, NoReturn, Protocol, Self, TypeVar, cast
+from types import MappingProxyType
+from typing import (
+    IO,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+)
 from urllib.parse import parse_qsl, quote, unquote_to_bytes, urlencode, urlsplit
 
 from aiohttp import (
@@ -194,12 +205,24 @@ __all__ = [
 log = logging.getLogger("mkv")
 access_log = logging.getLogger("mkv.access")
 T = TypeVar("T")
+P = ParamSpec("P")
 Answer = tuple[int, bytes]  # of a volume: status, body
 Place = tuple[str, str]  # (volume, path)
 
 # == Errors =======================================================================================
 # Everything mkv refuses on purpose, with its HTTP answer. Operations raise these; one function,
 # `explain`, renders them.
+
+
+# What an owner of claims in the index is. One that moves replicas wants no other such one, one
+# that rebuilds nobody.
+SERVER, TOOL, MOVER, REBUILDER = "server", "tool", "mover", "rebuilder"
+IN_THE_WAY = {
+    SERVER: "it is in use by a server: stop that first",
+    TOOL: "it is in use by a tool: stop that first",
+    MOVER: "another rebalance or verify --repair is running",
+    REBUILDER: "it is being rebuilt by mkv_tools.py",
+}
 
 
 # fmt: off
@@ -258,6 +281,27 @@ class VolumeTimeout(VolumeError):
 class VolumeFull(VolumeError):
     """A PUT was answered 507, or 500, which is what nginx says on a full disk."""
 class VolumeUnexpected(VolumeError): """An answer that a volume should not give, such as 403."""
+
+class IndexFailed(Unavailable):
+    """The index could not be read or written, say on a full disk: nothing was done."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the index: {reason}")
+        self.reason = reason
+
+class IndexDamaged(IndexFailed):
+    """It is no index, one of another schema, or a damaged one."""
+class IndexLost(IndexFailed): """The connection to it broke."""
+class Occupied(IndexFailed):
+    """An owner of this `role` is in the way, at least until its lease ends."""
+
+    def __init__(self, role: str, until_s: float) -> None:
+        super().__init__(IN_THE_WAY[role])
+        self.until_s = until_s
+
+class IndexUnsure(Unfinished):
+    """The connection to the index broke in a commit, and there was no other in time to ask what
+    has become of it."""
 class VolumeBlameless(VolumeError): """The request failed, which says nothing of the volume."""
 # fmt: on
 
@@ -271,8 +315,6 @@ URL = re.compile(
 ORIGIN = re.compile(r"https?://[a-z0-9._:\[\]-]+")  # as browsers send it: in lower case, no path
 VOLUME_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,62}")
 PLACE = re.compile(VOLUME_NAME.pattern + "(~[0-9a-f]{8})?")
-POSTGRES = re.compile(r"postgres(ql)?://")
-SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,39}")
 SECRET = re.compile(r"[!#%-Z^-z|~]*")  # what nginx.conf and a header can hold as it is
 LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
 OPERATIONS = ("read", "write", "create", "delete", "list", "admin")
@@ -455,8 +497,6 @@ class Config(Checked):
 
     def _contradictions(self) -> Iterator[str]:
         self._set("db", self.db or f"{self.data}/index.db")
-        if is_postgres(self.db) and not SCHEMA_NAME.fullmatch(split_schema(self.db)[1]):
-            yield "db: schema must be 1 to 40 of a-z 0-9 _, and begin with no digit"
         self._set("min_replicas", self.min_replicas or self.replicas)
         if self.min_replicas > self.replicas:
             yield f"min_replicas: {self.min_replicas} is more than replicas ({self.replicas})"
@@ -500,24 +540,15 @@ class Config(Checked):
             )
 
 
-def is_postgres(db: str) -> bool:
-    return POSTGRES.match(db) is not None
-
-
-def split_schema(db: str) -> tuple[str, str]:
-    """Return a URL of PostgreSQL as libpq takes it, and the schema that it names, or mkv."""
-    url, _, query = db.partition("?")
-    options = [option for option in query.split("&") if option]
-    ours = [option for option in options if option.startswith("schema=")]
-    others = "&".join(option for option in options if option not in ours)
-    schema = ours[-1].partition("=")[2] if ours else "mkv"
-    return (f"{url}?{others}" if others else url), schema
+def is_url(db: str) -> bool:
+    """Whether that is the URL of an index, not the file of one."""
+    return "://" in db
 
 
 def hide_secrets(db: str) -> str:
-    """Return what may be shown of where an index is: of a URL of PostgreSQL no password, and none
-    of its options."""
-    if not is_postgres(db):
+    """Return what may be shown of where an index is: of a URL no password, and none of its
+    options."""
+    if not is_url(db):
         return db
     scheme, _, rest = db.partition("://")
     place, _, options = rest.partition("?")
@@ -1478,19 +1509,19 @@ class Pending:
         self.dead = other.dead
         self.tombstones = other.tombstones
 
-    def rows(self) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
-        """Return the rows of claims, of what is dead, and of tombstones, by what identifies
-        them."""
+    def rows(self) -> set[tuple[str, tuple[Any, ...]]]:
+        """Return all of it as (table, row)."""
         claims = {
-            claim: (*claim, " ".join(places), self.key) for claim, places in self.claims.items()
+            ("claim", (*claim, " ".join(places), self.key))
+            for claim, places in self.claims.items()
         }
-        dead = {(path, volume): tuple(row) for (volume, path), row in self.dead.items()}
+        dead = {("dead", tuple(row)) for row in self.dead.values()}
         marked = {
-            (path, volume): (path, volume)
+            ("tombstone", (path, volume))
             for path, volumes in self.tombstones.items()
             for volume in volumes
         }
-        return claims, dead, marked
+        return claims | dead | marked
 
     def claimed_at(self, path: str) -> set[str]:
         """Return the places that are claimed for the version at `path`."""
@@ -1589,13 +1620,6 @@ class Pending:
                 doubt_s = max(until_s, row.doubt_s or 0.0)
                 self.dead[place] = row._replace(doubt_s=doubt_s, owner=None)
 
-    def forget(self, volume: str, path: str, now_s: float) -> None:
-        """What is at a place, or a tombstone, does not matter any more: its volume is gone."""
-        self.tombstones.get(path, set()).discard(volume)
-        row = self.dead.pop((volume, path), None)
-        if row is not None and not row.is_tombstone:
-            self.release_tombstones(path, row.key, now_s)
-
     def end_doubt(self, volume: str, path: str, doubt_s: float | None) -> None:
         """What was in doubt at the sidecar or blob `path` has been answered after all (None), or
         cannot come any more after `doubt_s`."""
@@ -1654,21 +1678,6 @@ class Drawn(NamedTuple):
     tag: str
     first_ns: int
     highest_ns: int
-
-
-def is_sound(row: Drawn) -> bool:
-    """Whether an index can have drawn what this row says."""
-    is_tag = row.tag in (ANY_TAG, SEEN_TAG) or re.fullmatch("[0-9a-f]{4}", row.tag)
-    return bool(is_tag) and row.first_ns >= 0 and 0 <= row.highest_ns < END_OF_TIME_NS
-
-
-def is_drawn(version: str, drawn: Iterable[Drawn]) -> bool:
-    """Whether an index has given this version out, as its rows of what was drawn say."""
-    at_ns = version_ns(version)
-    return any(
-        row.tag in (ANY_TAG, version[16:]) and row.first_ns <= at_ns <= row.highest_ns
-        for row in drawn
-    )
 
 
 def authorize(
@@ -1771,6 +1780,12 @@ class ListQuery(NamedTuple):
     delimiter: str = ""
     start: str = ""
     limit: int = 1000
+
+    def group_of(self, key: str) -> str:
+        """Return what the group of a key begins with, up to a delimiter after the prefix; "" if it
+        is in none."""
+        cut = key.find(self.delimiter, len(self.prefix)) if self.delimiter else -1
+        return key[: cut + len(self.delimiter)] if cut >= 0 else ""
 
 
 def parse_list_query(query: str) -> ListQuery:
@@ -2140,26 +2155,28 @@ class AnswerReader:
         return piece or (b"" if self._chunks.done else None)
 
 
-# == Engine =======================================================================================
-# What holds the index. There are two engines, and what they do in different ways is here and in
-# the next two sections: a Session is one connection, for one thread; an Engine opens sessions, and
-# keeps others away. All else is one text of SQL, with parameters ?1, ?2 and so on.
+# == Session ======================================================================================
+# One connection to what holds the index, for one thread at a time: here to a file of SQLite, which
+# the processes of one machine share. All else that can hold an index is a subclass in a section of
+# its own, in ENGINES by the scheme of its URL. What they say in other words are the names in
+# capitals that Session begins with; the rest is one text of SQL, with parameters ?1, ?2 and so on.
 #
 # What is on a volume and in no record is in one of three tables: `claim` has one row a PUT, from
 # before the first byte until the commit; `dead` has the places that are to be deleted; `tombstone`
 # the versions that are noted as dead on a volume. See Pending for what that means.
 #
 # Whoever claims is an owner: a row with a random number, so that no two can have one, that says
-# until when it is alive, and is renewed long before. Anybody may end the lease of one that is
-# late: its claims are dead then. If it lives after all, its next commit finds that.
+# until when it is alive. Each transaction renews it, and one is made long before it ends. Anybody
+# may end the lease of one that is late: its claims are dead then. If it lives after all, its next
+# commit finds that. `seq` counts the transactions of an owner.
 #
 # `drawn` says which versions this index has given out: a row for each owner that drew any, with
 # the tag in which they end. So a whole copy of the index, however old, tells what is dead of all
 # that it knew: a version that was drawn, and that no record and no claim in the copy names.
 #
-# Times in `dead` and `owner` are of the index's own clock. SQLite's runs with the machine's
+# Times in `dead` and `owner` are of the index's own clock. Here that runs with the machine's
 # monotonic clock: a step of the wall clock neither hastens nor delays a deletion; after a boot it
-# goes on from the wall clock. PostgreSQL's is the clock of its machine.
+# goes on from the wall clock.
 
 SCHEMA_VERSION = 4
 RECORDS = """
@@ -2194,44 +2211,65 @@ CREATE INDEX drawn_highest ON drawn (highest);
 IDENTITIES = """
 CREATE TABLE identity (name TEXT PRIMARY KEY, number TEXT NOT NULL) STRICT, WITHOUT ROWID;
 """
+TABLES = RECORDS + PENDING + OWNERS + DRAWN + IDENTITIES
+CLOCK = """
+CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
+INSERT INTO clock VALUES ('', 0);
+"""
 STORE_ID = ""
 KEEP_IDENTITY = "INSERT INTO identity VALUES (?1, ?2) ON CONFLICT (name) DO NOTHING"
 REPLACE_IDENTITY = """INSERT INTO identity VALUES (?1, ?2)
     ON CONFLICT (name) DO UPDATE SET number = excluded.number"""
 COLUMNS = "key, version, volumes, size, digest, content_type, ext"
-FIELDS = 7
 DEAD_COLUMNS = "path, volume, due, since, doubt, owner, key"
-Row = tuple[Any, ...]
-KEY_STEM = STEM - 20  # as key_stem
-PIECES = (512, 64, 32, 16, 8, 4, 2, 1)  # rows or keys in one statement
+COPY = "copy"  # in place of a boot, in an index that is a copy: rebuild reads it, nobody serves it
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
+WAL_BYTES = 16 * 1024 * 1024
 WRITERS_S = 30.0  # for other processes that write
-
-
-class IndexFailed(Unavailable):
-    """The index could not be read or written, say on a full disk: nothing was done."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the index: {reason}")
-        self.reason = reason
-
-
-class IndexDamaged(IndexFailed):
-    """It is no index, one of another schema, or a damaged one."""
-
-
-class IndexUnsure(Unfinished):
-    """The connection to the index broke in a commit, and there was no other in time to ask what
-    has become of it."""
+ROWS_AT_ONCE = 100  # so that statements of all sizes stay prepared
+LAST_KEY = "\U0010ffff" * MAX_KEY_BYTES  # after all keys
+# What is pending on the keys whose paths begin with what is given.
+PENDING_QUERY = f"""WITH given AS (GIVEN)
+    SELECT 'claim', path, places, 0.0, 0.0, 0.0, owner, key FROM given CROSS JOIN claim
+        WHERE path >= value AND path < value || '~'
+    UNION ALL SELECT 'dead', {DEAD_COLUMNS} FROM given CROSS JOIN dead
+        WHERE path >= value AND path < value || '~'
+    UNION ALL SELECT 'tombstone', path, volume, 0.0, 0.0, 0.0, 0, '' FROM given
+        CROSS JOIN tombstone WHERE path >= value AND path < value || '~'"""
+SCAN = f"SELECT {COLUMNS} FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT ?3"
+# The same, from a key to the next one that is not in its group: ?4 characters are before the
+# delimiter ?5, and ?6 comes after it. No character comes before ?7 in a key.
+SCAN_GROUPS = f"""WITH RECURSIVE found(at, number) AS (
+    SELECT (SELECT key FROM record WHERE key >= ?1 AND key < ?2 ORDER BY key LIMIT 1), 1
+    UNION ALL
+    SELECT (
+        SELECT key FROM record
+        WHERE key < ?2 AND key >= CASE FIND(substr(at, ?4 + 1), ?5)
+            WHEN 0 THEN at || ?7
+            ELSE substr(at, 1, ?4 + FIND(substr(at, ?4 + 1), ?5) - 1) || ?6 END
+        ORDER BY key LIMIT 1
+    ), number + 1
+    FROM found WHERE number < ?3 AND at IS NOT NULL
+) SELECT {COLUMNS} FROM found JOIN record ON key = at ORDER BY number"""
+Row = tuple[Any, ...]
+Query = tuple[str, Sequence[Any]]
+KEY_STEM = STEM - 20  # as key_stem
 
 
 def record_of_row(row: Iterable[Any]) -> Record:
     key, version, places, size, digest, content_type, ext = row
-    return Record(key, version, tuple(places.split()), int(size), digest, content_type, ext)
+    return Record(key, version, tuple(places.split()), size, digest, content_type, ext)
 
 
 def row_of_record(record: Record) -> Row:
-    r = record
-    return r.key, r.version, " ".join(r.places), r.size, r.digest, r.content_type, r.ext
+    return (*record[:2], " ".join(record.places), *record[3:])
+
+
+@lru_cache(1024)
+def placeholders(width: int, count: int) -> str:
+    """Return SQL for `count` rows of `width` parameters."""
+    rows = [range(i * width + 1, (i + 1) * width + 1) for i in range(count)]
+    return ",".join(f"({','.join(f'?{number}' for number in row)})" for row in rows)
 
 
 def draw_number() -> str:
@@ -2239,441 +2277,280 @@ def draw_number() -> str:
     return f"{random.getrandbits(128):032x}"
 
 
-@lru_cache(64)
-def placeholders(width: int, count: int) -> str:
-    """Return SQL for `count` rows of `width` parameters."""
-    rows = []
-    for i in range(count):
-        numbers = range(i * width + 1, (i + 1) * width + 1)
-        rows.append("(" + ",".join(f"?{number}" for number in numbers) + ")")
-    return ",".join(rows)
+class Session:
+    """A connection to the index in the file `db`. It raises what `explain` makes an error of mkv.
+    While it is used, which is from `enter` to `leave`, that holds a shared lock on `db`.lock, and
+    whoever replaces the index takes that alone."""
 
+    NOW = "(SELECT ahead + monotonic() FROM clock)"  # by the index's own clock
+    IS_COPY = f"SELECT 1 FROM clock WHERE boot = '{COPY}'"
+    GIVEN = "SELECT value FROM json_each(?1)"  # what a parameter lists
+    FIND = "instr"
+    # Many rows as one: see run_many.
+    ROWS = f"json_group_array(json_array({COLUMNS}))"
+    # How a transaction begins that writes, durable or not; it ends with what time it is. A commit
+    # that is not synced is synced with the next one that is: the log is one file.
+    BEGIN: ClassVar[Mapping[bool, Sequence[str]]] = {
+        True: ("PRAGMA synchronous = FULL", "BEGIN IMMEDIATE", f"SELECT {NOW}"),
+        False: ("PRAGMA synchronous = NORMAL", "BEGIN IMMEDIATE", f"SELECT {NOW}"),
+    }
 
-def in_pieces(rows: list[Row]) -> Iterator[list[Row]]:
-    """Cut `rows` into pieces of a few sizes: each size is a statement that is prepared once."""
-    start = 0
-    for size in PIECES:
-        while len(rows) - start >= size:
-            yield rows[start : start + size]
-            start += size
+    is_remote = False  # others may be on other machines: leases keep them away, no lock
+    waits_s: float | None = None  # for an answer, before it is interrupted
 
+    def __init__(self, db: str, is_readonly: bool = False) -> None:
+        self.name = db  # for people, without any secret
+        # Wherever links lead: who locks, or replaces, one file must not do that under two names.
+        self.place = os.path.realpath(db)
+        self.is_readonly = is_readonly
+        self.db: sqlite3.Connection
+        self._has_db = False
+        self._lock = -1
 
-def fill_up(keys: list[str]) -> list[str]:
-    """Repeat the last of up to PIECES[0] keys until there are as many as one of the sizes."""
-    size = PIECES[0]
-    while size >= 2 * len(keys):
-        size //= 2
-    return keys + keys[-1:] * (size - len(keys))
+    @property
+    def is_open(self) -> bool:
+        return self._has_db
 
+    @property
+    def uri(self) -> str:
+        return f"{Path(self.place).as_uri()}?mode={'ro' if self.is_readonly else 'rwc'}"
 
-def end_of_stem(stem: str) -> str:
-    """Return the first string after all paths of the key that `stem` is of."""
-    return after_prefix(stem) or ""
+    def beside(self) -> str:
+        """Return where a new index is made that is to take the place of this one."""
+        return f"{self.place}.new"
 
-
-class Group(NamedTuple):
-    """What keys have in common in a list: all that comes before a delimiter, and that."""
-
-    start: int  # from which character on the delimiter is looked for
-    delimiter: str  # "": there are no groups
-
-    def prefix_of(self, key: str) -> str:
-        """Return what the group of a key begins with, "" if it is in none."""
-        cut = key.find(self.delimiter, self.start) if self.delimiter else -1
-        return key[: cut + len(self.delimiter)] if cut >= 0 else ""
-
-
-class Turn(NamedTuple):
-    """What a transaction finds when its turn has come."""
-
-    now_s: float  # by the index's own clock
-    wall_ns: int  # the same as Unix nanoseconds, for versions
-    highest_ns: int  # of all versions that were drawn
-    seq: int | None  # of the owner that begins it; None if its lease has ended
-    records: dict[str, Record]  # of the keys that were asked for
-    pending: dict[str, Pending]  # on the keys whose stems were asked for
-
-
-class Session(ABC):
-    """One connection to the index, for one user at a time. It raises the errors of its engine:
-    see Engine.explain."""
-
-    is_lost = False  # it broke: `reopen` it
-    has_time = False  # an answer may take as long as it takes: see `take_time`
-
-    @abstractmethod
-    def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        """Return all rows of a query."""
-
-    @abstractmethod
-    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
-        """Run a statement, at the latest when something is selected or committed."""
-
-    @abstractmethod
-    def look_up(self, keys: list[str]) -> dict[str, Record]:
-        """Return the records of `keys`."""
-
-    @abstractmethod
-    def scan(self, start: str, end: str | None) -> Iterator[Row]:
-        """Yield the records from the key `start` to before `end`, few more than are taken."""
-
-    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
-        """Yield the same, but of each group of keys only the first."""
-        following: str | None = start
-        while following is not None:
-            rows = self.scan(following, end)
-            following = None
-            for row in rows:
-                yield row
-                if prefix := group.prefix_of(row[0]):
-                    following = after_prefix(prefix)
-                    break
-
-    @abstractmethod
-    def read_clock(self) -> float:
-        """Return the time by the index's own clock, in seconds."""
-
-    @abstractmethod
-    def begin(
-        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
-    ) -> Turn:
-        """Begin a transaction that writes, once no other does: until its end, none will. Renew
-        the owner's lease (one that has ended stays so), if asked to, and look up what is named. If
-        it is not to be `durable`, the next one that is takes it to the disk."""
-
-    @contextlib.contextmanager
-    def take_time(self) -> Iterator[None]:
-        """For what looks at all keys, and takes as long as there are many."""
-        self.has_time = True
+    def connect(self) -> None:
+        """Open it, if it is not open."""
+        if self.is_open:
+            return
+        self.db = sqlite3.connect(
+            self.uri, uri=True, timeout=WRITERS_S, isolation_level=None, cached_statements=1024
+        )
+        self._has_db = True
         try:
-            yield
-        finally:
-            self.has_time = False
-
-    @abstractmethod
-    def commit(self) -> None:
-        """Carry out all that was run; return when it is on disk, if it is to be."""
-
-    @abstractmethod
-    def roll_back(self) -> None:
-        """End a transaction in which something failed, as if it had never begun; never raises."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """May be called twice."""
-
-    def reopen(self) -> None:
-        """Connect again."""
-        raise NotImplementedError
-
-    def read_seq(self, owner: int) -> int | None:
-        """Return the number of the last transaction that `owner` has committed, None if nothing is
-        known of it. None of its is under way then."""
-        raise NotImplementedError
-
-    def find_damage(self) -> str:
-        """Return what is wrong with the index, or ""."""
-        return ""
-
-    @contextlib.contextmanager
-    def beside(self, other: Engine) -> Iterator[str]:
-        """Meanwhile the tables of the index `other` can be read by names that begin with what is
-        yielded."""
-        raise NotImplementedError
-
-    def run_on_rows(self, before: str, rows: list[Row], after: str = "") -> None:
-        """Run a statement on many rows, in few steps: in SQLite each step gives up the GIL, and a
-        busy event loop is slow to return it."""
-        for piece in in_pieces(rows):
-            values = placeholders(len(piece[0]), len(piece))
-            self.run(before + values + after, list(chain.from_iterable(piece)))
-
-    def read_pending(self, stems: Sequence[str]) -> dict[str, Pending]:
-        """Return what is pending on the keys whose paths begin with `stems`."""
-        rows = list[Row]()
-        for query, values in pending_queries(stems):
-            rows += self.select(query, values)
-        return make_pending(stems, rows)
-
-
-def pending_queries(stems: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the queries for what is pending on some keys."""
-    for piece in in_pieces([(stem, end_of_stem(stem)) for stem in stems]):
-        query = PENDING_QUERY.replace("SPANS", placeholders(2, len(piece)))
-        yield query, list(chain.from_iterable(piece))
-
-
-def make_pending(stems: Iterable[str], rows: Iterable[Row]) -> dict[str, Pending]:
-    """Return what is pending on keys, as rows of PENDING_QUERY say."""
-    found = {stem: Pending({}, {}, {}) for stem in stems}
-    for row in rows:
-        note_row(found[row[1][:KEY_STEM]], row)
-    return found
-
-
-# Claims (path, places, owner), what is dead, and tombstones, of some keys in one query.
-PENDING_QUERY = f"""WITH span AS (VALUES SPANS)
-    SELECT 'claim', path, places, 0.0, 0.0, 0.0, owner, key FROM span CROSS JOIN claim
-        WHERE path >= column1 AND path < column2
-    UNION ALL SELECT 'dead', {DEAD_COLUMNS} FROM span CROSS JOIN dead
-        WHERE path >= column1 AND path < column2
-    UNION ALL SELECT 'tombstone', path, volume, 0.0, 0.0, 0.0, 0, '' FROM span
-        CROSS JOIN tombstone WHERE path >= column1 AND path < column2"""
-
-
-def note_row(pending: Pending, row: Row) -> None:
-    """Add a row of PENDING_QUERY to what is pending on its key."""
-    pending.key = pending.key or row[7]
-    match row[0]:
-        case "claim":
-            pending.claims[row[1], row[6]] = tuple(row[2].split())
-        case "dead":
-            dead = Dead(*row[1:])
-            pending.dead[dead.volume, dead.path] = dead
-        case "tombstone":
-            pending.tombstones.setdefault(row[1], set()).add(row[2])
-
-
-class Engine(ABC):
-    """Where one index is. What it does to keep others away ends with `release`."""
-
-    name: str  # for people, without any secret
-    # Others may be on other machines: a lease keeps them away, no lock; and a commit whose outcome
-    # was not heard may still come.
-    is_remote = False
-
-    @abstractmethod
-    def connect(self, readonly: bool) -> Session:
-        """Open a session on this thread."""
-
-    @abstractmethod
-    def explain(self, error: Exception) -> Exception:
-        """Return what goes out of the index for an error: those of the engine stay inside."""
-
-    @abstractmethod
-    def prepare(self, session: Session) -> None:
-        """Make the tables of a new index, bring an older one to this schema; raises what `explain`
-        turns into IndexDamaged if it cannot be used."""
-
-    @abstractmethod
-    def is_copy(self, session: Session) -> bool:
-        """Return whether the index is a copy, which may lack what came after it: nobody serves
-        it."""
-
-    @abstractmethod
-    def mark_as_copy(self, session: Session) -> None:
-        """Have the index say from now on that it is a copy."""
-
-    @abstractmethod
-    def enter(self) -> None:
-        """Before the index is used: keep away who wants it alone; raises ConfigError."""
-
-    @abstractmethod
-    def enter_alone(self) -> None:
-        """Before the index is replaced: keep everybody away; raises Unavailable, OSError."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Let everybody in; may be called twice."""
-
-    @abstractmethod
-    def lock_tools(self) -> bool:
-        """Keep other tools that move replicas away, and return True if that is settled so; raises
-        Unavailable if there is one."""
-
-    @abstractmethod
-    def exists(self) -> bool:
-        """Return whether there is an index; raises IndexFailed if that is not to be found out."""
-
-    @abstractmethod
-    def check_target(self, target: str) -> None:
-        """Raise ConfigError if a copy of the index may not be written to the file `target`."""
-
-    @abstractmethod
-    def copy_to(self, target: str, session: Session) -> int:
-        """Copy the index as it is at this moment to a file; return its number of keys."""
-
-    @abstractmethod
-    def beside(self) -> Engine:
-        """Return where a new index can be made that is to take the place of this one."""
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Leave nothing of an index that was not put in its place."""
-
-    @abstractmethod
-    def open_old(self, session: Session) -> str:
-        """Make an index that nobody else has open ready to be read; return what is wrong with it,
-        or "". Raises what `explain` turns into IndexDamaged if nothing of it can be read."""
-
-    @abstractmethod
-    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
-        """Give the index `new` the place of this one, for good, if `owner` still keeps others
-        away; return the name under which this one is kept, if it is one to `keep`, or ""."""
-
-
-# == SQLite =======================================================================================
-# The index in one file, for the processes of one machine.
-
-CLOCK = """
-CREATE TABLE clock (boot TEXT NOT NULL, ahead REAL NOT NULL) STRICT;
-INSERT INTO clock VALUES ('', 0);
-"""
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # proc(5)
-INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
-WAL_BYTES = 16 * 1024 * 1024
-COPY = "copy"  # in place of a boot, in an index that is a copy: rebuild reads it, nobody serves it
-COPYING = ".tmp"  # at the end of a copy's name while it is made
-TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
-
-
-@lru_cache(16)
-def joined_query(count: int) -> str:
-    """Return the query for `count` keys. It answers in one row, and tells fields and records apart
-    by NUL, which no key has."""
-    fields = COLUMNS.replace(", ", "||char(0)||")
-    keys = ",".join("?" * count)
-    return f"SELECT group_concat({fields}, char(0)) FROM record WHERE key IN ({keys})"
-
-
-class SqliteSession(Session):
-    """A connection to the file `uri`."""
-
-    def __init__(self, uri: str) -> None:
-        self.db = sqlite3.connect(uri, uri=True, timeout=WRITERS_S, isolation_level=None)
-        self._is_durable: bool | None = None  # what the next transaction will be
-        try:
-            self.db.execute("PRAGMA cache_size = -32768")
+            self.run("PRAGMA cache_size = -32768")
             # A log that grew beside a long reader shrinks again.
-            self.db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            self.run(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            self.db.create_function("monotonic", 0, self.read_monotonic)
         except sqlite3.Error:  # the file is no database
             self.close()
             raise
 
+    def close(self) -> None:
+        """May be called twice."""
+        if self._has_db:
+            self.db.close()
+        self._has_db = False
+
+    def interrupt(self) -> None:
+        """On another thread: have what is waited for fail."""
+
+    def explain(self, error: Exception) -> Exception:
+        """Return what goes out of the index for an error: those of the engine stay inside."""
+        if isinstance(error, sqlite3.OperationalError):  # busy, out of space, no permission
+            return IndexFailed(str(error))
+        return IndexDamaged(str(error)) if isinstance(error, sqlite3.Error) else error
+
+    # -- what is said --
+
+    def ask(self, queries: Sequence[Query]) -> list[list[Row]]:
+        """Return all rows of each query, in few round trips."""
+        return [self.db.execute(query, values).fetchall() for query, values in queries]
+
     def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        return self.db.execute(query, values).fetchall()
+        return self.ask([(query, values)])[0]
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Carry a statement out, at the latest when something is selected or committed."""
         self.db.execute(statement, values)
 
-    def look_up(self, keys: list[str]) -> dict[str, Record]:
-        """In one step of SQLite for many."""
-        found: dict[str, Record] = {}
-        for start in range(0, len(keys), PIECES[0]):
-            part = fill_up(keys[start : start + PIECES[0]])
-            (text,) = self.db.execute(joined_query(len(part)), part).fetchone()
-            fields = text.split("\0") if text is not None else []
-            for i in range(0, len(fields), FIELDS):
-                found[fields[i]] = record_of_row(fields[i : i + FIELDS])
-        return found
+    def run_many(self, statement: str, rows: Sequence[Row]) -> None:
+        """The same, with all these rows of values in the place of ROWS: one step for many, since
+        in each step SQLite gives up the GIL, and a busy event loop is slow to return it."""
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            piece = rows[start : start + ROWS_AT_ONCE]
+            values = placeholders(len(piece[0]), len(piece))
+            self.run(statement.replace("ROWS", values), list(chain.from_iterable(piece)))
 
-    def scan(self, start: str, end: str | None) -> Iterator[Row]:
-        bound = " AND key < ?2" if end else ""
-        query = f"SELECT {COLUMNS} FROM record WHERE key >= ?1{bound} ORDER BY key"
-        return self.db.execute(query, (start, end) if end else (start,))
+    def look_up_query(self, keys: Iterable[str]) -> Query:
+        query = f"SELECT {self.ROWS} FROM record WHERE key IN ({self.GIVEN})"
+        return query, [json.dumps([*keys])]
+
+    def look_up(self, keys: Iterable[str]) -> dict[str, Record]:
+        """Return the records of `keys`."""
+        return records_of(self.select(*self.look_up_query(keys)))
+
+    def pending_query(self, starts: Iterable[str]) -> Query:
+        return PENDING_QUERY.replace("GIVEN", self.GIVEN), [json.dumps([*starts])]
+
+    def read_pending(self, starts: Iterable[str]) -> dict[str, Pending]:
+        """Return, by their stems, what is pending on the keys whose paths begin with `starts`."""
+        return pending_of(self.select(*self.pending_query(starts)))
+
+    def scan(self, query: ListQuery) -> Iterator[Row]:
+        """Yield the records that a list asks for, few more than are taken; of each group of keys
+        only the first, in a few steps, however many there are."""
+        following: str | None = max(query.prefix, query.start)
+        end = after_prefix(query.prefix) or LAST_KEY
+        after = after_prefix(query.delimiter)
+        count = 16
+        group = ""
+        while following is not None:
+            values: list[Any] = [following, end, count]
+            if after:
+                values += [len(query.prefix), query.delimiter, after, "\1"]
+            statement = SCAN_GROUPS.replace("FIND", self.FIND) if after else SCAN
+            rows = self.select(statement, values)
+            for row in rows:
+                before = group
+                group = query.group_of(row[0])
+                if not group or group != before:
+                    yield row
+            if len(rows) < count:
+                return
+            following = after_prefix(group) if group else f"{rows[-1][0]}\1"
+            count = min(1024, 4 * count)
+
+    def read_monotonic(self) -> float:
+        return time.monotonic()
 
     def read_clock(self) -> float:
-        (ahead_s,) = self.db.execute("SELECT ahead FROM clock").fetchone()
-        return time.monotonic() + float(ahead_s)
+        """Return the time by the index's own clock, in seconds."""
+        ((now_s,),) = self.select(f"SELECT {self.NOW}")
+        return float(now_s)
 
-    def begin(
-        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
-    ) -> Turn:
-        if durable is not self._is_durable:
-            # A commit that is not synced is synced with the next one that is: the log is one file.
-            self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._is_durable = durable
-        self.db.execute("BEGIN IMMEDIATE")
-        query = """SELECT ahead, (SELECT max(highest) FROM drawn),
-            (SELECT count(*) FROM owner WHERE id = ?1) FROM clock"""
-        ((ahead_s, highest_ns, is_owner),) = self.select(query, (lease.owner,))
-        now_s = time.monotonic() + ahead_s
-        if renew:
-            values = (lease.owner, now_s + lease.seconds)
-            self.run("UPDATE owner SET until = ?2 WHERE id = ?1", values)
-        records = self.look_up(keys) if keys else {}
-        pending = self.read_pending(stems) if stems else {}
-        seq = 0 if is_owner else None
-        return Turn(now_s, time.time_ns(), highest_ns or 0, seq, records, pending)
+    def wall_ns(self, now_s: float) -> int:
+        """Return what `now_s` by that clock is in Unix nanoseconds."""
+        return time.time_ns()
 
-    def commit(self) -> None:
+    # -- transactions --
+
+    def begin(self, durable: bool, queries: Sequence[Query]) -> tuple[float, list[list[Row]]]:
+        """Begin a transaction that writes, once no other does: until its end, none will. Return
+        the time by the index's own clock, and what the queries find. If it is not to be `durable`,
+        the next one that is takes it to the disk."""
+        self.connect()
+        begin = [(statement, ()) for statement in self.BEGIN[durable]]
+        answers = self.ask([*begin, *queries])
+        turn = answers[len(begin) - 1]
+        if not turn:
+            raise IndexFailed("another index has just taken its place")
+        return turn[0][0], answers[len(begin) :]
+
+    def commit(self, lease: Lease | None = None) -> None:
+        """Carry out all that was run, for the owner with this lease; return when it is on disk, if
+        it is to be."""
         self.db.execute("COMMIT")
 
     def roll_back(self) -> None:
+        """End a transaction in which something failed, as if it had never begun; never raises."""
         with contextlib.suppress(sqlite3.Error):
             self.db.rollback()
 
-    def close(self) -> None:
-        self.db.close()
+    # -- a new one, an old one --
 
-    def find_damage(self) -> str:
-        soundness = str(self.db.execute("PRAGMA integrity_check(1)").fetchone()[0])
-        return "" if soundness == "ok" else soundness
+    def prepare(self) -> None:
+        """Make the tables of a new index, bring an older one to this schema; raises what `explain`
+        turns into IndexDamaged if it cannot be used."""
+        self.connect()
+        self._log_ahead()
+        with self.db:
+            self.run("BEGIN IMMEDIATE")  # two processes may both find it new
+            ((version,),) = self.select("PRAGMA user_version")
+            if version == 0:
+                self.make_tables(TABLES + CLOCK)
+            elif version != SCHEMA_VERSION:
+                migration_from(version)(self)
+            self.set_clock("dead")
+            if version != SCHEMA_VERSION:
+                self.run(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    @contextlib.contextmanager
-    def beside(self, other: Engine) -> Iterator[str]:
-        self.db.execute("ATTACH ? AS fresh", (cast(SqliteEngine, other).path,))
-        try:
-            yield "fresh"
-        finally:
-            self.db.execute("DETACH fresh")
-
-
-def prepare_sqlite(session: SqliteSession) -> None:
-    """Make the tables of a new index, bring an older one to this schema, set the clock after a
-    boot; raises sqlite3.DatabaseError if it is of another schema."""
-    db = session.db
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError as error:
-            # Of two processes that find it new, SQLite lets one not even wait.
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
+    def _log_ahead(self) -> None:
+        deadline = time.monotonic() + WRITERS_S
+        while True:
+            try:
+                return self.run("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                # Of two processes that find it new, SQLite lets one not even wait.
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
             time.sleep(0.02)
-    with db:
-        db.execute("BEGIN IMMEDIATE")  # two processes may both find it new
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            for statement in (RECORDS + PENDING + OWNERS + DRAWN + IDENTITIES + CLOCK).split(";"):
-                db.execute(statement)
-            session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
-        elif version not in (3, SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(
-                f"its schema is {version}, this mkv knows {SCHEMA_VERSION}, and 3 from mkv 1"
-            )
+
+    def make_tables(self, tables: str) -> None:
+        for statement in tables.split(";"):
+            if statement.strip():
+                self.run(statement)
+        self.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
+
+    def set_clock(self, table: str) -> None:
+        """Have the clock go on after a boot. One that was not set yet takes back nothing that is
+        in `table`."""
         boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else f"unknown, as of {time.time()}"
-        table = "pending" if version == 3 else "dead"
-        latest = db.execute(f"SELECT coalesce(max(since), 0) FROM {table}").fetchone()[0]
-        # A clock that was not set yet takes nothing back.
+        ((latest,),) = self.select(f"SELECT coalesce(max(since), 0) FROM {table}")
         ahead = max(time.time(), latest) - time.monotonic()
-        db.execute("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
-        db.execute("UPDATE clock SET boot = ?1 WHERE boot NOT IN (?1, ?2)", (boot, COPY))
-        if version == 3:
-            check_unused(session)
-            keep_copy(db, version)
-            migrate(session, PENDING + DRAWN + IDENTITIES)
-            session.run("DROP TABLE pending")
-        if version != SCHEMA_VERSION:
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self.run("UPDATE clock SET ahead = ?2 WHERE boot <> ?1", (boot, ahead))
+        self.run("UPDATE clock SET boot = ?1 WHERE boot NOT IN (?1, ?2)", (boot, COPY))
+
+    def enter(self) -> None:
+        """Keep away who wants the index alone; raises ConfigError."""
+        try:
+            Path(self.place).parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_file(f"{self.place}.lock", exclusive=False)
+        except BlockingIOError:
+            raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"]) from None
+        except OSError as error:
+            raise ConfigError([f"db: {self.name}: {error}"]) from None
+
+    def leave(self) -> None:
+        """May be called twice."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
 
-def keep_copy(db: sqlite3.Connection, version: int) -> None:
-    """Copy an index of an older schema, which nobody else can change now, to a file of its own
-    beside it."""
-    path = db.execute("PRAGMA database_list").fetchone()[2]
-    if not path:
-        return  # in memory
-    target = f"{path}.schema{version}.{time.strftime('%Y%m%dT%H%M%S')}"
-    with (
-        contextlib.closing(sqlite3.connect(path)) as source,
-        contextlib.closing(sqlite3.connect(target)) as copy,
-    ):
-        source.backup(copy)
-    words = "the index %s is brought from schema %d to %d; a copy is kept as %s"
-    log.warning(words, path, version, SCHEMA_VERSION, target)
+ENGINES: dict[str, type[Session]] = {}  # by the schemes of URLs
+MIGRATIONS: dict[int, Callable[[Session], None]] = {}  # from earlier schemas
+
+
+def make_session(db: str, is_readonly: bool = False) -> Session:
+    """Return a session, not yet open, with the index at `db`; raises ConfigError."""
+    scheme, separator, _ = db.partition("://")
+    if not separator:
+        return Session(db, is_readonly)
+    if scheme not in ENGINES:
+        raise ConfigError([f"db: this mkv.py has nothing for {scheme}://"])
+    return ENGINES[scheme](db, is_readonly)
+
+
+def migration_from(schema: int) -> Callable[[Session], None]:
+    if schema not in MIGRATIONS:
+        known = " and ".join(map(str, [SCHEMA_VERSION, *MIGRATIONS]))
+        raise IndexDamaged(f"its schema is {schema}, this mkv knows {known}")
+    return MIGRATIONS[schema]
+
+
+def records_of(rows: Iterable[Row]) -> dict[str, Record]:
+    """Return what Session.look_up asks for."""
+    ((text,),) = rows
+    return {row[0]: record_of_row(row) for row in json.loads(text or "[]")}
+
+
+def pending_of(rows: Iterable[Row]) -> dict[str, Pending]:
+    """Return what PENDING_QUERY has found, by the stems of keys."""
+    found = dict[str, Pending]()
+    for table, *row in rows:
+        pending = found.setdefault(row[0][:KEY_STEM], Pending({}, {}, {}))
+        pending.key = pending.key or row[6]
+        if table == "claim":
+            path, places, *_, owner, _ = row
+            pending.claims[path, owner] = tuple(places.split())
+        elif table == "dead":
+            dead = Dead(*row)
+            pending.dead[dead.volume, dead.path] = dead
+        else:
+            path, volume, *_ = row
+            pending.tombstones.setdefault(path, set()).add(volume)
+    return found
 
 
 def lock_file(path: str, exclusive: bool) -> int:
@@ -2688,799 +2565,51 @@ def lock_file(path: str, exclusive: bool) -> int:
     return fd
 
 
-def explain_sqlite(error: Exception) -> Exception:
-    if isinstance(error, sqlite3.OperationalError):  # busy, out of space, no permission
-        return IndexFailed(str(error))
-    return IndexDamaged(str(error)) if isinstance(error, sqlite3.Error) else error
-
-
-class SqliteEngine(Engine):
-    """The index in the file at `path`. While it is used, that holds a shared lock on `path`.lock,
-    and whoever replaces it takes that alone."""
-
-    def __init__(self, path: str) -> None:
-        self.name = path
-        # Wherever links lead: who locks, or replaces, one file must not do that under two names.
-        self.path = os.path.realpath(path)
-        self._locks: list[int] = []
-
-    def connect(self, readonly: bool) -> SqliteSession:
-        uri = Path(self.path).as_uri()
-        return SqliteSession(f"{uri}?mode={'ro' if readonly else 'rwc'}")
-
-    def explain(self, error: Exception) -> Exception:
-        return explain_sqlite(error)
-
-    def prepare(self, session: Session) -> None:
-        prepare_sqlite(cast(SqliteSession, session))
-
-    def is_copy(self, session: Session) -> bool:
-        return bool(session.select("SELECT 1 FROM clock WHERE boot = ?1", (COPY,)))
-
-    def mark_as_copy(self, session: Session) -> None:
-        session.run("UPDATE clock SET boot = ?1", (COPY,))
-
-    def _lock(self, suffix: str, exclusive: bool) -> None:
-        self._locks.append(lock_file(self.path + suffix, exclusive))
-
-    def enter(self) -> None:
-        try:
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-            self._lock(".lock", exclusive=False)
-        except BlockingIOError:
-            raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"]) from None
-        except OSError as error:
-            raise ConfigError([f"db: {self.name}: {error}"]) from None
-
-    def enter_alone(self) -> None:
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock(".lock", exclusive=True)
-        except BlockingIOError:
-            reason = f"{self.name} is in use by a server or a tool: stop that first"
-            raise Unavailable(reason) from None
-
-    def release(self) -> None:
-        for lock in self._locks:
-            os.close(lock)
-        self._locks.clear()
-
-    def lock_tools(self) -> bool:
-        try:
-            self._lock(".tools", exclusive=True)
-        except BlockingIOError:
-            raise Unavailable("another rebalance or verify --repair is running") from None
-        return True
-
-    def exists(self) -> bool:
-        return Path(self.path).is_file()
-
-    def check_target(self, target: str) -> None:
-        check_target(target, target + COPYING, self.path)
-
-    def copy_to(self, target: str, session: Session) -> int:
-        """The file appears whole, checked and synced, or not at all."""
-        part = target + COPYING
-        try:
-            remove_index(part)
-            keys = copy_index(part, cast(SqliteSession, session).db)
-            put_file_in_place(part, target)
-        finally:
-            remove_index(part)
-        return keys
-
-    def beside(self) -> SqliteEngine:
-        return SqliteEngine(f"{self.path}.new")
-
-    def remove(self) -> None:
-        remove_index(self.path)
-
-    def open_old(self, session: Session) -> str:
-        """Bring the index's log into it, too."""
-        db = cast(SqliteSession, session).db
-        if not db.execute("PRAGMA user_version").fetchone()[0]:
-            raise IndexDamaged("it is empty")
-        prepare_sqlite(cast(SqliteSession, session))
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        return session.find_damage()
-
-    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
-        kept = keep_old_index(self.path) if keep else ""
-        put_file_in_place(cast(SqliteEngine, new).path, self.path)
-        return kept
-
-
-def copy_index(target: str, db: sqlite3.Connection) -> int:
-    """Copy the index as it is at this moment to `target`, and check the copy; return its number
-    of keys."""
-    with contextlib.closing(sqlite3.connect(target)) as copy:
-        db.backup(copy)  # in one step: one snapshot, while writers go on
-        copy.execute("PRAGMA journal_mode = DELETE")
-        with copy:
-            copy.execute("UPDATE clock SET boot = ?", (COPY,))
-        soundness = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if soundness != "ok":
-            raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
-        return int(copy.execute("SELECT count(*) FROM record").fetchone()[0])
-
-
-# -- its files --
-
-
-def remove_index(path: str) -> None:
-    for suffix in INDEX_SUFFIXES:
-        Path(path + suffix).unlink(missing_ok=True)
-
-
-def put_file_in_place(file: str, target: str) -> None:
-    """Give `file` the name `target`, for good: it is synced before, and its folder after."""
-    with open(file, "rb") as opened:
-        os.fsync(opened.fileno())
-    os.replace(file, target)
-    sync_folder(Path(target).absolute().parent)
-
-
-def keep_old_index(path: str) -> str:
-    """Give the index, and its log if that could not be brought in, a second, dated name; return
-    that."""
-    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
-    for suffix in ("", "-wal"):
-        if Path(path + suffix).exists():
-            try:
-                os.link(path + suffix, name + suffix)
-            except OSError:  # a file system without hard links
-                shutil.copy2(path + suffix, name + suffix)
-    sync_folder(Path(path).absolute().parent)
-    for suffix in ("-wal", "-shm"):  # the log of the old one must never be applied to the new one
-        Path(path + suffix).unlink(missing_ok=True)
-    return name
-
-
-def files_of_index(path: str) -> set[str]:
-    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
-    suffixes = [*INDEX_SUFFIXES, *TOOL_SUFFIXES, *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
-    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
-
-
-def identify_file(path: str) -> set[tuple[int, int, str]]:
-    """Return what two paths to the same file share, wherever links lead: the file itself, which
-    may have several names; and its name in its folder, for a file that is not there yet."""
-    real = Path(os.path.realpath(path))
-    marks = set[tuple[int, int, str]]()
-    for place, name in ((real, ""), (real.parent, real.name)):
-        with contextlib.suppress(OSError):
-            facts = place.stat()
-            marks.add((facts.st_dev, facts.st_ino, name))
-    return marks
-
-
-def check_target(target: str, part: str, index: str) -> None:
-    """Raise ConfigError if a copy of the index may not be written to `target`, by way of
-    `part`."""
-    folder = Path(target).absolute().parent
-    if not folder.is_dir():
-        raise ConfigError([f"FILE: there is no folder {folder}"])
-    taken = set[tuple[int, int, str]]()
-    for path in files_of_index(index):
-        taken |= identify_file(path)
-    for path in (target, *(part + suffix for suffix in INDEX_SUFFIXES)):
-        if not taken.isdisjoint(identify_file(path)):
-            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
-
-
-# == PostgreSQL ===================================================================================
-# The index on a database server, for index servers on any number of machines. It needs psycopg,
-# which is imported only then.
-#
-# A transaction that writes begins with an UPDATE of the one row of `meta`, its turn: that is what
-# BEGIN IMMEDIATE is to SQLite, at any isolation level, for absent keys too, and nobody can wait in
-# a ring. It is a few round trips, whatever it holds: turn, reads, changes and commit.
-#
-# If the connection breaks in a commit, only the index knows what has become of it. Each
-# transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
-# the broken connection is over, and reads it.
-#
-# A session that stands still in a transaction loses its connection, and with that its turn.
-
-META = """
-CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL,
-    is_copy BOOLEAN NOT NULL DEFAULT false);
-"""
-# What is written again and again needs room beside it, and its dead rows go soon.
-STORAGE = """
-ALTER TABLE meta SET (fillfactor = 10);
-ALTER TABLE owner SET (fillfactor = 10);
-ALTER TABLE total SET (fillfactor = 10);
-ALTER TABLE claim SET (autovacuum_vacuum_scale_factor = 0.02);
-ALTER TABLE dead SET (autovacuum_vacuum_scale_factor = 0.02);
-ALTER TABLE drawn SET (fillfactor = 10);
-"""
-IN_POSTGRES = {
-    "TEXT": 'TEXT COLLATE "C"',  # the order of bytes, whatever the database has
-    "INTEGER": "BIGINT",
-    "REAL": "DOUBLE PRECISION",
-    " STRICT, WITHOUT ROWID": "",
-}
-
-
-def tables_in_postgres(tables: str) -> str:
-    for sqlite, postgres in IN_POSTGRES.items():
-        tables = tables.replace(sqlite, postgres)
-    return tables
-
-
-CONNECTING: Mapping[str, Any] = {  # unless the URL says otherwise
-    "connect_timeout": 5,
-    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,  # ms without an acknowledgement that break the connection
-    "application_name": "mkv",
-}  # fmt: skip
-SETTINGS = {
-    "idle_in_transaction_session_timeout": "5s",
-    "lock_timeout": f"{WRITERS_S:.0f}s",
-    # Statements are prepared once, and each has one good plan, whatever the tables hold just now.
-    "plan_cache_mode": "force_generic_plan",
-    "enable_seqscan": "off",
-    "jit": "off",
-}
-NOW = "extract(epoch FROM clock_timestamp())::float8"
-TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING {NOW}"
-RENEW = f"UPDATE owner SET until = {NOW} + ?2, seq = seq + 1 WHERE id = ?1 RETURNING seq"
-# From a key to the next one that is not in its group. No character comes before chr(1) in a key.
-SCAN_GROUPS = f"""WITH RECURSIVE found AS (
-    (SELECT {COLUMNS}, 1 AS number FROM record WHERE key >= ?1 BOUND ORDER BY key LIMIT 1)
-    UNION ALL
-    SELECT following.*, number + 1
-    FROM found CROSS JOIN LATERAL (
-        SELECT {COLUMNS} FROM record
-        WHERE key >= CASE strpos(substr(found.key, ?3 + 1), ?4)
-            WHEN 0 THEN found.key || chr(1)
-            ELSE left(found.key, ?3 + strpos(substr(found.key, ?3 + 1), ?4) - 1) || ?5 END BOUND
-        ORDER BY key LIMIT 1
-    ) AS following
-    WHERE number < ?2
-) SELECT {COLUMNS} FROM found ORDER BY number"""
-READER_WAITS_S = 10.0  # for an answer of the database
-WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
-WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
-    FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
-    JOIN pg_class ON pg_class.oid = attrelid
-    WHERE relnamespace = to_regnamespace(?1) AND relkind = 'r' AND collname NOT IN ('C', 'POSIX')
-    ORDER BY 1 LIMIT 1"""
-
-
-def load_psycopg() -> ModuleType:
-    """Raises ConfigError."""
-    try:
-        import psycopg
-    except ImportError as error:
-        reason = f"PostgreSQL needs psycopg 3.2 (pip install 'mkv-store[postgres]'): {error}"
-        raise ConfigError([f"db: {reason}"]) from None
-    if not hasattr(psycopg, "RawCursor"):
-        raise ConfigError([f"db: PostgreSQL needs psycopg 3.2, not {psycopg.__version__}"])
-    return psycopg
-
-
-def in_postgres(query: str) -> bytes:
-    """Return a query with PostgreSQL's parameters."""
-    return re.sub(r"\?([0-9])", r"$\1", query).encode()
-
-
-def dump_value(value: Any) -> bytes | None:
-    """Return a parameter as text of no type, which the columns give it: else each size of a number
-    were another statement to prepare."""
-    if value is None:
-        return None
-    return value.encode() if type(value) is str else repr(value).encode()
-
-
-LOADERS: Mapping[int, Callable[[bytes], Any]] = {  # by the type's number in PostgreSQL
-    16: lambda text: text == b"t",
-    20: int, 23: int,
-    701: float,
-    1700: int,  # a sum of whole numbers
-}  # fmt: skip
-
-
-def load_rows(result: Any) -> list[Row]:
-    loaders = [LOADERS.get(result.ftype(i), bytes.decode) for i in range(result.nfields)]
-    get = result.get_value
-    rows = list[Row]()
-    for number in range(result.ntuples):
-        row = []
-        for i, load in enumerate(loaders):
-            text = get(number, i)
-            row.append(None if text is None else load(text))
-        rows.append(tuple(row))
-    return rows
-
-
-@dataclass(slots=True, eq=False)
-class Query:
-    """A query that was sent, and what it has returned."""
-
-    text: str
-    is_preparing: bool
-    rows: list[Row] = field(default_factory=list)
-
-
-class PostgresSession(Session):
-    """A connection to a database and one schema of it."""
-
-    def __init__(self, engine: PostgresEngine, readonly: bool) -> None:
-        self._engine = engine
-        self._readonly = readonly
-        self._prepared = 0
-        self._connect()
-
-    def _connect(self) -> None:
-        """psycopg connects, and knows all that libpq does. From then on libpq itself is used, by
-        psycopg.pq: what is sent is kept until an answer is needed, and goes out with that.
-        psycopg's cursors would make a system call or two of each statement, and wait for the GIL
-        after each of them while the event loop is busy."""
-        self._db = self._engine.psycopg.connect(**self._engine.parameters, autocommit=True)
-        self._pq = self._db.pgconn
-        self._pq.enter_pipeline_mode()
-        self._names = dict[str, bytes]()  # of prepared queries
-        self._sent = deque[Query]()  # and not answered yet
-        try:
-            self._set_up()
-        except Exception:
-            self.close()
-            raise
-
-    def _set_up(self) -> None:
-        """Set what is good for this connection, and see what cannot be set."""
-        settings = SETTINGS | {"search_path": self._engine.schema}
-        settings["default_transaction_read_only"] = "on" if self._readonly else "off"
-        names = "current_setting('synchronous_commit'), current_setting('server_encoding')"
-        query = f"SELECT {names}, pg_is_in_recovery()"
-        for i in range(len(settings)):
-            query += f", set_config(?{2 * i + 1}, ?{2 * i + 2}, false)"
-        values = list(chain.from_iterable(settings.items()))
-        ((commits, encoding, is_replica, *_),) = self.select(query, values)
-        if commits == "off":
-            raise IndexDamaged("synchronous_commit is off: what is acknowledged could be lost")
-        if encoding != "UTF8":
-            raise IndexDamaged(f"the database's encoding is {encoding}, not UTF8")
-        if is_replica:
-            raise IndexDamaged("this is a read replica, which takes no writes")
-
-    @property
-    def is_lost(self) -> bool:  # type: ignore[override]
-        return bool(self._db.closed)
-
-    def reopen(self) -> None:
-        self.close()
-        self._connect()
-
-    def close(self) -> None:
-        self._db.close()
-
-    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
-        self._send(statement, values)
-
-    def _send(self, text: str, values: Sequence[Any] = ()) -> Query:
-        name = self._names.get(text)
-        if name is None:
-            name = b"%d" % self._prepared
-            self._prepared += 1
-            self._names[text] = name
-            self._pq.send_prepare(name, in_postgres(text))
-            self._sent.append(Query(text, is_preparing=True))
-        self._pq.send_query_prepared(name, [dump_value(value) for value in values])
-        query = Query(text, is_preparing=False)
-        self._sent.append(query)
-        return query
-
-    def _sync(self) -> None:
-        """Wait for the answers to all that was sent, in one round trip; raises what the first
-        says that is an error: after that nothing was done."""
-        self._pq.pipeline_sync()
-        waits_s = READER_WAITS_S if self._readonly else WRITER_WAITS_S
-        deadline_s = math.inf if self.has_time else time.monotonic() + waits_s
-        while self._pq.flush():
-            self._wait(select.POLLIN | select.POLLOUT, deadline_s)
-        failed: Exception | None = None
-        status = self._engine.psycopg.pq.ExecStatus
-        while True:
-            while self._pq.is_busy():
-                self._wait(select.POLLIN, deadline_s)
-            result = self._pq.get_result()
-            if self.is_lost:
-                raise self._engine.psycopg.OperationalError("the connection is lost")
-            if result is None:
-                continue  # the end of what one query returns
-            if result.status == status.PIPELINE_SYNC:
-                break
-            if result.status == status.FATAL_ERROR and self._engine.is_fatal(result):
-                # The backend ends; that may come in place of the end of what was sent.
-                self.close()
-                raise self._engine.error_of(result)
-            query = self._sent.popleft()
-            if result.status == status.TUPLES_OK:
-                query.rows = load_rows(result)
-            elif result.status != status.COMMAND_OK:
-                if query.is_preparing:
-                    del self._names[query.text]
-                if failed is None and result.status == status.FATAL_ERROR:
-                    failed = self._engine.error_of(result)
-        if failed is not None:
-            raise failed
-
-    def _wait(self, events: int, deadline_s: float) -> None:
-        """Wait for the connection. A database that stands still counts as lost."""
-        left_s = deadline_s - time.monotonic()
-        waiting = select.poll()
-        waiting.register(self._pq.socket, events)
-        if left_s <= 0 or not waiting.poll(None if self.has_time else 1000 * left_s):
-            self.close()
-            raise self._engine.psycopg.OperationalError("the database does not answer")
-        self._pq.consume_input()
-
-    def select(self, query: str, values: Sequence[Any] = ()) -> list[Row]:
-        sent = self._send(query, values)
-        self._sync()
-        return sent.rows
-
-    def look_up(self, keys: list[str]) -> dict[str, Record]:
-        rows = list[Row]()
-        for query, values in self._look_up_queries(keys):
-            rows += self.select(query, values)
-        return {row[0]: record_of_row(row) for row in rows}
-
-    def _look_up_queries(self, keys: list[str]) -> Iterator[tuple[str, list[str]]]:
-        for start in range(0, len(keys), PIECES[0]):
-            part = fill_up(keys[start : start + PIECES[0]])
-            query = f"SELECT {COLUMNS} FROM record WHERE key IN {placeholders(len(part), 1)}"
-            yield query, part
-
-    def scan_groups(self, start: str, end: str | None, group: Group) -> Iterator[Row]:
-        """In a few round trips, however many groups there are."""
-        after = after_prefix(group.delimiter)
-        if not after:
-            yield from super().scan_groups(start, end, group)
-            return
-        query = SCAN_GROUPS.replace("BOUND", "AND key < ?6" if end else "")
-        following: str | None = start
-        count = 16
-        while following is not None:
-            values = [following, count, group.start, group.delimiter, after]
-            rows = self.select(query, [*values, end] if end else values)
-            yield from rows
-            if len(rows) < count:
-                return
-            last = rows[-1][0]
-            prefix = group.prefix_of(last)
-            following = after_prefix(prefix) if prefix else f"{last}\1"
-            count = min(1024, 4 * count)
-
-    def scan(self, start: str, end: str | None) -> Iterator[Row]:
-        bound = "AND key < ?3" if end else ""
-        sign, count = ">=", 16
-        while True:
-            query = (
-                f"SELECT {COLUMNS} FROM record WHERE key {sign} ?1 {bound} ORDER BY key LIMIT ?2"
-            )
-            rows = self.select(query, (start, count, end) if end else (start, count))
-            yield from rows
-            if len(rows) < count:
-                return
-            start = rows[-1][0]
-            sign, count = ">", min(1024, 4 * count)
-
-    def read_clock(self) -> float:
-        ((now_s,),) = self.select(f"SELECT {NOW}")
-        return float(now_s)
-
-    def begin(
-        self, lease: Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
-    ) -> Turn:
-        """In one round trip. Each transaction renews the lease: that costs nothing here."""
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        if not durable:
-            self._send("SET LOCAL synchronous_commit = off")
-        turn = self._send(TAKE_TURN)
-        renewed = self._send(RENEW, (lease.owner, lease.seconds))
-        highest = self._send("SELECT max(highest) FROM drawn")
-        records = [self._send(*query) for query in self._look_up_queries(keys)]
-        pending = [self._send(*query) for query in pending_queries(stems)]
-        self._sync()
-        if not turn.rows:
-            raise IndexFailed("another index has just taken its place")
-        ((now_s,),) = turn.rows
-        return Turn(
-            now_s=now_s, wall_ns=round(now_s * 1e9), highest_ns=highest.rows[0][0] or 0,
-            seq=renewed.rows[0][0] if renewed.rows else None,
-            records={row[0]: record_of_row(row) for one in records for row in one.rows},
-            pending=make_pending(stems, chain.from_iterable(one.rows for one in pending)),
-        )  # fmt: skip
-
-    def commit(self) -> None:
-        self._send("COMMIT")
-        self._sync()
-
-    def roll_back(self) -> None:
-        try:
-            self._send("ROLLBACK")
-            self._sync()
-        except self._engine.psycopg.Error:
-            self.close()
-
-    def read_seq(self, owner: int) -> int | None:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED")
-        self._send(TAKE_TURN)
-        sent = self._send("SELECT seq FROM owner WHERE id = ?1", (owner,))
-        self._send("COMMIT")
-        self._sync()
-        return sent.rows[0][0] if sent.rows else None
-
-    @contextlib.contextmanager
-    def beside(self, other: Engine) -> Iterator[str]:
-        yield cast(PostgresEngine, other).schema
-
-    def find_wrong_order(self) -> str:
-        """Return the name and the collation of a column that is not in the order of bytes, or
-        ""."""
-        rows = self.select(WRONG_ORDER, (self._engine.schema,))
-        return "" if not rows else f"{rows[0][0]} has the collation {rows[0][1]}"
-
-
-class PostgresEngine(Engine):
-    """The index in one schema of a database. Who uses it is known by its lease."""
-
-    is_remote = True
-
-    def __init__(self, db: str, schema: str = "") -> None:
-        self.psycopg = load_psycopg()
-        self._db = db
-        url, named = split_schema(db)
-        self.schema = schema or named
-        self.name = f"{hide_secrets(db)} (schema {self.schema})"
-        try:
-            given = self.psycopg.conninfo.conninfo_to_dict(url)
-        except self.psycopg.Error:  # which may show the password
-            raise ConfigError([f"db: {self.name}: libpq cannot read this URL"]) from None
-        self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
-        self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
-
-    def connect(self, readonly: bool) -> PostgresSession:
-        return PostgresSession(self, readonly)
-
-    def is_fatal(self, result: Any) -> bool:
-        """Whether the connection ends with this error, whatever it was about."""
-        severity = self.psycopg.pq.DiagnosticField.SEVERITY_NONLOCALIZED
-        return result.error_field(severity) in (b"FATAL", b"PANIC")
-
-    def error_of(self, result: Any) -> Exception:
-        """Return what a result says that is an error."""
-        names = self.psycopg.pq.DiagnosticField
-        state = (result.error_field(names.SQLSTATE) or b"").decode()
-        text = result.error_field(names.MESSAGE_PRIMARY) or result.error_message
-        try:
-            kind = self.psycopg.errors.lookup(state)
-        except KeyError:
-            kind = self.psycopg.OperationalError  # the connection broke
-        return cast(Exception, kind(text.decode(errors="replace")))
-
-    def explain(self, error: Exception) -> Exception:
-        psycopg = self.psycopg
-        if not isinstance(error, psycopg.Error):
-            return error
-        reason = " ".join(str(error).split())
-        for secret in self._secrets:
-            reason = reason.replace(secret, "***")
-        failures = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
-        if isinstance(error, failures):
-            return IndexFailed(reason)
-        return IndexDamaged(reason)
-
-    def prepare(self, session: Session) -> None:
-        session.run("BEGIN")
-        # of several that find it new
-        session.run("SELECT pg_advisory_xact_lock(hashtext('mkv ' || ?1))", (self.schema,))
-        try:
-            if not session.select(
-                "SELECT 1 WHERE to_regnamespace(?1) IS NOT NULL", (self.schema,)
-            ):
-                session.run(f"CREATE SCHEMA {self.schema}")
-            if not session.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"):
-                self._make_tables(session)
-            ((version,),) = session.select("SELECT schema FROM meta")
-            if version == 3:
-                session.run(TAKE_TURN)  # nobody writes meanwhile
-                check_unused(session)
-                migrate(session, tables_in_postgres(PENDING + DRAWN + IDENTITIES))
-                session.run("ALTER TABLE pending RENAME TO pending_of_schema_3")  # a way back
-                session.run("ALTER TABLE meta DROP COLUMN epoch")
-                session.run("ALTER TABLE meta ADD COLUMN is_copy BOOLEAN NOT NULL DEFAULT false")
-                session.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
-                version = SCHEMA_VERSION
-            if version != SCHEMA_VERSION:
-                raise IndexDamaged(f"its schema is {version}, this mkv knows {SCHEMA_VERSION}")
-            if wrong := cast(PostgresSession, session).find_wrong_order():
-                raise IndexDamaged(f"{wrong}: it must be C, the order of bytes")
-            session.commit()
-        except Exception:
-            session.roll_back()
-            raise
-
-    def _make_tables(self, session: Session) -> None:
-        for statement in (
-            tables_in_postgres(RECORDS + PENDING + OWNERS + DRAWN + IDENTITIES + META) + STORAGE
-        ).split(";"):
-            if statement.strip():
-                session.run(statement)
-        session.run("INSERT INTO meta VALUES (?1, 0, false)", (SCHEMA_VERSION,))
-        session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
-
-    def is_copy(self, session: Session) -> bool:
-        return session.select("SELECT is_copy FROM meta") == [(True,)]
-
-    def mark_as_copy(self, session: Session) -> None:
-        session.run("UPDATE meta SET is_copy = true")
-        session.commit()
-
-    def enter(self) -> None:
-        """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
-
-    def enter_alone(self) -> None:
-        """The same: see Replacement."""
-
-    def release(self) -> None:
-        """The same."""
-
-    def lock_tools(self) -> bool:
-        return False
-
-    def exists(self) -> bool:
-        return self._run_alone(
-            lambda session: bool(session.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"))
-        )
-
-    def _run_alone(self, work: Callable[[PostgresSession], T]) -> T:
-        """Do `work` in a session of its own; raises IndexFailed."""
-        try:
-            with contextlib.closing(self.connect(False)) as session:
-                return work(session)
-        except Exception as error:
-            raise self.explain(error) from None
-
-    def check_target(self, target: str) -> None:
-        reason = f"an index in PostgreSQL is copied with: pg_dump -n {self.schema}"
-        raise ConfigError([f"FILE: {reason} (README.md, Beyond one index server)"])
-
-    def copy_to(self, target: str, session: Session) -> int:
-        raise NotImplementedError
-
-    def beside(self) -> PostgresEngine:
-        return PostgresEngine(self._db, f"{self.schema}_new")
-
-    def remove(self) -> None:
-        def drop(session: PostgresSession) -> None:
-            session.run(f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
-            session.commit()
-
-        self._run_alone(drop)
-
-    def open_old(self, session: Session) -> str:
-        self.prepare(session)
-        return ""
-
-    def put_in_place(self, new: Engine, owner: int, keep: bool) -> str:
-        """In one transaction, and only if `owner`, who rebuilds, has not lost its lease: then
-        servers may have written. Whoever waits for a turn of the old index is told that it is
-        closed."""
-        kept = f"{self.schema}_{time.strftime('%Y%m%dt%H%M%S')}_{random.getrandbits(16):04x}"
-
-        def swap(session: PostgresSession) -> None:
-            session.run("BEGIN ISOLATION LEVEL READ COMMITTED")
-            query = "SELECT 1 FROM owner WHERE id = ?1 AND role = 'rebuilder'"
-            session.run(TAKE_TURN)
-            if not session.select(query, (owner,)):
-                raise IndexFailed("the lease of this rebuild has ended: run it again")
-            session.run("UPDATE meta SET closed = true")
-            if keep:
-                session.run(f"ALTER SCHEMA {self.schema} RENAME TO {kept}")
-            else:
-                session.run(f"DROP SCHEMA {self.schema} CASCADE")
-            session.run(f"ALTER SCHEMA {cast(PostgresEngine, new).schema} RENAME TO {self.schema}")
-            session.commit()
-
-        self._run_alone(swap)
-        return kept if keep else ""
-
-
-# == Migration ====================================================================================
-# From the index of the second edition, schema 3, to this one, in one transaction, while nobody
-# else uses it. What was claimed is dead, and may still be written; what is kept or made anew has
-# no row now, since a record names it. All versions up to the highest were drawn by anybody.
-
-
-def check_unused(session: Session) -> None:
-    """Raise Occupied if an owner of the second edition is alive."""
-    owners = "SELECT role, until FROM owner WHERE role <> 'gone' AND until > ?1"
-    for role, until_s in session.select(owners, (session.read_clock(),)):
-        raise Occupied(role, until_s)
-
-
-def migrate(session: Session, tables: str) -> None:
-    """Make the tables that are new, and bring over what is pending."""
-    now_s = session.read_clock()
-    for statement in tables.split(";"):
-        if statement.strip():
-            session.run(statement)
-    session.run(KEEP_IDENTITY, (STORE_ID, draw_number()))
-    after = ("", "")
-    query = """SELECT path, volume, state, due, since, doubt FROM pending
-        WHERE (path, volume) > (?1, ?2) ORDER BY path, volume LIMIT ?3"""
-    while rows := session.select(query, (*after, PENDING_PAGE)):
-        dead = list[Row]()
-        marks = list[Row]()
-        for path, volumes, state, due_s, since_s, doubt_s in rows:
-            for volume in volumes.split():
-                if state == "mark" and doubt_s is None:
-                    marks.append((path, volume))
-                elif state in ("claimed", "overtaken", "bound", "copying"):
-                    dead.append((path, volume, now_s, now_s, now_s + BROKEN_S, None, ""))
-                elif state in ("garbage", "watched", "deleting"):
-                    due_s = now_s if due_s is None else due_s
-                    dead.append((path, volume, due_s, since_s, doubt_s, None, ""))
-        session.run_on_rows("INSERT INTO dead VALUES ", dead)
-        session.run_on_rows("INSERT INTO tombstone VALUES ", marks)
-        after = rows[-1][:2]
-    session.run(RELEASE_TOMBSTONES, (now_s, STEM))
-    session.run("""DELETE FROM tombstone WHERE EXISTS (SELECT 1 FROM dead
-        WHERE dead.path = tombstone.path AND dead.volume = tombstone.volume)""")
-    session.run("DELETE FROM total WHERE name = ?1", (GARBAGE,))
-    session.run("INSERT INTO total SELECT ?1, count(*), 0 FROM dead", (GARBAGE,))
-    session.run("DELETE FROM owner")
-    versions = f"""SELECT max(version) FROM (SELECT version FROM record
-        UNION ALL SELECT substr(path, {STEM - 19}, 20) FROM pending) AS drawn_before"""
-    ((highest,),) = session.select(versions)
-    if highest is not None:
-        session.run("INSERT INTO drawn VALUES (?1, ?2, ?3)", (ANY_TAG, 0, version_ns(highest)))
-
-
-RELEASE_TOMBSTONES = """INSERT INTO dead SELECT path, volume, ?1, ?1, NULL, NULL, ''
-    FROM tombstone WHERE NOT EXISTS (SELECT 1 FROM dead
-        WHERE dead.path >= substr(tombstone.path, 1, ?2)
-        AND dead.path < substr(tombstone.path, 1, ?2) || '~~')"""
-
-
 # == Index ========================================================================================
-# The engine behind threads: one session writes, a few read, each opened on the thread that uses
-# it. Calls that wait meanwhile go together, so that they share one hop to the thread, and
-# mutations one transaction: what they say that they will ask for is read with two queries, they
-# are carried out on what is in memory, and at the end all is written with a few statements. So a
-# batch costs a few steps of SQLite, or two round trips to PostgreSQL, whatever it holds. A
-# transaction knows nothing of the one before it.
+# Sessions behind threads: one writes, a few read. Calls that wait meanwhile go together: they
+# share one hop to the thread, and mutations one transaction. What these say that they will ask for
+# is read as it begins, they are carried out on what is in memory, and at the end all is written.
+# So a batch is two round trips, to begin and to commit, whatever it holds. A transaction knows
+# nothing of the one before it.
 #
 # What a transaction has written is durable when it is answered, but for those that only claim, put
 # off or settle: they are on disk with the next one that is. What a power cut takes of them is the
 # claim of a PUT that nobody was answered.
 #
-# The face that all use, the tools too: Index (reads, and `write` for mutations), Transaction
-# (what a mutation may do), Replacement (a new index in place of the old). No SQL, connection or
-# error of an engine leaves these sections.
+# The face that all use: Index (`get`, `read` with a function of a session, `write` with a function
+# of a transaction) and those functions. The tools have more of them, and replace an index.
 
 ALL_KEYS, GARBAGE = "", "*"  # rows of `total` that are no volume's
-# What an owner is. One that moves replicas wants no other such one, one that rebuilds nobody.
-SERVER, TOOL, MOVER, REBUILDER = "server", "tool", "mover", "rebuilder"
 RENEWALS = 3  # of a lease, before it would end
 LONGEST_LEASE_S = 3600.0
 BATCH = 1000  # calls in one hop: bounds how long the others wait
+RECONNECT_S = 10.0  # how long a write waits for another connection in place of one that broke
+RECONNECT_EVERY_S = 0.1
 LIST_BYTES = 4 * 1024 * 1024  # of a page, whatever its limit: slow readers keep pages in memory
 # Of these for all but the entries: `next` may have 6 bytes for each of a key.
 LIST_FRAME = 8 * 1024
-RECORD_PAGE = 1000  # of all records, for a tool
-PENDING_PAGE = 10_000
-FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
-
-
-def open_engine(db: str) -> Engine:
-    """Return the engine of the index `db`; raises ConfigError."""
-    return PostgresEngine(db) if is_postgres(db) else SqliteEngine(db)
+RECORD_PAGE = 1000
+DUE_ROWS = 500  # that are deleted in one go
+LAST_VERSION = "g"  # no version is above that
+TAG_DIGITS = 4
+TAGS = 16**TAG_DIGITS
+# For Session.run_many. A row of Pending is deleted by its first two values. (Of VALUES without the
+# SELECT around it SQLite makes a scan of the whole table.)
+GONE = "SELECT * FROM (VALUES ROWS) AS gone"
+DELETE_PENDING = {
+    "claim": f"DELETE FROM claim WHERE (path, owner) IN ({GONE})",
+    "dead": f"DELETE FROM dead WHERE (path, volume) IN ({GONE})",
+    "tombstone": f"DELETE FROM tombstone WHERE (path, volume) IN ({GONE})",
+}
+ADD_PLACES = """INSERT INTO claim VALUES ROWS ON CONFLICT (path, owner) DO UPDATE
+    SET places = claim.places || ' ' || excluded.places"""
+WRITE_RECORD = """INSERT INTO record VALUES ROWS ON CONFLICT (key)
+    DO UPDATE SET version = excluded.version, volumes = excluded.volumes, size = excluded.size,
+    digest = excluded.digest, content_type = excluded.content_type, ext = excluded.ext"""
+ADD_TOTAL = """INSERT INTO total VALUES ROWS ON CONFLICT (name) DO UPDATE
+    SET blobs = total.blobs + excluded.blobs, bytes = total.bytes + excluded.bytes"""
+WRITE_DRAWN = """INSERT INTO drawn VALUES ROWS
+    ON CONFLICT (tag) DO UPDATE SET highest = excluded.highest"""
 
 
 def awake_s() -> float:
@@ -3497,10 +2626,10 @@ class Lease:
     role: str = TOOL
     seconds: float = 15.0
     owner: int = 0  # the number of its row; 0: it has none yet
-    seq: int = 0  # of its last transaction, where the engine counts them
+    seq: int = 0  # of its last transaction
     tag: str = ""  # at the end of the versions that it draws; "": it has drawn none
     highest_ns: int = 0  # of these
-    renewed_s: float = -math.inf  # by awake_s
+    renewed_s: float = -math.inf  # by awake_s; later renewals than that do no harm
 
     def is_due(self) -> bool:
         return awake_s() > self.renewed_s + self.seconds / RENEWALS
@@ -3517,100 +2646,88 @@ class Transaction:
     """
 
     def __init__(self, session: Session, lease: Lease) -> None:
-        self._session = session
+        self.session = session
         self.lease = lease  # another one, if this one has ended
         self.now_s = 0.0
         self._records = dict[str, Record | None]()
         self._pending = dict[str, Pending]()  # by the stems of keys
         # What is stored of these, and claims of keys of which nothing was read.
-        self._stored = dict[str, Pending]()
+        self._stored_records = dict[str, Record | None]()
+        self._stored_rows = dict[str, set[tuple[str, Row]]]()
         self._claims = list[Row]()
-        self._changed = set[str]()  # keys
-        # volumes of records -> how many came, or went, and their bytes:
-        self._totals = defaultdict[tuple[str, ...], list[int]](lambda: [0, 0])
-        self._garbage = 0
+        self._blobs = Counter[str]()  # that came or went, and their bytes: see `total`
+        self._bytes = Counter[str]()
         self._wall_ns = 0
         self._highest_ns = 0  # that was drawn
         self._drawn: Drawn | None = None  # of these, by this transaction
+        self._renewed_s = -math.inf
 
     def begin(
         self, keys: Collection[str] = (), paths: Iterable[str] = (), durable: bool = True
     ) -> None:
         """Wait for the turn to write, and read what belongs to keys and paths; raises Occupied if
         another owner does not allow it."""
+        session = self.session
         stems = {path[:KEY_STEM] for path in paths}.union(map(key_stem, keys))
         is_due = self.lease.is_due()
         asked_s = awake_s()
-        turn = self._session.begin(self.lease, is_due, durable, [*keys], [*stems])
-        self.now_s = turn.now_s
-        self._wall_ns = turn.wall_ns
-        self._highest_ns = turn.highest_ns
-        self._records = {key: turn.records.get(key) for key in keys}
-        self._take(turn.pending)
+        renew = f"""UPDATE owner SET until = {session.NOW} + ?2, seq = seq + 1 WHERE id = ?1
+            RETURNING seq"""
+        queries: list[Query] = [
+            (renew, (self.lease.owner, self.lease.seconds)),
+            ("SELECT max(highest) FROM drawn", ()),
+        ]
+        if stems:  # else it only claims
+            queries += [session.look_up_query(keys), session.pending_query(stems)]
+        self.now_s, (renewed, highest, *found) = session.begin(durable, queries)
+        self._wall_ns = session.wall_ns(self.now_s)
+        self._highest_ns = highest[0][0] or 0
+        if found:
+            records, pending = found
+            self._take_records(keys, records_of(records))
+            self._take_pending(stems, pending_of(pending))
         self._renewed_s = asked_s if is_due else self.lease.renewed_s
-        if turn.seq is None:
-            self._register(asked_s)
+        if renewed:
+            self.lease.seq = renewed[0][0]
         else:
-            self.lease.seq = turn.seq
+            self._register(asked_s)
         if is_due:
             self._end_leases()
 
-    def end(self) -> None:
-        """Hear that it is committed."""
+    def end(self) -> Lease:
+        """Hear that it is committed; return the lease under which the next one begins."""
         self.lease.renewed_s = self._renewed_s
         if self._drawn:
             self.lease.tag = self._drawn.tag
             self.lease.highest_ns = self._drawn.highest_ns
+        return self.lease
 
-    def read_ahead(self, keys: Collection[str], paths: Iterable[str] = ()) -> None:
-        """Read what is not known yet of keys, and of the keys that paths belong to."""
-        unknown = [key for key in keys if key not in self._records]
-        records = self._session.look_up(unknown) if unknown else {}
-        self._records |= {key: records.get(key) for key in unknown}
-        stems = {path[:KEY_STEM] for path in paths}.union(map(key_stem, keys))
-        self._read_pending(stems - self._pending.keys())
+    def _take_records(self, keys: Iterable[str], found: Mapping[str, Record]) -> None:
+        for key in keys:
+            self._records[key] = found.get(key)
+            self._stored_records[key] = found.get(key)
 
-    def _read_pending(self, stems: Collection[str]) -> None:
-        if not stems:
-            return
-        self._write_claims()
-        self._take(self._session.read_pending([*stems]))
-
-    def _take(self, pending: Mapping[str, Pending]) -> None:
-        for stem, one in pending.items():
-            self._pending[stem] = one
-            self._stored[stem] = one.copy()
+    def _take_pending(self, stems: Iterable[str], found: Mapping[str, Pending]) -> None:
+        for stem in stems:
+            pending = found.get(stem) or Pending({}, {}, {})
+            self._pending[stem] = pending
+            self._stored_rows[stem] = pending.rows()
 
     # -- records --
 
     def get(self, key: str) -> Record | None:
         if key not in self._records:
-            self._records[key] = self._session.look_up([key]).get(key)
+            self._take_records([key], self.session.look_up([key]))
         return self._records[key]
 
     def insert(self, record: Record) -> None:
         if self.get(record.key) is not None:
             raise ValueError(f"{record.key!r} has a record already")
         self._records[record.key] = record
-        self._changed.add(record.key)
-        self._count(record, 1)
-
-    def fill(self, records: Iterable[Record]) -> None:
-        """Insert records into a new index that has none of these keys: nothing is looked up."""
-        for record in records:
-            self._records[record.key] = record
-            self._changed.add(record.key)
-            self._count(record, 1)
 
     def remove(self, record: Record) -> None:
-        self._records[record.key] = None
-        self._changed.add(record.key)
-        self._count(record, -1)
-
-    def _count(self, record: Record, sign: int) -> None:
-        total = self._totals[record.volumes]
-        total[0] += sign
-        total[1] += sign * record.size
+        if self.get(record.key) is not None:
+            self._records[record.key] = None
 
     # -- what is pending --
 
@@ -3618,11 +2735,18 @@ class Transaction:
         """Return what is pending on the key that a path belongs to: to be read, and changed."""
         stem = path[:KEY_STEM]
         if stem not in self._pending:
-            self._read_pending([stem])
+            self.read_pending([stem])
         return self._pending[stem]
 
     def pending_of(self, key: str) -> Pending:
         return self.pending_at(key_stem(key))
+
+    def read_pending(self, paths: Iterable[str]) -> None:
+        """Read what is not known yet of the keys that paths belong to."""
+        stems = {path[:KEY_STEM] for path in paths} - self._pending.keys()
+        if stems:
+            self._write_claims()
+            self._take_pending(stems, self.session.read_pending(stems))
 
     def draw_path(self, key: str, ext: str) -> str:
         """Return the path of a new version of `key`, higher than all that were ever drawn."""
@@ -3637,7 +2761,7 @@ class Transaction:
 
     def _choose_tag(self) -> str:
         """Return a tag that no owner has had; once half of them are used, that of longest ago."""
-        rows = self._session.select("SELECT tag FROM drawn ORDER BY highest")
+        rows = self.session.select("SELECT tag FROM drawn ORDER BY highest")
         taken = [tag for (tag,) in rows]
         if len(taken) > TAGS // 2:
             oldest: str = next(tag for tag in taken if len(tag) == TAG_DIGITS)
@@ -3649,17 +2773,13 @@ class Transaction:
     def claim(self, key: str, path: str, places: Iterable[str]) -> None:
         """Note that this owner is about to write there. Of the key nothing need be read."""
         names = tuple(places)
+        mine = (path, self.lease.owner)
         pending = self._pending.get(path[:KEY_STEM])
         if pending is None:
-            self._claims.append((path, self.lease.owner, " ".join(names), key))
-            return
-        pending.key = key
-        mine = (path, self.lease.owner)
-        pending.claims[mine] = pending.claims.get(mine, ()) + names
-
-    def note_drawn(self, rows: Iterable[Drawn]) -> None:
-        """Take over what another index has drawn."""
-        self._session.run_on_rows(INSERT_DRAWN, [tuple(row) for row in rows], REPLACE_DRAWN)
+            self._claims.append((*mine, " ".join(names), key))
+        else:
+            pending.key = key
+            pending.claims[mine] = pending.claims.get(mine, ()) + names
 
     # -- writing --
 
@@ -3668,61 +2788,57 @@ class Transaction:
         self._write_records()
         self._write_claims()
         self._write_pending()
-        self._write_totals()
+        names = [name for name in self._blobs if self._blobs[name] or self._bytes[name]]
+        totals = [(name, self._blobs[name], self._bytes[name]) for name in names]
+        self.session.run_many(ADD_TOTAL, totals)
+        self._blobs.clear()
+        self._bytes.clear()
         if self._drawn:
-            self._session.run_on_rows(INSERT_DRAWN, [tuple(self._drawn)], REPLACE_DRAWN)
-
-    def _write_totals(self) -> None:
-        blobs = Counter({GARBAGE: self._garbage})
-        size = Counter[str]()
-        for volumes, total in self._totals.items():
-            for name in (ALL_KEYS, *volumes):
-                blobs[name] += total[0]
-                size[name] += total[1]
-        names = [name for name in blobs if blobs[name] or size[name]]
-        after = """ ON CONFLICT (name) DO UPDATE
-            SET blobs = total.blobs + excluded.blobs, bytes = total.bytes + excluded.bytes"""
-        rows: list[Row] = [(name, blobs[name], size[name]) for name in names]
-        self._session.run_on_rows("INSERT INTO total VALUES ", rows, after)
-        self._totals.clear()
-        self._garbage = 0
+            self.session.run_many(WRITE_DRAWN, [self._drawn])
 
     def _write_records(self) -> None:
-        rows: list[Row] = []
-        gone: list[Row] = []
-        for key in self._changed:
-            record = self._records[key]
+        gone = list[Row]()
+        new = list[Row]()
+        for key, record in self._records.items():
+            stored = self._stored_records[key]
+            if record == stored:
+                continue
+            self._stored_records[key] = record
+            if stored is not None:
+                self._count(stored, -1)
             if record is None:
                 gone.append((key,))
             else:
-                rows.append(row_of_record(record))
-        self._session.run_on_rows("DELETE FROM record WHERE key IN (VALUES ", gone, ")")
-        self._session.run_on_rows("INSERT INTO record VALUES ", rows, REPLACE_RECORD)
-        self._changed.clear()
+                self._count(record, 1)
+                new.append(row_of_record(record))
+        self.session.run_many(f"DELETE FROM record WHERE key IN ({GONE})", gone)
+        self.session.run_many(WRITE_RECORD, new)
+
+    def _count(self, record: Record, sign: int) -> None:
+        for name in (ALL_KEYS, *record.volumes):
+            self._blobs[name] += sign
+            self._bytes[name] += sign * record.size
 
     def _write_claims(self) -> None:
-        self._session.run_on_rows("INSERT INTO claim VALUES ", self._claims, ADD_PLACES)
-        self._claims.clear()
+        self.session.run_many(ADD_PLACES, self._claims)
+        self._claims = []
 
     def _write_pending(self) -> None:
-        """Write what differs from what is stored."""
-        gone = defaultdict[str, list[Row]](list)  # by table
-        new = defaultdict[str, list[Row]](list)
+        gone = set[tuple[str, Row]]()
+        new = set[tuple[str, Row]]()
         for stem, pending in self._pending.items():
-            stored = self._stored[stem]
-            if pending == stored:
-                continue
-            for table, before, after in zip(TABLES, stored.rows(), pending.rows(), strict=True):
-                gone[table] += [place for place in before if place not in after]
-                new[table] += [row for at, row in after.items() if before.get(at) != row]
-            self._garbage += len(pending.dead) - len(stored.dead)
-            self._stored[stem] = pending.copy()
-        for table, columns in TABLES.items():
-            cast_to = "BIGINT" if table == "claim" else "TEXT"  # PostgreSQL takes all for text
-            named = f"SELECT column1, CAST(column2 AS {cast_to}) FROM (VALUES "
-            delete = f"DELETE FROM {table} WHERE ({columns}) IN ({named}"
-            self._session.run_on_rows(delete, gone[table], ") AS gone)")
-            self._session.run_on_rows(f"INSERT INTO {table} VALUES ", new[table], REPLACE[table])
+            rows = pending.rows()
+            stored = self._stored_rows[stem]
+            gone |= stored - rows
+            new |= rows - stored
+            self._stored_rows[stem] = rows
+        for table, delete in DELETE_PENDING.items():
+            before = [row[:2] for name, row in gone if name == table]
+            after = [row for name, row in new if name == table]
+            self.session.run_many(delete, before)
+            self.session.run_many(f"INSERT INTO {table} VALUES ROWS", after)
+            if table == "dead":
+                self._blobs[GARBAGE] += len(after) - len(before)
 
     # -- owners --
 
@@ -3730,7 +2846,7 @@ class Transaction:
         """Become an owner, with a number that nobody else has; raises Occupied if another one does
         not allow that."""
         ended = self.lease
-        self._check_others(ended.role)
+        self.check_others(ended.role)
         if ended.owner:
             log.warning("the lease of this process had ended: what it was writing is given up")
         # should the commit not be heard, nobody can be taken for this one
@@ -3738,20 +2854,12 @@ class Transaction:
         self.lease = Lease(role=ended.role, seconds=ended.seconds, owner=owner, seq=1)
         self._renewed_s = asked_s
         values = (owner, ended.role, self.now_s + ended.seconds, 1)
-        self._session.run("INSERT INTO owner VALUES (?1, ?2, ?3, ?4)", values)
+        self.session.run("INSERT INTO owner VALUES (?1, ?2, ?3, ?4)", values)
 
-    def take_role(self, role: str, by_lock: bool = False) -> None:
-        """Be another owner from now on; raises Occupied if somebody is in the way, unless a lock
-        says that nobody can be."""
-        if not by_lock:
-            self._check_others(role)
-        self.lease.role = role
-        values = (self.lease.owner, role)
-        self._session.run("UPDATE owner SET role = ?2 WHERE id = ?1", values)
-
-    def _check_others(self, role: str) -> None:
+    def check_others(self, role: str) -> None:
+        """Raise Occupied if somebody is in the way of who wants to be this."""
         query = "SELECT role, until FROM owner WHERE id <> ?1"
-        for other, until_s in self._session.select(query, (self.lease.owner,)):
+        for other, until_s in self.session.select(query, (self.lease.owner,)):
             if is_in_the_way(role, other) and self._is_alive(until_s):
                 raise Occupied(other, until_s)
 
@@ -3762,71 +2870,34 @@ class Transaction:
 
     def _end_leases(self) -> None:
         """End the leases of those that are late."""
-        for number, until_s in self._session.select("SELECT id, until FROM owner"):
+        for number, until_s in self.session.select("SELECT id, until FROM owner"):
             if not self._is_alive(until_s) and number != self.lease.owner:
-                self._end_lease(number)
+                self.end_lease(number)
 
-    def _end_lease(self, owner: int) -> None:
+    def end_lease(self, owner: int) -> None:
         """Remove an owner. What it has claimed is dead; the volumes may still carry out what they
         were sent."""
         query = (
             "SELECT path FROM claim WHERE owner = ?1 UNION SELECT path FROM dead WHERE owner = ?1"
         )
         self.flush()
-        paths = [path for (path,) in self._session.select(query, (owner,))]
-        self.read_ahead((), paths)
+        paths = [path for (path,) in self.session.select(query, (owner,))]
+        self.read_pending(paths)
         for path in paths:
             self.pending_at(path).disown(owner, self.now_s)
-        self._session.run("DELETE FROM owner WHERE id = ?1", (owner,))
-
-    def end_other_movers(self) -> None:
-        query = "SELECT id FROM owner WHERE role = 'mover' AND id <> ?1"
-        for (number,) in self._session.select(query, (self.lease.owner,)):
-            self._end_lease(number)
+        self.session.run("DELETE FROM owner WHERE id = ?1", (owner,))
 
     def retire(self) -> None:
         """Give up the lease: the last act of an owner."""
-        self._end_lease(self.lease.owner)
-
-
-TAG_DIGITS = 4
-TAGS = 16**TAG_DIGITS
-TABLES = {"claim": "path, owner", "dead": "path, volume", "tombstone": "path, volume"}
-ADD_PLACES = """ ON CONFLICT (path, owner) DO UPDATE
-    SET places = claim.places || ' ' || excluded.places"""
-REPLACE = {
-    "claim": " ON CONFLICT (path, owner) DO UPDATE SET places = excluded.places",
-    "dead": """ ON CONFLICT (path, volume) DO UPDATE SET due = excluded.due,
-        since = excluded.since, doubt = excluded.doubt, owner = excluded.owner,
-        key = excluded.key""",
-    "tombstone": "",
-}
-REPLACE_RECORD = """ ON CONFLICT (key) DO UPDATE SET version = excluded.version,
-    volumes = excluded.volumes, size = excluded.size, digest = excluded.digest,
-    content_type = excluded.content_type, ext = excluded.ext"""
-INSERT_DRAWN = "INSERT INTO drawn VALUES "
-REPLACE_DRAWN = " ON CONFLICT (tag) DO UPDATE SET highest = excluded.highest"
-
-
-IN_THE_WAY = {
-    SERVER: "it is in use by a server: stop that first",
-    TOOL: "it is in use by a tool: stop that first",
-    MOVER: "another rebalance or verify --repair is running",
-    REBUILDER: "it is being rebuilt by mkv_tools.py",
-}
-
-
-class Occupied(IndexFailed):
-    """Another owner is in the way, at least until its lease ends."""
-
-    def __init__(self, role: str, until_s: float) -> None:
-        super().__init__(IN_THE_WAY[role])
-        self.until_s = until_s
+        self.end_lease(self.lease.owner)
 
 
 def is_in_the_way(role: str, other: str) -> bool:
     """Whether an owner may not be what it wants because of another one."""
     return REBUILDER in (role, other) or role == other == MOVER
+
+
+# -- mutations --
 
 
 def commit_put(
@@ -3898,9 +2969,6 @@ def refuse_put(
     return pending.above(living if living < version_of(path) else LAST_VERSION, tx.now_s)
 
 
-LAST_VERSION = "g"  # no version is above that
-
-
 def expect_tombstones(tx: Transaction, path: str, volumes: Iterable[str]) -> list[str]:
     """Note that a tombstone is about to be written to these volumes, and return those to which it
     may be: where an earlier one is being deleted, that could hit this one. Unless it is noted that
@@ -3947,10 +3015,18 @@ def end_doubts(tx: Transaction, volume: str, paths: Iterable[str], answered: boo
         tx.pending_at(path).end_doubt(volume, path, until_s)
 
 
-def forget_places(tx: Transaction, places: Iterable[Place]) -> None:
-    """Give up what is pending at `places`, whose volume will not come back."""
-    for volume, path in places:
-        tx.pending_at(path).forget(volume, path, tx.now_s)
+def keep_identity(tx: Transaction, name: str, number: str, anew: bool = False) -> None:
+    """Note the number that volume `name` shows. If one was noted before, that stays unless this is
+    to be kept `anew`."""
+    tx.session.run(REPLACE_IDENTITY if anew else KEEP_IDENTITY, (name, number))
+
+
+# -- reads --
+
+
+def get_all(session: Session, keys: list[str]) -> list[Record | None]:
+    found = session.look_up(keys)
+    return [found.get(key) for key in keys]
 
 
 def list_keys(session: Session, query: ListQuery) -> bytes:
@@ -3959,11 +3035,8 @@ def list_keys(session: Session, query: ListQuery) -> bytes:
     keys, prefixes = list[str](), list[str]()  # each as it is sent
     room = LIST_BYTES - LIST_FRAME
     following: str | None = None
-    group = Group(len(query.prefix), query.delimiter)
-    start = max(query.prefix, query.start)
-    rows = session.scan_groups(start, after_prefix(query.prefix), group)
-    for record in map(record_of_row, rows):
-        prefix = group.prefix_of(record.key)
+    for record in map(record_of_row, session.scan(query)):
+        prefix = query.group_of(record.key)
         entry = json.dumps(prefix or describe(record))
         room -= len(entry) + len(", ")
         if room < 0 or len(keys) + len(prefixes) == query.limit:
@@ -4006,51 +3079,27 @@ class Due(NamedTuple):
         return bool(self.pending[row.path[:KEY_STEM]].key)
 
 
-def select_due(volume: str, session: Session) -> Due:
+def select_due(session: Session, volume: str) -> Due:
     """Return some of what is due on a volume, the oldest first."""
     query = f"""SELECT {DEAD_COLUMNS} FROM dead WHERE volume = ?1 AND due <= ?2
         ORDER BY due LIMIT {DUE_ROWS}"""
     now_s = session.read_clock()
     rows = [Dead(*row) for row in session.select(query, (volume, now_s))]
-    pending = session.read_pending(sorted({row.path[:KEY_STEM] for row in rows}))
-    keys = sorted({one.key for one in pending.values()} - {""})
-    return Due(rows, pending, session.look_up(keys) if keys else {}, now_s)
+    pending = session.read_pending({row.path[:KEY_STEM] for row in rows})
+    records = session.look_up({one.key for one in pending.values()} - {""})
+    return Due(rows, pending, records, now_s)
 
 
-DUE_ROWS = 500  # that are deleted in one go
+def select_records(session: Session, after: str) -> list[Record]:
+    """Return a page of all records, in the order of their keys."""
+    query = f"SELECT {COLUMNS} FROM record WHERE key > ?1 ORDER BY key LIMIT {RECORD_PAGE}"
+    return [record_of_row(row) for row in session.select(query, (after,))]
 
 
-def select_pending_between(first: str, last: str, session: Session) -> dict[str, Pending]:
-    query = PENDING_QUERY.replace("SPANS", placeholders(2, 1))
-    rows = session.select(query, (first, after_prefix(last)))
-    return make_pending({row[1][:KEY_STEM] for row in rows}, rows)
-
-
-def select_dead(volume: str, session: Session) -> list[Place]:
-    query = """SELECT volume, path FROM dead WHERE volume = ?1
-        UNION SELECT volume, path FROM tombstone WHERE volume = ?1 LIMIT ?2"""
-    return session.select(query, (volume, FORGET_ROWS))
-
-
-def select_drawn(session: Session) -> list[Drawn]:
-    return [Drawn(*row) for row in session.select("SELECT tag, first, highest FROM drawn")]
-
-
-def select_records(after: str, session: Session) -> list[Record]:
-    query = f"SELECT {COLUMNS} FROM record WHERE key > ?1 ORDER BY key LIMIT ?2"
-    return [record_of_row(row) for row in session.select(query, (after, RECORD_PAGE))]
-
-
-def select_pending(first: str, session: Session) -> dict[str, Pending]:
-    """Return a page of all that is pending, of the keys whose paths are not before `first`."""
-    pieces = [
-        f"""SELECT * FROM (SELECT DISTINCT path FROM {table} WHERE path >= ?1
-            ORDER BY path LIMIT ?2) AS one"""
-        for table in TABLES
-    ]
-    query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT ?2"
-    paths = session.select(query, (first, PENDING_PAGE))
-    return session.read_pending(sorted({path[:KEY_STEM] for (path,) in paths}))
+def select_identities(session: Session) -> dict[str, str]:
+    """Return name -> number of each volume that was ever seen, and the store's own id as
+    STORE_ID."""
+    return dict(session.select("SELECT name, number FROM identity"))
 
 
 def read_garbage_age(session: Session) -> float:
@@ -4062,76 +3111,115 @@ def read_garbage_age(session: Session) -> float:
 def read_totals(session: Session) -> dict[str, tuple[int, int]]:
     """Return name -> (blobs, bytes) for each volume, ALL_KEYS (keys and their bytes) and
     GARBAGE."""
-    return {
-        name: (blobs, size)
-        for name, blobs, size in session.select("SELECT name, blobs, bytes FROM total")
-    }
+    rows = session.select("SELECT name, blobs, bytes FROM total")
+    return {name: (blobs, size) for name, blobs, size in rows}
 
 
-class IndexThread:
-    """One thread and the session that it opens on first use. A hop to it goes through a plain
-    queue: an executor and its futures cost twice as much."""
+def is_collector(session: Session, owner: int) -> bool:
+    """Return whether `owner` is the one of all that serve which deletes garbage: the living one
+    with the lowest number. Two at once do no harm."""
+    query = f"SELECT min(id) FROM owner WHERE role = '{SERVER}' AND until > {session.NOW}"
+    return session.select(query) == [(owner,)]
 
-    def __init__(self, engine: Engine, readonly: bool) -> None:
-        self._engine = engine
-        self._readonly = readonly
-        self._session: Session | None = None
-        self._thread: threading.Thread | None = None
-        self._jobs = queue.SimpleQueue[Job | None]()
 
-    # -- on the thread --
+def is_being_rebuilt(session: Session) -> bool:
+    query = f"SELECT 1 FROM owner WHERE role = '{REBUILDER}' AND until > {session.NOW}"
+    return bool(session.select(query))
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        while job := self._jobs.get():
-            work, hear = job
-            try:
-                result = self._run(work)
-            except Exception as error:
-                result = self._engine.explain(error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(hear, result)
 
-    def _run(self, work: Callable[[Session], T]) -> T:
-        if self._session is None:
-            self._session = self._engine.connect(self._readonly)
+# -- threads --
+
+
+class Worker:
+    """One thread, and the session that it alone uses."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._executor = ThreadPoolExecutor(1, "mkv-index")
+        self._is_closed = False
+
+    async def run(
+        self, act: Callable[Concatenate[Session, P], T], *given: P.args, **named: P.kwargs
+    ) -> T:
+        """Return what `act` does with the session, in one hop to the thread; raises
+        IndexFailed."""
+        call = partial(act, self._session, *given, **named)
+        return await self._hop(partial(self._carry_out, call))
+
+    async def _hop(self, call: Callable[[], T]) -> T:
+        job = asyncio.get_running_loop().run_in_executor(self._executor, call)
+        while self._session.waits_s is not None:
+            done, _ = await asyncio.wait([job], timeout=self._session.waits_s)
+            if done:
+                break
+            self._session.interrupt()
+        return await job
+
+    def _carry_out(self, call: Callable[[], T], is_again: bool = False) -> T:
+        """Who reads does so again if the connection breaks."""
+        session = self._session
         try:
-            return work(self._session)
-        except Exception:
-            if not (self._session.is_lost and self._readonly):
-                raise
-        self._session.reopen()
-        return work(self._session)
-
-    # -- on the loop --
-
-    def _put(self, work: Callable[[Session], Any], hear: Callable[[Any], None]) -> None:
-        if self._thread is None:
-            loop = asyncio.get_running_loop()
-            serve = partial(self._serve, loop)
-            self._thread = threading.Thread(target=serve, name="mkv-index", daemon=True)
-            self._thread.start()
-        self._jobs.put((work, hear))
-
-    async def run(self, work: Callable[[Session], T]) -> T:
-        """Do `work` on the thread; raises IndexFailed."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._put(work, partial(settle_future, future))
-        return await future
+            if session.is_readonly:
+                session.connect()
+            return call()
+        except Exception as error:
+            failure = session.explain(error)
+            if is_again or not (session.is_readonly and isinstance(failure, IndexLost)):
+                raise failure from None
+        return self._carry_out(call, is_again=True)
 
     async def close(self) -> None:
         """Finish what is queued, then close. May be called twice."""
-        if self._thread is None:
-            return
-        if self._session is not None:
-            await self.run(lambda session: session.close())
-            self._session = None
-        self._jobs.put(None)
-        self._thread.join()  # it has nothing left to do
-        self._thread = None
+        if not self._is_closed:
+            self._is_closed = True
+            await self._hop(self._session.close)
+            self._executor.shutdown()
 
 
-Job = tuple[Callable[[Session], Any], Callable[[Any], None]]  # and who hears of it
-Question = tuple[Any, Callable[[Any], None]]  # the same
+class Batcher(Generic[T]):
+    """Lets the items that wait share one hop to the thread. `carry_out(session, items)` returns
+    their answers; `observe` hears how many go together."""
+
+    def __init__(
+        self, worker: Worker, carry_out: Callable[[Session, list[T]], list[Any]],
+        observe: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self._worker = worker
+        self._carry_out = carry_out
+        self._observe = observe
+        self._waiting: list[tuple[T, Callable[[Any], None]]] = []
+        self._serving: asyncio.Task[None] | None = None
+
+    def call(self, item: T) -> asyncio.Future[Any]:
+        """Answer an item. That goes on to its end even if whoever awaits it is cancelled."""
+        future = asyncio.get_running_loop().create_future()
+        self.ask(item, partial(settle_future, future))
+        return future
+
+    def ask(self, item: T, hear: Callable[[Any], None]) -> None:
+        """Have `hear` called with the answer, or an exception; it must not raise."""
+        self._waiting.append((item, hear))
+        if self._serving is None:  # it begins with what else is asked in this turn of the loop
+            self._serving = asyncio.get_running_loop().create_task(self._serve())
+
+    async def _serve(self) -> None:
+        while self._waiting:
+            batch = self._waiting[:BATCH]
+            del self._waiting[:BATCH]
+            self._observe(len(batch))
+            items = [item for item, _ in batch]
+            try:
+                answers = await self._worker.run(self._carry_out, items)
+            except Exception as error:  # say a full disk: nobody's was carried out
+                answers = [error] * len(batch)
+            for (_, hear), answer in zip(batch, answers, strict=True):
+                hear(answer)
+        self._serving = None
+
+    async def close(self) -> None:
+        if self._serving:
+            await self._serving
+        await self._worker.close()
 
 
 def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
@@ -4141,63 +3229,6 @@ def settle_future(future: asyncio.Future[Any], answer: Any) -> None:
         future.set_exception(answer)
     else:
         future.set_result(answer)
-
-
-class Batcher(IndexThread):
-    """Lets the items that wait share one hop to the thread. `carry_out(items, session)` returns
-    their answers; `observe` hears how many go together."""
-
-    def __init__(
-        self, engine: Engine, readonly: bool, carry_out: Callable[[list[Any], Session], list[Any]],
-        observe: Callable[[int], None],
-    ) -> None:  # fmt: skip
-        super().__init__(engine, readonly)
-        self._carry_out = carry_out
-        self._observe = observe
-        self._waiting: list[Question] = []
-        self._is_busy = False
-
-    def call(self, item: Any) -> asyncio.Future[Any]:
-        """Answer an item. That goes on to its end even if whoever awaits it is cancelled."""
-        future = asyncio.get_running_loop().create_future()
-        self.ask(item, partial(settle_future, future))
-        return future
-
-    def ask(self, item: Any, hear: Callable[[Any], None]) -> None:
-        """Have `hear` called with the answer, or an exception; it must not raise."""
-        self._waiting.append((item, hear))
-        if not self._is_busy:
-            self._is_busy = True
-            # with what else is asked in this turn of the loop
-            asyncio.get_running_loop().call_soon(self._send)
-
-    def _send(self) -> None:
-        batch = self._waiting[:BATCH]
-        del self._waiting[:BATCH]
-        if not batch:
-            self._is_busy = False
-            return
-        self._observe(len(batch))
-        self._put(
-            partial(self._carry_out, [item for item, _ in batch]), partial(self._deliver, batch)
-        )
-
-    def _deliver(self, batch: list[Question], result: Any) -> None:
-        if isinstance(result, Exception):  # say a full disk: nobody's call was carried out
-            result = [result] * len(batch)
-        for (_, hear), answer in zip(batch, result, strict=True):
-            hear(answer)
-        self._send()
-
-    async def close(self) -> None:
-        while self._is_busy:
-            await self.run(lambda session: None)
-        await super().close()
-
-
-def get_all(keys: list[str], session: Session) -> list[Record | None]:
-    found = session.look_up(keys)
-    return [found.get(key) for key in keys]
 
 
 class Mutation(NamedTuple):
@@ -4214,85 +3245,46 @@ class Writer:
     """Carries mutations out, many in one transaction. `lease` is that of the last one that was
     committed."""
 
-    def __init__(self, engine: Engine, lease: Lease) -> None:
-        self._engine = engine
+    def __init__(self, lease: Lease) -> None:
         self.lease = lease
 
-    def carry_out(self, mutations: list[Mutation], session: Session) -> list[Any]:
+    def carry_out(self, session: Session, mutations: list[Mutation]) -> list[Any]:
         """Carry all mutations out in one transaction; what one raises is its answer. If that is no
         refusal, it may have done half its work: then nothing was done, and each gets a transaction
-        of its own. Raises IndexFailed, say for a full disk, which is nobody's fault."""
+        of its own; but a full disk, say, is nobody's fault, and the answer of all."""
         try:
-            return self._write_together(mutations, session)
+            return self._write(session, mutations)
+        except IndexDamaged as error:
+            failure: Exception = error
         except (IndexFailed, IndexUnsure) as error:
-            if not isinstance(error, IndexDamaged):
-                raise
-        except Exception as error:
-            log.debug("a batch failed: %r", error)
-        return [self._write_alone(mutation, session) for mutation in mutations]
-
-    def _write_alone(self, mutation: Mutation, session: Session) -> Any:
-        """Carry one mutation out; return its answer, or what it raises."""
-        try:
-            return self._write_together([mutation], session)[0]
+            return [error] * len(mutations)
         except StopIteration as error:
-            return RuntimeError(repr(error))  # a future refuses the one itself
+            failure = RuntimeError(repr(error))  # a future refuses the one itself
         except Exception as error:
-            return error
+            failure = error
+        if len(mutations) == 1:
+            return [failure]
+        log.debug("a batch failed: %r", failure)
+        return [self.carry_out(session, [mutation])[0] for mutation in mutations]
 
-    def _write_together(self, mutations: list[Mutation], session: Session) -> list[Any]:
+    def _write(self, session: Session, mutations: list[Mutation]) -> list[Any]:
         """Do so, and again where the connection breaks and nothing was committed. Raises
         IndexFailed if nothing was done, IndexUnsure if that is not to be found out."""
         deadline_s = math.inf
         while True:
             tx = Transaction(session, self.lease)
             try:
-                if session.is_lost:
-                    session.reopen()
                 answers = act_together(mutations, tx)
+                session.commit(tx.lease)
             except Exception as error:
-                may_retry = session.is_lost and time.monotonic() < deadline_s
+                failure = session.explain(error)
                 session.roll_back()
-                if not may_retry:
-                    raise self._engine.explain(error) from None
+                if not isinstance(failure, IndexLost) or time.monotonic() > deadline_s:
+                    raise failure from None
             else:
-                if self._commit(tx, session):
-                    return answers
+                self.lease = tx.end()
+                return answers
             deadline_s = min(deadline_s, time.monotonic() + RECONNECT_S)
-            time.sleep(RECONNECT_EVERY_S)
-
-    def _commit(self, tx: Transaction, session: Session) -> bool:
-        """Commit, and return whether that was done; raises IndexFailed if it was not, for another
-        reason than a connection that broke, IndexUnsure if that is not to be found out."""
-        try:
-            session.commit()
-        except Exception as error:
-            if not session.is_lost:
-                session.roll_back()
-                raise self._engine.explain(error) from None
-            seq = self._find_seq(tx.lease.owner, session)
-            if seq is None and tx.lease is self.lease:
-                # Others have taken it for dead meanwhile, and what it had done last is forgotten.
-                raise IndexUnsure("whether that was done is not known any more") from None
-            if seq != tx.lease.seq:
-                return False
-        tx.end()
-        self.lease = tx.lease
-        return True
-
-    def _find_seq(self, owner: int, session: Session) -> int | None:
-        """Return the number of the last transaction of `owner` that was committed, once the
-        connection has broken in a commit: only the index knows. Raises IndexUnsure."""
-        deadline_s = time.monotonic() + RECONNECT_S
-        while True:
-            try:
-                session.reopen()
-                return session.read_seq(owner)
-            except Exception as error:
-                if time.monotonic() > deadline_s:
-                    session.close()
-                    reason = self._engine.explain(error)
-                    raise IndexUnsure(f"whether that was done is not known: {reason}") from None
             time.sleep(RECONNECT_EVERY_S)
 
 
@@ -4311,22 +3303,6 @@ def act_together(mutations: list[Mutation], tx: Transaction) -> list[Any]:
     return answers
 
 
-RECONNECT_S = 10.0  # how long a write waits for another connection in place of one that broke
-RECONNECT_EVERY_S = 0.1
-
-
-def keep_identity(engine: Engine, name: str, number: str, anew: bool) -> None:
-    """Note the number that volume `name` shows. If one was noted before, that stays unless this is
-    to be kept `anew`. In a session of its own: it is rare, and no transaction of keys."""
-    try:
-        with contextlib.closing(engine.connect(False)) as session:
-            session.run("BEGIN")
-            session.run(REPLACE_IDENTITY if anew else KEEP_IDENTITY, (name, number))
-            session.commit()
-    except Exception as error:
-        raise engine.explain(error) from None
-
-
 class Index:
     """The index at `db`. Every await returns after the fact: a write is on disk. While it is
     open, nobody can replace it. Who writes becomes an owner by that, with this `role` and for
@@ -4334,70 +3310,38 @@ class Index:
 
     def __init__(
         self,
-        db: str | Engine,
+        db: str,
         observe: Callable[[str, int], None] = lambda kind, size: None,
         role: str = TOOL,
         lease_s: float = 15.0,
     ) -> None:
-        self.engine = open_engine(db) if isinstance(db, str) else db
-        self._has_entered = False
-        engine = self.engine
-        self._work = Writer(engine, Lease(role=role, seconds=lease_s))
-        self._writer = Batcher(engine, False, self._work.carry_out, partial(observe, "write"))
-        self._getter = Batcher(engine, True, get_all, partial(observe, "get"))
-        self._readers = [IndexThread(engine, True), IndexThread(engine, True)]
-        self._listers = [IndexThread(engine, True), IndexThread(engine, True)]
-
-    @property
-    def name(self) -> str:
-        """Return what people call it, without any secret."""
-        return self.engine.name
+        self.session = make_session(db)  # that writes
+        self.name = self.session.name
+        self._work = Writer(Lease(role=role, seconds=lease_s))
+        self._alone = Worker(self.session)
+        self._writer = Batcher(self._alone, self._work.carry_out, partial(observe, "write"))
+        workers = [Worker(make_session(db, is_readonly=True)) for _ in range(5)]
+        self._getter = Batcher(workers.pop(), get_all, partial(observe, "get"))
+        self._readers = deque(workers[:2])
+        self._listers = deque(workers[2:])
 
     async def open(self) -> None:
         """Open or create it; raises ConfigError if it cannot be used."""
-        self.engine.enter()
-        self._has_entered = True
+        self.session.enter()
         await self.prepare()
-        if await self.is_copy():
+        if await self.read(Session.select, self.session.IS_COPY):
             reason = "it is a copy, which may lack what came after it: run rebuild"
             raise ConfigError([f"db: {self.name}: {reason}"])
-        query = "SELECT 1 FROM owner WHERE role = 'rebuilder' AND until > ?1"
-        if await self._read(lambda session: session.select(query, (session.read_clock(),))):
+        if await self.read(is_being_rebuilt):
             raise ConfigError([f"db: {self.name} is being rebuilt by mkv_tools.py"])
 
     async def prepare(self) -> None:
         try:
-            await self._writer.run(self.engine.prepare)
+            await self._alone.run(lambda session: session.prepare())
         except IndexFailed as error:
-            if self.engine.is_remote and not isinstance(error, IndexDamaged):
+            if self.session.is_remote and not isinstance(error, IndexDamaged):
                 raise  # it may answer later
             raise ConfigError([f"db: {self.name}: {error.reason}"]) from None
-
-    async def lock_tools(self) -> None:
-        """Keep other tools that move replicas away until `close`; raises Unavailable if there is
-        one."""
-        if self.engine.lock_tools():
-            await self.write(lambda tx: tx.take_role(MOVER, by_lock=True))
-        else:
-            await self.take_role(MOVER)
-
-    async def end_other_tools(self) -> None:
-        """Make garbage of what tools have claimed that had this lock before, and were killed, as
-        far as this one has not taken it over."""
-        await self.write(Transaction.end_other_movers)
-
-    async def take_role(self, role: str) -> None:
-        """Become an owner of another role; raises Occupied if somebody is in the way who is alive.
-        Who is not, is in the way until its lease ends."""
-        until_s = math.inf
-        while True:
-            try:
-                return await self.write(lambda tx: tx.take_role(role))
-            except Occupied as error:
-                if error.until_s > until_s:  # it was renewed meanwhile
-                    raise
-                until_s = error.until_s
-            await asyncio.sleep(self.lease.seconds / 20)
 
     # -- the lease --
 
@@ -4423,28 +3367,7 @@ class Index:
         """Forget the lease: it ends by itself."""
         self._work.lease = Lease(role=self.lease.role, seconds=self.lease.seconds)
 
-    async def is_collector(self) -> bool:
-        """Return whether this process is the one of all that serve which deletes garbage: the
-        living one with the lowest number. Two at once do no harm."""
-        query = "SELECT min(id) FROM owner WHERE role = 'server' AND until > ?1"
-        rows = await self._read(lambda session: session.select(query, (session.read_clock(),)))
-        return rows == [(self.lease.owner,)]
-
-    async def _retire(self) -> None:
-        with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
-            await self.write(Transaction.retire)
-
-    async def is_copy(self) -> bool:
-        return await self._writer.run(self.engine.is_copy)
-
-    async def mark_as_copy(self) -> None:
-        """Have nobody serve this index from now on: another one has taken its place."""
-        await self._writer.run(self.engine.mark_as_copy)
-
-    async def _find_damage(self) -> str:
-        """Return why an index that nobody else has open is not whole, or ""; raises IndexDamaged
-        if nothing of it can be read, IndexFailed if it may be no damage."""
-        return await self._writer.run(partial(find_damage, self.engine))
+    # -- reads and writes --
 
     def get(self, key: str) -> asyncio.Future[Record | None]:
         """Look a record up."""
@@ -4454,6 +3377,19 @@ class Index:
         """Look a record up; `hear` is called with it, or with an IndexFailed, and must not
         raise."""
         self._getter.ask(key, hear)
+
+    async def read(
+        self, query: Callable[Concatenate[Session, P], T], *given: P.args, **named: P.kwargs
+    ) -> T:
+        """Return what `query` finds, on a thread of its own kind: a long one delays no lookup;
+        raises IndexFailed."""
+        self._readers.rotate()
+        return await self._readers[0].run(query, *given, **named)
+
+    async def list_page(self, query: ListQuery) -> bytes:
+        """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
+        self._listers.rotate()
+        return await self._listers[0].run(list_keys, query)
 
     def write(
         self,
@@ -4469,222 +3405,18 @@ class Index:
         done."""
         return self._writer.call(Mutation(mutation, keys, paths, durable))
 
-    async def _read(self, query: Callable[[Session], T]) -> T:
-        """Run `query` on a thread of its own kind: a long one delays no lookup."""
-        return await self._take_turn(self._readers).run(query)
-
-    async def get_many(self, keys: list[str]) -> list[Record | None]:
-        """Look many records up; raises IndexFailed, as all that follow."""
-        return await self._read(partial(get_all, keys))
-
-    async def totals(self) -> dict[str, tuple[int, int]]:
-        """Return name -> (blobs, bytes) for each volume, ALL_KEYS and GARBAGE."""
-        return await self._read(read_totals)
-
-    async def identities(self) -> dict[str, str]:
-        """Return name -> number of each volume that was ever seen, and the store's own id as
-        STORE_ID."""
-        query = "SELECT name, number FROM identity"
-        return dict(await self._read(lambda session: session.select(query)))
-
-    async def keep_identity(self, name: str, number: str, anew: bool = False) -> None:
-        """Note the number that a volume shows, or `anew` in the place of another; raises
-        IndexFailed."""
-        await asyncio.to_thread(keep_identity, self.engine, name, number, anew)
-
-    async def garbage_age_s(self) -> float:
-        """Return for how long the oldest garbage has waited, 0 if there is none."""
-        return await self._read(read_garbage_age)
-
-    async def now_s(self) -> float:
-        """Return the time by the index's own clock."""
-        return await self._read(lambda session: session.read_clock())
-
-    async def due_on(self, volume: str) -> Due:
-        """Return some of what is to be deleted on a volume now, the oldest first."""
-        return await self._read(partial(select_due, volume))
-
-    async def dead_on(self, volume: str) -> list[Place]:
-        """Return some of what is dead on a volume, and of the tombstones that it has."""
-        return await self._read(partial(select_dead, volume))
-
-    async def pending_between(self, first: str, last: str) -> dict[str, Pending]:
-        """Return what is pending, by the stems of keys, on paths from `first` to those that begin
-        with `last`."""
-        return await self._read(partial(select_pending_between, first, last))
-
-    async def drawn(self) -> list[Drawn]:
-        """Return which versions the index has given out."""
-        return await self._read(select_drawn)
-
-    async def read_records(self) -> AsyncIterator[list[Record]]:
-        """Yield all records in the order of their keys, in pages, each as it is at its moment."""
-        after = ""
-        while page := await self._read(partial(select_records, after)):
-            yield page
-            after = page[-1].key
-
-    async def read_pending(self) -> AsyncIterator[dict[str, Pending]]:
-        """Yield all that is pending, by the stems of keys, in pages."""
-        first = ""
-        while page := await self._read(partial(select_pending, first)):
-            yield page
-            first = end_of_stem(max(page))
-
-    def check_target(self, target: str) -> None:
-        """Raise ConfigError if a copy of the index may not be written to the file `target`."""
-        self.engine.check_target(target)
-
-    async def copy_to(self, target: str) -> int:
-        """Copy the index as it is at this moment to a file, while others write; return its number
-        of keys. The file appears whole, checked and synced, or not at all."""
-        return await self._read(partial(self.engine.copy_to, target))
-
-    async def list_page(self, query: ListQuery) -> bytes:
-        """Return a page as JSON, made on other threads: lists that wait delay no `read`."""
-        return await self._take_turn(self._listers).run(lambda session: list_keys(session, query))
-
-    def _take_turn(self, threads: list[IndexThread]) -> IndexThread:
-        thread = threads.pop(0)
-        threads.append(thread)
-        return thread
-
     async def close(self) -> None:
         """Finish what is queued, give up the lease, close. May be called twice."""
         if self.lease.owner:
-            await self._retire()
+            with contextlib.suppress(IndexFailed, IndexUnsure):  # then it ends in time
+                await self.write(Transaction.retire)
             self.disown()
         # SQLite's last connection checkpoints
-        for thread in (self._getter, *self._readers, *self._listers, self._writer):
-            await thread.close()
-        if self._has_entered:
-            self.engine.release()
-
-
-class Replacement:
-    """A new index that is made beside the one at `db`, and takes its place or is given up.
-
-    Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
-    read; `damage` says what is wrong with it, "" if it is whole."""
-
-    def __init__(self, db: str) -> None:
-        self._engine = open_engine(db)
-        self.name = self._engine.name
-        self.new = Index(self._engine.beside())
-        self.old: Index | None = None
-        self.damage = ""
-        self._existed = False
-        self._is_alone = False
-        self._guard: Index | None = None  # who keeps others away by its lease
-        self._renewal: asyncio.Task[None] | None = None
-
-    async def open(self) -> None:
-        """Keep others away, look at the old index, begin the new one; raises MkvError or
-        OSError."""
-        self._engine.enter_alone()
-        self._is_alone = True
-        self._existed = self._engine.exists()
-        if self._engine.is_remote:
-            self._guard = Index(self._engine, role=TOOL)
-            await self._guard.prepare()
-            await self._guard.take_role(REBUILDER)
-            self._renewal = asyncio.create_task(self._guard.renew_for_ever())
-        if self._existed:
-            self.old = self._guard or Index(self._engine)
-            try:
-                self.damage = await self.old._find_damage()
-            except IndexDamaged as error:
-                self.damage = error.reason
-                await self._close_old()
-                self.old = None
-        self.new.engine.remove()
-        await self.new.open()
-
-    async def lost(self) -> AsyncIterator[list[tuple[Record, bool]]]:
-        """Yield the records of the old index that the new one lacks, and whether it has an older
-        version of them, in pages."""
-        after = ""
-        while self.old is not None:
-            page = await self.old._writer.run(partial(select_lost, self.new.engine, after))
-            if not page:
-                return
-            yield page
-            after = page[-1][0].key
-
-    async def finish(self, keys: int, size: int) -> str:
-        """Check that the new index is sound and holds so many keys and bytes, and put it in the
-        place of the old one. Return the name under which that is kept, "" if there was none.
-        Raises IndexFailed, and then the old one stays. A kill does no harm at any step."""
-        await self.new._read(partial(check_new_index, keys, size))
-        await self.new.close()
-        await self._close_old()
-        owner = self._guard.lease.owner if self._guard else 0
-        swap = partial(self._engine.put_in_place, self.new.engine, owner, self._existed)
-        kept = await asyncio.to_thread(swap)
-        if self._guard:
-            self._guard.disown()
-        return kept
-
-    async def _close_old(self) -> None:
-        if self.old is not None and self.old is not self._guard:
-            await self.old.close()
-
-    async def close(self) -> None:
-        """Leave nothing of a new index that was not put in place."""
-        await self.new.close()
-        await self._close_old()
-        if self._is_alone:
-            self.new.engine.remove()
-        if self._renewal:
-            self._renewal.cancel()
-            await asyncio.wait([self._renewal])
-        if self._guard:
-            await self._guard.close()
-        if self._is_alone:
-            self._engine.release()
-            self._is_alone = False
-
-
-def find_damage(engine: Engine, session: Session) -> str:
-    """Return why an index that nobody else has open is not whole, or ""."""
-    damage = engine.open_old(session)
-    if damage:
-        return damage
-    counted = count_records(session)
-    total = read_totals(session).get(ALL_KEYS, (0, 0))
-    if counted != total:
-        return f"it has {counted[0]} records of {counted[1]} bytes, not {total[0]} of {total[1]}"
-    if not all(map(is_sound, select_drawn(session))):
-        return "what it says of versions is none"
-    return ""
-
-
-def count_records(session: Session) -> tuple[int, int]:
-    """Return how many there are, and the bytes of their blobs."""
-    with session.take_time():
-        ((count, size),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
-    return count, int(size)
-
-
-def select_lost(new: Engine, after: str, session: Session) -> list[tuple[Record, bool]]:
-    """Return a page of the records that the index `new` lacks or has in an older version, and
-    which of the two."""
-    with session.beside(new) as fresh, session.take_time():
-        query = f"""SELECT new.version IS NOT NULL, old.*
-            FROM record AS old LEFT JOIN {fresh}.record AS new ON new.key = old.key
-            WHERE old.key > ?1 AND (new.version IS NULL OR new.version < old.version)
-            ORDER BY old.key LIMIT ?2"""
-        rows = session.select(query, (after, RECORD_PAGE))
-    return [(record_of_row(row), bool(older)) for older, *row in rows]
-
-
-def check_new_index(keys: int, size: int, session: Session) -> None:
-    """Raise IndexFailed unless the new index is sound and holds what was read."""
-    damage = session.find_damage()
-    rows = count_records(session)
-    if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
-        found = f"{damage or 'ok'}, {rows}"
-        raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")
+        await self._getter.close()
+        for worker in (*self._readers, *self._listers):
+            await worker.close()
+        await self._writer.close()
+        self.session.leave()
 
 
 # == Volume client ================================================================================
@@ -6041,7 +4773,7 @@ class Identities:
         process, may have changed it."""
         async with self._reading:
             if time.monotonic() - self._read_s > LOOK_AGAIN_S:
-                self._seen = await self._index.identities()
+                self._seen = await self._index.read(select_identities)
                 self._read_s = time.monotonic()
 
     async def _take_in(self, client: VolumeClient, found: Identity | str | None) -> Finding:
@@ -6085,16 +4817,19 @@ class Identities:
         if finding.standing is not Standing.NEW or not isinstance(found, Identity):
             return finding
         try:
-            await self._index.keep_identity(found.volume, found.number)
-        except IndexFailed as error:
+            keep = partial(keep_identity, name=found.volume, number=found.number)
+            await self._index.write(keep)
+        except (IndexFailed, IndexUnsure) as error:
             return Finding(Standing.UNWRITTEN, f"that it was seen cannot be noted: {error}")
-        self._seen = await self._index.identities()  # another server may have been first
+        self._seen = await self._index.read(
+            select_identities
+        )  # another server may have been first
         return self._judge(client, found)
 
     async def _doubt(self, client: VolumeClient) -> str:
         """Return why a volume without an identity may be another one than it should be, or ""."""
         name = client.volume.name
-        blobs, _ = (await self._index.totals()).get(name, (0, 0))
+        blobs, _ = (await self._index.read(read_totals)).get(name, (0, 0))
         if blobs:
             sample = await self._find_some(name)
             right = await count_right(client, sample)
@@ -6114,12 +4849,13 @@ class Identities:
     async def _find_some(self, volume: str) -> list[Record]:
         """Return some records that name a volume."""
         found = list[Record]()
-        pages = SAMPLE_PAGES
-        async for page in self._index.read_records():
+        after = ""
+        for _ in range(SAMPLE_PAGES):
+            page = await self._index.read(select_records, after)
             found += [record for record in page if volume in record.volumes]
-            pages -= 1
-            if len(found) >= SAMPLE or not pages:
+            if len(found) >= SAMPLE or not page:
                 break
+            after = page[-1].key
         return found[:SAMPLE]
 
 
@@ -6835,7 +5571,7 @@ class Store:
         if self._role != SERVER or not self._is_first:
             return  # one process is enough
         try:
-            totals = await self.index.totals()
+            totals = await self.index.read(read_totals)
         except IndexFailed as error:
             log.error("%s", error)
             return
@@ -7019,7 +5755,7 @@ class Store:
             raise Unavailable("shutting down" if self.stopping else "no volume is up")
 
     async def status(self) -> dict[str, Any]:
-        totals = await self.index.totals()
+        totals = await self.index.read(read_totals)
         keys, size = totals.get(ALL_KEYS, (0, 0))
         garbage, _ = totals.get(GARBAGE, (0, 0))
         there = sum(
@@ -7046,7 +5782,7 @@ class Store:
 
     async def render_metrics(self) -> str:
         status = await self.status()
-        oldest_s = await self.index.garbage_age_s()
+        oldest_s = await self.index.read(read_garbage_age)
         gauges: dict[str, float] = {
             f'mkv_build_info{{version="{__version__}",python="{sys.version.split()[0]}"}}': 1,
             "mkv_keys": status["keys"], "mkv_bytes": status["bytes"],
@@ -7073,11 +5809,14 @@ class Store:
         while True:
             try:
                 await self._discard_late()
-                while await self.index.is_collector() and await self.collect_garbage():
+                while await self._collects() and await self.collect_garbage():
                     pass
             except Exception as error:
                 log.error("garbage waits: %s: %s", type(error).__name__, error)
             await asyncio.sleep(1.0)
+
+    async def _collects(self) -> bool:
+        return await self.index.read(is_collector, self.index.lease.owner)
 
     async def _discard_late(self) -> None:
         """Tell the index of the PUTs that were given up while it could not be reached."""
@@ -7095,7 +5834,7 @@ class Store:
 
     async def _collect_on(self, client: VolumeClient, view: View) -> int:
         """Delete what is due on one volume, four at a time; return how many answered."""
-        due = await self.index.due_on(client.volume.name)
+        due = await self.index.read(select_due, client.volume.name)
         waiting = iter(due.rows)
         answers = dict[Dead, bool | None]()
 
@@ -9046,6 +7785,383 @@ def make_request(
         return make(no_path, payload, protocol, *more)
 
 
+# == Migration (optional) =========================================================================
+# From the index of the second edition, schema 3, to this one, in one transaction, while nobody
+# else uses it. What was claimed is dead, and may still be written; what is kept or made anew has
+# no row now, since a record names it. All versions up to the highest were drawn by anybody.
+
+OLD_ROWS = 10_000  # in one page
+RELEASE_TOMBSTONES = """INSERT INTO dead SELECT path, volume, ?1, ?1, NULL, NULL, ''
+    FROM tombstone WHERE NOT EXISTS (SELECT 1 FROM dead
+        WHERE dead.path >= substr(tombstone.path, 1, ?2)
+        AND dead.path < substr(tombstone.path, 1, ?2) || '~~')"""
+IN_ONE_FILE = ("DROP TABLE pending",)  # there is a copy of all
+IN_A_DATABASE = (
+    "ALTER TABLE pending RENAME TO pending_of_schema_3",  # a way back
+    "ALTER TABLE meta DROP COLUMN epoch",
+    "ALTER TABLE meta ADD COLUMN is_copy BOOLEAN NOT NULL DEFAULT false",
+)
+
+
+def migrate(session: Session) -> None:
+    """Make the tables that are new, and bring over what is pending; raises Occupied."""
+    if not session.is_remote:
+        session.set_clock("pending")
+    check_unused(session)
+    if not session.is_remote:
+        keep_copy(session)
+    now_s = session.read_clock()
+    session.make_tables(PENDING + DRAWN + IDENTITIES)
+    after = ("", "")
+    query = f"""SELECT path, volume, state, due, since, doubt FROM pending
+        WHERE (path, volume) > (?1, ?2) ORDER BY path, volume LIMIT {OLD_ROWS}"""
+    while rows := session.select(query, after):
+        pending = Pending({}, {}, {})
+        for row in rows:
+            note_old_row(pending, row, now_s)
+        for table, new in sorted(pending.rows()):
+            session.run_many(f"INSERT INTO {table} VALUES ROWS", [new])
+        after = rows[-1][:2]
+    session.run(RELEASE_TOMBSTONES, (now_s, STEM))
+    session.run("""DELETE FROM tombstone WHERE EXISTS (SELECT 1 FROM dead
+        WHERE dead.path = tombstone.path AND dead.volume = tombstone.volume)""")
+    session.run("DELETE FROM total WHERE name = ?1", (GARBAGE,))
+    session.run("INSERT INTO total SELECT ?1, count(*), 0 FROM dead", (GARBAGE,))
+    session.run("DELETE FROM owner")
+    versions = f"""SELECT max(version) FROM (SELECT version FROM record
+        UNION ALL SELECT substr(path, {STEM - 19}, 20) FROM pending) AS drawn_before"""
+    ((highest,),) = session.select(versions)
+    if highest is not None:
+        session.run_many(WRITE_DRAWN, [(ANY_TAG, 0, version_ns(highest))])
+    for statement in IN_A_DATABASE if session.is_remote else IN_ONE_FILE:
+        session.run(statement)
+
+
+MIGRATIONS[3] = migrate
+
+
+def note_old_row(pending: Pending, row: Row, now_s: float) -> None:
+    path, volumes, state, due_s, since_s, doubt_s = row
+    for volume in volumes.split():
+        if state in ("claimed", "overtaken", "bound", "copying"):
+            dead = Dead(path, volume, now_s, now_s, now_s + BROKEN_S)
+            pending.dead[volume, path] = dead
+        elif state in ("garbage", "watched", "deleting"):
+            dead = Dead(path, volume, now_s if due_s is None else due_s, since_s, doubt_s)
+            pending.dead[volume, path] = dead
+        elif state == "mark" and doubt_s is None:
+            pending.tombstones.setdefault(path, set()).add(volume)
+
+
+def check_unused(session: Session) -> None:
+    """Raise Occupied if an owner of the second edition is alive."""
+    owners = f"SELECT role, until FROM owner WHERE role <> 'gone' AND until > {session.NOW}"
+    for role, until_s in session.select(owners):
+        raise Occupied(role, until_s)
+
+
+def keep_copy(session: Session) -> None:
+    """Copy an index in a file, which nobody else can change now, to a file of its own beside
+    it."""
+    target = f"{session.place}.schema3.{time.strftime('%Y%m%dT%H%M%S')}"
+    with (
+        contextlib.closing(sqlite3.connect(session.place)) as source,
+        contextlib.closing(sqlite3.connect(target)) as copy,
+    ):
+        source.backup(copy)
+    words = "the index %s is brought from schema 3 to %d; a copy is kept as %s"
+    log.warning(words, session.place, SCHEMA_VERSION, target)
+
+
+# == PostgreSQL (optional) ========================================================================
+# The index in one schema of a database, for index servers on any number of machines. It needs
+# psycopg, which is imported only then. Who uses it is known by its lease. The clock is that of the
+# database's machine.
+#
+# A transaction that writes begins with an UPDATE of the one row of `meta`, its turn: that is what
+# BEGIN IMMEDIATE is to SQLite, at any isolation level, for absent keys too, and nobody can wait in
+# a ring. It is two round trips, whatever it holds: what is run is kept until something is asked or
+# committed, and all that is one message with many statements. A message is read as a whole before
+# anything of it is done. So a session that stands still has either not taken its turn, or it is
+# idle in its transaction, and the database ends that: others get the turn within seconds. (In a
+# pipeline of messages it could stand between two, where no timeout of PostgreSQL 15 finds it.)
+#
+# If the connection breaks in a commit, only the index knows what has become of it. Each
+# transaction counts its owner's `seq` up; who connects again waits for its turn, by when that of
+# the broken connection is over, and reads it.
+
+SCHEMA_NAME = re.compile("[a-z_][a-z0-9_]{0,39}")
+META = """
+CREATE TABLE meta (schema INTEGER NOT NULL, turn INTEGER NOT NULL, closed BOOLEAN NOT NULL,
+    is_copy BOOLEAN NOT NULL DEFAULT false);
+INSERT INTO meta VALUES (0, 0, false);
+"""
+# What is written again and again needs room beside it, and its dead rows go soon.
+STORAGE = """
+ALTER TABLE meta SET (fillfactor = 10);
+ALTER TABLE owner SET (fillfactor = 10);
+ALTER TABLE total SET (fillfactor = 10);
+ALTER TABLE claim SET (autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE dead SET (autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE drawn SET (fillfactor = 10);
+"""
+IN_POSTGRES = {
+    "TEXT": 'TEXT COLLATE "C"',  # the order of bytes, whatever the database has
+    "INTEGER": "BIGINT",
+    "REAL": "DOUBLE PRECISION",
+    " STRICT, WITHOUT ROWID": "",
+}
+CONNECTING: Mapping[str, Any] = {  # unless the URL says otherwise
+    "connect_timeout": 5,
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # ms without an acknowledgement that break the connection
+    "application_name": "mkv",
+}  # fmt: skip
+SETTINGS = {
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": f"{WRITERS_S:.0f}s",
+    "enable_seqscan": "off",  # each statement has one good plan, whatever the tables hold just now
+    "jit": "off",
+}
+START = "BEGIN ISOLATION LEVEL READ COMMITTED"
+CLOCK_NOW = "extract(epoch FROM clock_timestamp())::float8"
+TAKE_TURN = f"UPDATE meta SET turn = turn + 1 WHERE NOT closed RETURNING {CLOCK_NOW}"
+READER_WAITS_S = 10.0  # for an answer of the database
+WRITER_WAITS_S = WRITERS_S + 10.0  # in which a turn may come late
+WRONG_ORDER = """SELECT attrelid::regclass || '.' || attname, collname
+    FROM pg_attribute JOIN pg_collation ON pg_collation.oid = attcollation
+    JOIN pg_class ON pg_class.oid = attrelid
+    WHERE relnamespace = to_regnamespace(?1) AND relkind = 'r' AND collname NOT IN ('C', 'POSIX')
+    ORDER BY 1 LIMIT 1"""
+
+
+def split_schema(db: str) -> tuple[str, str]:
+    """Return a URL of PostgreSQL as libpq takes it, and the schema that it names, or mkv."""
+    schemas = re.findall(r"[?&]schema=([^&]*)", db)
+    url = re.sub(r"(?<=[?&])schema=[^&]*&?", "", db).rstrip("?&")
+    return url, schemas[-1] if schemas else "mkv"
+
+
+def load_psycopg() -> Any:
+    """Raises ConfigError."""
+    try:
+        import psycopg
+    except ImportError as error:
+        reason = f"PostgreSQL needs psycopg 3.2 (pip install 'mkv-store[postgres]'): {error}"
+        raise ConfigError([f"db: {reason}"]) from None
+    return psycopg
+
+
+def fill_in(cursor: Any, query: str, values: Sequence[Any]) -> str:
+    """Return a query with its values in it, quoted as libpq does."""
+    named = {str(i): value for i, value in enumerate(values, 1)}
+    text: str = cursor.mogrify(in_psycopg(query), named)
+    return text
+
+
+@lru_cache(256)
+def in_psycopg(query: str) -> str:
+    """Return a query with %(1)s for ?1."""
+    return re.sub(r"\?([0-9]+)", r"%(\1)s", query.replace("%", "%%"))
+
+
+class PostgresSession(Session):
+    """A connection to the index in one schema of a database."""
+
+    NOW = CLOCK_NOW
+    IS_COPY = "SELECT 1 FROM meta WHERE is_copy"
+    GIVEN = "SELECT json_array_elements_text(?1::json) AS value"
+    FIND = "strpos"
+    ROWS = f"json_agg(json_build_array({COLUMNS}))::text"
+    BEGIN: ClassVar = {
+        True: (START, TAKE_TURN),
+        False: (START, "SET LOCAL synchronous_commit = off", TAKE_TURN),
+    }
+    is_remote = True
+
+    def __init__(self, db: str, is_readonly: bool = False) -> None:
+        super().__init__(db, is_readonly)
+        self._psycopg = load_psycopg()
+        self._url, self.place = split_schema(db)
+        if not SCHEMA_NAME.fullmatch(self.place):
+            reason = "schema must be 1 to 40 of a-z 0-9 _, and begin with no digit"
+            raise ConfigError([f"db: {reason}"])
+        self.name = f"{hide_secrets(db)} (schema {self.place})"
+        try:
+            given = self._psycopg.conninfo.conninfo_to_dict(self._url)
+        except self._psycopg.Error:  # which may show the password
+            raise ConfigError([f"db: {self.name}: libpq cannot read this URL"]) from None
+        self._secrets = [str(given[name]) for name in ("password", "sslpassword") if name in given]
+        self.parameters = {**CONNECTING, "client_encoding": "UTF8", **given}
+        self._connection: Any = None
+        self._socket: socket.socket | None = None  # the connection's, to interrupt it
+        self._kept: list[Query] = []  # what is to be run
+
+    def beside(self) -> str:
+        sign = "&" if "?" in self._url else "?"
+        return f"{self._url}{sign}schema={self.place}_new"
+
+    @property
+    def waits_s(self) -> float:  # type: ignore[override]
+        return READER_WAITS_S if self.is_readonly else WRITER_WAITS_S
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection is not None and not self._connection.closed
+
+    def connect(self) -> None:
+        if self.is_open:
+            return
+        self.close()
+        self._connection = self._psycopg.connect(
+            **self.parameters, autocommit=True, cursor_factory=self._psycopg.ClientCursor
+        )  # fmt: skip
+        self._socket = socket.socket(fileno=os.dup(self._connection.fileno()))
+        try:
+            self._set_up()
+        except Exception:
+            self.close()
+            raise
+
+    def _set_up(self) -> None:
+        """Set what is good for this connection, and see what cannot be set."""
+        settings = SETTINGS | {"search_path": self.place}
+        settings["default_transaction_read_only"] = "on" if self.is_readonly else "off"
+        set_one = "SELECT set_config(?1, ?2, false)"
+        facts = """SELECT current_setting('synchronous_commit'),
+            current_setting('server_encoding'), pg_is_in_recovery()"""
+        *_, ((commits, encoding, is_replica),) = self.ask(
+            [*((set_one, pair) for pair in settings.items()), (facts, ())]
+        )
+        if commits == "off":
+            raise IndexDamaged("synchronous_commit is off: what is acknowledged could be lost")
+        if encoding != "UTF8":
+            raise IndexDamaged(f"the database's encoding is {encoding}, not UTF8")
+        if is_replica:
+            raise IndexDamaged("this is a read replica, which takes no writes")
+
+    def close(self) -> None:
+        self._kept = []
+        if self._connection is not None:
+            self._connection.close()
+        if self._socket is not None:
+            self._socket.close()
+
+    def interrupt(self) -> None:
+        """A database that stands still counts as lost."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def explain(self, error: Exception) -> Exception:
+        psycopg = self._psycopg
+        if not isinstance(error, psycopg.Error):
+            return error
+        reason = error.diag.message_primary or " ".join(str(error).split())
+        for secret in self._secrets:
+            reason = reason.replace(secret, "***")
+        failures = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.InternalError)
+        if not isinstance(error, failures):
+            return IndexDamaged(reason)
+        return IndexFailed(reason) if self.is_open else IndexLost(reason)
+
+    def ask(self, queries: Sequence[Query]) -> list[list[Row]]:
+        """In one message, with what was kept."""
+        said = [*self._kept, *queries]
+        self._kept = []
+        answers = list[list[Row]]()
+        try:
+            with self._connection.cursor() as cursor:
+                cursor.execute(";".join(fill_in(cursor, *query) for query in said))
+                for _ in said:
+                    answers.append(cursor.fetchall() if cursor.description else [])
+                    cursor.nextset()
+        except self._psycopg.Error as error:
+            if not self.is_open or error.diag.severity_nonlocalized in ("FATAL", "PANIC"):
+                self.close()  # the backend ends
+            raise
+        return answers[len(said) - len(queries) :]
+
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        self._kept.append((statement, values))
+
+    def wall_ns(self, now_s: float) -> int:
+        return round(now_s * 1e9)
+
+    def commit(self, lease: Lease | None = None) -> None:
+        """If it breaks, find out what has become of it; raises IndexLost if nothing was done,
+        IndexUnsure if that is not to be found out."""
+        try:
+            self.ask([("COMMIT", ())])
+        except self._psycopg.Error as error:
+            if self.is_open or lease is None:
+                raise
+            self._find_outcome(lease, error)
+
+    def _find_outcome(self, lease: Lease, broken: Exception) -> None:
+        deadline_s = time.monotonic() + RECONNECT_S
+        while True:
+            try:
+                self.connect()
+                read = ("SELECT seq FROM owner WHERE id = ?1", (lease.owner,))
+                in_turn: list[Query] = [(START, ()), (TAKE_TURN, ()), read, ("COMMIT", ())]
+                rows = self.ask(in_turn)[in_turn.index(read)]
+                break
+            except Exception as error:
+                if time.monotonic() > deadline_s:
+                    self.close()
+                    reason = self.explain(error)
+                    raise IndexUnsure(f"whether that was done is not known: {reason}") from None
+            time.sleep(RECONNECT_EVERY_S)
+        if not rows and lease.seq > 1:
+            # Others have taken it for dead meanwhile, and what it had done last is forgotten.
+            raise IndexUnsure("whether that was done is not known any more")
+        if rows != [(lease.seq,)]:
+            raise IndexLost(f"the connection broke before the commit: {broken}")
+
+    def roll_back(self) -> None:
+        self._kept = []
+        try:
+            self.ask([("ROLLBACK", ())])
+        except self._psycopg.Error:
+            self.close()
+
+    def prepare(self) -> None:
+        self.connect()
+        # One after another, of several that find it new.
+        lock = "SELECT pg_advisory_xact_lock(hashtext('mkv ' || ?1))"
+        self.ask([("BEGIN", ()), (lock, (self.place,))])
+        try:
+            if not self.select("SELECT 1 WHERE to_regnamespace(?1) IS NOT NULL", (self.place,)):
+                self.run(f"CREATE SCHEMA {self.place}")
+            if not self.select("SELECT 1 WHERE to_regclass('meta') IS NOT NULL"):
+                self.make_tables(TABLES + META + STORAGE)
+                self.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
+            ((version,),) = self.select("SELECT schema FROM meta")
+            if version != SCHEMA_VERSION:
+                self.run(TAKE_TURN)  # nobody writes meanwhile
+                migration_from(version)(self)
+                self.run("UPDATE meta SET schema = ?1", (SCHEMA_VERSION,))
+            for column, order in self.select(WRONG_ORDER, (self.place,)):
+                reason = f"{column} has the collation {order}: it must be C, the order of bytes"
+                raise IndexDamaged(reason)
+            self.commit()
+        except Exception:
+            self.roll_back()
+            raise
+
+    def make_tables(self, tables: str) -> None:
+        for sqlite, postgres in IN_POSTGRES.items():
+            tables = tables.replace(sqlite, postgres)
+        super().make_tables(tables)
+
+    def enter(self) -> None:
+        """Nothing to do: whoever writes is an owner, and a rebuild is one, too."""
+
+
+ENGINES |= {"postgresql": PostgresSession, "postgres": PostgresSession}
+
+
 # == Embedded volume ==============================================================================
 # The volume server for machines without nginx: the same dialect, over plain files. It syncs file
 # and folder before 201.
@@ -10336,7 +9452,6 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    logging.getLogger("psycopg").setLevel(logging.ERROR)  # of connections that broke we hear
 
 
 def notify_systemd(message: str) -> None:
@@ -10376,7 +9491,7 @@ def print_faults(error: ConfigError) -> None:
 def announce_others(db: str) -> None:
     """Say so in the log if another server has this index. Its lock is held, and inherited by the
     workers, until all of this one is gone."""
-    if is_postgres(db):
+    if is_url(db):
         return  # that is what it is for
     try:
         Path(db).parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 move-index, forget, token for whoever runs a store; put, get, ls, rm, import for whoever uses one.
 
 What a tool has to know of keys, paths, records, the ring, the index and the volumes is in mkv.py;
-here is only what it takes to walk, compare, copy and report. Theory of operation:
+here is only what it takes to walk, compare, copy and report, and to copy and replace an index.
+Theory of operation:
 
 1.  Walking. A folder /aa/bb/ holds all versions of all keys whose hash begins with aabb, on every
     volume. The tools walk the 65,536 folders in order, on all volumes in step, a few at a time:
@@ -74,8 +75,8 @@ as the old index, and makes a live one. pg_dump and cp make copies that do not s
 0 done; 1 something is left or failed; 2 wrong usage, or a configuration or an index that cannot be
 used. Ctrl-C is safe: the same command goes on.
 
-Reading order: plans (pure), reading volumes, moving replicas, running, tool after tool, command
-line."""
+Reading order: plans (pure), the index, reading volumes, moving replicas, running, tool after tool,
+command line."""
 
 from __future__ import annotations
 
@@ -103,6 +104,7 @@ import os
 import random
 import re
 import secrets
+import shutil
 import sqlite3
 import stat
 import tempfile
@@ -131,20 +133,21 @@ from urllib.parse import SplitResult, quote, urlsplit
 # fmt: off
 # isort: off
 from mkv import (
-    ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPYING, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
-    HUNG_S, IDENTITY_PATH, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES,
-    OPERATIONS, PATIENCE_S, SEEN_TAG, SMALL_BLOB, STEM, STORE_ID, TOOL, URL, Answer, Blob,
-    Burial, Client, Config, ConfigError, Corrupt, Dead, Drawn, Exchange, Forbidden, Full,
-    Hasher, Identity, Index, IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Pending,
-    Place, PreconditionFailed, Record, Replacement, Ring, Sent, Standing, State, States,
-    Store, Token, Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload,
-    Volume, VolumeClient, VolumeError, VolumeUnexpected, WrongDigest, add_settings,
-    after_prefix, check_key, decode_sidecar, decode_tombstone, draw_number, encode_sidecar,
-    find_unconfigured, forget_places, hide_secrets, is_drawn, is_postgres, is_sound,
-    judge_identity, load_config, media_type_of, new_loop, new_place, note_buried, open_engine,
-    parse_path, place_path, print_faults, run_embedded, sidecar_path, split_path, stem_of,
+    ALL_KEYS, ANSWERED, ANY_TAG, BROKEN_S, COPY, EMBEDDED_VOLUMES, END_OF_TIME_NS, GARBAGE,
+    HUNG_S, IDENTITY_PATH, IN_THE_WAY, KEY_STEM, LAST_VERSION, LISTING_BYTES, MAX_SIDECAR_BYTES,
+    MOVER, NOT_AS_MKV, NOT_UTF8, OPERATIONS, PATIENCE_S, REBUILDER, RECORD_PAGE, SEEN_TAG,
+    SMALL_BLOB, STEM, STORE_ID, TOOL, URL, WRITE_DRAWN, Answer, Blob, Burial, Client, Config,
+    ConfigError, Corrupt, Dead, Drawn, Exchange, Forbidden, Full, Hasher, Identity, Index,
+    IndexDamaged, IndexFailed, Lease, MkvError, NotFound, Occupied, Pending, Place,
+    PreconditionFailed, Record, Ring, Sent, Session, Standing, State, States, Store, Token,
+    Transaction, Unanswered, Unauthorized, Unavailable, Unreachable, Upload, Volume, VolumeClient,
+    VolumeError, VolumeUnexpected, WrongDigest, add_settings, after_prefix, check_key,
+    decode_sidecar, decode_tombstone, draw_number, encode_sidecar, find_unconfigured, get_all,
+    hide_secrets, is_url, judge_identity, keep_identity, load_config,
+    lock_file, make_session, media_type_of, new_loop, new_place, note_buried, parse_arguments,
+    parse_path, place_path, print_faults, read_body, read_totals, record_of_row, run_embedded,
+    select_identities, select_records, sidecar_path, split_path, stem_of, sync_folder,
     tombstone_path, version_ns, version_of, volume_of,
-    NOT_AS_MKV, NOT_UTF8, parse_arguments, read_body,
 )
 from aiohttp import ClientResponse  # only now: mkv says what is missing
 # isort: on
@@ -787,6 +790,473 @@ def explain_keeping(
     return ""
 
 
+def is_sound(row: Drawn) -> bool:
+    """Whether an index can have drawn what this row says."""
+    is_tag = row.tag in (ANY_TAG, SEEN_TAG) or re.fullmatch("[0-9a-f]{4}", row.tag)
+    return bool(is_tag) and row.first_ns >= 0 and 0 <= row.highest_ns < END_OF_TIME_NS
+
+
+def is_drawn(version: str, drawn: Iterable[Drawn]) -> bool:
+    """Whether an index has given this version out, as its rows of what was drawn say."""
+    at_ns = version_ns(version)
+    return any(
+        row.tag in (ANY_TAG, version[16:]) and row.first_ns <= at_ns <= row.highest_ns
+        for row in drawn
+    )
+
+
+# == The index ====================================================================================
+# What servers do not need: pages of all that is in an index, a copy of it, and a new one in its
+# place.
+
+PENDING_PAGE = 10_000  # places
+FORGET_ROWS = 5000  # in one transaction, so that a server does not wait long
+INDEX_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock")  # of the files of an index
+COPYING = ".tmp"  # at the end of a copy's name while it is made
+TOOL_SUFFIXES = (".tools", ".serve")  # of locks beside it
+MARK_AS_COPY = f"UPDATE clock SET boot = '{COPY}'"
+
+
+def select_dead(session: Session, volume: str) -> list[Place]:
+    """Return some of what is dead on a volume, and of the tombstones that it has."""
+    query = """SELECT volume, path FROM dead WHERE volume = ?1
+        UNION SELECT volume, path FROM tombstone WHERE volume = ?1 LIMIT ?2"""
+    return session.select(query, (volume, FORGET_ROWS))
+
+
+def select_drawn(session: Session) -> list[Drawn]:
+    """Return which versions the index has given out."""
+    return [Drawn(*row) for row in session.select("SELECT tag, first, highest FROM drawn")]
+
+
+def select_pending(session: Session, first: str) -> dict[str, Pending]:
+    """Return a page of all that is pending, of the keys whose paths are not before `first`."""
+    pieces = [
+        f"""SELECT * FROM (SELECT DISTINCT path FROM {table} WHERE path >= ?1
+            ORDER BY path LIMIT {PENDING_PAGE}) AS one"""
+        for table in ("claim", "dead", "tombstone")
+    ]
+    query = f"{' UNION '.join(pieces)} ORDER BY path LIMIT {PENDING_PAGE}"
+    paths = session.select(query, (first,))
+    pending = session.read_pending({path[:KEY_STEM] for (path,) in paths})
+    return dict(sorted(pending.items()))
+
+
+async def read_records(index: Index) -> AsyncIterator[list[Record]]:
+    """Yield all records in the order of their keys, in pages, each as it is at its moment."""
+    after = ""
+    while page := await index.read(select_records, after):
+        yield page
+        after = page[-1].key
+
+
+async def read_pending(index: Index) -> AsyncIterator[dict[str, Pending]]:
+    """Yield all that is pending, by the stems of keys, in pages."""
+    first = ""
+    while page := await index.read(select_pending, first):
+        yield page
+        first = f"{max(page)}~"
+
+
+def insert_all(tx: Transaction, records: Iterable[Record]) -> None:
+    for record in records:
+        tx.insert(record)
+
+
+def note_drawn(tx: Transaction, rows: Iterable[Drawn]) -> None:
+    """Take over what another index has drawn."""
+    tx.session.run_many(WRITE_DRAWN, [*rows])
+
+
+def forget_places(tx: Transaction, places: Iterable[Place]) -> None:
+    """Give up what is pending at `places`, whose volume will not come back."""
+    for place in places:
+        forget_place(tx.pending_at(place[1]), place, tx.now_s)
+
+
+def forget_place(pending: Pending, place: Place, now_s: float) -> None:
+    """What is at a place, or a tombstone, does not matter any more: its volume is gone."""
+    volume, path = place
+    pending.tombstones.get(path, set()).discard(volume)
+    row = pending.dead.pop(place, None)
+    if row is not None and not row.is_tombstone:
+        pending.release_tombstones(path, row.key, now_s)
+
+
+# -- who has it --
+
+
+def take_role(tx: Transaction, role: str) -> None:
+    """Be another owner from now on."""
+    tx.lease.role = role
+    values = (tx.lease.owner, role)
+    tx.session.run("UPDATE owner SET role = ?2 WHERE id = ?1", values)
+
+
+def take_role_alone(tx: Transaction, role: str) -> None:
+    """The same; raises Occupied if somebody is in the way."""
+    tx.check_others(role)
+    take_role(tx, role)
+
+
+async def wait_for_role(index: Index, role: str) -> None:
+    """Become an owner of another role; raises Occupied if somebody is in the way who is alive.
+    Who is not, is in the way until its lease ends."""
+    until_s = math.inf
+    while True:
+        try:
+            return await index.write(partial(take_role_alone, role=role))
+        except Occupied as error:
+            if error.until_s > until_s:  # it was renewed meanwhile
+                raise
+            until_s = error.until_s
+        await asyncio.sleep(index.lease.seconds / 20)
+
+
+def end_other_movers(tx: Transaction) -> None:
+    """Make garbage of what tools have claimed that had the lock before, and were killed."""
+    query = f"SELECT id FROM owner WHERE role = '{MOVER}' AND id <> ?1"
+    for (number,) in tx.session.select(query, (tx.lease.owner,)):
+        tx.end_lease(number)
+
+
+@contextlib.asynccontextmanager
+async def lock_tools(index: Index) -> AsyncIterator[None]:
+    """Keep other tools that move replicas away meanwhile; raises Unavailable if there is one."""
+    with contextlib.ExitStack() as stack:
+        if index.session.is_remote:
+            await wait_for_role(index, MOVER)
+        else:
+            try:
+                lock = lock_file(f"{index.session.place}.tools", exclusive=True)
+            except BlockingIOError:
+                raise Unavailable(IN_THE_WAY[MOVER]) from None
+            stack.callback(os.close, lock)
+            await index.write(partial(take_role, role=MOVER))
+        await index.write(end_other_movers)
+        yield
+
+
+# -- a copy --
+
+
+def remove_index(path: str) -> None:
+    for suffix in INDEX_SUFFIXES:
+        Path(path + suffix).unlink(missing_ok=True)
+
+
+def put_file_in_place(file: str, target: str) -> None:
+    """Give `file` the name `target`, for good: it is synced before, and its folder after."""
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+    os.replace(file, target)
+    sync_folder(Path(target).absolute().parent)
+
+
+def copy_index(session: Session, target: str) -> int:
+    """Copy the index as it is at this moment to a file, while others write; return its number of
+    keys. The file appears whole, checked and synced, or not at all."""
+    part = target + COPYING
+    try:
+        remove_index(part)
+        with contextlib.closing(sqlite3.connect(part)) as copy:
+            session.db.backup(copy)  # in one step: one snapshot, while writers go on
+            copy.execute("PRAGMA journal_mode = DELETE")
+            with copy:
+                copy.execute(MARK_AS_COPY)
+            ((soundness,),) = copy.execute("PRAGMA integrity_check(1)")
+            if soundness != "ok":
+                raise IndexFailed(f"the copy is damaged, and so is the index: {soundness}")
+            ((keys,),) = copy.execute("SELECT count(*) FROM record")
+        put_file_in_place(part, target)
+    finally:
+        remove_index(part)
+    return int(keys)
+
+
+def mark_as_copy(session: Session) -> None:
+    """Have nobody serve this index from now on: another one has taken its place."""
+    session.select("UPDATE meta SET is_copy = true" if session.is_remote else MARK_AS_COPY)
+
+
+def check_target(session: Session, target: str) -> None:
+    """Raise ConfigError if a copy of the index may not be written to the file `target`."""
+    if session.is_remote:
+        reason = f"an index in a database is copied with its own tools: pg_dump -n {session.place}"
+        raise ConfigError([f"FILE: {reason} (README.md, Beyond one index server)"])
+    folder = Path(target).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError([f"FILE: there is no folder {folder}"])
+    taken = set[tuple[int, int, str]]()
+    for path in files_of_index(session.place):
+        taken |= identify_file(path)
+    for path in (target, *(target + COPYING + suffix for suffix in INDEX_SUFFIXES)):
+        if not taken.isdisjoint(identify_file(path)):
+            raise ConfigError([f"FILE: {path} is the index or a file that belongs to it"])
+
+
+def files_of_index(path: str) -> set[str]:
+    """Return the names of all that belongs to an index, there or not. It may be a link itself."""
+    suffixes = [*INDEX_SUFFIXES, *TOOL_SUFFIXES, *(f".new{suffix}" for suffix in INDEX_SUFFIXES)]
+    return {base + suffix for base in (path, os.path.realpath(path)) for suffix in suffixes}
+
+
+def identify_file(path: str) -> set[tuple[int, int, str]]:
+    """Return what two paths to the same file share, wherever links lead: the file itself, which
+    may have several names; and its name in its folder, for a file that is not there yet."""
+    real = Path(os.path.realpath(path))
+    marks = set[tuple[int, int, str]]()
+    for place, name in ((real, ""), (real.parent, real.name)):
+        with contextlib.suppress(OSError):
+            facts = place.stat()
+            marks.add((facts.st_dev, facts.st_ino, name))
+    return marks
+
+
+# -- a new one --
+
+
+async def use_alone(db: str, act: Callable[[Session], T]) -> T:
+    """Return what `act` does in a session of its own, which may take as long as it takes; raises
+    IndexFailed."""
+
+    def carry_out() -> T:
+        session = make_session(db)
+        try:
+            with contextlib.closing(session):
+                session.connect()
+                return act(session)
+        except Exception as error:
+            raise session.explain(error) from None
+
+    return await asyncio.to_thread(carry_out)
+
+
+async def has_index(db: str) -> bool:
+    """Return whether there is one; raises IndexFailed if that is not to be found out."""
+    session = make_session(db)
+    if not session.is_remote:
+        return Path(session.place).is_file()
+    query = "SELECT 1 WHERE to_regclass('meta') IS NOT NULL"
+    return bool(await use_alone(db, lambda session: session.select(query)))
+
+
+async def check_index(db: str) -> None:
+    """Raise ConfigError if there is no index."""
+    if not await has_index(db):
+        name = make_session(db).name
+        raise ConfigError([f"db: there is no index at {name} (rebuild can make one)"])
+
+
+def count_records(session: Session) -> tuple[int, int]:
+    """Return how many there are, and the bytes of their blobs."""
+    ((count, size),) = session.select("SELECT count(*), coalesce(sum(size), 0) FROM record")
+    return count, int(size)
+
+
+def check_soundness(session: Session) -> str:
+    """Return what SQLite finds wrong with its file, or ""."""
+    if session.is_remote:
+        return ""
+    ((soundness,),) = session.select("PRAGMA integrity_check(1)")
+    return "" if soundness == "ok" else str(soundness)
+
+
+def find_damage(session: Session) -> str:
+    """Return why an index that nobody else has open is not whole, or "". Raises what `explain`
+    turns into IndexDamaged if nothing of it can be read. Its log is brought into it, too."""
+    if not session.is_remote and session.select("PRAGMA user_version") == [(0,)]:
+        raise IndexDamaged("it is empty")
+    session.prepare()
+    if not session.is_remote:
+        session.select("PRAGMA wal_checkpoint(TRUNCATE)")
+    damage = check_soundness(session)
+    if damage:
+        return damage
+    counted = count_records(session)
+    total = read_totals(session).get(ALL_KEYS, (0, 0))
+    if counted != total:
+        return f"it has {counted[0]} records of {counted[1]} bytes, not {total[0]} of {total[1]}"
+    if not all(map(is_sound, select_drawn(session))):
+        return "what it says of versions is none"
+    return ""
+
+
+def check_new_index(session: Session, keys: int, size: int) -> None:
+    """Raise IndexFailed unless the new index is sound and holds what was read."""
+    damage = check_soundness(session)
+    rows = count_records(session)
+    if damage or rows != (keys, size) or read_totals(session).get(ALL_KEYS, (0, 0)) != rows:
+        found = f"{damage or 'ok'}, {rows}"
+        raise IndexFailed(f"the new one is not what was read ({found}); the old one stays")
+
+
+def select_lost(session: Session, new: str, after: str) -> list[tuple[Record, bool]]:
+    """Return a page of the records that the index `new` lacks or has in an older version, and
+    which of the two."""
+    fresh = new
+    if not session.is_remote:
+        session.run("ATTACH ?1 AS fresh", (new,))
+        fresh = "fresh"
+    try:
+        query = f"""SELECT new.version IS NOT NULL, old.*
+            FROM record AS old LEFT JOIN {fresh}.record AS new ON new.key = old.key
+            WHERE old.key > ?1 AND (new.version IS NULL OR new.version < old.version)
+            ORDER BY old.key LIMIT ?2"""
+        rows = session.select(query, (after, RECORD_PAGE))
+    finally:
+        if not session.is_remote:
+            session.run("DETACH fresh")
+    return [(record_of_row(row), bool(older)) for older, *row in rows]
+
+
+def remove_new(session: Session) -> None:
+    """Leave nothing of an index that was not put in its place."""
+    if session.is_remote:
+        session.run(f"DROP SCHEMA IF EXISTS {session.place} CASCADE")
+        session.commit()
+    else:
+        session.close()
+        remove_index(session.place)
+
+
+def keep_old_file(path: str) -> str:
+    """Give the index, and its log if that could not be brought in, a second, dated name; return
+    that."""
+    name = f"{path}.{time.strftime('%Y%m%dT%H%M%S')}.{time.time_ns() % 10**9:09}"
+    for suffix in ("", "-wal"):
+        if Path(path + suffix).exists():
+            try:
+                os.link(path + suffix, name + suffix)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path + suffix, name + suffix)
+    sync_folder(Path(path).absolute().parent)
+    for suffix in ("-wal", "-shm"):  # the log of the old one must never be applied to the new one
+        Path(path + suffix).unlink(missing_ok=True)
+    return name
+
+
+def swap_schemas(session: Session, new: str, owner: int, keep: bool) -> str:
+    """Give the schema `new` the name of this one, in one transaction, and only if `owner`, who
+    rebuilds, has not lost its lease: then servers may have written. Whoever waits for a turn of
+    the old index is told that it is closed."""
+    here = session.place
+    kept = f"{here}_{time.strftime('%Y%m%dt%H%M%S')}_{random.getrandbits(16):04x}"
+    session.run("BEGIN ISOLATION LEVEL READ COMMITTED")
+    session.run("UPDATE meta SET turn = turn + 1, closed = true")
+    query = "SELECT 1 FROM owner WHERE id = ?1 AND role = 'rebuilder'"
+    if not session.select(query, (owner,)):
+        session.roll_back()
+        raise IndexFailed("the lease of this rebuild has ended: run it again")
+    session.run(f"ALTER SCHEMA {here} RENAME TO {kept}" if keep else f"DROP SCHEMA {here} CASCADE")
+    session.run(f"ALTER SCHEMA {new} RENAME TO {here}")
+    session.commit()
+    return kept if keep else ""
+
+
+class Replacement:
+    """A new index that is made beside the one at `db`, and takes its place or is given up.
+
+    Meanwhile no server and no tool has the index open. `old` is None if there is none that can be
+    read; `damage` says what is wrong with it, "" if it is whole."""
+
+    def __init__(self, db: str) -> None:
+        self._db = db
+        self._session = make_session(db)
+        self.name = self._session.name
+        self._beside = self._session.beside()
+        self.new = Index(self._beside)
+        self.old: Index | None = None
+        self.damage = ""
+        self._existed = False
+        self._is_alone = False
+        self._lock = contextlib.ExitStack()
+        self._guard: Index | None = None  # who keeps others away by its lease
+        self._renewal: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Keep others away, look at the old index, begin the new one; raises MkvError or
+        OSError."""
+        if not self._session.is_remote:
+            self._lock_file()
+        self._is_alone = True
+        self._existed = await has_index(self._db)
+        if self._session.is_remote:
+            self._guard = Index(self._db, role=TOOL)
+            await self._guard.prepare()
+            await wait_for_role(self._guard, REBUILDER)
+            self._renewal = asyncio.create_task(self._guard.renew_for_ever())
+        if self._existed:
+            try:
+                self.damage = await use_alone(self._db, find_damage)
+                self.old = self._guard or Index(self._db)
+                await self.old.prepare()  # who may write is the last to close it: no log is left
+            except IndexDamaged as error:
+                self.damage = error.reason
+        await use_alone(self._beside, remove_new)
+        await self.new.open()
+
+    def _lock_file(self) -> None:
+        path = self._session.place
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.callback(os.close, lock_file(f"{path}.lock", exclusive=True))
+        except BlockingIOError:
+            reason = f"{self.name} is in use by a server or a tool: stop that first"
+            raise Unavailable(reason) from None
+
+    async def lost(self) -> AsyncIterator[list[tuple[Record, bool]]]:
+        """Yield the records of the old index that the new one lacks, and whether it has an older
+        version of them, in pages."""
+        after = ""
+        new = self.new.session.place
+        while self._existed and self.old is not None:
+            page = await use_alone(self._db, partial(select_lost, new=new, after=after))
+            if not page:
+                return
+            yield page
+            after = page[-1][0].key
+
+    async def finish(self, keys: int, size: int) -> str:
+        """Check that the new index is sound and holds so many keys and bytes, and put it in the
+        place of the old one. Return the name under which that is kept, "" if there was none.
+        Raises IndexFailed, and then the old one stays. A kill does no harm at any step."""
+        await use_alone(self._beside, partial(check_new_index, keys=keys, size=size))
+        await self.new.close()
+        await self._close_old()
+        new = self.new.session.place
+        if not self._guard:
+            return await asyncio.to_thread(self._put_file_in_place, new)
+        owner = self._guard.lease.owner
+        swap = partial(swap_schemas, new=new, owner=owner, keep=self._existed)
+        kept = await use_alone(self._db, swap)
+        self._guard.disown()
+        return kept
+
+    def _put_file_in_place(self, new: str) -> str:
+        kept = keep_old_file(self._session.place) if self._existed else ""
+        put_file_in_place(new, self._session.place)
+        return kept
+
+    async def _close_old(self) -> None:
+        if self.old is not None and self.old is not self._guard:
+            await self.old.close()
+
+    async def close(self) -> None:
+        """Leave nothing of a new index that was not put in place."""
+        await self.new.close()
+        await self._close_old()
+        if self._is_alone:
+            await use_alone(self._beside, remove_new)
+        if self._renewal:
+            self._renewal.cancel()
+            await asyncio.wait([self._renewal])
+        if self._guard:
+            await self._guard.close()
+        self._lock.close()
+        self._is_alone = False
+
+
 # == Reading volumes ==============================================================================
 # Many small GETs, pipelined, from all volumes at once.
 
@@ -1388,26 +1858,18 @@ async def open_volumes(config: Config) -> AsyncIterator[Config]:
         raise ConfigError([f"volumes: {reason}"])
 
 
-def check_index(path: str) -> None:
-    """Raise ConfigError if there is no index."""
-    engine = open_engine(path)
-    if not engine.exists():
-        raise ConfigError([f"db: there is no index at {engine.name} (rebuild can make one)"])
-
-
 @contextlib.asynccontextmanager
 async def open_store(config: Config, moving: bool = False) -> AsyncIterator[Store]:
     """Open volumes and index beside a server that may be running; `moving` replicas is for one
     tool at a time."""
-    check_index(config.db)
+    await check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
         store = Store(config, role=TOOL)
         stack.push_async_callback(store.close)
         await store.start()
         if moving:
-            await store.index.lock_tools()
-            await store.index.end_other_tools()  # who had the lock before and was killed
+            await stack.enter_async_context(lock_tools(store.index))
         yield store
 
 
@@ -1572,7 +2034,7 @@ class Keys:
 
     def write(self, tx: Transaction) -> None:
         """Write what has become of them to the new index."""
-        tx.fill(self.adopted)
+        insert_all(tx, self.adopted)
         if self._old.dead or self._old.claimed:
             for record in self.adopted:
                 raise_from_dead(record, tx.pending_of(record.key))
@@ -1616,8 +2078,8 @@ class Rebuild:
         await self._check_identities()
         await self.walk.start()
         if self._copy:
-            self._check_volumes(await self._copy.totals(), allowed)
-            self._drawn = {row.tag: row for row in await self._copy.drawn()}
+            self._check_volumes(await self._copy.read(read_totals), allowed)
+            self._drawn = {row.tag: row for row in await self._copy.read(select_drawn)}
             await self._carry_over(self._copy)
         elif self._indexes.old:
             await self._carry_over_damaged(self._indexes.old)
@@ -1626,24 +2088,24 @@ class Rebuild:
             return  # these end it
         await self._see_to_the_lost()
         await self._release_tombstones()
-        await self._new.write(partial(Transaction.note_drawn, rows=self._rows_of_drawn()))
+        await self._new.write(partial(note_drawn, rows=self._rows_of_drawn()))
 
     async def _check_identities(self) -> None:
         """Raise ToolError if a volume is another than it should be; note in the new index who they
         are."""
         shown = await read_identities(self._clients)
-        seen = await self._copy.identities() if self._copy else {}
+        seen = await self._copy.read(select_identities) if self._copy else {}
         store, faults = judge_identities(shown, seen)
         if faults:
             hint = "if the index is the wrong one, put it away and rebuild without it"
             raise ToolError("; ".join([*faults, hint] if seen else faults))
         found = {name: one.number for name, one in shown.items() if isinstance(one, Identity)}
         for name, number in (seen | found | ({STORE_ID: store} if store else {})).items():
-            await self._new.keep_identity(name, number, anew=True)
+            await self._new.write(partial(keep_identity, name=name, number=number, anew=True))
 
     async def _carry_over(self, old: Index) -> None:
-        age_s = await self._new.now_s() - await old.now_s()
-        async for pending in old.read_pending():
+        age_s = await self._new.read(Session.read_clock) - await old.read(Session.read_clock)
+        async for pending in read_pending(old):
             carry = partial(carry_over, pending, age_s, self._clients)
             await self._new.write(carry, paths=paths_of(pending))
 
@@ -1651,12 +2113,12 @@ class Rebuild:
         """Do so with what can be read of an index that is not whole. Of the versions that it has
         drawn only the highest counts."""
         try:
-            age_s = await self._new.now_s() - await old.now_s()
-            async for pending in old.read_pending():
+            age_s = await self._new.read(Session.read_clock) - await old.read(Session.read_clock)
+            async for pending in read_pending(old):
                 pending = only_dead(pending)
                 carry = partial(carry_over, pending, age_s, self._clients)
                 await self._new.write(carry, paths=paths_of(pending))
-            rows = [row for row in await old.drawn() if is_sound(row)]
+            rows = [row for row in await old.read(select_drawn) if is_sound(row)]
             highest_ns = max((row.highest_ns for row in rows), default=0)
             self._drawn = {SEEN_TAG: Drawn(SEEN_TAG, highest_ns + 1, highest_ns)}
         except Exception:  # of an index that may say anything
@@ -1697,7 +2159,7 @@ class Rebuild:
 
     async def _release_tombstones(self) -> None:
         """Have those deleted of whose versions nothing is dead any more."""
-        async for pending in self._new.read_pending():
+        async for pending in read_pending(self._new):
             paths = [path for one in pending.values() for path in one.tombstones]
             await self._new.write(partial(release_tombstones, paths), paths=paths)
 
@@ -1723,7 +2185,8 @@ class Rebuild:
         paths += [tombstone.path for tombstone in tombstones.values()]
         if old.dead or old.claimed:
             paths += [record.path for record in keys.adopted]
-        await self._new.write(keys.write, paths=paths)
+        adopted = [record.key for record in keys.adopted]
+        await self._new.write(keys.write, adopted, paths)
         self._count(keys.adopted)
         self.known_dead += keys.known_dead
         self._report.add(*cases, *keys.cases)
@@ -1732,7 +2195,7 @@ class Rebuild:
         """Return what the old index says of the versions in a run. What was pending there is in
         the new one by now."""
         old = Remembered(drawn=self._drawn)
-        for one in (await self._new.pending_between(run[0], run[-1])).values():
+        for one in (await self._new.read(Session.read_pending, run)).values():
             for row in one.dead.values():
                 if not row.is_tombstone:
                     places = old.dead if row.owner is None else old.claimed
@@ -1744,7 +2207,7 @@ class Rebuild:
                     old.keys[stem[:KEY_STEM]] = sidecar.key
                     break
         if self._copy:
-            records = await self._copy.get_many([*old.keys.values()])
+            records = await self._copy.read(get_all, [*old.keys.values()])
             old.records.update(zip(old.keys, records, strict=True))
         return old
 
@@ -1826,7 +2289,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         await indexes.open()
         known = {volume.name for volume in config.volumes}
         if indexes.old and not indexes.damage:
-            known.update(await indexes.old.totals())
+            known.update(await indexes.old.read(read_totals))
         unknown = sorted(set(options.allow_missing) - (known - {ALL_KEYS, GARBAGE}))
         if unknown:
             raise ConfigError(f"--allow-missing {name}: no such volume" for name in unknown)
@@ -1845,7 +2308,7 @@ async def rebuild(config: Config, options: argparse.Namespace, report: Report) -
         report.facts = {
             "keys": work.keys,
             "bytes": work.bytes,
-            "garbage": (await indexes.new.totals()).get(GARBAGE, (0, 0))[0],
+            "garbage": (await indexes.new.read(read_totals)).get(GARBAGE, (0, 0))[0],
             "damage": indexes.damage,
             "left_out": work.left_out,
             "known_dead": work.known_dead,
@@ -1910,7 +2373,7 @@ class Rebalance:
     async def _pass(self) -> None:
         self.left.clear()
         self._failed = 0
-        totals = await self._store.index.totals()
+        totals = await self._store.index.read(read_totals)
         self.keys = totals.get(ALL_KEYS, (0, 0))[0]
         self.checked = 0
         await run_all(self._jobs(), self._concurrency)
@@ -1920,7 +2383,7 @@ class Rebalance:
         view = self._store.view
         states = self._store.health.states
         pending = list[Move]()
-        async for page in self._store.index.read_records():
+        async for page in read_records(self._store.index):
             self.checked += len(page)
             for record in page:
                 move = plan_move(record, view.ring.place(record.key, view.config.replicas), states)
@@ -2119,25 +2582,25 @@ class Comparison:
             self._report.add(Case("failed volume", error.volume, "", "", str(error)))
 
     async def note_records(self) -> None:
-        async for page in self._store.index.read_records():
+        async for page in read_records(self._store.index):
             await self._notes.add_records(page)
 
     async def look(self, run: Sequence[str], on: On) -> tuple[dict[str, Version], Expected]:
         """Return what is in a run of folders, and what the index says of it."""
         index = self._store.index
         span = (run[0], run[-1])
-        before = await index.pending_between(*span)
+        before = await index.read(Session.read_pending, run)
         versions, cases = group_files(await self.walk.list_run(on))
         self._report.add(*cases)
         records = await self._read_noted(*span)
-        after = await index.pending_between(*span)
-        drawn = await index.drawn()
+        after = await index.read(Session.read_pending, run)
+        drawn = await index.read(select_drawn)
         return versions, collect_expected(records, [*before.values(), *after.values()], drawn)
 
     async def _read_noted(self, first: str, last: str) -> dict[str, Record]:
         """Return, by stem, the records in a range of folders whose version is as it was noted."""
         noted = await self._notes.records_in(first, last)
-        current = await self._store.index.get_many([key for _, key in noted])
+        current = await self._store.index.read(get_all, [key for _, key in noted])
         records = dict[str, Record]()
         for (path, _), record in zip(noted, current, strict=True):
             if record is not None and record.version == version_of(path):
@@ -2155,7 +2618,7 @@ class Comparison:
         places = [(stray.volume, sidecar_path(stray.path)) for stray in wanted]
         sidecars = dict(zip(wanted, await read_sidecars(self._clients, places), strict=True))
         keys = [one.key for one in sidecars.values() if isinstance(one, Record)]
-        found = await self._store.index.get_many(keys)
+        found = await self._store.index.read(get_all, keys)
         current = dict(zip(keys, found, strict=True))
         named = list[tuple[Stray, str, str]]()
         for stray in strays:
@@ -2192,7 +2655,7 @@ class Verify:
         await self._compared.note_records()
         await walk.start()
         await walk.run(self._compare, self._notes.folders)
-        totals = await self._store.index.totals()
+        totals = await self._store.index.read(read_totals)
         unconfigured = find_unconfigured(totals, self._mover.clients)
         self.kept = explain_keeping(
             self._beyond_index, self.keys, self._without_replica, self._compared.failed,
@@ -2279,7 +2742,7 @@ class Verify:
         suspects = [
             record for record in records if record in faults or len(record.places) < replicas
         ]
-        current = await self._store.index.get_many([record.key for record in suspects])
+        current = await self._store.index.read(get_all, [record.key for record in suspects])
         suspects = [record for record, now in zip(suspects, current, strict=True) if record == now]
         moves = await self._plan(suspects, faults, beside)
         outcome = {record: move.left for record, move in moves.items()}
@@ -2613,8 +3076,8 @@ def read_token(options: argparse.Namespace) -> str:
 async def backup(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy the index to a file while the server runs; the file appears whole or not at all."""
     index = Index(config.db)
-    check_index(config.db)
-    index.check_target(options.file)
+    await check_index(config.db)
+    check_target(index.session, options.file)
     await index.open()
     part = options.file + COPYING
     whole = max(1, size_of(config.db))
@@ -2624,7 +3087,7 @@ async def backup(config: Config, options: argparse.Namespace, report: Report) ->
 
     try:
         async with show_progress(report, tell, lambda: min(1.0, size_of(part) / whole)):
-            keys = await index.copy_to(options.file)
+            keys = await index.read(copy_index, options.file)
     finally:
         await index.close()
     size = size_of(options.file)
@@ -2643,7 +3106,7 @@ def size_of(path: str) -> int:
 async def move_index(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Copy an index to another engine, or another place, while nobody uses either; check the
     copy."""
-    check_index(options.source)
+    await check_index(options.source)
     source = Replacement(options.source)
     target = Replacement(options.target)
     async with contextlib.AsyncExitStack() as stack:
@@ -2652,11 +3115,11 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
             await one.open()
         if source.old is None or source.damage:
             raise ConfigError([f"FROM: {source.name}: {source.damage}"])
-        if await source.old.is_copy():
+        if await source.old.read(Session.select, source.old.session.IS_COPY):
             raise ConfigError(
                 [f"FROM: {source.name} is a copy, which may lack what came after it"]
             )
-        keys, size = (await source.old.totals()).get(ALL_KEYS, (0, 0))
+        keys, size = (await source.old.read(read_totals)).get(ALL_KEYS, (0, 0))
         copying = IndexCopy(source.old, target.new, keys)
         taken = f"TO: there is an index at {target.name}, and it is not empty"
         if target.damage:
@@ -2670,10 +3133,10 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
                 await copying.copy()
                 if why := await copying.compare(target.new):
                     raise ToolError(f"{why}: TO stays as it was")
-            for name, number in (await source.old.identities()).items():
-                await target.new.keep_identity(name, number, anew=True)
+            for name, number in (await source.old.read(select_identities)).items():
+                await target.new.write(partial(keep_identity, name=name, number=number, anew=True))
             await target.finish(keys, size)
-        await source.old.mark_as_copy()
+        await use_alone(options.source, mark_as_copy)
     report.facts = {"keys": keys, "bytes": size, "pending": copying.pending}
     report.lines = [
         f"{target.name}: {keys} keys, {show_bytes(size)}, and {copying.pending} places pending",
@@ -2682,7 +3145,7 @@ async def move_index(config: Config, options: argparse.Namespace, report: Report
 
 
 async def count_keys(index: Index) -> int:
-    keys, _ = (await index.totals()).get(ALL_KEYS, (0, 0))
+    keys, _ = (await index.read(read_totals)).get(ALL_KEYS, (0, 0))
     return keys
 
 
@@ -2704,27 +3167,32 @@ class IndexCopy:
         return min(1.0, (self.keys + self.checked) / max(1, 2 * self._whole))
 
     async def copy(self) -> None:
-        async for records in self._source.read_records():
-            await self._target.write(partial(Transaction.fill, records=records))
+        async for records in read_records(self._source):
+            keys = [record.key for record in records]
+            await self._target.write(partial(insert_all, records=records), keys)
             self.keys += len(records)
-        age_s = await self._target.now_s() - await self._source.now_s()
-        async for pending in self._source.read_pending():
+        age_s = await self._target.read(Session.read_clock) - await self._source.read(
+            Session.read_clock
+        )
+        async for pending in read_pending(self._source):
             carry = partial(carry_over, pending, age_s, ())
             await self._target.write(carry, paths=paths_of(pending))
-        drawn = await self._source.drawn()
-        await self._target.write(partial(Transaction.note_drawn, rows=drawn))
+        drawn = await self._source.read(select_drawn)
+        await self._target.write(partial(note_drawn, rows=drawn))
 
     async def compare(self, target: Index) -> str:
         """Return "" if an index has the same records, has drawn the same versions, and has as many
         places pending as the source; else what is wrong with it."""
-        copies = target.read_records()
-        async for records in self._source.read_records():
+        copies = read_records(target)
+        async for records in read_records(self._source):
             if await anext(copies, []) != records:
                 return "the copy is not the same"
             self.checked += len(records)
         is_longer = bool(await anext(copies, []))
         self.pending = await count_pending(self._source)
-        is_same = sorted(await target.drawn()) == sorted(await self._source.drawn())
+        is_same = sorted(await target.read(select_drawn)) == sorted(
+            await self._source.read(select_drawn)
+        )
         if is_longer or await count_pending(target) != self.pending or not is_same:
             return "the copy has more, or less, than there was"
         return ""
@@ -2734,7 +3202,7 @@ async def count_pending(index: Index) -> int:
     """Return at how many places something is pending: a claim of one is as much as that it is
     dead."""
     count = 0
-    async for pending in index.read_pending():
+    async for pending in read_pending(index):
         for one in pending.values():
             places = set(one.dead)
             for (path, _), claimed in one.claims.items():
@@ -2746,7 +3214,7 @@ async def count_pending(index: Index) -> int:
 async def adopt(config: Config, options: argparse.Namespace, report: Report) -> None:
     """Make a volume the one that it is configured as: write its identity, and nothing else."""
     name = options.name
-    check_index(config.db)
+    await check_index(config.db)
     async with contextlib.AsyncExitStack() as stack:
         config = await stack.enter_async_context(open_volumes(config))
         if name not in {volume.name for volume in config.volumes}:
@@ -2755,12 +3223,12 @@ async def adopt(config: Config, options: argparse.Namespace, report: Report) -> 
         stack.push_async_callback(store.close)
         await store.index.open()
         clients = store.view.clients
-        seen = await store.index.identities()
+        seen = await store.index.read(select_identities)
         shown = await read_answering(clients, name)
         found = shown[name]
         (root,) = await clients[name].get(["/"], LISTING_BYTES)
         listed = read_listing(root, "/") if root[0] == 200 else {}
-        blobs, _ = (await store.index.totals()).get(name, (0, 0))
+        blobs, _ = (await store.index.read(read_totals)).get(name, (0, 0))
         report.facts = {"volume": name, "records": blobs, "root": sorted(listed)}
         report.facts["identity"] = found._asdict() if isinstance(found, Identity) else found
         report.facts["adopted"] = False
@@ -2783,7 +3251,9 @@ async def adopt(config: Config, options: argparse.Namespace, report: Report) -> 
             )
         if refusal := explain_adoption(shown, name, identity.store):
             raise ToolError(f"{name} is not adopted: {refusal}")
-        await store.index.keep_identity(name, identity.number, anew=True)
+        await store.index.write(
+            partial(keep_identity, name=name, number=identity.number, anew=True)
+        )
         report.facts["adopted"] = True
         report.lines.append(f"{name} is adopted: a server takes it up within seconds")
 
@@ -2818,11 +3288,11 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
     if name in configured:
         reason = "is in the configuration: take it out, reload, rebalance, then forget it"
         raise ConfigError([f"NAME: {name} {reason}"])
-    check_index(config.db)
+    await check_index(config.db)
     await index.open()
     try:
-        totals = await index.totals()
-        waiting = await index.dead_on(name)
+        totals = await index.read(read_totals)
+        waiting = await index.read(select_dead, name)
         if name in (ALL_KEYS, GARBAGE) or not (name in totals or waiting):
             raise ConfigError([f"NAME: the index knows no volume {name}"])
         blobs, _ = totals.get(name, (0, 0))
@@ -2833,7 +3303,7 @@ async def forget(config: Config, options: argparse.Namespace, report: Report) ->
             paths = [path for _, path in waiting]
             await index.write(partial(forget_places, places=waiting), paths=paths)
             count += len(waiting)
-            waiting = await index.dead_on(name)
+            waiting = await index.read(select_dead, name)
     finally:
         await index.close()
     report.facts = {"volume": name, "forgotten": count}
@@ -4191,7 +4661,7 @@ async def run(options: argparse.Namespace, report: Report) -> None:
         if name in (*ALL_SETTINGS, "volume") and value is not None
     }
     config = load_config(getattr(options, "config", ""), flags)
-    if not is_postgres(config.db):  # for temporary tables
+    if not is_url(config.db):  # for temporary tables
         os.environ.setdefault("SQLITE_TMPDIR", str(Path(config.db).absolute().parent))
     db = hide_secrets(config.db)
     try:
