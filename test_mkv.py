@@ -5978,11 +5978,14 @@ def test_all_workers_take_a_volume_that_is_another_for_down(
         assert {try_ask(f"{server.url}/k{i}", "PUT", b"x") for i in range(30)} == {201}
         file = identity_file(tmp_path, "a")
         identity = file.read_bytes()
-        file.unlink()
-        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 503 for i in range(30)))
-        assert server.log().count("volume a is down") == 1
-        file.write_bytes(identity)
-        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
+        for _ in range(2):  # the first time a worker may still be starting
+            before = server.log().count("volume a is down")
+            file.unlink()
+            eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 503 for i in range(30)))
+            found = server.log().count("volume a is down") - before
+            file.write_bytes(identity)
+            eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
+        assert found == 1
 
 
 def test_identity_is_shown_to_nobody_without_the_secret(tmp_path: Path) -> None:
@@ -6183,12 +6186,15 @@ class Disk:
 async def small_store(
     folder: Path, count: int = 1, **more: Any
 ) -> AsyncIterator[tuple[Store, list[Disk]]]:
-    """Run a store over volumes in memory, v0 and so on, that collects only when told to."""
+    """Run a store over volumes in memory, v0 and so on, that collects only when told to. None is
+    taken for slow, on however busy a machine."""
     async with contextlib.AsyncExitStack() as stack:
         disks = [Disk() for _ in range(count)]
         urls = [await stack.enter_async_context(talking(disk.serve)) for disk in disks]
         volumes = tuple(Volume(name=f"v{i}", url=url) for i, url in enumerate(urls))
-        given: dict[str, Any] = {"replicas": count, "garbage_delay": 0.0, "volume_timeout": 5.0}
+        given: dict[str, Any] = {
+            "replicas": count, "garbage_delay": 0.0, "volume_timeout": 5.0, "slow_after": 0.0,
+        }  # fmt: skip
         config = Config(db=str(folder / "i.db"), volumes=volumes, **given | more)
         store = Store(config, role=mkv.TOOL)
         await store.start()
