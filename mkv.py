@@ -5913,12 +5913,14 @@ class Health:
 
     def note_dialect(self, name: str, dialect: int) -> None:
         """Hear by which nginx.conf a volume goes: 1 is that of an earlier version of mkv."""
+        if dialect != self.dialects.get(name):
+            self._set_dialect(name, dialect)
+            self._peers.tell([self._describe(name)])
+
+    def _set_dialect(self, name: str, dialect: int) -> None:
         before = self.dialects.get(name)
-        if dialect == before:
-            return
         self.dialects[name] = dialect
-        self._peers.tell([self._describe(name)])
-        if not self._peers.is_first:
+        if dialect == before or not self._peers.is_first:
             return  # one line a server
         if dialect == 1:
             log.warning(
@@ -5954,7 +5956,7 @@ class Health:
                 continue
             (self.slow.add if pace == "slow" else self.slow.discard)(name)
             if dialect != "0":
-                self.dialects[name] = int(dialect)
+                self._set_dialect(name, int(dialect))
             if finding:
                 self.findings[name] = Finding(Standing(finding[0]), finding[1])
             if finding or name not in self.findings:

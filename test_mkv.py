@@ -5452,6 +5452,20 @@ def close_pipes(pipes: Iterable[tuple[int, int]]) -> None:
             os.close(end)
 
 
+def test_first_process_says_which_nginx_conf_another_has_met(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    pipes = mkv.open_pipes(2)
+    first, second = (mkv.Health(mkv.Peers(pipes, number)) for number in range(2))
+    for dialect in (1, 2, 2):
+        second.note_dialect("v", dialect)
+        first._hear(["v"])
+    said = [record.getMessage() for record in caplog.records]
+    assert ["replace nginx.conf" in line for line in said] == [True, False]
+    close_pipes(pipes)
+
+
 async def test_what_one_process_finds_out_all_others_hear() -> None:
     pipes = mkv.open_pipes(3)
     names = [f"v{i}" for i in range(1000)]
@@ -13611,6 +13625,7 @@ def test_slow_volumes_do_not_help_each_other(
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, which would find out at once
+        await until(lambda: not any(one._is_busy for one in store.view.clients.values()))
         store.health.slow.clear()  # as the first ones may have found under load
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
