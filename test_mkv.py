@@ -5455,7 +5455,7 @@ def close_pipes(pipes: Iterable[tuple[int, int]]) -> None:
 def test_first_process_says_which_nginx_conf_another_has_met(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level("INFO")
     pipes = mkv.open_pipes(2)
     first, second = (mkv.Health(mkv.Peers(pipes, number)) for number in range(2))
     for dialect in (1, 2, 2):
