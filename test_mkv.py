@@ -3233,6 +3233,23 @@ def test_versions_only_rise_and_the_index_knows_which_were_drawn(acts: list[Any]
     assert all(mkv.is_drawn(version, rows) for version in drawn)
 
 
+def test_owner_draws_above_what_it_has_drawn_though_the_index_has_lost_that() -> None:
+    """R3: as after a failover, to a database whose clock is behind."""
+    with open_sqlite("file::memory:") as session:
+        tx = begin_on(session)
+        first = mkv.version_of(tx.draw_path("k", ""))
+        lease = commit(tx)
+        session.run("DELETE FROM drawn")
+        tx = begin_on(session, lease)
+        tx._wall_ns = 5
+        second = mkv.version_of(tx.draw_path("k", ""))
+        assert (mkv.version_ns(second), second[16:]) == (mkv.version_ns(first) + 1, first[16:])
+        commit(tx)
+        assert mkv.select_drawn(session) == [
+            mkv.Drawn(second[16:], mkv.version_ns(second), mkv.version_ns(second))
+        ]
+
+
 def test_tag_of_an_owner_is_one_that_none_has_had(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5651,6 +5668,28 @@ async def test_path_of_a_server_where_nothing_is_yet_is_an_empty_volume(
             assert store.health.states == {"a": UP}
 
 
+async def test_running_server_hears_by_the_index_that_another_disk_was_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else tells it: the index is read with each probe."""
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        other = mkv.Index(store.view.config.db)
+        await other.open()
+        mine = shown_by(tmp_path, "a")
+        new = mine._replace(number="0" * 32)
+        await other.keep_identity("a", new.number, anew=True)
+        await until(lambda: store.health.is_down("a"))
+        assert "not the one last seen" in (await reasons_of(store))["a"]
+        identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(new))
+        await until(lambda: store.health.states["a"] is UP)
+        identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(mine))
+        await until(lambda: store.health.is_down("a"))
+        await other.keep_identity("a", mine.number, anew=True)
+        await until(lambda: store.health.states["a"] is UP)
+        await other.close()
+
+
 @pytest.mark.parametrize("way", ["none", "another store", "earlier disk", "no JSON", "long"])
 async def test_running_server_finds_that_a_disk_is_another_and_that_it_is_back(
     tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -6464,6 +6503,27 @@ async def test_collector_leaves_what_is_above_while_what_is_below_cannot_be_buri
         await query_on(store.index, "UPDATE dead SET due = 0 WHERE volume = 'v0' RETURNING 1")
         await store.collect_garbage()
         assert any(one.startswith("DELETE") for one in disks[0].asked)
+
+
+async def test_collector_buries_nothing_of_a_key_that_is_not_known(tmp_path: Path) -> None:
+    """Rows of an earlier edition do not say of which key they are. What is below may be a place of
+    the version that lives: a tombstone of that would take the key from a rebuild."""
+    living, high = make_record("k", 1, ("v0",)), make_record("k", 2)
+    async with small_store(tmp_path, 3) as (store, disks):
+        await store.index.write(lambda tx: tx.insert(living))
+        await store.index.write(lambda tx: add_dead(tx, living, ["v1~00000001"], 3600.0, key=""))
+        await store.index.write(lambda tx: add_dead(tx, high, ["v0"], key=""))
+        store.health.states["v1"] = State.DOWN
+        await store.collect_garbage()
+        assert not any(one.startswith("DELETE") for disk in disks for one in disk.asked)
+        assert [disk.tombstones() for disk in disks] == [[], [], []]
+        # Once nothing is below any more it goes like all others.
+        store.health.states["v1"] = UP
+        await query_on(store.index, "UPDATE dead SET due = 0 RETURNING 1")
+        await store.collect_garbage()
+        await query_on(store.index, "UPDATE dead SET due = 0 RETURNING 1")
+        await store.collect_garbage()
+        assert not await all_garbage(store.index)
 
 
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
@@ -13260,6 +13320,15 @@ def test_adoption_needs_no_claim(tx: mkv.Transaction) -> None:
     assert mkv_tools.claim(tx, move) == "" and not tx.pending_of("k").claims
     assert mkv_tools.commit(tx, move, "", {}, 10.0)[0] == ""
     assert tx.get("k") == R._replace(places=("a", "c")) and dead_in(tx) == {"b"}
+
+
+def test_place_that_is_dead_by_then_is_not_adopted(tx: mkv.Transaction) -> None:
+    """It is deleted soon: another verify, or discard, has noted it, which I8 would not survive."""
+    move = mkv_tools.Move(record=R, sources=("c",), keep=("a", "c"), drop=("b",))
+    mkv_tools.claim(tx, move)
+    mkv_tools.remove_strays([("k", "c", R.path)], tx)
+    assert mkv_tools.commit(tx, move, "", {}, 10.0)[0] == "changed"
+    assert tx.get("k") == R and dead_in(tx) == {"c"}
 
 
 # -- what is removed --
