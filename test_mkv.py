@@ -13536,7 +13536,8 @@ def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: C
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, so that it counts as up
         client = store.view.clients["volume3"]
-        await until(lambda: len(client._lines) == len(client._idle))  # a probe was under way
+        # A probe was under way.
+        await until(lambda: not client._is_busy and client._connecting is None)
         client._drop_idle()
         cluster.stop("volume3")
         await put_one(store, "k", b"x")
