@@ -779,6 +779,11 @@ def volume_of(place: str) -> str:
     return place.partition("~")[0]
 
 
+@lru_cache(4096)  # most places have no tag, so many records share theirs
+def volumes_of(places: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(volume_of, places))
+
+
 def sidecar_path(path: str) -> str:
     """Return the path of the sidecar beside the blob at `path`."""
     return f"{stem_of(path)}.key"
@@ -998,7 +1003,7 @@ class Record(NamedTuple):
     @property
     def volumes(self) -> tuple[str, ...]:
         """The names of the volumes that have a replica."""
-        return tuple(map(volume_of, self.places))
+        return volumes_of(self.places)
 
     @property
     def etag(self) -> str:
@@ -1316,6 +1321,8 @@ class Finding(NamedTuple):
 
 def decide_state(before: State, event: Event, standing: Standing) -> State:
     after = STATE_AFTER[before][event]
+    if standing is Standing.RIGHT:
+        return after
     return max(after, AT_BEST[standing], key=list(State).index)
 
 
@@ -1734,7 +1741,7 @@ def subject_of_link(path: str, media_type: str, name: str) -> str:
 
 
 def make_link(
-    url: str, record: Record, dialect: int, secret: str, expires_s: int, now_s: float
+    url: str, record: Record, dialect: int, secret: str, ttl_s: float, now_s: float
 ) -> str:
     """Return the link to the blob at `url`, on a volume of that dialect: with its type (but not in
     dialect 1) and the download's name, signed if there is a secret."""
@@ -1744,7 +1751,8 @@ def make_link(
     if secret:
         # The volume checks the path that it is asked for, so that of the whole URL counts.
         path = "/" + url.split("/", 3)[3]
-        query = sign_link(subject_of_link(path, media_type, name), secret, expires_s)
+        subject = subject_of_link(path, media_type, name)
+        query = sign_link(subject, secret, link_expiry(now_s, ttl_s))
     if media_type:
         query += f"&type={media_type}"
     if name:
@@ -3676,13 +3684,13 @@ class Line(Wire):
         status, body = answer
         count = len(exchange.answers)
         self._under_way -= 1
+        path = exchange.paths[count]
+        is_get = exchange.method == "GET"
+        if not is_get and len(body) > ANSWER_BYTES:
+            raise ValueError("its answer does not end")
         if status in GOOD:  # what answers in its place may be another server
             self._client.hear_dialect(self._reader.dialect)
-        path = exchange.paths[count]
-        if exchange.method != "GET" and len(body) > ANSWER_BYTES:
-            raise ValueError("its answer does not end")
-        is_judged = exchange.method != "GET" or path == IDENTITY_PATH
-        if is_judged and exchange.error is None:
+        elif exchange.error is None and (not is_get or path == IDENTITY_PATH):
             exchange.error = self._client.judge(exchange.method, path, status)
         exchange.answers.append(answer)
         if count + 1 < len(exchange.paths):
@@ -4019,8 +4027,9 @@ class VolumeClient:
         return exchange
 
     def _request(self, method: str, path: str, trail: str = "", framing: str = "") -> bytes:
-        parsed = parse_path(path) if method == "PUT" else None
-        if parsed is not None and parsed[2] not in ("key", "del"):
+        is_blob = method == "PUT" and not path.endswith((".key", ".del"))
+        parsed = parse_path(path) if is_blob else None
+        if parsed is not None:
             # nginx keeps it as the blob's time, and shows that as Last-Modified. (The time of a
             # sidecar tells verify when it was written.)
             trail += f"Date: {http_date(version_s(parsed[1]))}\r\n"
@@ -4636,12 +4645,14 @@ class Health:
 
     def note_dialect(self, name: str, dialect: int) -> None:
         """Hear by which nginx.conf a volume goes: 1 is that of an earlier version of mkv."""
+        if dialect != self.dialects.get(name):
+            self._set_dialect(name, dialect)
+            self._peers.tell([self._describe(name)])
+
+    def _set_dialect(self, name: str, dialect: int) -> None:
         before = self.dialects.get(name)
-        if dialect == before:
-            return
         self.dialects[name] = dialect
-        self._peers.tell([self._describe(name)])
-        if not self._peers.is_first:
+        if dialect == before or not self._peers.is_first:
             return  # one line a server
         if dialect == 1:
             log.warning(
@@ -4677,7 +4688,7 @@ class Health:
                 continue
             (self.slow.add if pace == "slow" else self.slow.discard)(name)
             if dialect != "0":
-                self.dialects[name] = int(dialect)
+                self._set_dialect(name, int(dialect))
             if finding:
                 self.findings[name] = Finding(Standing(finding[0]), finding[1])
             if finding or name not in self.findings:
@@ -5611,10 +5622,8 @@ class Store:
         """Return the URL of a blob on the volume `name`, which is reached at `base`."""
         config = self.view.config
         dialect = self.health.dialects.get(name, 1)
-        now_s = time.time()
-        expires_s = link_expiry(now_s, config.link_ttl)
         url = base + record.path_on(name)
-        return make_link(url, record, dialect, config.link_secret, expires_s, now_s)
+        return make_link(url, record, dialect, config.link_secret, config.link_ttl, time.time())
 
     async def put(
         self, draft: Draft, body: AsyncIterator[bytes], trail: str,

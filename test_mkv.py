@@ -944,7 +944,8 @@ def test_no_client_changes_a_link(key: str, content_type: str, now_s: float) -> 
     assert re.fullmatch("[!$%&()*+,./:;=?@_~A-Za-z0-9-]*", link)
     query = link.partition("?")[2]
     told = [mkv.argument_of(query, name) for name in ("type", "name")]
-    assert link.startswith("http://h/x" + mkv.sign_link("&{}&{}&/x".format(*told), "secret", 7))
+    signature = mkv.sign_link("&{}&{}&/x".format(*told), "secret", mkv.link_expiry(now_s, 7))
+    assert link.startswith("http://h/x" + signature)
     assert ("&undated=1" in link) == (record.modified_s > now_s)
 
 
@@ -953,8 +954,8 @@ def test_links_of_dialect_1_are_as_they_were() -> None:
     named = "name=it%27s%20%281%29.png"
     url = "http://h/vol/x"
     assert mkv.make_link(url, record, 1, "", 9, 0.0) == f"{url}?{named}"
-    signature = base64.urlsafe_b64encode(hashlib.md5(b"9/vol/x s").digest()).decode().rstrip("=")
-    expected = f"{url}?md5={signature}&expires=9&{named}"
+    signature = base64.urlsafe_b64encode(hashlib.md5(b"8/vol/x s").digest()).decode().rstrip("=")
+    expected = f"{url}?md5={signature}&expires=8&{named}"
     assert mkv.make_link(url, record, 1, "s", 9, 0.0) == expected
     assert mkv.make_link(url, record._replace(key="a/"), 1, "", 9, 0.0) == url
 
@@ -3288,6 +3289,23 @@ def test_versions_only_rise_and_the_index_knows_which_were_drawn(acts: list[Any]
     assert all(mkv_tools.is_drawn(version, rows) for version in drawn)
 
 
+def test_owner_draws_above_what_it_has_drawn_though_the_index_has_lost_that() -> None:
+    """R3: as after a failover, to a database whose clock is behind."""
+    with open_sqlite("file::memory:") as session:
+        tx = begin_on(session)
+        first = mkv.version_of(tx.draw_path("k", ""))
+        lease = commit(tx)
+        session.run("DELETE FROM drawn")
+        tx = begin_on(session, lease)
+        tx._wall_ns = 5
+        second = mkv.version_of(tx.draw_path("k", ""))
+        assert (mkv.version_ns(second), second[16:]) == (mkv.version_ns(first) + 1, first[16:])
+        commit(tx)
+        assert mkv.select_drawn(session) == [
+            mkv.Drawn(second[16:], mkv.version_ns(second), mkv.version_ns(second))
+        ]
+
+
 def test_tag_of_an_owner_is_one_that_none_has_had(
     tx: mkv.Transaction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5537,6 +5555,20 @@ def close_pipes(pipes: Iterable[tuple[int, int]]) -> None:
             os.close(end)
 
 
+def test_first_process_says_which_nginx_conf_another_has_met(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    pipes = mkv.open_pipes(2)
+    first, second = (mkv.Health(mkv.Peers(pipes, number)) for number in range(2))
+    for dialect in (1, 2, 2):
+        second.note_dialect("v", dialect)
+        first._hear(["v"])
+    said = [record.getMessage() for record in caplog.records]
+    assert ["replace nginx.conf" in line for line in said] == [True, False]
+    close_pipes(pipes)
+
+
 async def test_what_one_process_finds_out_all_others_hear() -> None:
     pipes = mkv.open_pipes(3)
     names = [f"v{i}" for i in range(1000)]
@@ -5720,6 +5752,28 @@ async def test_path_of_a_server_where_nothing_is_yet_is_an_empty_volume(
     for name in ("one", "two"):
         async with started(store_at(tmp_path, {"a": f"{url}/{name}"}, f"{name}.db")) as store:
             assert store.health.states == {"a": UP}
+
+
+async def test_running_server_hears_by_the_index_that_another_disk_was_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else tells it: the index is read with each probe."""
+    monkeypatch.setattr(mkv, "PROBE_EVERY_S", 0.05)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        other = mkv.Index(store.view.config.db)
+        await other.open()
+        mine = shown_by(tmp_path, "a")
+        new = mine._replace(number="0" * 32)
+        await other.keep_identity("a", new.number, anew=True)
+        await until(lambda: store.health.is_down("a"))
+        assert "not the one last seen" in (await reasons_of(store))["a"]
+        identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(new))
+        await until(lambda: store.health.states["a"] is UP)
+        identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(mine))
+        await until(lambda: store.health.is_down("a"))
+        await other.keep_identity("a", mine.number, anew=True)
+        await until(lambda: store.health.states["a"] is UP)
+        await other.close()
 
 
 @pytest.mark.parametrize("way", ["none", "another store", "earlier disk", "no JSON", "long"])
@@ -6063,11 +6117,14 @@ def test_all_workers_take_a_volume_that_is_another_for_down(
         assert {try_ask(f"{server.url}/k{i}", "PUT", b"x") for i in range(30)} == {201}
         file = identity_file(tmp_path, "a")
         identity = file.read_bytes()
-        file.unlink()
-        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 503 for i in range(30)))
-        assert server.log().count("volume a is down") == 1
-        file.write_bytes(identity)
-        eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
+        for _ in range(2):  # the first time a worker may still be starting
+            before = server.log().count("volume a is down")
+            file.unlink()
+            eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 503 for i in range(30)))
+            found = server.log().count("volume a is down") - before
+            file.write_bytes(identity)
+            eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
+        assert found == 1
 
 
 def test_identity_is_shown_to_nobody_without_the_secret(tmp_path: Path) -> None:
@@ -6270,12 +6327,15 @@ class Disk:
 async def small_store(
     folder: Path, count: int = 1, **more: Any
 ) -> AsyncIterator[tuple[Store, list[Disk]]]:
-    """Run a store over volumes in memory, v0 and so on, that collects only when told to."""
+    """Run a store over volumes in memory, v0 and so on, that collects only when told to. None is
+    taken for slow, on however busy a machine."""
     async with contextlib.AsyncExitStack() as stack:
         disks = [Disk() for _ in range(count)]
         urls = [await stack.enter_async_context(talking(disk.serve)) for disk in disks]
         volumes = tuple(Volume(name=f"v{i}", url=url) for i, url in enumerate(urls))
-        given: dict[str, Any] = {"replicas": count, "garbage_delay": 0.0, "volume_timeout": 5.0}
+        given: dict[str, Any] = {
+            "replicas": count, "garbage_delay": 0.0, "volume_timeout": 5.0, "slow_after": 0.0,
+        }  # fmt: skip
         config = Config(db=str(folder / "i.db"), volumes=volumes, **given | more)
         store = Store(config, role=mkv.TOOL)
         await store.start()
@@ -6531,6 +6591,27 @@ async def test_collector_leaves_what_is_above_while_what_is_below_cannot_be_buri
         await query_on(store.index, "UPDATE dead SET due = 0 WHERE volume = 'v0' RETURNING 1")
         await store.collect_garbage()
         assert any(one.startswith("DELETE") for one in disks[0].asked)
+
+
+async def test_collector_buries_nothing_of_a_key_that_is_not_known(tmp_path: Path) -> None:
+    """Rows of an earlier edition do not say of which key they are. What is below may be a place of
+    the version that lives: a tombstone of that would take the key from a rebuild."""
+    living, high = make_record("k", 1, ("v0",)), make_record("k", 2)
+    async with small_store(tmp_path, 3) as (store, disks):
+        await store.index.write(lambda tx: tx.insert(living))
+        await store.index.write(lambda tx: add_dead(tx, living, ["v1~00000001"], 3600.0, key=""))
+        await store.index.write(lambda tx: add_dead(tx, high, ["v0"], key=""))
+        store.health.states["v1"] = State.DOWN
+        await store.collect_garbage()
+        assert not any(one.startswith("DELETE") for disk in disks for one in disk.asked)
+        assert [disk.tombstones() for disk in disks] == [[], [], []]
+        # Once nothing is below any more it goes like all others.
+        store.health.states["v1"] = UP
+        await query_on(store.index, "UPDATE dead SET due = 0 RETURNING 1")
+        await store.collect_garbage()
+        await query_on(store.index, "UPDATE dead SET due = 0 RETURNING 1")
+        await store.collect_garbage()
+        assert not await all_garbage(store.index)
 
 
 def test_clients_that_list_take_bounded_memory(tmp_path: Path) -> None:
@@ -13329,6 +13410,15 @@ def test_adoption_needs_no_claim(tx: mkv.Transaction) -> None:
     assert tx.get("k") == R._replace(places=("a", "c")) and dead_in(tx) == {"b"}
 
 
+def test_place_that_is_dead_by_then_is_not_adopted(tx: mkv.Transaction) -> None:
+    """It is deleted soon: another verify, or discard, has noted it, which I8 would not survive."""
+    move = mkv_tools.Move(record=R, sources=("c",), keep=("a", "c"), drop=("b",))
+    mkv_tools.claim(tx, move)
+    mkv_tools.remove_strays([("k", "c", R.path)], tx)
+    assert mkv_tools.commit(tx, move, "", {}, 10.0)[0] == "changed"
+    assert tx.get("k") == R and dead_in(tx) == {"c"}
+
+
 # -- what is removed --
 
 
@@ -13534,7 +13624,8 @@ def test_put_to_a_volume_that_nobody_could_connect_to_leaves_no_doubt(cluster: C
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, so that it counts as up
         client = store.view.clients["volume3"]
-        await until(lambda: len(client._lines) == len(client._idle))  # a probe was under way
+        # A probe was under way.
+        await until(lambda: not client._is_busy and client._connecting is None)
         client._drop_idle()
         cluster.stop("volume3")
         await put_one(store, "k", b"x")
@@ -13692,6 +13783,7 @@ def test_slow_volumes_do_not_help_each_other(
 
     async def work(store: Store) -> None:
         store._tasks[0].cancel()  # the probes, which would find out at once
+        await until(lambda: not any(one._is_busy for one in store.view.clients.values()))
         store.health.slow.clear()  # as the first ones may have found under load
         with stopped(*cluster.volumes.values()):
             first = asyncio.create_task(put_one(store, "k", b"x"))
