@@ -1196,11 +1196,14 @@ def test_index_needs_neither_the_section_on_postgresql_nor_the_one_on_migration(
     class Cut(Program):
         serve: ClassVar = [sys.executable, str(tmp_path / "mkv.py"), "serve"]
 
-    with Cut(tmp_path / "data") as server:
+    with contextlib.ExitStack() as stack:
+        server = Cut(tmp_path / "data")
+        stack.callback(server.stop)
         assert ask(f"{server.url}/k", "PUT", b"x")[0] == 201
         server.stop(signal.SIGKILL)
-    with Cut(tmp_path / "data") as server:
-        assert ask(f"{server.url}/k")[2] == b"x"
+        server = Cut(tmp_path / "data")
+        stack.callback(server.stop)
+        assert ask(f"{server.url}/k")[0] == 302
     serve = [*Cut.serve, "--data", str(tmp_path / "data/mkv-data")]
     done = subprocess.run([*serve, "--db", "postgresql://h"], capture_output=True, check=False)
     assert done.returncode == 2 and b"nothing for postgresql://" in done.stderr
@@ -2112,9 +2115,15 @@ def query_on(index: mkv.Index, query: str) -> Any:
 
 @contextlib.contextmanager
 def in_memory() -> Iterator[mkv.Transaction]:
+    with session_in_memory() as session:
+        yield begin_on(session)
+
+
+@contextlib.contextmanager
+def session_in_memory() -> Iterator[mkv.Session]:
     with contextlib.closing(InMemory()) as session:
         session.prepare()
-        yield begin_on(session)
+        yield session
 
 
 REACH = mkv.Reach(frozenset("abc"), 3, 2)  # all is well
@@ -3259,8 +3268,7 @@ def test_versions_only_rise_and_the_index_knows_which_were_drawn(acts: list[Any]
     """R3: whatever the clocks do, by several owners in turn, also after what failed, was repeated,
     or whose owner has ended. The rows cover exactly that."""
     drawn = list[str]()  # in committed transactions
-    with contextlib.closing(InMemory()) as session:
-        session.prepare()
+    with session_in_memory() as session:
         leases = [mkv.Lease() for _ in range(3)]
         for who, clock, count, end in acts:
             if end == "end":
@@ -3291,7 +3299,7 @@ def test_versions_only_rise_and_the_index_knows_which_were_drawn(acts: list[Any]
 
 def test_owner_draws_above_what_it_has_drawn_though_the_index_has_lost_that() -> None:
     """R3: as after a failover, to a database whose clock is behind."""
-    with open_sqlite("file::memory:") as session:
+    with session_in_memory() as session:
         tx = begin_on(session)
         first = mkv.version_of(tx.draw_path("k", ""))
         lease = commit(tx)
@@ -3301,7 +3309,7 @@ def test_owner_draws_above_what_it_has_drawn_though_the_index_has_lost_that() ->
         second = mkv.version_of(tx.draw_path("k", ""))
         assert (mkv.version_ns(second), second[16:]) == (mkv.version_ns(first) + 1, first[16:])
         commit(tx)
-        assert mkv.select_drawn(session) == [
+        assert mkv_tools.select_drawn(session) == [
             mkv.Drawn(second[16:], mkv.version_ns(second), mkv.version_ns(second))
         ]
 
@@ -3404,8 +3412,7 @@ def count_statements(session: mkv.Session, act: Callable[[], object]) -> list[st
 def test_put_that_replaces_is_a_few_statements() -> None:
     """Claim: clock, lease, highest, claim, drawn. Commit: clock, lease, highest, record, pending;
     record, claim, dead, totals."""
-    with contextlib.closing(InMemory()) as session:
-        session.prepare()
+    with session_in_memory() as session:
         writer = mkv.Writer(mkv.Lease())
         path = ""
 
@@ -5764,14 +5771,15 @@ async def test_running_server_hears_by_the_index_that_another_disk_was_adopted(
         await other.open()
         mine = shown_by(tmp_path, "a")
         new = mine._replace(number="0" * 32)
-        await other.keep_identity("a", new.number, anew=True)
+        keep = partial(mkv.keep_identity, name="a", anew=True)
+        await other.write(partial(keep, number=new.number))
         await until(lambda: store.health.is_down("a"))
         assert "not the one last seen" in (await reasons_of(store))["a"]
         identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(new))
         await until(lambda: store.health.states["a"] is UP)
         identity_file(tmp_path, "a").write_bytes(mkv.encode_identity(mine))
         await until(lambda: store.health.is_down("a"))
-        await other.keep_identity("a", mine.number, anew=True)
+        await other.write(partial(keep, number=mine.number))
         await until(lambda: store.health.states["a"] is UP)
         await other.close()
 
