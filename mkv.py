@@ -2294,8 +2294,7 @@ class Session:
     IS_COPY = f"SELECT 1 FROM clock WHERE boot = '{COPY}'"
     GIVEN = "SELECT value FROM json_each(?1)"  # what a parameter lists
     FIND = "instr"
-    # Many rows as one: see run_many.
-    ROWS = f"json_group_array(json_array({COLUMNS}))"
+    PACKED = f"json_group_array(json_array({COLUMNS}))"  # many rows as one: see run_many
     # How a transaction begins that writes, durable or not; it ends with what time it is. A commit
     # that is not synced is synced with the next one that is: the log is one file.
     BEGIN: ClassVar[Mapping[bool, Sequence[str]]] = {
@@ -2381,7 +2380,7 @@ class Session:
             self.run(statement.replace("ROWS", values), list(chain.from_iterable(piece)))
 
     def look_up_query(self, keys: Iterable[str]) -> Query:
-        query = f"SELECT {self.ROWS} FROM record WHERE key IN ({self.GIVEN})"
+        query = f"SELECT {self.PACKED} FROM record WHERE key IN ({self.GIVEN})"
         return query, [json.dumps([*keys])]
 
     def look_up(self, keys: Iterable[str]) -> dict[str, Record]:
@@ -7981,7 +7980,7 @@ class PostgresSession(Session):
     IS_COPY = "SELECT 1 FROM meta WHERE is_copy"
     GIVEN = "SELECT json_array_elements_text(?1::json) AS value"
     FIND = "strpos"
-    ROWS = f"json_agg(json_build_array({COLUMNS}))::text"
+    PACKED = f"json_agg(json_build_array({COLUMNS}))::text"
     BEGIN: ClassVar = {
         True: (START, TAKE_TURN),
         False: (START, "SET LOCAL synchronous_commit = off", TAKE_TURN),
