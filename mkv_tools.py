@@ -1110,14 +1110,17 @@ def select_lost(session: Session, new: str, after: str) -> list[tuple[Record, bo
     return [(record_of_row(row), bool(older)) for older, *row in rows]
 
 
-def remove_new(session: Session) -> None:
+async def remove_new(db: str) -> None:
     """Leave nothing of an index that was not put in its place."""
+    session = make_session(db)
     if session.is_remote:
-        session.run(f"DROP SCHEMA IF EXISTS {session.place} CASCADE")
-        session.commit()
+        await use_alone(db, drop_schema)
     else:
-        session.close()
         remove_index(session.place)
+
+
+def drop_schema(session: Session) -> None:
+    session.select(f"DROP SCHEMA IF EXISTS {session.place} CASCADE")
 
 
 def keep_old_file(path: str) -> str:
@@ -1193,7 +1196,7 @@ class Replacement:
                 await self.old.prepare()  # who may write is the last to close it: no log is left
             except IndexDamaged as error:
                 self.damage = error.reason
-        await use_alone(self._beside, remove_new)
+        await remove_new(self._beside)
         await self.new.open()
 
     def _lock_file(self) -> None:
@@ -1247,7 +1250,7 @@ class Replacement:
         await self.new.close()
         await self._close_old()
         if self._is_alone:
-            await use_alone(self._beside, remove_new)
+            await remove_new(self._beside)
         if self._renewal:
             self._renewal.cancel()
             await asyncio.wait([self._renewal])
