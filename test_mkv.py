@@ -14967,6 +14967,15 @@ def test_rebuild_that_stops_within_the_swap_leaves_a_whole_index(
     assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
 
 
+def test_rebuild_removes_what_an_earlier_one_left_of_a_new_index(cluster: Cluster) -> None:
+    """Unread: it may be half of a page."""
+    cluster.put({"k": b"x"})
+    before = cluster.rows()
+    Path(f"{cluster.db}.new").write_bytes(b"no index")
+    assert cluster.tool("rebuild")[0] == 0 and cluster.rows() == before
+    assert not Path(f"{cluster.db}.new").exists()
+
+
 # == Tools: rebalance =============================================================================
 
 
