@@ -2265,6 +2265,7 @@ async def test_what_the_burial_has_found_is_noted(index: mkv.Index) -> None:
 
     def note(tx: mkv.Transaction, names: str, marked: str) -> None:
         rows = [row_at(tx, (name, record.path)) for name in names]
+        assert mkv.expect_tombstones(tx, path, marked) == [*marked]
         mkv.note_buried(tx, rows, [(path, name) for name in marked])
 
     await index.write(lambda tx: note(tx, "a", "bc"))
@@ -2803,11 +2804,17 @@ def schema_3(db: str, request: pytest.FixtureRequest) -> str:
     return db
 
 
-async def test_index_of_the_second_edition_is_brought_up_to_date(schema_3: str) -> None:
+@pytest.mark.parametrize("page", [2, mkv.PENDING_PAGE])
+async def test_index_of_the_second_edition_is_brought_up_to_date(
+    schema_3: str, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mkv, "PENDING_PAGE", page)
     index = mkv.Index(schema_3)
     await index.open()
     record = make_record("k", 6)
     assert await index.get("k") == record
+    assert (await index.identities()).keys() == {mkv.STORE_ID}  # for the volumes to be given
+    monkeypatch.undo()
     (pending,) = await all_pending(index)
     now_s = await index.now_s()
     for version, volumes, _, _, _, _, table, due_s, since_s, doubt_s in STATES_3:
@@ -6450,6 +6457,69 @@ async def test_put_that_ends_while_the_database_is_away_is_discarded_later(
         assert disk.sidecars() == [] and not await all_garbage(store.index)
 
 
+async def test_burial_goes_no_higher_than_where_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R2: else a rebuild would find the lower version, which was replaced."""
+    low, high = make_record("k", 1), make_record("k", 2)
+    answer = Disk._answer
+
+    def take_no_tombstone(disk: Disk, method: str, path: str, body: bytes) -> bytes:
+        if path.endswith(".del"):
+            return b"HTTP/1.1 507 So\r\nContent-Length: 0\r\n\r\n"
+        return answer(disk, method, path, body)
+
+    async with small_store(tmp_path, 2) as (store, disks):
+        disks[0].files[mkv.sidecar_path(high.path)] = b""
+        await store.index.write(lambda tx: add_dead(tx, low, ["v1"], doubt_s=9e9))
+        await store.index.write(lambda tx: add_dead(tx, high, ["v0"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(Disk, "_answer", take_no_tombstone)
+            with pytest.raises(mkv.Unfinished, match="too few volumes could note"):
+                await store.delete("k", mkv.UNCONDITIONAL, "")
+        assert disks[0].sidecars() == [mkv.sidecar_path(high.path)]
+        store.health.states.update(v0=UP, v1=UP)
+        with pytest.raises(mkv.NotFound):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+        assert disks[0].sidecars() == []
+        assert [disk.tombstones() for disk in disks] == [[mkv.tombstone_path(low.path)]] * 2
+
+
+@pytest.mark.parametrize("in_doubt", [True, False])
+async def test_tombstones_that_the_index_does_not_note_bury_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_doubt: bool
+) -> None:
+    """It will have them deleted. That a sidecar was found is only of use to it."""
+    record = make_record("k", 1)
+
+    def fail(*_: Any) -> None:
+        raise mkv.IndexFailed("it is away")
+
+    monkeypatch.setattr(mkv, "note_buried", fail)
+    async with small_store(tmp_path) as (store, (disk,)):
+        if not in_doubt:
+            disk.files[mkv.sidecar_path(record.path)] = b""
+        doubt_s = 9e9 if in_doubt else None
+        await store.index.write(lambda tx: add_dead(tx, record, ["v0"], doubt_s=doubt_s))
+        with pytest.raises(mkv.Unfinished if in_doubt else mkv.NotFound):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+        assert len(disk.tombstones()) == in_doubt and disk.sidecars() == []
+
+
+async def test_tombstones_go_to_volumes_that_cannot_show_what_is_dead_as_far_as_these_last(
+    tmp_path: Path,
+) -> None:
+    """A disk that goes back to an old copy of itself loses the tombstone and has the version."""
+    async with small_store(tmp_path, 3, min_replicas=1) as (store, disks):
+        for i in range(10):
+            record = make_record(f"k{i}", 1)
+            row = partial(add_dead, record=record, places=["v0", "v1"], doubt_s=9e9)
+            await store.index.write(row)
+            with pytest.raises(mkv.NotFound):
+                await store.delete(record.key, mkv.UNCONDITIONAL, "")
+        assert [len(disk.tombstones()) for disk in disks] == [0, 0, 10]
+
+
 async def test_collector_buries_what_is_below_before_it_deletes_what_is_above(
     tmp_path: Path,
 ) -> None:
@@ -6482,6 +6552,19 @@ async def test_collector_leaves_what_is_above_while_what_is_below_cannot_be_buri
         await query_on(store.index, "UPDATE dead SET due = 0 WHERE volume = 'v0' RETURNING 1")
         await store.collect_garbage()
         assert any(one.startswith("DELETE") for one in disks[0].asked)
+
+
+async def test_tombstone_that_nobody_needs_waits_for_nothing_below(tmp_path: Path) -> None:
+    low, high = make_record("k", 1), make_record("k", 2)
+    tombstone = mkv.tombstone_path(high.path)
+    async with small_store(tmp_path, 2) as (store, disks):
+        disks[0].files[tombstone] = b""
+        await store.index.write(lambda tx: add_dead(tx, low, ["v1"], 3600.0))
+        await store.index.write(lambda tx: mkv.note_buried(tx, (), [(tombstone, "v0")]))
+        store.health.states["v1"] = State.DOWN
+        await store.collect_garbage()
+        assert disks[0].tombstones() == []
+        assert await all_garbage(store.index) == {("v1", low.path)}
 
 
 async def test_collector_buries_nothing_of_a_key_that_is_not_known(tmp_path: Path) -> None:
@@ -13281,6 +13364,14 @@ def test_copies_above_what_lives_are_buried_and_those_below_are_only_dead(
     assert "c~0000000c" in dead_in(tx)
     assert bool(burial.rows) == is_buried
     assert tx.get("k") == R._replace(version=version, places=("d",))
+
+
+def test_move_does_not_answer_for_what_others_have_to_bury(tx: mkv.Transaction) -> None:
+    """Else it would be reported as failed for the sake of a volume that it does not need."""
+    mkv_tools.claim(tx, MOVE)
+    add_dead(tx, R._replace(version="3" * 20), ["d"])
+    why, burial = mkv_tools.commit(tx, MOVE, "", sent_by(MOVE), 10.0)
+    assert (why, burial.rows) == ("", [])
 
 
 def test_commit_loses_if_its_claim_was_ended(tx: mkv.Transaction) -> None:
