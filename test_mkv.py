@@ -5618,7 +5618,9 @@ async def test_existing_store_needs_no_step(tmp_path: Path) -> None:
     assert shown_by(tmp_path, "a").volume == "a" and shown_by(tmp_path, "b").volume == "b"
 
 
-@pytest.mark.parametrize("how", ["not mounted", "another size", "unknown blobs", "no listing"])
+@pytest.mark.parametrize(
+    "how", ["not mounted", "another size", "half of them", "unknown blobs", "no listing"]
+)
 async def test_volume_without_identity_that_may_be_another_is_refused(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5634,6 +5636,11 @@ async def test_volume_without_identity_that_may_be_another_is_refused(
             for file in (tmp_path / "a").glob("*/*/*.key"):
                 facts = json.loads(file.read_bytes())
                 file.write_text(json.dumps(facts | {"size": 4}))
+        elif how == "half of them":
+            looked_at = sorted(f"k{i}" for i in range(20))[: mkv.SAMPLE]
+            for file in (tmp_path / "a").glob("*/*/*.key"):
+                if json.loads(file.read_bytes())["key"] in looked_at[::2]:
+                    file.unlink()
         else:
             (tmp_path / "i.db").unlink()
             if how == "no listing":
@@ -5643,6 +5650,7 @@ async def test_volume_without_identity_that_may_be_another_is_refused(
         why = {
             "not mounted": "of 8 replicas that should be there, 0 are",
             "another size": "of 8 replicas that should be there, 0 are",
+            "half of them": "of 8 replicas that should be there, 4 are",
             "unknown blobs": "has blobs that no record names",
             "no listing": "its root has no listing",
         }
