@@ -6270,6 +6270,66 @@ async def test_large_blob_whose_sidecar_broke_off_is_no_replica(
         assert await store.index.get("k") is None
 
 
+async def outlive_the_lease(index: mkv.Index, clock: Clock) -> None:
+    """Stand still until this owner is taken for dead, then be another one."""
+    await query_on(index, "DELETE FROM owner RETURNING id")
+    clock.now_s += index.lease.seconds
+    await index.write(lambda tx: None)
+    assert not index.lease.has_ended()
+
+
+@pytest.mark.parametrize("size", [1, 400_000])
+async def test_put_sends_nothing_under_a_later_lease_than_that_of_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """R5."""
+    clock = Clock(monkeypatch)
+    claim = mkv.Write._claim
+
+    async def claim_and_stand_still(write: mkv.Write, names: Collection[str]) -> list[str]:
+        places = await claim(write, names)
+        await outlive_the_lease(write._index, clock)
+        return places
+
+    monkeypatch.setattr(mkv.Write, "_claim", claim_and_stand_still)
+    async with small_store(tmp_path) as (store, (disk,)):
+        with pytest.raises(mkv.Unavailable, match="the lease of this process has ended"):
+            await put_one(store, "k", bytes(size))
+        assert not any(map(mkv.parse_path, disk.files))
+
+
+@pytest.mark.parametrize("size", [1, 400_000])
+async def test_copy_is_not_sent_under_a_later_lease_than_that_of_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """R5. What was read in time may have taken long."""
+    clock = Clock(monkeypatch)
+    stores = list[Store]()
+
+    def stand_still_before(name: str) -> None:
+        read = getattr(mkv_tools.Mover, name)
+
+        async def stand_still(mover: mkv_tools.Mover, *given: Any) -> Any:
+            await outlive_the_lease(stores[0].index, clock)
+            return await read(mover, *given)
+
+        monkeypatch.setattr(mkv_tools.Mover, name, stand_still)
+
+    async with small_store(tmp_path, 2, replicas=1) as (store, disks):
+        stores.append(store)
+        await put_one(store, "k", bytes(size))
+        record = await find_record(store, "k")
+        (source,) = record.places
+        copy = "v1~0000000b" if source == "v0" else "v0~0000000b"
+        move = mkv_tools.Move(record=record, sources=(source,), keep=(source,), copy=(copy,))
+        stand_still_before("read_blobs" if size == 1 else "stream")
+        mover = mkv_tools.Mover(store, 0.0, mkv_tools.Report(False))
+        outcome = await mover.move([move])
+        assert "the lease of this process has ended" in outcome["k"]
+        assert await find_record(store, "k") == record
+        assert not any("~" in path for disk in disks for path in disk.files)
+
+
 async def test_puts_that_were_given_up_are_all_told_to_the_index_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
