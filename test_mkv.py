@@ -13509,6 +13509,35 @@ def test_leftover_tombstone_goes_once_nothing_of_its_version_is_dead(tx: mkv.Tra
 # == Tools: rebuild ===============================================================================
 
 
+@pytest.mark.parametrize(
+    ("drawn", "knows", "is_dead"),
+    [
+        (mkv.Drawn("0000", 1, 9), "key", True),
+        (mkv.Drawn("0000", 6, 9), "key", False),
+        (mkv.Drawn("0001", 1, 9), "key", False),
+        (mkv.Drawn(mkv.ANY_TAG, 0, 9), "key", True),  # as an earlier edition leaves it
+        (mkv.Drawn(mkv.SEEN_TAG, 10, 9), "key", False),
+        (mkv.Drawn("0000", 1, 9), "another record", True),
+        (mkv.Drawn("0000", 1, 9), "record", False),
+        (mkv.Drawn("0000", 1, 9), "claim", False),
+        (mkv.Drawn("0000", 1, 9), "", False),
+    ],
+)
+def test_copy_of_an_index_knows_as_dead_what_it_has_drawn_and_neither_names_nor_claims(
+    drawn: mkv.Drawn, knows: str, is_dead: bool
+) -> None:
+    """R3. If no sidecar says which key it is, that record may be of this version."""
+    stem = mkv.stem_of(numbered(5).path)
+    key_stem = stem[: mkv.KEY_STEM]
+    record = {"record": numbered(5), "another record": numbered(7)}.get(knows)
+    old = mkv_tools.Remembered(
+        drawn={drawn.tag: drawn},
+        records={key_stem: record} if knows else {},
+        claimed={stem: {"a"}} if knows == "claim" else {},
+    )
+    assert old.is_dead(stem) is is_dead
+
+
 def lose_the_index(cluster: Cluster) -> None:
     for file in cluster.db.parent.glob("index.db*"):
         file.unlink()
