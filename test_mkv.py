@@ -13538,6 +13538,77 @@ def test_copy_of_an_index_knows_as_dead_what_it_has_drawn_and_neither_names_nor_
     assert old.is_dead(stem) is is_dead
 
 
+def test_what_was_pending_in_the_old_index_is_so_in_the_new_one(tx: mkv.Transaction) -> None:
+    """The old one's clock is 100 s behind, and nobody knows any more what its owners were doing. A
+    tombstone on a volume that is read speaks for itself."""
+    rows = [dead(4, "a", doubt_s=8.0), dead(4, "b", owner=7), dead(4, "c")]
+    old = make_pending(*rows, claims={(5, 7): "a b~00000001"}, tombstones={4: "a d"})
+    mkv_tools.carry_over({"": old}, 100.0, "abc", tx)
+    pending = tx.pending_of("k")
+    found = {
+        (row.volume, mkv.version_of(row.path)[15]): (row.doubt_s, row.owner)
+        for row in pending.dead.values()
+    }
+    mine = (None, tx.lease.owner)
+    assert found == {
+        ("a", "4"): (108.0, None), ("b", "4"): (tx.now_s + mkv.BROKEN_S, None),
+        ("c", "4"): (None, None), ("a", "5"): mine, ("b", "5"): mine,
+    }  # fmt: skip
+    assert {row.due_s for row in pending.dead.values()} == {tx.now_s} and not pending.claims
+    assert pending.tombstones == {tombstone_of(4): {"d"}}
+
+
+def test_damaged_index_says_only_what_is_dead() -> None:
+    """And that only of places that there can be."""
+    row = dead(4)
+    odd = row._replace(path="/x")
+    old = make_pending(row, odd, claims={(5, 7): "a"}, tombstones={4: "a"})
+    assert mkv_tools.only_dead({"s": old}) == {
+        "s": mkv.Pending({}, {(row.volume, row.path): row}, {}, old.key)
+    }
+
+
+def test_tombstone_on_a_volume_tells_the_new_index_where_else_to_delete(
+    tx: mkv.Transaction,
+) -> None:
+    """Also what a claim of the old index may still bring: it is dead for sure now."""
+    path = numbered(4).path
+    pending = tx.pending_of("k")
+    for row in (dead(4, "a", doubt_s=8.0), dead(4, "b", owner=7)):
+        pending.dead[row.volume, row.path] = row
+    tombstone = mkv_tools.Tombstone(path=path, volumes=["d"], places={"a", "b", "c~00000001"})
+    tombstone.write("k", tx)
+    found = {row.volume: (row.doubt_s, row.owner) for row in pending.dead.values()}
+    until = (tx.now_s + mkv.HUNG_S, None)
+    assert found == {"a": (8.0, None), "b": until, "c": until}
+    assert pending.tombstones == {tombstone_of(4): {"d"}}
+
+
+def test_nothing_is_dead_where_a_record_stands() -> None:
+    pending = make_pending(dead(5, "a"), dead(5, "b"), dead(4, "a"), dead(5, "a~00000001"))
+    mkv_tools.raise_from_dead(numbered(5), pending)  # which names a
+    assert {
+        (row.volume + mkv.split_path(row.path)[1], mkv.version_of(row.path)[15])
+        for row in pending.dead.values()
+    } == {("b", "5"), ("a", "4"), ("a~00000001", "5")}
+
+
+def test_record_on_volumes_that_were_not_read_stays_unless_a_tombstone_says_that_it_is_dead(
+    tx: mkv.Transaction,
+) -> None:
+    tx.remove(R)
+    pending = tx.pending_of("k")
+    page = [(R, False)]
+    pending.tombstones[mkv.tombstone_path(R.path)] = {"c"}
+    assert mkv_tools.keep_unread(page, {"a", "c"}, tx) == ([], [])
+    assert tx.get("k") is None and dead_in(tx) == {"b"}
+    pending.tombstones.clear()
+    assert mkv_tools.keep_unread([(R, True)], {"a", "c"}, tx) == ([], [(R, True)])
+    assert mkv_tools.keep_unread(page, {"a", "b"}, tx) == ([], page)
+    kept = R._replace(places=("b",))
+    assert mkv_tools.keep_unread(page, {"a", "c"}, tx) == ([kept], []) and tx.get("k") == kept
+
+
 def lose_the_index(cluster: Cluster) -> None:
     for file in cluster.db.parent.glob("index.db*"):
         file.unlink()
