@@ -4678,6 +4678,24 @@ def test_lease_ends_by_the_clock_that_goes_on_while_the_machine_sleeps(
     assert mkv.awake_s() == pytest.approx(time.clock_gettime(time.CLOCK_BOOTTIME), abs=60)
 
 
+def test_lease_counts_from_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others count from when the index had it, which is later (R5)."""
+    clock = Clock(monkeypatch)
+    begin = mkv.SqliteSession.begin
+
+    def take_long(*given: Any) -> mkv.Turn:
+        clock.now_s += 3.0
+        return begin(*given)
+
+    monkeypatch.setattr(mkv.SqliteSession, "begin", take_long)
+    with open_sqlite("file::memory:") as session:
+        lease = commit(begin_on(session))
+        assert (lease.renewed_s, clock.now_s) == (1000.0, 1003.0)
+        clock.now_s = 1010.0
+        assert commit(begin_on(session, lease)) is lease
+        assert (lease.renewed_s, clock.now_s) == (1010.0, 1013.0)
+
+
 async def test_no_place_is_written_once_its_lease_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -5857,6 +5875,21 @@ async def test_server_takes_over_the_number_of_another_that_wrote_last(
     monkeypatch.setattr(mkv.VolumeClient, "write_identity", be_overtaken)
     async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
         assert store.health.states == {"a": UP}
+        assert (await store.index.identities())["a"] == "0" * 32
+
+
+async def test_identity_that_another_server_has_noted_first_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = mkv.Index.keep_identity
+
+    async def be_second(index: mkv.Index, name: str, number: str, anew: bool = False) -> None:
+        await keep(index, name, "0" * 32)
+        await keep(index, name, number, anew)
+
+    monkeypatch.setattr(mkv.Index, "keep_identity", be_second)
+    async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
+        assert "not the one last seen" in (await reasons_of(store))["a"]
         assert (await store.index.identities())["a"] == "0" * 32
 
 
@@ -12970,6 +13003,9 @@ C1, C2 = [name for name in MEND_RING.order("k") if name in "cd"]  # where a PUT 
 LOST = dict.fromkeys("ab", "missing")
 
 
+NONE_ELSE = {"a": READONLY, "b": READONLY, "d": DOWN}
+
+
 @pytest.mark.parametrize(
     ("faults", "spare", "others", "states", "replicas", "copy", "after", "sources", "left"),
     [
@@ -12996,6 +13032,8 @@ LOST = dict.fromkeys("ab", "missing")
         ({}, ("c",), (), {}, 3, "", "a b c", "a b c", ""),
         ({}, ("c",), (), {}, 4, "d", "a b c d~", "a b c", ""),
         ({"a": "corrupt"}, (), (), {}, 3, f"a{C1}", f"a~ b {C1}~", "b", ""),
+        # What is bad and not replaced stays, too: its volume may get well.
+        (LOST, ("c",), (), NONE_ELSE, 2, "", "a b c", "c", ""),
         # What nobody knows to be bad stays.
         ({"a": "not configured"}, (), (), {}, 3, C1, f"a b {C1}~", "b", ""),
         ({"a": "unreadable: x", "b": "missing"}, (), (), {}, 2, "", "", "", "none of them can"),
