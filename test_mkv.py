@@ -1380,6 +1380,25 @@ def test_absence_proves_nothing_where_a_write_may_still_come(
         assert pending.dead == {(row.volume, row.path): row._replace(due_s=12.0)} or facts
 
 
+@pytest.mark.parametrize(
+    ("found", "facts", "is_gone"),
+    [
+        (True, {"doubt_s": 9.0}, True),  # it was sent once
+        (True, {"owner": 7}, True),
+        (False, {}, True),
+        (False, {"doubt_s": 5.0}, True),
+        (False, {"doubt_s": 5.1}, False),
+        (False, {"owner": 7}, False),
+        (None, {}, False),
+        (None, {"doubt_s": 1.0}, False),  # however old the doubt is
+    ],
+)
+def test_when_nothing_is_at_a_place_nor_will_be(
+    found: bool | None, facts: dict[str, Any], is_gone: bool
+) -> None:
+    assert dead(5, **facts).is_gone(found, 5.0) is is_gone
+
+
 def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_ends() -> None:
     pending = make_pending(dead(5, doubt_s=40.0))
     looks_s = list[float]()
@@ -2152,6 +2171,18 @@ async def all_claims(index: mkv.Index) -> set[tuple[str, str]]:
         for (path, _), places in one.claims.items()
         for place in places
     }
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_later_claims_of_a_write_add_to_its_first(tx: mkv.Transaction, is_known: bool) -> None:
+    """Whether the transaction has read what is pending on the key, or only writes it down."""
+    path = make_record("m").path
+    if is_known:
+        tx.pending_of("m")
+    for place in ("a", "b~00000001"):
+        tx.claim("m", path, [place])
+        tx.flush()
+    assert tx.pending_of("m").claimed_at(path) == {"a", "b~00000001"}
 
 
 async def test_commit_orders_whatever_the_versions_are(index: mkv.Index) -> None:
