@@ -6638,6 +6638,23 @@ async def test_tombstones_that_the_index_does_not_note_bury_nothing(
         assert len(disk.tombstones()) == in_doubt and disk.sidecars() == []
 
 
+async def test_no_tombstone_is_written_that_the_index_does_not_expect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would ever delete it."""
+
+    def fail(*_: Any, **more: Any) -> None:
+        raise mkv.IndexFailed("it is away")
+
+    monkeypatch.setattr(mkv, "expect_tombstones", fail)
+    async with small_store(tmp_path) as (store, (disk,)):
+        row = partial(add_dead, record=make_record("k", 1), places=["v0"], doubt_s=9e9)
+        await store.index.write(row)
+        with pytest.raises(mkv.Unfinished, match="too few volumes could note"):
+            await store.delete("k", mkv.UNCONDITIONAL, "")
+        assert disk.tombstones() == []
+
+
 async def test_tombstones_go_to_volumes_that_cannot_show_what_is_dead_as_far_as_these_last(
     tmp_path: Path,
 ) -> None:
