@@ -2892,16 +2892,17 @@ def schema_3(db: str, request: pytest.FixtureRequest) -> str:
     return db
 
 
-@pytest.mark.parametrize("page", [2, mkv.PENDING_PAGE])
+@pytest.mark.parametrize("page", [2, mkv.OLD_ROWS])
 async def test_index_of_the_second_edition_is_brought_up_to_date(
     schema_3: str, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mkv, "PENDING_PAGE", page)
+    monkeypatch.setattr(mkv, "OLD_ROWS", page)
     index = mkv.Index(schema_3)
     await index.open()
     record = make_record("k", 6)
     assert await index.get("k") == record
-    assert (await index.identities()).keys() == {mkv.STORE_ID}  # for the volumes to be given
+    identities = await index.read(mkv.select_identities)
+    assert identities.keys() == {mkv.STORE_ID}  # for the volumes to be given
     monkeypatch.undo()
     (pending,) = await all_pending(index)
     now_s = await index.read(mkv.Session.read_clock)
@@ -4811,14 +4812,14 @@ def test_lease_ends_by_the_clock_that_goes_on_while_the_machine_sleeps(
 def test_lease_counts_from_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others count from when the index had it, which is later (R5)."""
     clock = Clock(monkeypatch)
-    begin = mkv.SqliteSession.begin
+    begin = mkv.Session.begin
 
-    def take_long(*given: Any) -> mkv.Turn:
+    def take_long(*given: Any) -> Any:
         clock.now_s += 3.0
         return begin(*given)
 
-    monkeypatch.setattr(mkv.SqliteSession, "begin", take_long)
-    with open_sqlite("file::memory:") as session:
+    monkeypatch.setattr(mkv.Session, "begin", take_long)
+    with session_in_memory() as session:
         lease = commit(begin_on(session))
         assert (lease.renewed_s, clock.now_s) == (1000.0, 1003.0)
         clock.now_s = 1010.0
@@ -6026,16 +6027,16 @@ async def test_server_takes_over_the_number_of_another_that_wrote_last(
 async def test_identity_that_another_server_has_noted_first_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = mkv.Index.keep_identity
+    keep = mkv.keep_identity
 
-    async def be_second(index: mkv.Index, name: str, number: str, anew: bool = False) -> None:
-        await keep(index, name, "0" * 32)
-        await keep(index, name, number, anew)
+    def be_second(tx: mkv.Transaction, name: str, number: str) -> None:
+        keep(tx, name, "0" * 32)
+        keep(tx, name, number)
 
-    monkeypatch.setattr(mkv.Index, "keep_identity", be_second)
+    monkeypatch.setattr(mkv, "keep_identity", be_second)
     async with disks(tmp_path, "a") as urls, started(store_at(tmp_path, urls)) as store:
         assert "not the one last seen" in (await reasons_of(store))["a"]
-        assert (await store.index.identities())["a"] == "0" * 32
+        assert (await store.index.read(mkv.select_identities))["a"] == "0" * 32
 
 
 @pytest.mark.parametrize("db", ["sqlite", "postgres"], indirect=True)
