@@ -1,6 +1,6 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
-An index server (this module: aiohttp, and SQLite or PostgreSQL) knows where each key lives; volume
+An index server (this module, with SQLite or PostgreSQL) knows where each key lives; volume
 servers (stock nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain
 files. Whoever reads the bytes never passes through Python.
 
@@ -30,7 +30,8 @@ does not answer, or may not have carried out a late write.
     DELETE /key   204                        404 412 503 504
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
     GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
-                                             (everywhere, with tokens: 401 403)
+    everywhere    400 405 414 421 431 501 505, with tokens 401 403
+                  408 to whoever sends too slowly, 413 to a length that no blob can have
 
 Rules that make cases impossible, so that no code has to count them:
 
@@ -96,10 +97,10 @@ try:  # before anything that Python 3.10 lacks
         raise ImportError(f"this is Python {sys.version.split()[0]}")
     import aiohttp
 
-    if not aiohttp.__version__.startswith("3.14."):
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 14):
         raise ImportError(f"this is aiohttp {aiohttp.__version__}")
 except ImportError as error:
-    needs = "Python 3.11 or later and aiohttp 3.14 (pip install 'aiohttp>=3.14,<3.15')"
+    needs = "Python 3.11 or later and aiohttp 3.14 or later (pip install 'aiohttp>=3.14')"
     needs = f"mkv needs {needs}: {error}"
     if os.path.basename(sys.argv[0]) in ("mkv.py", "mkv", "mkv_tools.py", "mkv-tools"):
         print(needs, file=sys.stderr)
@@ -1922,7 +1923,9 @@ def parse_fields(text: bytes, minor: bytes) -> Fields:
         raise BadRequest("Host is malformed")
     options = {one.strip(" \t").lower() for one in headers.get("connection", "").split(",")}
     connection = ""
-    if "close" in options or (is_old and "keep-alive" not in options):
+    if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        connection = "close"  # nobody knows where the body ends
+    elif "close" in options or (is_old and "keep-alive" not in options):
         connection = "close"
     elif is_old:
         connection = "keep-alive"
@@ -2132,7 +2135,11 @@ def encode_response_head(
 
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
-REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+REASONS |= {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    422: "Unprocessable Content",
+}  # RFC 9110
 STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
