@@ -10320,6 +10320,14 @@ def set_up_logging(config: Config) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # of connections that broke we hear
+    logging.getLogger("aiohttp.server").addFilter(is_no_clients_fault)
+
+
+def is_no_clients_fault(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's server is to be written. One about a request that is no HTTP is
+    not: it holds what was sent."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def notify_systemd(message: str) -> None:
