@@ -8244,10 +8244,10 @@ class Call:
 
     async def _read_body(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes; raises BadRequest if it is cut short, TooSlow, TooLarge."""
-        config = self.store.view.config
         body = self.request.body
         began = time.monotonic()
-        while chunk := await body.read(config.body_timeout):
+        while chunk := await body.read(self.store.view.config.body_timeout):
+            config = self.store.view.config
             self.size += len(chunk)
             self.store.metrics.add("mkv_received_bytes_total", len(chunk))
             if config.max_blob_size and self.size > config.max_blob_size:
@@ -8373,7 +8373,7 @@ RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Reques
 # in which they came; what a connection may do next is the table below, and nothing else. A handler
 # knows nothing of this: it reads a body, and returns an answer.
 #
-# Every limit is looked up when it counts, so a reload changes it for all connections:
+# Every limit is looked up when it begins to count, so a reload changes it for all connections:
 #
 #   FRESH, IDLE   `header_timeout` for the first request to begin, `keepalive_timeout` for another;
 #                 then the connection is closed without a word, as if it had not been there

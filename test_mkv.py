@@ -6959,6 +6959,82 @@ def test_request_that_has_begun_after_a_body_is_no_part_of_it(
     assert ask(server.url + "/cut", "DELETE")[0] == 204
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS", "POST", "PATCH", "PUT"])
+@pytest.mark.parametrize("empty", [b"", b"\r\n", b"\r\n\r\n"])
+def test_complete_put_is_stored_whatever_request_is_behind_it(
+    server: Program, method: str, empty: bytes
+) -> None:
+    """In the same segment."""
+    more = f"{method} /cut HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(HEAD + b"Content-Length: 3\r\n\r\nabc" + empty + more)
+        said = read_to_end(connection)
+    assert said.startswith(b"HTTP/1.1 201") and said.count(b"HTTP/1.1 ") == 2
+    assert ask(server.url + "/cut", "DELETE")[0] == (404 if method == "DELETE" else 204)
+
+
+def test_requests_that_came_together_are_answered_though_no_more_come(server: Program) -> None:
+    """More than are answered at once."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(b"GET /-/livez HTTP/1.1\r\nHost: h\r\n\r\n" * 3 * mkv.AT_ONCE)
+        connection.shutdown(socket.SHUT_WR)
+        said = read_to_end(connection)
+    assert said.count(b"alive\n") == 3 * mkv.AT_ONCE
+
+
+def test_http_1_0_is_answered_as_it_understands(server: Program) -> None:
+    """Without 100 Continue and chunks; the connection stays only if it asks for that."""
+    old = HEAD.replace(b"HTTP/1.1\r\nHost: h\r\n", b"HTTP/1.0\r\n")
+    sent = old + b"Content-Length: 3\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(sent + b"Connection: keep-alive\r\n\r\n")
+        eventually(lambda: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2)
+        connection.sendall(b"abc")
+        said = connection.recv(1000)
+        assert said.startswith(b"HTTP/1.1 201") and b"\r\nConnection: keep-alive\r\n" in said
+        connection.sendall(b"GET /? HTTP/1.0\r\n\r\n")
+        said = read_to_end(connection)
+        assert said.startswith(b"HTTP/1.1 200") and b"\r\nConnection: close\r\n" in said
+        assert b"Transfer-Encoding" not in said
+    check_problem(send_raw(server.port, old + b"Transfer-Encoding: chunked\r\n\r\n" + END), 400)
+    assert ask(server.url + "/cut", "DELETE")[0] == 204
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"nonsense\r\n", 400), (b"\x16\x03\x01\r\n", 400), (b"PUT /refused HTTP/1.1\r\n", 400),
+        (b"PUT /refused HTTP/1.1\r\nHost: h\r\nX : y\r\n", 400),
+        (b"PUT /refused HTTP/1.1\r\nHost: h\r\nContent-Length: 1\r\nContent-Length: 2\r\n", 400),
+        (b"MKCOL /refused HTTP/1.1\r\nHost: h\r\n", 405),
+        (b"PUT /refused HTTP/1.1\r\nHost: h\r\nContent-Length: " + b"9" * 30 + b"\r\n", 413),
+        (b"PUT /refused" + b"k" * 9000 + b" HTTP/1.1\r\nHost: h\r\n", 414),
+        (b"PUT http://other/refused HTTP/1.1\r\nHost: h\r\n", 421),
+        (b"PUT /refused HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * 101, 431),
+        (b"PUT /refused HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: gzip\r\n", 501),
+        (b"PUT /refused HTTP/2.0\r\nHost: h\r\n", 505),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("given", ["", "its.own_id-1"])
+def test_refused_request_has_a_line_an_id_and_counts(
+    server: Program, data: bytes, status: int, given: str
+) -> None:
+    def count() -> float:
+        text = ask(server.url + "/-/metrics")[2].decode()
+        found = re.findall(rf'mkv_http_requests_total\{{.*status="{status}"\}} (\d+)', text)
+        return sum(map(int, found))
+
+    before = count()
+    more = f"X-Request-ID: {given}\r\n".encode() if given else b""
+    first, _, rest = data.partition(b"\r\n")
+    answer = send_raw(server.port, first + b"\r\n" + more + rest + b"\r\n")
+    check_problem(answer, status)
+    shown = answer[1]["x-request-id"]
+    assert shown == given or not given
+    assert count() == before + 1
+    eventually(lambda: re.search(rf"id={re.escape(shown)} .*status={status} ", server.log()))
+
+
 IN_CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 
@@ -11777,12 +11853,38 @@ def test_uploads_at_once_are_limited(start: Callable[..., Program]) -> None:
     assert ask(server.url + "/other", "PUT", b"x")[0] in (201, 204)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /k HT", b"GET /k HTTP/1.1\r\nHost: h\r\nX-Slow: "])
-def test_slow_headers_are_cut_off(start: Callable[..., Program], sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"GET /k HT", b"GET /k HTTP/1.1\r\nHost: h\r\nX-Slow: "])
+def test_slow_headers_are_408(start: Callable[..., Program], sent: bytes) -> None:
     server = start("--header-timeout", "0.3")
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as slow:
-        slow.sendall(sent)
-        assert slow.recv(100) == b""
+    check_problem(send_raw(server.port, sent), 408, "not whole")
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n"])
+def test_client_that_asks_nothing_hears_nothing(
+    start: Callable[..., Program], sent: bytes
+) -> None:
+    server = start("--header-timeout", "0.3")
+    assert raw(server.port, sent) == b""
+
+
+def test_reload_changes_the_limits_of_connections_that_are_open(
+    start: Callable[..., Program],
+) -> None:
+    server = start("--config", "mkv.toml", config="body_timeout = 50\nkeepalive_timeout = 3600\n")
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        upload, kept = (
+            stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(2)
+        )
+        upload.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 6\r\n\r\nabc")
+        eventually(lambda: metric(read_metrics(server.url), "mkv_http_requests_in_flight") == 2)
+        server.config.write_text("body_timeout = 0.2\nkeepalive_timeout = 1\nmax_blob_size = 4\n")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "configuration reloaded" in server.log())
+        upload.sendall(b"d")  # the next piece is waited for by the new limit
+        assert upload.recv(1000).startswith(b"HTTP/1.1 408")
+        kept.sendall(b"PUT /k HTTP/1.1\r\nHost: h\r\nContent-Length: 6\r\n\r\nabcdef")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 413") and kept.recv(1000) == b""
 
 
 def test_slow_body_is_refused(start: Callable[..., Program]) -> None:
