@@ -807,6 +807,7 @@ def version_s(version: str) -> int:
 
 
 @lru_cache(64)  # all that is written in one second has one
+@lru_cache(64)
 def http_date(time_s: int) -> str:
     return formatdate(time_s, usegmt=True)
 
@@ -8393,7 +8394,7 @@ LINGER_S = 2.0
 LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
 RESET = struct.pack("ii", 1, 0)  # to close by one (socket(7))
 AT_ONCE = 16  # requests of one client that are answered before others get their turn
-SWEEP_S = 0.25
+SWEEP_S = 0.1  # between two looks at all deadlines
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -8448,7 +8449,6 @@ class ClientBody:
         self._left = fields.length or 0  # bytes
         self._chunks = ChunkDecoder(frugal=True) if fields.length is None else None
         self._waits_to_be_asked = fields.expects
-        self._timeout_s = math.inf
         self._held = list[bytes]()
         self._failure: MkvError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -8484,10 +8484,6 @@ class ClientBody:
             self._failure = error
             wake(self._waiter)
 
-    def run_out(self) -> None:
-        """Give up whoever sends it."""
-        self.fail(TooSlow(f"no byte of the body for {self._timeout_s:g} s"))
-
     def is_abandoned(self) -> bool:
         return self._connection.has_hung_up
 
@@ -8498,7 +8494,6 @@ class ClientBody:
                 self._connection.write(CONTINUE)
         while self._failure is None and not self._held and not self.is_whole:
             self._waiter = asyncio.get_running_loop().create_future()
-            self._timeout_s = timeout_s
             self._connection.wait_for_body(timeout_s)
             await self._waiter
             self._waiter = None
@@ -8704,7 +8699,7 @@ class Connection(asyncio.Protocol):
             connection = "close"
         if response.status not in (204, 304):
             response.headers.setdefault("Content-Length", str(len(response.body)))
-        date = self._server.date()
+        date = http_date(int(time.time()))
         data = encode_response_head(response.status, response.headers, date, connection)
         if head.method != "HEAD":
             data += response.body
@@ -8747,7 +8742,8 @@ class Connection(asyncio.Protocol):
         elif self._stage in UNDER_WAY:
             self.deadline_s = math.inf
             if self._body is not None:
-                self._body.run_out()
+                wait_s = self._server.config.body_timeout
+                self._body.fail(TooSlow(f"no byte of the body for {wait_s:g} s"))
         elif self._stage is Stage.HEAD:
             wait_s = self._server.config.header_timeout
             self._refuse(TooSlow(f"the head of the request is not whole after {wait_s:g} s"))
@@ -8795,8 +8791,6 @@ class Server:
         self._opened = defaultdict[str, int](int)  # connections of each client
         self._connections = set[Connection]()
         self._tasks = set[asyncio.Task[None]]()
-        self._second = 0
-        self._date = ""
         self._sweep()
 
     @property
@@ -8827,29 +8821,12 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def date(self) -> str:
-        """Return the time as HTTP writes it."""
-        second = int(time.time())
-        if second != self._second:
-            self._second = second
-            self._date = formatdate(second, usegmt=True)
-        return self._date
-
     def _sweep(self) -> None:
         """Give up the connections whose deadline has come."""
         now_s = self.loop.time()
         for one in [one for one in self._connections if one.deadline_s <= now_s]:
             one.run_out()
-        config = self.config
-        times_s = (
-            config.header_timeout,
-            config.body_timeout,
-            config.keepalive_timeout,
-            config.send_timeout,
-        )
-        self._timer = self.loop.call_later(
-            min(SWEEP_S, *(one / 4 for one in times_s)), self._sweep
-        )
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
 
     async def drain(self) -> None:
         """Wait until no request is under way, at most as long as the configuration says."""
