@@ -418,7 +418,7 @@ class Config(Checked):
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
     max_connections: int = setting(4096, "connections of one client address to one process", 1)
     header_timeout: float = setting(
-        10.0, "s for a new connection to send its first request's headers", 0.1, 3600
+        10.0, "s for the headers of a request, once they or the connection begin", 0.1, 3600
     )
     # Less than client_body_timeout of nginx.conf: else nginx gives up first, and counts as down.
     body_timeout: float = setting(
@@ -695,14 +695,14 @@ def check_key(key: str) -> str:
 ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE | re.DOTALL)
 
 
-def split_target(target: str, prefix: str = "", host: str | None = None) -> tuple[str, str]:
+def split_target(target: str, prefix: str = "", host: str = "") -> tuple[str, str]:
     """Split a raw request target (RFC 9112, 3.2) into its raw path, without `prefix`, and its raw
     query; raises BadRequest, NotFound, and Misdirected if it names another host than `host`."""
     if not target.startswith("/"):
         absolute = ABSOLUTE_TARGET.fullmatch(target)
         if absolute is None or not HOST.fullmatch(absolute[1]):
             raise BadRequest("this target is no path")
-        if host is not None and host.lower() != absolute[1].lower():
+        if host and host.lower() != absolute[1].lower():
             raise Misdirected("the target names another host than Host does")
         target = (absolute[2] or "/") + (absolute[3] or "")
     path, _, query = target.partition("?")
@@ -8131,8 +8131,9 @@ class Call:
             raise UnknownCoding("Transfer-Encoding: only chunked is known here")
         if request.target == "*" and method == "OPTIONS":  # of the server as a whole
             return Call.tell_options
-        host = headers.get("host", "")
-        self.path, self.query = split_target(request.target, request.prefix, host)
+        self.path, self.query = split_target(
+            request.target, request.prefix, headers.get("host", "")
+        )
         found = ON_PATH.get(self.path)
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
