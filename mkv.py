@@ -8563,13 +8563,10 @@ class Connection(asyncio.Protocol):
             return
         if self._stage is Stage.BODY:
             data = self._feed(data)
-        if data:
-            self._buffer += data
-            if not self.is_idle:
-                if len(self._buffer) > MAX_HEAD:
-                    self.pause_reading()
-                return
-            self.serve_next()
+        self._buffer += data
+        self.serve_next()
+        if len(self._buffer) > MAX_HEAD:  # until one of the requests that wait there is answered
+            self.pause_reading()
 
     def _feed(self, data: bytes) -> bytes:
         """Give the body its part of what has come; return the rest."""
@@ -8718,6 +8715,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         """Close once the answer is on its way."""
         is_all_read = self._stage is Stage.ANSWER and not self._buffer
+        self._buffer = b""
         self._move(Move.END)
         if is_all_read or self._has_ended:
             self._transport.close()

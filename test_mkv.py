@@ -12256,6 +12256,24 @@ def test_client_that_does_not_read_is_dropped(
         eventually(lambda: poll.poll(0))
 
 
+def test_client_that_asks_and_does_not_read_takes_little_memory(
+    start: Callable[..., Program], crowded: str
+) -> None:
+    """I9: what it asks for more waits in its own machine."""
+    server = start("--db", crowded, "--send-timeout", "1", "--no-access-log")
+
+    def peak_kb() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0])
+
+    ask(server.url + "/?limit=10000")
+    before = peak_kb()
+    data = list_keys(10_000) + b"GET /k HTTP/1.1\r\nHost: h\r\n\r\n" * 3_000_000
+    with pytest.raises(ConnectionError), narrow(server.port, data):
+        pass
+    assert peak_kb() - before < 40_000
+
+
 def test_unread_answer_of_whatever_size_holds_no_connection(
     start: Callable[..., Program], crowded: str
 ) -> None:
