@@ -9422,8 +9422,9 @@ REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
     for kind in (
         BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, TooSlow,
-        PreconditionFailed, TooLarge, UnsupportedEncoding, WrongDigest, TooManyRequests,
-        UnknownCoding, Unavailable, Unfinished, Full,
+        PreconditionFailed, TooLarge, TargetTooLong, UnsupportedEncoding, Misdirected, WrongDigest,
+        TooManyRequests, HeadTooLarge, UnknownCoding, Unavailable, Unfinished, UnknownVersion,
+        Full,
     )
 }  # fmt: skip
 
