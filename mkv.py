@@ -1,6 +1,6 @@
 """mkv: a distributed key-value store for blobs, in one file.
 
-An index server (this module: aiohttp, and SQLite or PostgreSQL) knows where each key lives; volume
+An index server (this module, with SQLite or PostgreSQL) knows where each key lives; volume
 servers (stock nginx with WebDAV, or the embedded volume near the end) hold the bytes as plain
 files. Whoever reads the bytes never passes through Python.
 
@@ -30,7 +30,8 @@ does not answer, or may not have carried out a late write.
     DELETE /key   204                        404 412 503 504
     GET /?prefix=&delimiter=&start=&limit=   200 JSON, 400 429
     GET /-/ (a page for browsers) /-/livez /-/readyz /-/status /-/metrics
-                                             (everywhere, with tokens: 401 403)
+    everywhere    400 405 414 421 431 501 505, with tokens 401 403
+                  408 to whoever sends too slowly, 413 to a length that no blob can have
 
 Rules that make cases impossible, so that no code has to count them:
 
@@ -97,10 +98,10 @@ try:  # before anything that Python 3.10 lacks
         raise ImportError(f"this is Python {sys.version.split()[0]}")
     import aiohttp
 
-    if not aiohttp.__version__.startswith("3.14."):
+    if tuple(map(int, aiohttp.__version__.split(".")[:2])) < (3, 14):
         raise ImportError(f"this is aiohttp {aiohttp.__version__}")
 except ImportError as error:
-    needs = "Python 3.11 or later and aiohttp 3.14 (pip install 'aiohttp>=3.14,<3.15')"
+    needs = "Python 3.11 or later and aiohttp 3.14 or later (pip install 'aiohttp>=3.14')"
     needs = f"mkv needs {needs}: {error}"
     if os.path.basename(sys.argv[0]) in ("mkv.py", "mkv", "mkv_tools.py", "mkv-tools"):
         print(needs, file=sys.stderr)
@@ -185,10 +186,8 @@ from aiohttp import (
     ClientTimeout,
     ConnectionTimeoutError,
     DummyCookieJar,
-    HttpVersion10,
     HttpVersion11,
     ServerDisconnectedError,
-    StreamReader,
     TCPConnector,
     web,
 )
@@ -246,17 +245,21 @@ class Unauthorized(MkvError):
 class Forbidden(MkvError): status, title = 403, "Forbidden"
 class NotFound(MkvError): status, title = 404, "Not Found"
 class MethodNotAllowed(MkvError): status, title = 405, "Method Not Allowed"
-class SlowBody(MkvError): status, title = 408, "Request Timeout"
+class TooSlow(MkvError): status, title = 408, "Request Timeout"
 class PreconditionFailed(MkvError): status, title = 412, "Precondition Failed"
 class TooLarge(MkvError): status, title = 413, "Content Too Large"
+class TargetTooLong(MkvError): status, title = 414, "URI Too Long"
 class UnsupportedEncoding(MkvError):
     status, title, headers = 415, "Unsupported Media Type", {"Accept-Encoding": "identity"}
+class Misdirected(MkvError): status, title = 421, "Misdirected Request"
 class WrongDigest(MkvError): status, title = 422, "Unprocessable Content"
 class TooManyRequests(MkvError): status, title = 429, "Too Many Requests"
+class HeadTooLarge(MkvError): status, title = 431, "Request Header Fields Too Large"
 class UnknownCoding(MkvError): status, title = 501, "Not Implemented"
 class Unavailable(MkvError):
     status, title, headers = 503, "Service Unavailable", {"Retry-After": "2"}
 class Unfinished(MkvError): status, title = 504, "Gateway Timeout"
+class UnknownVersion(MkvError): status, title = 505, "HTTP Version Not Supported"
 class Full(MkvError): status, title = 507, "Insufficient Storage"
 
 class ConfigError(MkvError):
@@ -457,7 +460,7 @@ class Config(Checked):
     max_uploads: int = setting(512, "uploads at once in one process; more get 503", 1)
     max_connections: int = setting(4096, "connections of one client address to one process", 1)
     header_timeout: float = setting(
-        10.0, "s for a new connection to send its first request's headers", 0.1, 3600
+        10.0, "s for the headers of a request, once they or the connection begin", 0.1, 3600
     )
     # Less than client_body_timeout of nginx.conf: else nginx gives up first, and counts as down.
     body_timeout: float = setting(
@@ -653,6 +656,7 @@ PATH = re.compile(
     r"(?:\.([a-z0-9]{1,8}))?"
 )
 STEM = len("/aa/bb/") + 64 + len("-") + 20
+HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]*)?")
 BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 DEFAULT_TYPE = "application/octet-stream"
 # Media type -> file extension. It shows who looks at a volume what a file is, and says what a blob
@@ -718,11 +722,20 @@ def check_key(key: str) -> str:
     return key
 
 
-def split_target(target: str, prefix: str = "") -> tuple[str, str]:
+# As in RFC 9112, 3.2.2, but without a user's name.
+ABSOLUTE_TARGET = re.compile(r"https?://([^/?]+)(/[^?]*)?(\?.*)?", re.IGNORECASE | re.DOTALL)
+
+
+def split_target(target: str, prefix: str = "", host: str = "") -> tuple[str, str]:
     """Split a raw request target (RFC 9112, 3.2) into its raw path, without `prefix`, and its raw
-    query."""
-    if not target.startswith("/"):  # the absolute form
-        target = "/" + target.partition("://")[2].partition("/")[2]
+    query; raises BadRequest, NotFound, and Misdirected if it names another host than `host`."""
+    if not target.startswith("/"):
+        absolute = ABSOLUTE_TARGET.fullmatch(target)
+        if absolute is None or not HOST.fullmatch(absolute[1]):
+            raise BadRequest("this target is no path")
+        if host and host.lower() != absolute[1].lower():
+            raise Misdirected("the target names another host than Host does")
+        target = (absolute[2] or "/") + (absolute[3] or "")
     path, _, query = target.partition("?")
     if not path.startswith(prefix + "/"):
         raise NotFound("nothing here")
@@ -825,6 +838,7 @@ def version_s(version: str) -> int:
 
 
 @lru_cache(64)  # all that is written in one second has one
+@lru_cache(64)
 def http_date(time_s: int) -> str:
     return formatdate(time_s, usegmt=True)
 
@@ -1819,24 +1833,38 @@ def parse_list_query(query: str) -> ListQuery:
 
 
 # == Wire format ==================================================================================
-# HTTP/1.1 (RFC 9112) over bytes: pure and bounded. Of what clients send only the simple is read
-# here, a subset that every parser reads the same; the rest is left to aiohttp.
-# What a volume sends beyond a bound is refused.
+# HTTP/1.x (RFC 9112) over bytes: pure and bounded. What a client sends is read strictly: what two
+# parsers could read in two ways is refused, so that a proxy in front and this one see the same
+# requests. What a volume sends beyond a bound is refused.
 
-MAX_HEAD = 8000  # bytes of a simple request's head; aiohttp takes a little more
+MAX_HEAD = 32 * 1024  # bytes of a request's head
+MAX_LINE = 8192  # of these in its first line
+MAX_FIELDS = 100  # header lines; HAProxy takes 101, with 16 KiB in all
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
 # Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
 # extensions) be more than the body.
 MIN_CHUNK = 64  # bytes on average
 FREE_CHUNKS = 1000  # of any size
 FREE_FRAMING = 512 * 1024  # bytes
-SIMPLE_METHODS = (b"GET ", b"HEAD ", b"PUT ", b"DELETE ")
 
-REQUEST_HEAD = re.compile(
-    rb"(GET|HEAD|PUT|DELETE) (/[!$-~]*) HTTP/1\.1\r\n"  # no "#": a fragment is never sent
-    rb"((?:[A-Za-z0-9_-]+:[ -~\t]*(?<![ \t])\r\n)+)\r\n"
-)
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
+FIRST_LINE = rb"(" + TOKEN + rb") ([!\"$-~]++) HTTP/1\.([0-9])\r\n"  # a fragment (#) is never sent
+REQUEST_LINE = re.compile(FIRST_LINE)
+REQUEST_HEAD = re.compile(FIRST_LINE + rb"((?:" + TOKEN + rb":[\t -~\x80-\xff]*+\r\n)*+)\r\n")
+OTHER_VERSION = re.compile(TOKEN + rb" [!-~]++ HTTP/[02-9](?:\.[0-9])?\r\n")
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
+REQUEST_START = re.compile(rb"(" + TOKEN + rb") ([!-~]{1,1024})")
+GIVEN_ID = re.compile(rb"\nx-request-id:[ \t]*([A-Za-z0-9._-]{1,128})[ \t]*\r", re.IGNORECASE)
+# METHODS are those that a client may ask for; others share one label in the metrics.
+METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")
+METHOD_STARTS = tuple(f"{method} ".encode() for method in METHODS)
+# What stands twice in a head has no second meaning.
+ONLY_ONCE = (
+    "host", "content-length", "transfer-encoding", "expect", "authorization", "content-type",
+    "if-modified-since", "if-unmodified-since", "range", "if-range", "content-range",
+)  # fmt: skip
 LENGTH = re.compile(r"[0-9]{1,15}")
+DIGITS = re.compile(r"[0-9]+")
 
 # Heads that need not be read again: of one client, and of the answers of a second, most are alike.
 HEADS_KNOWN = 64
@@ -1853,64 +1881,124 @@ FRAMING = re.compile(rb"\n(content-length|transfer-encoding|connection):([^\r]*)
 DIALECT = re.compile(rb"\nmkv-dialect: *2 *\r", re.IGNORECASE)
 
 
+class Fields(NamedTuple):
+    """What the header lines of a request say, for whoever reads its body and answers it."""
+
+    headers: Mapping[str, str]  # names in lower case; what stands twice is joined by ", "
+    length: int | None  # bytes of the body; None: chunked, or in a coding that is not known
+    expects: bool  # the client waits to be asked for the body
+    connection: str  # what the answer says of it: "close", "keep-alive", or nothing
+
+
 class RequestHead(NamedTuple):
-    """The head of a simple request. Names of headers are in lower case, and each is there once."""
+    """The head of a request."""
 
     method: str
     target: str
-    headers: Mapping[str, str]
-    length: int | None  # bytes of the body; None: chunked
-    is_last: bool  # the connection is to end after the answer
+    fields: Fields
 
 
-def may_be_simple(data: bytes) -> bool:
-    """Whether what begins with `data` can be a simple request; an empty line may precede it."""
-    data = data.removeprefix(b"\r\n")
-    return data == b"\r" or any(
-        method.startswith(data[: len(method)]) for method in SIMPLE_METHODS
-    )
+def may_begin_request(data: bytes) -> bool:
+    """Whether what begins with `data` can be a request of a known method; empty lines may precede
+    it."""
+    data = data[EMPTY_LINES.match(data).end() :]  # type: ignore[union-attr] # it always matches
+    return data == b"\r" or any(start.startswith(data[: len(start)]) for start in METHOD_STARTS)
+
+
+def may_become_head(data: bytes) -> bool:
+    """Whether `data`, in which no head ends, can be the beginning of one."""
+    if b"\n" in data:
+        return REQUEST_LINE.match(data) is not None and len(data) <= MAX_HEAD
+    return len(data) <= MAX_LINE and (data == b"\r" or re.match(TOKEN, data) is not None)
 
 
 @lru_cache(HEADS_KNOWN)
-def parse_header_lines(text: bytes) -> Mapping[str, str] | None:
-    """Read well-formed header lines: name in lower case -> value. None if one is there twice."""
-    lines = text.decode().split("\r\n")
-    lines.pop()  # behind the last line
+def parse_fields(text: bytes, minor: bytes) -> Fields:
+    """Read the well-formed header lines of a request in HTTP/1.`minor`; raises BadRequest,
+    HeadTooLarge, TooLarge."""
     headers = dict[str, str]()
+    lines = text.decode("utf-8", "surrogateescape").split("\r\n")
+    lines.pop()  # behind the last line
+    if len(lines) > MAX_FIELDS:
+        raise HeadTooLarge(f"a request has at most {MAX_FIELDS} header lines")
     for line in lines:
         name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip(" \t")
-    return MappingProxyType(headers) if len(headers) == len(lines) else None
+        name = name.lower()
+        value = value.strip(" \t")
+        if name not in headers:
+            headers[name] = value
+        elif name in ONLY_ONCE:
+            raise BadRequest(f"there are two {name}")
+        else:
+            headers[name] += f", {value}"
+    is_old = minor == b"0"
+    host = headers.get("host")
+    if host is None and not is_old:
+        raise BadRequest("there is no Host")
+    if host and not HOST.fullmatch(host):
+        raise BadRequest("Host is malformed")
+    options = {one.strip(" \t").lower() for one in headers.get("connection", "").split(",")}
+    connection = ""
+    if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        connection = "close"  # nobody knows where the body ends
+    elif "close" in options or (is_old and "keep-alive" not in options):
+        connection = "close"
+    elif is_old:
+        connection = "keep-alive"
+    expects = not is_old and headers.get("expect", "").lower() == "100-continue"
+    length = parse_length(headers, is_old)
+    return Fields(MappingProxyType(headers), length, expects, connection)
 
 
-def parse_request_head(head: bytes) -> RequestHead | None:
-    """Read the head of a request, with its empty line; None if it is not simple."""
+def parse_length(headers: Mapping[str, str], is_old: bool) -> int | None:
+    """Return how many bytes a body has, None if chunks say so; raises BadRequest, TooLarge."""
+    length = headers.get("content-length")
+    if "transfer-encoding" in headers:
+        if length is not None:
+            raise BadRequest("a body has no Content-Length beside a Transfer-Encoding")
+        if is_old:
+            raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
+        return None
+    if length is None:
+        return 0
+    if not DIGITS.fullmatch(length):
+        raise BadRequest("Content-Length is malformed")
+    if len(length) > 19:
+        raise TooLarge("no blob has as many bytes as Content-Length says")
+    return int(length)
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Read the head of a request, with its empty line; raises MkvError."""
     found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
-    headers = parse_header_lines(found[3]) if found is not None else None
-    if found is None or headers is None or "host" not in headers or "upgrade" in headers:
-        return None
-    connection = headers.get("connection", "keep-alive").lower()
-    if connection not in ("keep-alive", "close"):
-        return None
-    method = found[1].decode()
-    length: int | None = 0
-    if method == "PUT":
-        if headers.get("expect", "100-continue").lower() != "100-continue":
-            return None
-        if "transfer-encoding" in headers:
-            if headers["transfer-encoding"].lower() != "chunked" or "content-length" in headers:
-                return None
-            length = None
-        elif "content-length" in headers:
-            if not LENGTH.fullmatch(headers["content-length"]):
-                return None
-            length = int(headers["content-length"])
-    elif (
-        not headers.keys().isdisjoint(("expect", "transfer-encoding"))
-        or headers.get("content-length", "0") != "0"
-    ):
-        return None
-    return RequestHead(method, found[2].decode(), headers, length, connection == "close")
+    if found is None:
+        raise fault_of_head(head)
+    if found.end(3) > MAX_LINE:
+        raise TargetTooLong(f"the first line of a request has at most {MAX_LINE} bytes")
+    return RequestHead(found[1].decode(), found[2].decode(), parse_fields(found[4], found[3]))
+
+
+def fault_of_head(head: bytes) -> MkvError:
+    """Say why this is no head of a request."""
+    if len(head.partition(b"\n")[0]) > MAX_LINE:
+        return TargetTooLong(f"the first line of a request has at most {MAX_LINE} bytes")
+    if OTHER_VERSION.match(head):
+        return UnknownVersion("only HTTP/1.0 and HTTP/1.1 are known here")
+    if not REQUEST_LINE.match(head):
+        return BadRequest("the first line is none of an HTTP request")
+    if len(head) > MAX_HEAD:
+        return HeadTooLarge(f"the head of a request has at most {MAX_HEAD} bytes")
+    return BadRequest("a header line is malformed")
+
+
+def salvage_head(data: bytes) -> RequestHead:
+    """Return what log and answer can say of a request that is refused unread; its body never
+    ends."""
+    found = REQUEST_START.match(data)
+    method, target = (found[1].decode(), found[2].decode()) if found else ("", "")
+    given = GIVEN_ID.search(data)
+    headers = {"x-request-id": given[1].decode()} if given else {}
+    return RequestHead(method, target, Fields(headers, None, False, "close"))
 
 
 class AnswerHead(NamedTuple):
@@ -2047,15 +2135,15 @@ def encode_chunks(data: bytes) -> bytes:
 
 
 def encode_response_head(
-    status: int, headers: Mapping[str, str], date: str, is_last: bool
+    status: int, headers: Mapping[str, str], date: str, connection: str
 ) -> bytes:
     """Return the head of a response; raises ValueError if a header would become two."""
     lines = [STATUS_LINES[status]]
     for name, value in headers.items():
         lines.append(f"{name}: {value}")
     lines.append(f"Date: {date}")
-    if is_last:
-        lines.append("Connection: close")
+    if connection:
+        lines.append(f"Connection: {connection}")
     text = "\r\n".join(lines)
     if text.count("\n") >= len(lines) or text.count("\r") >= len(lines):
         raise ValueError("a line break in a header")
@@ -2063,7 +2151,11 @@ def encode_response_head(
 
 
 REASONS = {status.value: status.phrase for status in HTTPStatus}
-REASONS |= {413: "Content Too Large", 422: "Unprocessable Content"}  # as RFC 9110 names them
+REASONS |= {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    422: "Unprocessable Content",
+}  # RFC 9110
 STATUS_LINES = {status: f"HTTP/1.1 {status} {reason}" for status, reason in REASONS.items()}
 
 
@@ -6636,7 +6728,6 @@ TRACEPARENT = re.compile(  # by the W3C
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
 RATE_GRACE_S = 30.0  # before min_body_rate counts: a connection may be slow to start
-METHODS = ("GET", "HEAD", "PUT", "DELETE", "POST", "OPTIONS", "PATCH")  # others share one label
 JSON_TYPE = "application/json; charset=utf-8"
 LINK_TYPE = "text/uri-list"  # RFC 2483; who accepts just that gets the link instead of a redirect
 HEALTH_CHECKS = ("/-/livez", "/-/readyz")  # asked every few seconds: no line while all is well
@@ -6649,10 +6740,23 @@ class Body(Protocol):
 
     async def read(self, timeout_s: float) -> bytes:
         """Return what has come since, nothing at the end. Raises BadRequest if it is cut short or
-        malformed, SlowBody if nothing comes for `timeout_s`."""
+        malformed, TooSlow if nothing comes for `timeout_s`."""
 
     def is_abandoned(self) -> bool:
         """Whether the client has hung up: nobody will hear the answer."""
+
+
+class NoBody:
+    """The body of a request that has none, or none that is read."""
+
+    async def read(self, timeout_s: float) -> bytes:
+        return b""
+
+    def is_abandoned(self) -> bool:
+        return False
+
+
+NO_BODY = NoBody()
 
 
 class Request(NamedTuple):
@@ -6758,10 +6862,16 @@ class Call:
         """Check who asks for what; return who handles it."""
         request = self.request
         method = request.method
-        self.path, self.query = split_target(request.target, request.prefix)
-        coding = request.headers.get("transfer-encoding", "chunked")
-        if coding != "chunked" and coding.lower().strip(", \t") != "chunked":
+        headers = request.headers
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            raise BadRequest("Expect: only 100-continue is known here")
+        if headers.get("transfer-encoding", "chunked").lower() != "chunked":
             raise UnknownCoding("Transfer-Encoding: only chunked is known here")
+        if request.target == "*" and method == "OPTIONS":  # of the server as a whole
+            return Call.tell_options
+        self.path, self.query = split_target(
+            request.target, request.prefix, headers.get("host", "")
+        )
         found = ON_PATH.get(self.path)
         if found is not None and not (self.path == "/" and method in ("PUT", "DELETE")):
             handler, operation = found
@@ -6779,7 +6889,7 @@ class Call:
             scope = self.key = key_of_path(self.path)
         config = self.store.view.config
         if operation:
-            shown = request.headers.get("authorization")
+            shown = headers.get("authorization")
             try:
                 self.who = authorize(config.tokens, config.anonymous, shown, operation, scope)
             except (Unauthorized, Forbidden):
@@ -6873,18 +6983,18 @@ class Call:
         return Draft(self.key, content_type, ext, size, conditions, parse_digests(headers))
 
     async def _read_body(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes; raises BadRequest if it is cut short, SlowBody, TooLarge."""
-        config = self.store.view.config
+        """Yield the body as it comes; raises BadRequest if it is cut short, TooSlow, TooLarge."""
         body = self.request.body
         began = time.monotonic()
-        while chunk := await body.read(config.body_timeout):
+        while chunk := await body.read(self.store.view.config.body_timeout):
+            config = self.store.view.config
             self.size += len(chunk)
             self.store.metrics.add("mkv_received_bytes_total", len(chunk))
             if config.max_blob_size and self.size > config.max_blob_size:
                 raise TooLarge(f"a blob has at most {config.max_blob_size} bytes")
             elapsed_s = time.monotonic() - began
             if elapsed_s > RATE_GRACE_S and self.size < config.min_body_rate * elapsed_s:
-                raise SlowBody(f"the body comes with less than {config.min_body_rate:g} bytes/s")
+                raise TooSlow(f"the body comes with less than {config.min_body_rate:g} bytes/s")
             yield chunk
 
     async def delete(self) -> Response:
@@ -6952,7 +7062,7 @@ class Call:
         """Return what the access log says."""
         facts: dict[str, Any] = {
             "id": self.id, "client": self.request.peer, "method": self.request.method,
-            "key": self.key or self.path,
+            "key": self.key or self.path or self.request.target.partition("?")[0],
             "status": status, "bytes": self.size, "ms": round(seconds * 1000, 2),
         }  # fmt: skip
         if self.prefix:
@@ -6998,18 +7108,68 @@ REQUEST_HEADERS = (
 RESPONSE_HEADERS = "Allow, ETag, Mkv-Volumes, Repr-Digest, Retry-After, X-Request-ID"
 
 
-# == Lane =========================================================================================
-# Serves clients without aiohttp, as long as what they ask for is simple. A connection that asks
-# for something else goes to aiohttp for the rest of its life. The lane holds the limits on clients
-# that are slow, greedy or do not listen; one sweep for all lanes looks after their deadlines.
+# == Server =======================================================================================
+# Serves clients over HTTP/1.x. A client's requests are answered one after the other, in the order
+# in which they came; what a connection may do next is the table below, and nothing else. A handler
+# knows nothing of this: it reads a body, and returns an answer.
+#
+# Every limit is looked up when it begins to count, so a reload changes it for all connections:
+#
+#   FRESH, IDLE   `header_timeout` for the first request to begin, `keepalive_timeout` for another;
+#                 then the connection is closed without a word, as if it had not been there
+#   HEAD          `header_timeout` from its first byte, MAX_HEAD bytes; then 408 or 431
+#   BODY          `body_timeout` while somebody reads the body, BODY_BUFFER bytes that wait;
+#                 nothing while nobody does: that volumes are slow is not the client's fault
+#   ANSWER        nothing: the work is bounded by the limits on volumes and index
+#   LINGER        LINGER_S. An answer that leaves a body unread is the last. To close at once would
+#                 be a reset, which may overtake it: so we say that nothing more comes, and throw
+#                 away what the client sends until it has heard
+#
+# and in all of them `send_timeout`: a client that takes hardly anything of its answers is dropped,
+# and none of its requests is begun before it has taken them. One timer looks after all deadlines.
 
-LANE_BUFFER = 128 * 1024  # bytes of a body that wait before a client must
-LINGER_S = 2.0  # after an answer that leaves a body unread: a reset may overtake the answer
+BODY_BUFFER = 128 * 1024  # bytes of a body that wait before a client must
+LINGER_S = 2.0
 LINGER_PAUSE_S = 0.005  # after each read: so it costs little, and comes to 100 MB at most
 RESET = struct.pack("ii", 1, 0)  # to close by one (socket(7))
 AT_ONCE = 16  # requests of one client that are answered before others get their turn
-SWEEP_S = 0.25
+SWEEP_S = 0.1  # between two looks at all deadlines
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Stage(enum.Enum):
+    """Where a connection is."""
+
+    FRESH = enum.auto()  # nothing has come yet
+    IDLE = enum.auto()  # nothing of the next request has come
+    HEAD = enum.auto()  # a part of its head has
+    BODY = enum.auto()  # it is under way, and its body is not whole
+    ANSWER = enum.auto()  # it is under way, and its body is whole
+    LINGER = enum.auto()  # its answer was the last
+    LOST = enum.auto()  # there is no connection any more
+
+
+class Move(enum.Enum):
+    """What happens to a connection."""
+
+    BEGIN = enum.auto()  # the first bytes of a head
+    ASK = enum.auto()  # a head is whole, or refused
+    FILL = enum.auto()  # the body is whole
+    GO_ON = enum.auto()  # the answer is written, another request may follow
+    END = enum.auto()  # the answer is written, it was the last
+    LOSE = enum.auto()  # the transport has closed
+
+
+MOVES: Mapping[Stage, Mapping[Move, Stage]] = {
+    Stage.FRESH: {Move.BEGIN: Stage.HEAD, Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
+    Stage.IDLE: {Move.BEGIN: Stage.HEAD, Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
+    Stage.HEAD: {Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
+    Stage.BODY: {Move.FILL: Stage.ANSWER, Move.END: Stage.LINGER, Move.LOSE: Stage.LOST},
+    Stage.ANSWER: {Move.GO_ON: Stage.IDLE, Move.END: Stage.LINGER, Move.LOSE: Stage.LOST},
+    Stage.LINGER: {Move.LOSE: Stage.LOST},
+    Stage.LOST: {},
+}
+UNDER_WAY = (Stage.BODY, Stage.ANSWER)
 
 
 def drop_connection(transport: asyncio.Transport) -> None:
@@ -7019,16 +7179,15 @@ def drop_connection(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-class LaneBody:
-    """The body of a request on a lane."""
+class ClientBody:
+    """The body of the request that is under way on a connection."""
 
-    def __init__(self, lane: Lane, head: RequestHead) -> None:
-        self.is_whole = head.length == 0
-        self._lane = lane
-        self._left = head.length or 0  # bytes
-        self._chunks = ChunkDecoder(frugal=True) if head.length is None else None
-        self._waits_to_be_asked = "expect" in head.headers
-        self._timeout_s = math.inf
+    def __init__(self, connection: Connection, fields: Fields) -> None:
+        self.is_whole = fields.length == 0
+        self._connection = connection
+        self._left = fields.length or 0  # bytes
+        self._chunks = ChunkDecoder(frugal=True) if fields.length is None else None
+        self._waits_to_be_asked = fields.expects
         self._held = list[bytes]()
         self._failure: MkvError | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -7042,16 +7201,15 @@ class LaneBody:
         except ValueError as error:
             self.fail(BadRequest(f"the body's chunks are malformed: {error}"))
             return b""
+        if rest and not may_begin_request(rest):
+            self.fail(BadRequest("the body is longer than its length"))
+            return b""
         if piece:
             self._held.append(piece)
         self.is_whole = self._chunks.done if self._chunks else not self._left
-        if rest and not may_be_simple(rest):
-            self.is_whole = False
-            self.fail(BadRequest("the body is longer than its Content-Length"))
-            return b""
         wake(self._waiter)
-        if not self.is_whole and sum(map(len, self._held)) > LANE_BUFFER:
-            self._lane.pause_reading()
+        if not self.is_whole and sum(map(len, self._held)) > BODY_BUFFER:
+            self._connection.pause_reading()
         return rest
 
     def _cut(self, data: bytes) -> tuple[bytes, bytes]:
@@ -7065,25 +7223,20 @@ class LaneBody:
             self._failure = error
             wake(self._waiter)
 
-    def run_out(self) -> None:
-        """Give up whoever sends it."""
-        self.fail(SlowBody(f"no byte of the body for {self._timeout_s:g} s"))
-
     def is_abandoned(self) -> bool:
-        return self._lane.has_hung_up
+        return self._connection.has_hung_up
 
     async def read(self, timeout_s: float) -> bytes:
         if self._waits_to_be_asked:
             self._waits_to_be_asked = False
             if not self._held:
-                self._lane.write(CONTINUE)
+                self._connection.write(CONTINUE)
         while self._failure is None and not self._held and not self.is_whole:
             self._waiter = asyncio.get_running_loop().create_future()
-            self._timeout_s = timeout_s
-            self._lane.wait_for_body(timeout_s)
+            self._connection.wait_for_body(timeout_s)
             await self._waiter
             self._waiter = None
-            self._lane.deadline_s = math.inf  # that volumes are slow is not the client's fault
+            self._connection.deadline_s = math.inf
         if self._failure is not None:
             raise self._failure
         piece = b"".join(self._held)
@@ -7091,50 +7244,32 @@ class LaneBody:
         return piece
 
 
-class EmptyBody(LaneBody):
-    """The body of a request that has none."""
+class Connection(asyncio.Protocol):
+    """A client's connection."""
 
-    def __init__(self) -> None:
-        self.is_whole = True
-
-    def fail(self, error: MkvError) -> None:
-        pass
-
-    def run_out(self) -> None:
-        pass
-
-    def is_abandoned(self) -> bool:
-        return False  # nobody asks, but of a PUT
-
-    async def read(self, timeout_s: float) -> bytes:
-        return b""
-
-
-EMPTY_BODY = EmptyBody()
-
-
-class Lane(asyncio.Protocol):
-    """A client's connection. Its requests are answered one after the other."""
-
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, server: Server) -> None:
         self.deadline_s = math.inf  # of the loop's clock
-        self._lanes = lanes
-        self._store = lanes.store
+        self._server = server
+        self._stage = Stage.FRESH
         self._peer = ""
         self._buffer = b""  # what no request has taken yet
-        self._head: RequestHead | None = None  # of the request under way
-        self._body: LaneBody | None = None
+        self._body: ClientBody | None = None  # of the request under way
         self._is_serving = False  # within serve_next
         self._is_reading = True
         self._is_writable = True
-        self._is_deaf = False  # what comes is thrown away
-        self._is_lost = False
         self._has_ended = False  # the client sends nothing more
-        self._unread = 0  # bytes that the client had not taken when that was looked at
+        self._untaken = 0  # bytes that the client had not taken when that was looked at
 
     @property
     def has_hung_up(self) -> bool:
-        return self._is_lost or self._has_ended
+        return self._stage is Stage.LOST or self._has_ended
+
+    @property
+    def is_idle(self) -> bool:
+        return self._stage not in UNDER_WAY
+
+    def _move(self, move: Move) -> None:
+        self._stage = MOVES[self._stage][move]
 
     # -- what the transport says --
 
@@ -7142,117 +7277,137 @@ class Lane(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=0)  # see pause_writing
         self._peer = (transport.get_extra_info("peername") or ("",))[0]
-        self._wait(self._lanes.config.header_timeout)
-        if not self._lanes.admit(self, self._peer):
+        self._wait(self._server.config.header_timeout)
+        if not self._server.admit(self, self._peer):
             self._transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._is_lost = True
-        self._lanes.forget(self, self._peer)
+        self._move(Move.LOSE)
+        self._server.forget(self, self._peer)
         if self._body is not None:
             self._body.fail(BadRequest("the body was cut short: the client has gone"))
 
     def eof_received(self) -> bool:
-        """A client that says it is done may still listen."""
+        """Hear that nothing more comes; return whether there is still something to be said."""
         self._has_ended = True
         if self._body is not None:
             self._body.fail(BadRequest("the body was cut short"))
-        return self._head is not None and not self._is_deaf
+        return self._stage in UNDER_WAY or (self._stage is Stage.IDLE and bool(self._buffer))
 
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf:
+        if self._stage is Stage.LINGER:
             self.pause_reading()
-            self._lanes.loop.call_later(LINGER_PAUSE_S, self.resume_reading)
+            self._server.loop.call_later(LINGER_PAUSE_S, self.resume_reading)
             return
-        if self._body is not None and not self._body.is_whole:
-            data = self._body.feed(data)
-        if data:
-            self._buffer += data
-            if self._head is None:
-                self.serve_next()
-            elif len(self._buffer) > MAX_HEAD:
-                self.pause_reading()
+        if self._stage is Stage.BODY:
+            data = self._feed(data)
+        self._buffer += data
+        self.serve_next()
+        if len(self._buffer) > MAX_HEAD:  # until one of the requests that wait there is answered
+            self.pause_reading()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Give the body its part of what has come; return the rest."""
+        assert self._body is not None
+        rest = self._body.feed(data)
+        if self._body.is_whole:
+            self._move(Move.FILL)
+        return rest
 
     def pause_writing(self) -> None:
         """Watch the client: some of its answer could not be sent at once."""
         self._is_writable = False
-        self._unread = count_untaken(self._transport)
-        self._wait(self._lanes.config.send_timeout)
+        self._untaken = count_untaken(self._transport)
+        self._wait(self._server.config.send_timeout)
 
     def resume_writing(self) -> None:
         self._is_writable = True
-        if self._head is None:
-            self._wait(self._lanes.config.keepalive_timeout)
+        if self._stage is Stage.IDLE:
+            self._wait(self._server.config.keepalive_timeout)
             self.serve_next()
 
     # -- requests --
 
     def serve_next(self) -> None:
-        """Begin with the next request if it is there, and no other under way."""
+        """Begin with the requests that are there, one after the other, unless one is under way."""
         if self._is_serving:
             return
         self._is_serving = True
         for _ in range(AT_ONCE):
-            if (
-                self._head is not None
-                or not self._buffer
-                or not self._is_writable
-                or self._is_deaf
-            ):
-                break
             if not self._take_request():
                 break
         else:
-            self._lanes.loop.call_soon(self.serve_next)
+            self._server.loop.call_soon(self.serve_next)
         self._is_serving = False
 
     def _take_request(self) -> bool:
-        """Begin with the request in the buffer; return whether there was one."""
-        self._buffer = self._buffer.removeprefix(b"\r\n")  # RFC 9112, 2.2
-        end = self._buffer.find(b"\r\n\r\n") + 4
-        if end < 4 and len(self._buffer) <= MAX_HEAD and may_be_simple(self._buffer):
-            if self.deadline_s > self._lanes.loop.time() + self._lanes.config.header_timeout:
-                self._wait(self._lanes.config.header_timeout)
+        """Begin with the next request; return whether another could be looked for."""
+        waits_for_one = self._stage in (Stage.FRESH, Stage.IDLE, Stage.HEAD)
+        if not waits_for_one or not self._buffer or not self._is_writable:
             return False
-        head = parse_request_head(self._buffer[:end]) if end >= 4 else None
-        if head is None:
-            self._hand_over()
+        if self._buffer.startswith(b"\r\n"):  # RFC 9112, 2.2
+            self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)
+            return True
+        end = self._buffer.find(b"\r\n\r\n") + 4
+        if end < 4 and may_become_head(self._buffer):
+            self._wait_for_head()
+            return False
+        try:
+            head = parse_request_head(self._buffer[:end] if end >= 4 else self._buffer)
+        except MkvError as error:
+            self._refuse(error)
             return False
         self._buffer = self._buffer[end:]
         self._begin(head)
         return True
 
-    def _hand_over(self) -> None:
-        """Let aiohttp go on with this connection."""
-        self._is_deaf = True
-        self._lanes.forget(self, self._peer)
-        handler = self._lanes.make_handler()
-        self._transport.set_protocol(handler)
-        self.resume_reading()
-        handler.connection_made(self._transport)
-        handler.data_received(self._buffer)
+    def _wait_for_head(self) -> None:
+        if self._has_ended:
+            self._transport.close()
+        elif self._stage is Stage.FRESH:  # its time began with the connection
+            self._move(Move.BEGIN)
+        elif self._stage is Stage.IDLE:
+            self._move(Move.BEGIN)
+            self._wait(self._server.config.header_timeout)
+
+    def _refuse(self, error: MkvError) -> None:
+        """Answer what is no request, or not a whole one in time: nobody knows where it ends."""
+        head = salvage_head(self._buffer)
+        self._buffer = b""
+        self._move(Move.ASK)
+        self.deadline_s = math.inf
+        request = Request(head.method, head.target, head.fields.headers, self._peer, None, NO_BODY)
+        call = Call(self._server.store, request)
+        self._respond(call, head, explain_all(error, call.id))
 
     def _begin(self, head: RequestHead) -> None:
-        self._head = head
-        self._body = LaneBody(self, head) if head.method == "PUT" else EMPTY_BODY
+        fields = head.fields
+        self._move(Move.ASK)
         self.deadline_s = math.inf
-        if self._buffer and not self._body.is_whole:
-            self._buffer = self._body.feed(self._buffer)
+        body: Body = NO_BODY
+        if fields.length == 0 and head.method != "PUT":  # the most frequent
+            self._move(Move.FILL)
+        else:
+            self._body = body = ClientBody(self, fields)
+            if self._body.is_whole:
+                self._move(Move.FILL)
+            elif self._buffer:
+                self._buffer = self._feed(self._buffer)
         request = Request(
-            head.method, head.target, head.headers, self._peer, head.length, self._body
+            head.method, head.target, fields.headers, self._peer, fields.length, body
         )
-        call = Call(self._store, request)
+        call = Call(self._server.store, request)
         try:
             handler = call.begin()
         except Exception as error:
-            self._respond(call, explain_all(error, call.id))
+            self._respond(call, head, explain_all(error, call.id))
             return
         if handler is read_key:  # by a callback: a task would cost more than all the rest
-            self._store.index.ask(call.key, partial(self._found, call))
+            self._server.store.index.ask(call.key, partial(self._found, call, head))
         else:
-            self._lanes.start(self._work(call, handler))
+            self._server.start(self._work(call, head, handler))
 
-    def _found(self, call: Call, found: Record | Exception | None) -> None:
+    def _found(self, call: Call, head: RequestHead, found: Record | Exception | None) -> None:
         """Do what read_key does after its lookup."""
         try:
             if isinstance(found, Exception):
@@ -7260,47 +7415,47 @@ class Lane(asyncio.Protocol):
             response = call.read(found)
         except Exception as error:
             response = explain_all(error, call.id)
-        self._respond(call, response)
+        self._respond(call, head, response)
 
-    async def _work(self, call: Call, handler: Handler) -> None:
+    async def _work(self, call: Call, head: RequestHead, handler: Handler) -> None:
         try:
             response = await handler(call)
         except (Exception, asyncio.CancelledError) as error:
             response = explain_all(error, call.id)
-        self._respond(call, response)
+        self._respond(call, head, response)
 
-    def _respond(self, call: Call, response: Response) -> None:
+    def _respond(self, call: Call, head: RequestHead, response: Response) -> None:
         """Send the answer, and go on with the next request, if one may follow."""
-        head = self._head
-        body = self._body
-        assert head is not None and body is not None
         response = call.finish(response)
-        if self._is_lost:
+        if self._stage is Stage.LOST:
             return
-        is_last = head.is_last or self._has_ended or self._store.stopping or not body.is_whole
+        connection = head.fields.connection
+        may_go_on = self._stage is Stage.ANSWER and not self._server.store.stopping
+        if not may_go_on or (self._has_ended and not self._buffer):
+            connection = "close"
         if response.status not in (204, 304):
             response.headers.setdefault("Content-Length", str(len(response.body)))
-        data = encode_response_head(response.status, response.headers, self._lanes.date(), is_last)
+        date = http_date(int(time.time()))
+        data = encode_response_head(response.status, response.headers, date, connection)
         if head.method != "HEAD":
             data += response.body
-        self._wait(self._lanes.config.keepalive_timeout)
+        self._wait(self._server.config.keepalive_timeout)
         self._transport.write(data)
-        if is_last:
+        if connection == "close":
             self._end()
             return
-        self._head = None
+        self._move(Move.GO_ON)
         self._body = None
         if not self._is_reading:
             self.resume_reading()
         self.serve_next()
 
     def _end(self) -> None:
-        """Close once the answer is on its way. What is unread would lead to a reset, which may
-        overtake it: so say that nothing more comes, and throw away what the client sends until it
-        has heard."""
-        self._is_deaf = True
-        assert self._body is not None
-        if (self._body.is_whole and not self._buffer) or self._has_ended:
+        """Close once the answer is on its way."""
+        is_all_read = self._stage is Stage.ANSWER and not self._buffer
+        self._buffer = b""
+        self._move(Move.END)
+        if is_all_read or self._has_ended:
             self._transport.close()
             return
         self._transport.write_eof()
@@ -7310,7 +7465,7 @@ class Lane(asyncio.Protocol):
     # -- patience --
 
     def _wait(self, timeout_s: float) -> None:
-        self.deadline_s = self._lanes.loop.time() + timeout_s
+        self.deadline_s = self._server.loop.time() + timeout_s
 
     def wait_for_body(self, timeout_s: float) -> None:
         if not self._is_reading:
@@ -7321,20 +7476,25 @@ class Lane(asyncio.Protocol):
         """Do what is to be done when the deadline has passed."""
         if not self._is_writable:
             self._check_reader()
-        elif self._head is not None and self._body is not None and not self._is_deaf:
+        elif self._stage in UNDER_WAY:
             self.deadline_s = math.inf
-            self._body.run_out()
-        elif self._is_deaf:
+            if self._body is not None:
+                wait_s = self._server.config.body_timeout
+                self._body.fail(TooSlow(f"no byte of the body for {wait_s:g} s"))
+        elif self._stage is Stage.HEAD:
+            wait_s = self._server.config.header_timeout
+            self._refuse(TooSlow(f"the head of the request is not whole after {wait_s:g} s"))
+        elif self._stage is Stage.LINGER:
             self._transport.abort()
         else:
             self._transport.close()
 
     def _check_reader(self) -> None:
         """Drop a client that has taken hardly anything since this was looked at."""
-        config = self._lanes.config
-        before = self._unread
-        self._unread = count_untaken(self._transport)
-        if before - self._unread <= config.min_body_rate * config.send_timeout:
+        config = self._server.config
+        before = self._untaken
+        self._untaken = count_untaken(self._transport)
+        if before - self._untaken <= config.min_body_rate * config.send_timeout:
             drop_connection(self._transport)
         else:
             self._wait(config.send_timeout)
@@ -7350,54 +7510,47 @@ class Lane(asyncio.Protocol):
             self._transport.resume_reading()
 
     def write(self, data: bytes) -> None:
-        if not self._is_lost:
+        if self._stage is not Stage.LOST:
             self._transport.write(data)
 
     def close(self) -> None:
         """Close now if no request is under way."""
-        if self._head is None:
+        if self.is_idle:
             self._transport.close()
 
 
-class Lanes:
-    """All lanes of a process, and what they share. `make_handler` makes aiohttp's side of a
-    connection; `opened` counts the connections of each client."""
+class Server:
+    """All connections of a process, and what they share."""
 
-    def __init__(
-        self, store: Store, make_handler: Callable[[], Connection], opened: defaultdict[str, int]
-    ) -> None:  # fmt: skip
+    def __init__(self, store: Store) -> None:
         self.store = store
-        self.make_handler = make_handler
         self.loop = asyncio.get_running_loop()
-        self._opened = opened
-        self._lanes = set[Lane]()
+        self._opened = defaultdict[str, int](int)  # connections of each client
+        self._connections = set[Connection]()
         self._tasks = set[asyncio.Task[None]]()
-        self._second = 0
-        self._date = ""
         self._sweep()
 
     @property
     def config(self) -> Config:
         return self.store.view.config
 
-    def connect(self) -> Lane:
-        return Lane(self)
+    def connect(self) -> Connection:
+        return Connection(self)
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return len(self._connections)
 
-    def admit(self, lane: Lane, peer: str) -> bool:
+    def admit(self, connection: Connection, peer: str) -> bool:
         """Count a connection; return whether the client may have so many."""
-        self._lanes.add(lane)
+        self._connections.add(connection)
         self._opened[peer] += 1
         return self._opened[peer] <= self.config.max_connections
 
-    def forget(self, lane: Lane, peer: str) -> None:
-        if lane in self._lanes:
-            self._lanes.remove(lane)
-            self._opened[peer] -= 1
-            if not self._opened[peer]:
-                del self._opened[peer]
+    def forget(self, connection: Connection, peer: str) -> None:
+        self._connections.remove(connection)
+        self._opened[peer] -= 1
+        if not self._opened[peer]:
+            del self._opened[peer]
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run the work on a request, and hold on to it."""
@@ -7405,29 +7558,20 @@ class Lanes:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def date(self) -> str:
-        """Return the time as HTTP writes it."""
-        second = int(time.time())
-        if second != self._second:
-            self._second = second
-            self._date = formatdate(second, usegmt=True)
-        return self._date
-
     def _sweep(self) -> None:
-        """Give up the lanes whose deadline has come: one timer for all."""
+        """Give up the connections whose deadline has come."""
         now_s = self.loop.time()
-        for lane in [lane for lane in self._lanes if lane.deadline_s <= now_s]:
-            lane.run_out()
-        config = self.config
-        times_s = (
-            config.header_timeout,
-            config.body_timeout,
-            config.keepalive_timeout,
-            config.send_timeout,
-        )
-        self._timer = self.loop.call_later(
-            min(SWEEP_S, *(one / 4 for one in times_s)), self._sweep
-        )
+        for one in [one for one in self._connections if one.deadline_s <= now_s]:
+            one.run_out()
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
+
+    async def drain(self) -> None:
+        """Wait until no request is under way, at most as long as the configuration says."""
+        began_s = self.loop.time()
+        while (waited_s := self.loop.time() - began_s) < self.config.drain:
+            if not self.store.in_flight and (waited_s > 0.5 or not self._connections):
+                break  # kept connections had time to hear `Connection: close`
+            await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         """Close all connections; what is still under way is cut off."""
@@ -7435,20 +7579,18 @@ class Lanes:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for lane in self._lanes:
-            lane.close()
+        for one in self._connections:
+            one.close()
 
 
-# == aiohttp ======================================================================================
-# Serves what is not simple, and the store inside another application.
+# == aiohttp application ==========================================================================
+# The store inside another application: the same handlers, behind aiohttp's own server and limits.
 
 STORE = web.AppKey("store", Store)
 CUT_SHORT = (
     ConnectionError, ClientError, HttpProcessingError, web.PayloadAccessError,
     web.RequestPayloadError
 )  # fmt: skip
-CHUNKS_AT_ONCE = 500  # then others get their turn
-READ_BUFFER = 16 * 1024  # bytes of a body, or 1/16 as many chunks, that wait before a client must
 
 
 class WebBody:
@@ -7456,60 +7598,26 @@ class WebBody:
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
-        self._chunked = "Transfer-Encoding" in request.headers
-        self._begun = False
-        self._size = 0
-        self._chunks = 0
+        self._waits_to_be_asked = (
+            request.version == HttpVersion11
+            and request.headers.get("Expect", "").lower() == "100-continue"
+        )
 
     async def read(self, timeout_s: float) -> bytes:
-        if not self._begun:
-            self._begun = True
-            await self._ask()
         try:
+            if self._waits_to_be_asked:
+                self._waits_to_be_asked = False
+                await self._request.writer.write(CONTINUE)
+                self._request.writer.output_size = 0  # the answer proper has not begun
             async with asyncio.timeout(timeout_s):
-                piece = await (
-                    self._read_chunks() if self._chunked else self._request.content.readany()
-                )
+                return await self._request.content.readany()
         except TimeoutError:
-            raise SlowBody(f"no byte of the body for {timeout_s:g} s") from None
+            raise TooSlow(f"no byte of the body for {timeout_s:g} s") from None
         except (OSError, *CUT_SHORT) as error:
             raise BadRequest(f"the body was cut short: {error}") from None
-        self._size += len(piece)
-        if not piece and is_followed_by_garbage(self._request.protocol):
-            raise BadRequest("the body is longer than its Content-Length")
-        return piece
 
     def is_abandoned(self) -> bool:
         return self._request.transport is None or self._request.transport.is_closing()
-
-    async def _ask(self) -> None:
-        """Let a client that waits for that send the body."""
-        request = self._request
-        if request.headers.get("Expect", "").lower() == "100-continue":
-            with contextlib.suppress(ConnectionError):  # the client has gone; reading says so
-                await request.writer.write(CONTINUE)
-            request.writer.output_size = 0  # the answer proper has not begun
-        if isinstance(request.protocol, Connection) and self._chunked:
-            request.protocol.watch_framing(request.content)
-
-    async def _read_chunks(self) -> bytes:
-        """Return what has come of a chunked body, nothing at its end; raises BadRequest if its
-        chunks are tiny."""
-        content = self._request.content
-        piece = bytearray()
-        enough = self._chunks + CHUNKS_AT_ONCE
-        while True:
-            data, whole = await content.readchunk()
-            piece += data
-            self._chunks += whole
-            size = self._size + len(piece)
-            if self._chunks > FREE_CHUNKS and size < MIN_CHUNK * self._chunks:
-                raise BadRequest(f"the body has chunks of less than {MIN_CHUNK} bytes on average")
-            at_end = not data and not whole
-            nothing_waits = size == content.total_bytes
-            if at_end or (piece and (nothing_waits or self._chunks >= enough)):
-                await asyncio.sleep(0)
-                return bytes(piece)
 
 
 def to_request(request: web.Request) -> Request:
@@ -7519,31 +7627,23 @@ def to_request(request: web.Request) -> Request:
         name = name.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     length = None if "transfer-encoding" in headers else request.content_length or 0
-    resource = cast(web.Resource, request.match_info.route.resource)
-    prefix = resource.canonical.removesuffix("/{key}")
+    resource = request.match_info.route.resource
+    prefix = resource.canonical.removesuffix("/{key}") if resource is not None else ""
     peer = request.remote or ""
     return Request(
         request.method, request.raw_path, headers, peer, length, WebBody(request), prefix
     )
 
 
-def to_web(response: Response) -> web.Response:
-    return web.Response(
-        status=response.status, body=response.body or None, headers=response.headers
-    )
-
-
-def refuse(error: MkvError) -> web.Response:
-    """Answer what no handler has seen."""
-    return to_web(explain(error, draw_request_id()))
-
-
 async def dispatch(request: web.Request) -> web.StreamResponse:
     store = request.app[STORE]
-    response = to_web(await Call(store, to_request(request)).answer())
+    response = await Call(store, to_request(request)).answer()
+    answer = web.Response(
+        status=response.status, body=response.body or None, headers=response.headers
+    )
     if store.stopping:
-        response.force_close()
-    return response
+        answer.force_close()
+    return answer
 
 
 @web.middleware
@@ -7553,22 +7653,8 @@ async def answer_without_path(
     """Answer what aiohttp's router has no handler for: a target that is no path."""
     try:
         return await handler(request)
-    except web.HTTPException as error:
-        if request.method == "OPTIONS" and request.raw_path == "*":  # of the server as a whole
-            allowed = ", ".join(sorted(ON_KEY))
-            return to_web(Response(204, {"Allow": allowed, "Server": "mkv"}))
-        return refuse(BadRequest(f"this target is no path: {error.reason}"))
-
-
-def is_followed_by_garbage(protocol: Any) -> bool:
-    """Say whether what has come behind the request under way can be none: then its body is longer
-    than its length. What is named here is private to aiohttp; a test tells if it changes."""
-    if any(hasattr(message, "exc") for message, _ in protocol._messages):
-        return True  # the parser in C has refused it already; the one in Python waits for a line
-    parser = protocol._parser
-    waiting = [*getattr(parser, "_lines", []), getattr(parser, "_tail", b"")]
-    begun = waiting[0].lstrip(b"\r\n").partition(b" ")[0].decode("latin-1")
-    return not any(method.startswith(begun) for method in METHODS)
+    except web.HTTPException:
+        return await dispatch(request)
 
 
 async def expect_nothing(request: web.Request) -> None:
@@ -7576,9 +7662,21 @@ async def expect_nothing(request: web.Request) -> None:
     sent."""
 
 
-def create_app(
-    config: Config, *, metrics: Metrics | None = None, peers: Peers | None = None
-) -> web.Application:
+@contextlib.asynccontextmanager
+async def open_store(
+    config: Config, metrics: Metrics | None = None, peers: Peers | None = None
+) -> AsyncIterator[Store]:
+    """Run a store; without volumes in `config` it runs embedded ones, too."""
+    async with contextlib.AsyncExitStack() as stack:
+        if not config.volumes:
+            config = await stack.enter_async_context(run_embedded(config))
+        store = Store(config, metrics, peers=peers)
+        stack.push_async_callback(store.close)
+        await store.start()
+        yield store
+
+
+def create_app(config: Config) -> web.Application:
     """Make the store as an aiohttp application; it opens and closes with it. Serve it, or add it
     to another one:
 
@@ -7588,209 +7686,13 @@ def create_app(
     index cannot be used. Any number of processes may share an index."""
 
     async def run_store(app: web.Application) -> AsyncIterator[None]:
-        async with contextlib.AsyncExitStack() as stack:
-            ready = config
-            if not config.volumes:
-                ready = await stack.enter_async_context(run_embedded(config))
-            app[STORE] = Store(ready, metrics, peers=peers)
-            stack.push_async_callback(app[STORE].close)
-            await app[STORE].start()
+        async with open_store(config) as app[STORE]:
             yield
 
     app = web.Application(middlewares=[answer_without_path])
     app.router.add_route("*", "/{key:[\\s\\S]*}", dispatch, expect_handler=expect_nothing)
     app.cleanup_ctx.append(run_store)
     return app
-
-
-class Connection(web.RequestHandler):
-    """aiohttp's connection, with limits against slow and greedy clients, and its own errors
-    rendered as ours."""
-
-    def __init__(self, config: Config, opened: defaultdict[str, int], manager: web.Server) -> None:
-        self._config = config
-        self._opened = opened
-        self._client = ""
-        self.has_asked = False  # for anything: the headers of a request have come
-        self._received = 0  # bytes
-        self._before = 0  # of these, with the answer before
-        self._chunked: StreamReader | None = None  # the body that is being read
-        self._deaf = False  # what comes is thrown away
-        self._malformed = False  # what came was no HTTP
-        self._reader_check: asyncio.TimerHandle | None = None
-        self._lost = asyncio.Event()
-        options: dict[str, Any] = {"access_log": None, "auto_decompress": False}
-        options["keepalive_timeout"] = self._config.keepalive_timeout
-        options["lingering_time"] = 0.0  # it would parse what nobody wants: see _linger
-        options["read_bufsize"] = READ_BUFFER
-        super().__init__(manager, loop=asyncio.get_running_loop(), **options)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)  # see pause_writing
-        self._impatience = asyncio.get_running_loop().call_later(
-            self._config.header_timeout, self._give_up
-        )
-        self._client = (transport.get_extra_info("peername") or ("",))[0]
-        self._opened[self._client] += 1
-        if self._opened[self._client] > self._config.max_connections:
-            self.force_close()
-
-    def _give_up(self) -> None:
-        if not self.has_asked:  # the first request's headers have not come yet
-            self.force_close()
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._impatience.cancel()
-        self._stop_watching_reader()
-        self._lost.set()
-        self._opened[self._client] -= 1
-        if not self._opened[self._client]:
-            del self._opened[self._client]
-        super().connection_lost(exc)
-
-    # -- a client that sends what nobody wants --
-
-    def data_received(self, data: bytes) -> None:
-        """Hand what has come to aiohttp's parser, unless it is no longer wanted."""
-        self._received += len(data)
-        if not self._deaf:
-            try:
-                super().data_received(data)
-            except ValueError:  # of the parser in Python: a number with thousands of digits
-                self.force_close()
-            self._weigh_framing()
-        elif self.transport is not None:
-            self.transport.pause_reading()
-            asyncio.get_running_loop().call_later(LINGER_PAUSE_S, self._hear_more)
-
-    def _hear_more(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-    def watch_framing(self, content: StreamReader) -> None:
-        """From now on refuse the chunked body `content` if its framing is malformed or outweighs
-        it: nothing of that reaches who reads the body."""
-        self._chunked = content
-        self._weigh_framing()
-
-    def _weigh_framing(self) -> None:
-        """Refuse a chunked body that is more framing than body: parsing starves the loop."""
-        content = self._chunked
-        if content is None or content.is_eof():
-            self._chunked = None
-            return
-        framing = self._received - self._before - content.total_bytes
-        if is_followed_by_garbage(self):
-            self._refuse_body(content, "the body's chunks are malformed")
-        elif framing > content.total_bytes + FREE_FRAMING:
-            self._refuse_body(content, "the body's chunk headers outweigh it")
-
-    def _refuse_body(self, content: StreamReader, why: str) -> None:
-        content.set_exception(BadRequest(why))
-        self._deaf = True
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Send an answer; one that leaves a body unread ends the connection, and arrives."""
-        if isinstance(resp, web.HTTPException):  # aiohttp's own: an Expect that it does not know
-            resp = refuse(BadRequest(resp.text or resp.reason))
-        unread = not request.content.is_eof() or resp.status == TooLarge.status
-        last = unread or self._malformed
-        if last:
-            resp.force_close()
-        sent, gone = await super().finish_response(request, resp, start_time)
-        if last and not gone:
-            await self._linger()
-        self._before = self._received
-        return sent, gone
-
-    async def _linger(self) -> None:
-        """Say that nothing more comes; throw away what the client sends until it has heard."""
-        self._deaf = True
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write_eof()
-            self.transport.resume_reading()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await self._lost.wait()
-        self.force_close()
-
-    # -- a client that does not read --
-
-    def pause_writing(self) -> None:
-        """Watch the client: some of its answer could not be sent at once."""
-        super().pause_writing()
-        self._watch_reader()
-
-    def resume_writing(self) -> None:
-        self._stop_watching_reader()
-        super().resume_writing()
-
-    def _watch_reader(self) -> None:
-        if self.transport is not None:
-            loop = asyncio.get_running_loop()
-            left = count_untaken(self.transport)
-            wait_s = self._config.send_timeout
-            self._reader_check = loop.call_later(wait_s, self._check_reader, left)
-
-    def _check_reader(self, before: int) -> None:
-        """Drop a client that has taken hardly anything since `before` bytes were left."""
-        if self.transport is not None:
-            least = self._config.min_body_rate * self._config.send_timeout
-            if before - count_untaken(self.transport) <= least:
-                drop_connection(self.transport)
-            else:
-                self._watch_reader()
-
-    def _stop_watching_reader(self) -> None:
-        if self._reader_check is not None:
-            self._reader_check.cancel()
-            self._reader_check = None
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what aiohttp's parser refuses, before any handler."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the answer has begun")
-        self._malformed = True
-        if status >= 500:
-            log.error("unexpected error outside of a handler", exc_info=exc)
-        error = MkvError()
-        detail = (message or "malformed HTTP").partition("\n")[0]
-        if "Content-Length overflow" in detail:
-            error = TooLarge(f"a blob has at most {MAX_SIZE} bytes")
-        elif status < 500:
-            error = BadRequest(detail)
-        response = refuse(error)
-        response.force_close()
-        return response
-
-
-def make_request(
-    make: Callable[..., web.BaseRequest],
-    message: Any,
-    payload: Any,
-    protocol: Connection,
-    *more: Any,
-) -> web.BaseRequest:
-    """Make aiohttp's request. A target with a host that cannot be decoded would break that, and
-    hang the connection: it becomes one that is no path. What asks for HTTP/1.2 is answered in
-    1.1."""
-    protocol.has_asked = True
-    if message.version not in (HttpVersion10, HttpVersion11):
-        message = message._replace(version=HttpVersion11)
-    try:
-        return make(message, payload, protocol, *more)
-    except ValueError:
-        no_path = message._replace(url=AnyURL.build(path="*", encoded=True))
-        return make(no_path, payload, protocol, *more)
 
 
 # == Migration (optional) =========================================================================
@@ -8378,12 +8280,12 @@ class EmbeddedVolume:
             temporary.unlink(missing_ok=True)
 
     async def _read(self, request: web.Request) -> bytes:
-        """Return what has come of the body, nothing at its end; raises SlowBody."""
+        """Return what has come of the body, nothing at its end; raises TooSlow."""
         try:
             async with asyncio.timeout(self._body_timeout_s):
                 return await request.content.readany()
         except TimeoutError:
-            raise SlowBody(f"no byte of the body for {self._body_timeout_s:g} s") from None
+            raise TooSlow(f"no byte of the body for {self._body_timeout_s:g} s") from None
 
 
 def status_of(error: OSError, method: str) -> int:
@@ -8490,6 +8392,51 @@ def embed_volumes(config: Config) -> tuple[Config, dict[Path, socket.socket]]:
     return replace(config, volumes=tuple(volumes)), folders
 
 
+class VolumeConnection(asyncio.Protocol):
+    """A connection to an embedded volume: aiohttp's, within limits on how many a client has and
+    how long the head of its first request takes."""
+
+    def __init__(
+        self, serve: Callable[[], asyncio.Protocol], config: Config, opened: Counter[str]
+    ) -> None:
+        self._behind = serve()
+        self._config = config
+        self._opened = opened
+        self._heard = b""  # of the first head
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._client = (transport.get_extra_info("peername") or ("",))[0]
+        self._opened[self._client] += 1
+        loop = asyncio.get_running_loop()
+        self._impatience = loop.call_later(self._config.header_timeout, transport.close)
+        self._behind.connection_made(transport)
+        if self._opened[self._client] > self._config.max_connections:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._impatience.cancel()
+        self._opened[self._client] -= 1
+        if not self._opened[self._client]:
+            del self._opened[self._client]
+        self._behind.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._impatience.cancelled():
+            self._heard = self._heard[-3:] + data
+            if b"\r\n\r\n" in self._heard:
+                self._impatience.cancel()
+        self._behind.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._behind.eof_received()
+
+    def pause_writing(self) -> None:
+        self._behind.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._behind.resume_writing()
+
+
 @contextlib.asynccontextmanager
 async def serve_volumes(
     folders: Mapping[Path, socket.socket], config: Config, max_connections: int
@@ -8507,11 +8454,14 @@ async def serve_volumes(
             app = web.Application()
             app.router.add_route("*", "/{path:[\\s\\S]*}", volume.answer)
             app.on_response_prepare.append(partial(harden, more))
-            runners.append(web.AppRunner(app, access_log=None, shutdown_timeout=5))
-            await runners[-1].setup()
-            manager = cast(web.Server, runners[-1].server)
-            manager.request_factory = partial(make_request, manager.request_factory)
-            connect = partial(Connection, config, defaultdict[str, int](int), manager)
+            runner = web.AppRunner(
+                app, access_log=None, shutdown_timeout=5, auto_decompress=False,
+                keepalive_timeout=config.keepalive_timeout,
+            )  # fmt: skip
+            runners.append(runner)
+            await runner.setup()
+            serve = cast(web.Server, runner.server)
+            connect = partial(VolumeConnection, serve, config, Counter[str]())
             servers.append(await loop.create_server(connect, sock=listener, backlog=1024))
         yield
     finally:
@@ -8586,9 +8536,10 @@ FOR_NOW = (Unavailable, TooManyRequests)  # what is worth another attempt
 REFUSALS: Mapping[int, type[MkvError]] = {
     kind.status: kind
     for kind in (
-        BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, SlowBody,
-        PreconditionFailed, TooLarge, UnsupportedEncoding, WrongDigest, TooManyRequests,
-        UnknownCoding, Unavailable, Unfinished, Full,
+        BadRequest, Unauthorized, Forbidden, NotFound, MethodNotAllowed, TooSlow,
+        PreconditionFailed, TooLarge, TargetTooLong, UnsupportedEncoding, Misdirected, WrongDigest,
+        TooManyRequests, HeadTooLarge, UnknownCoding, Unavailable, Unfinished, UnknownVersion,
+        Full,
     )
 }  # fmt: skip
 
@@ -9460,6 +9411,14 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(LogFormatter(config.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("aiohttp.server").addFilter(is_no_clients_fault)
+
+
+def is_no_clients_fault(record: logging.LogRecord) -> bool:
+    """Whether a line of aiohttp's server is to be written. One about a request that is no HTTP is
+    not: it holds what was sent."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def notify_systemd(message: str) -> None:
@@ -9573,18 +9532,21 @@ async def serve_store(
 ) -> None:
     """Serve the store on `listener` until a signal, then let the requests under way finish.
     Process 0 greets."""
-    app = create_app(config, metrics=metrics, peers=peers)
+    async with open_store(config, metrics, peers) as store:
+        entries = AccessLog(sys.stderr.fileno(), store.view.config.log_format == "json")
+        store.note_access = entries.note
+        await serve_clients(store, listener, reread, number, embedded)
+        entries.flush()
+    log.info("stopped")
+
+
+async def serve_clients(
+    store: Store, listener: socket.socket, reread: Callable[[], Config], number: int,
+    embedded: bool,
+) -> None:  # fmt: skip
+    server = Server(store)
     loop = asyncio.get_running_loop()
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    store = app[STORE]
-    manager = cast(web.Server, runner.server)
-    manager.request_factory = partial(make_request, manager.request_factory)
-    entries = AccessLog(sys.stderr.fileno(), store.view.config.log_format == "json")
-    store.note_access = entries.note
-    opened = defaultdict[str, int](int)
-    lanes = Lanes(store, partial(Connection, store.view.config, opened, manager), opened)
-    server = await loop.create_server(lanes.connect, sock=listener, backlog=1024)
+    accepting = await loop.create_server(server.connect, sock=listener, backlog=1024)
 
     async def reload() -> None:
         notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
@@ -9603,17 +9565,10 @@ async def serve_store(
     store.stopping = True  # not ready first, then no new connections, then the requests under way
     with contextlib.suppress(BlockingIOError):
         while True:  # who has connected already is not turned away
-            await loop.connect_accepted_socket(lanes.connect, listener.accept()[0])
-    server.close()
-    began = time.monotonic()
-    while (waited_s := time.monotonic() - began) < store.view.config.drain:
-        if not store.in_flight and (waited_s > 0.5 or not (lanes or manager.connections)):
-            break  # kept connections had time to hear `Connection: close`
-        await asyncio.sleep(0.01)
-    await lanes.close()
-    await runner.cleanup()
-    entries.flush()
-    log.info("stopped")
+            await loop.connect_accepted_socket(server.connect, listener.accept()[0])
+    accepting.close()
+    await server.drain()
+    await server.close()
 
 
 def supervise(config: Config, listener: socket.socket, reread: Callable[[], Config]) -> int:
