@@ -7,6 +7,7 @@ nginx or PostgreSQL are skipped where that is missing, but not in CI.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import asyncio
@@ -20,6 +21,7 @@ import hashlib
 import http.client
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -40,6 +42,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tomllib
@@ -19152,7 +19155,7 @@ def test_soak(tmp_path: Path) -> None:
 #
 # The world is one event loop whose time jumps to the next timer. Each server or tool is a process:
 # its callbacks carry it in their context, so that it can stand still (they are held) or be killed
-# (they are dropped, its connections break, its sessions with the index close without a word).
+# (they are held for good, its connections break, its sessions with the index just close).
 # SQLite is real, on a file; what an index does on threads happens at once, after a delay.
 #
 # A volume keeps its files in a dict and speaks HTTP, a byte at a time if it likes. It may carry
@@ -19188,7 +19191,7 @@ class SimSelector(selectors.SelectSelector):
 
 
 class SimStep:
-    """A callback of a process: held while that stands still, dropped when it is dead."""
+    """A callback of a process: held while that stands still, or is dead."""
 
     def __init__(
         self, process: SimProcess, callback: Callable[..., Any], args: tuple[Any, ...]
@@ -19199,12 +19202,12 @@ class SimStep:
         self.handle: asyncio.Handle | None = None
 
     def __call__(self) -> None:
-        if self._process.is_dead or (self.handle and self.handle.cancelled()):
+        if self.handle and self.handle.cancelled():
             return
-        if self._process.is_paused:
+        if self._process.pauses or self._process.is_dead:
             self._process.held.append((self, contextvars.copy_context()))
-            return
-        self._callback(*self._args)
+        else:
+            self._callback(*self._args)
 
 
 class SimLoop(asyncio.SelectorEventLoop):
@@ -19465,7 +19468,7 @@ class SimProcess:
         self.transports = list[SimTransport]()
         self.sessions = list[mkv.SqliteSession]()
         self.held = list[tuple[SimStep, contextvars.Context]]()
-        self.is_paused = False
+        self.pauses = 0  # that have not ended
         self.is_dead = False
         self.is_ghost = False  # dead, and only unwound: nothing that it does has an effect
 
@@ -19473,7 +19476,9 @@ class SimProcess:
         return self.context.run(loop.create_task, work)
 
     def go_on(self, loop: SimLoop) -> None:
-        self.is_paused = False
+        self.pauses = max(0, self.pauses - 1)
+        if self.pauses or self.is_dead:
+            return
         held = self.held
         self.held = []
         for step, context in held:
@@ -19483,14 +19488,15 @@ class SimProcess:
         for transport in self.transports:
             transport.abort()
         self.is_dead = True
-        self.is_paused = False
+        self.pauses = 0
         for session in self.sessions:
             session.close()
 
-    async def unwind(self) -> None:
+    async def unwind(self, loop: SimLoop) -> None:
         """Let the tasks of a dead process end, in a world that they cannot change any more."""
         self.is_ghost = True
         self.is_dead = False
+        self.go_on(loop)
         for _ in range(20):  # some have more than one thing to clear up, which nobody answers
             left = [task for task in self.tasks if not task.done()]
             if not left:
@@ -19830,37 +19836,47 @@ class SimEvent(NamedTuple):
 
 
 FATES = ("answers late", "hangs", "breaks before", "breaks after", "drips")
+SIM_PARSER = mkv_tools.make_parser()
 SERVERS = ("server1", "server2")
-VOLUMES = ("v1", "v2", "v3", "v4")
+VOLUMES = ("v1", "v2", "v3")
 FAULTS: Mapping[str, int] = {  # how often, more or less
     "fates": 8, "full": 1, "broken": 1, "refuse": 2, "kill": 3, "pause": 3, "night": 4,
     "power": 1, "disk": 1, "clock": 1, "backup": 2, "rebuild": 3, "rebalance": 2, "verify": 1,
-    "cut": 2,
+    "cut": 2, "restore": 2, "exchange": 1,
 }  # fmt: skip
+
+
+def blob_named(value: str) -> bytes:
+    """Return the bytes of a value; with an L at its end it is too large to be held in memory."""
+    return value.encode().ljust(mkv.SMALL_BLOB + 9 if value.endswith("L") else 40, b".")
 
 
 def draw_plan(seed: int) -> list[SimEvent]:
     chance = random.Random(f"plan {seed}")
     events = list[SimEvent]()
     names = dict[str, list[str]]()
+    bursts = [chance.uniform(0, 8) for _ in range(4)]  # so that much is under way together
+
+    def draw_time() -> float:
+        return chance.choice(bursts) + chance.choice([0.01, 0.3, 2.0]) * chance.random()
+
     for number in range(chance.randint(10, 20)):
         key = chance.choice(["k1", "k2", "k2"])
         method = chance.choice(["PUT"] * 5 + ["GET", "HEAD", "LIST", "DELETE", "DELETE"])
-        value = f"{key}.{number}"
+        value = f"{key}.{number}{'L' if chance.random() < 0.06 else ''}"
         condition = ""
         if method in ("PUT", "DELETE") and chance.random() < 0.25:
             condition = chance.choice(["*", *names.get(key, ["*"])[-2:]])
         if method == "PUT" and chance.random() < 0.15:
             condition = "new"
-        size = mkv.SMALL_BLOB + 9 if chance.random() < 0.06 else 40
         how = chance.choice(["whole"] * 8 + ["cut", "gives up"])
-        facts = (method, key, value, condition, size, how, chance.choice(SERVERS))
+        facts = (method, key, value, condition, how, chance.choice(SERVERS))
         if method == "PUT":
             names.setdefault(key, []).append(value)
-        events.append(SimEvent(chance.uniform(0, 12), "request", facts))
-    for _ in range(chance.randint(2, 6)):
+        events.append(SimEvent(draw_time(), "request", facts))
+    for _ in range(chance.choice([0, 2, 3, 4, 5, 6])):
         what = chance.choices([*FAULTS], [*FAULTS.values()])[0]
-        events.append(SimEvent(chance.uniform(0, 12), what, draw_facts(what, chance)))
+        events.append(SimEvent(draw_time(), what, draw_facts(what, chance)))
     return sorted(events)
 
 
@@ -19871,7 +19887,7 @@ def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
         case "fates":
             fates = tuple(chance.choice(FATES) for _ in range(chance.randint(1, 3)))
             return chance.choice(VOLUMES), fates
-        case "full" | "broken" | "refuse":
+        case "full" | "broken" | "refuse" | "restore":
             return chance.choice(VOLUMES), chance.uniform(0.5, 8)
         case "kill" | "power":
             return server, work, chance.uniform(0.1, 3)
@@ -19880,6 +19896,8 @@ def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
         case "night":
             states = tuple(chance.choice(["paused", "paused", "killed"]) for _ in SERVERS)
             return work, chance.choice([20.0, 400.0, 1.1 * A_DAY_S]), states, chance.random() < 0.5
+        case "exchange":
+            return (chance.uniform(4, 9),)
         case "disk":
             return work, chance.uniform(0.5, 5)
         case "clock":
@@ -19890,7 +19908,8 @@ def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
         case "rebalance" | "verify":
             return work, chance.choice(["runs", "runs", "killed", "paused"])
         case "cut":
-            return tuple(chance.choice(["done", "undone"]) for _ in range(2)), chance.choice([0, 12])
+            cuts = tuple(chance.choice(["done", "undone"]) for _ in range(2))
+            return cuts, chance.choice([0.0, 12.0])
     return ()
 
 
@@ -19926,10 +19945,14 @@ class SimWorld:
         self.cuts = list[str]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
-        self.index_was_lost = False
+        self.is_restored = False  # so that only a copy of the index knows what is dead
+        # Whether the index may have forgotten of what was not answered that it is on its way: it
+        # was lost, or a power cut took a claim.
+        self.has_forgotten = False
         self._writes = Counter[tuple[str, str]]()
         self._versions = dict[str, str]()
         self._values = dict[str, str]()  # digest -> name
+        self._version_of = dict[bytes, str]()  # blob -> the first that it was written as
         self._triggers = list[list[Any]]()
         self._ghosts = list[SimProcess]()
         self._background = set[asyncio.Task[None]]()
@@ -19961,6 +19984,7 @@ class SimWorld:
             self._writes[volume.name, request.path] += 1
             if self._writes[volume.name, request.path] > 1:
                 self.faults.append(f"R1: {volume.name} {request.path} is written twice")
+            self._version_of.setdefault(request.body, mkv.version_of(request.path))
             stem = request.path[: mkv.KEY_STEM]
             version = mkv.version_of(request.path)
             if self._versions.setdefault(version, stem) != stem:
@@ -20049,13 +20073,12 @@ class SimWorld:
 
     def pause(self, process: SimProcess) -> None:
         self.trace(process.name, "stands still")
-        process.is_paused = True
+        process.pauses += 1
         self._hasten(process)
 
     def go_on(self, process: SimProcess) -> None:
-        if process.is_paused:
-            self.trace(process.name, "goes on")
-            process.go_on(self.loop)
+        process.go_on(self.loop)
+        self.trace(process.name, "stands still" if process.pauses else "goes on")
 
     # -- faults --
 
@@ -20082,6 +20105,30 @@ class SimWorld:
         self.volumes[volume].refuse()
         self.loop.call_later(for_s, self.volumes[volume].listen)
 
+    async def do_restore(self, volume: str, after_s: float) -> None:
+        """Have all files back that were there some time ago."""
+        files = self.volumes[volume].files
+        old = dict(files)
+        self.has_forgotten = True
+        self.is_restored = True
+        await asyncio.sleep(after_s)
+        self._hit("a volume is restored")
+        for path, body in old.items():
+            files.setdefault(path, body)
+
+    async def do_exchange(self, for_s: float) -> None:
+        """Exchange the disks of two volumes, which are switched off for that, for a while."""
+        one, other = self.volumes["v1"], self.volumes["v2"]
+        self._hit("two disks are exchanged")
+        for _ in range(2):
+            for volume in (one, other):
+                volume.refuse()
+            await asyncio.sleep(3)
+            one.files, other.files = other.files, one.files
+            for volume in (one, other):
+                volume.listen()
+            await asyncio.sleep(for_s)
+
     async def do_kill(self, server: str, work: int, away_s: float) -> None:
         await self.wait_for_work(work)
         if server in self.servers:
@@ -20098,14 +20145,12 @@ class SimWorld:
             self.pause(process)
             self.loop.call_later(for_s, self.go_on, process)
 
-    async def do_night(
-        self, work: int, for_s: float, states: Sequence[str], anew: bool
-    ) -> None:
+    async def do_night(self, work: int, for_s: float, states: Sequence[str], anew: bool) -> None:
         """Everybody is killed or stands still for long; who was killed begins first."""
         await self.wait_for_work(work)
         self._hit("a night")
         processes = dict(self.servers)
-        for (name, process), state in zip(processes.items(), states):
+        for (name, process), state in zip(processes.items(), states, strict=False):
             if state == "killed":
                 self.kill(self.servers.pop(name))
             else:
@@ -20140,6 +20185,7 @@ class SimWorld:
             else:
                 path.unlink(missing_ok=True)
         self.boots += 1
+        self.has_forgotten = True
         await asyncio.sleep(away_s)
         for name in SERVERS:
             self.begin_server(name)
@@ -20193,12 +20239,15 @@ class SimWorld:
 
     async def run_tool(self, tool: str, *flags: str, process: SimProcess | None = None) -> int:
         process = process or SimProcess(tool)
-        options = mkv_tools.make_parser().parse_args([tool, *flags])
+        options = SIM_PARSER.parse_args([tool, *flags])
         report = mkv_tools.Report(True)
         self.trace(tool, *(Path(flag).name for flag in flags))
         work = mkv_tools.COMMANDS[tool].run(self.config, options, report)
         running = process.start(self.loop, work)
-        await asyncio.wait([running], timeout=400)
+        for _ in range(800):
+            if running.done() or process.is_dead:
+                break
+            await asyncio.sleep(0.5)
         if process.is_dead:
             return 2
         if not running.done():
@@ -20214,16 +20263,15 @@ class SimWorld:
     async def do_rebuild(self, kind: str, after_s: float) -> None:
         """Lose the index, or restore a copy, or neither; rebuild; begin again."""
         for name in list(self.servers):
-            self.go_on(self.servers[name])
             self.kill(self.servers.pop(name))
         if self._background:
             await asyncio.wait(self._background, timeout=400)
         self.heal()
         await asyncio.sleep(after_s)
-        if kind == "copy" and not self.copy.exists():
+        if (kind == "copy" and not self.copy.exists()) or (kind == "none" and self.is_restored):
             kind = "index"
         if kind != "index":
-            self.index_was_lost = True
+            self.has_forgotten = True
             self._forget_unanswered()
             mkv.remove_index(str(self.db))
         if kind == "copy":
@@ -20253,16 +20301,16 @@ class SimWorld:
     # -- clients --
 
     async def request(
-        self, method: str, key: str, value: str, condition: str, size: int, how: str, server: str
+        self, method: str, key: str, value: str, condition: str, how: str, server: str
     ) -> None:
-        body = value.encode().ljust(size, b".") if method == "PUT" else b""
+        body = blob_named(value) if method == "PUT" else b""
         self._values[hashlib.sha256(body).hexdigest()] = value
         headers = ""
         if condition == "new":
             headers = "If-None-Match: *\r\n"
         elif condition:
-            etag = hashlib.sha256(condition.encode().ljust(40, b".")).hexdigest()
-            headers = f"If-Match: {'*' if condition == '*' else chr(34) + etag + chr(34)}\r\n"
+            etag = f'"{hashlib.sha256(blob_named(condition)).hexdigest()}"'
+            headers = f"If-Match: {'*' if condition == '*' else etag}\r\n"
         self.moment += 1
         began = self.moment
         # At once on the list of what may happen, for a rebuild in the meantime.
@@ -20309,6 +20357,8 @@ class SimWorld:
         elif status == 412:
             history[history.index(possible)] = Operation(outcome=Outcome.REFUSED, **asked)
         elif status in (400, 408, 413, 429, 503, 507):
+            if all(event.what == "request" for event in self.plan):
+                self.faults.append(f"{asked['value']} was answered {status}, and nothing failed")
             history[history.index(possible)] = Operation(outcome=Outcome.FAILED, **asked)
         elif status not in (0, 504):
             self.faults.append(f"a client was answered {status}")
@@ -20375,18 +20425,20 @@ class SimWorld:
                 await getattr(self, f"do_{event.what}")(*event.facts)
         await self._end()
         for ghost in self._ghosts:
-            await ghost.unwind()
+            await ghost.unwind(self.loop)
 
     async def _end(self) -> None:
         """Let all faults end, and see what is left."""
         self.heal()
         for process in self.servers.values():
-            self.go_on(process)
+            while process.pauses:
+                self.go_on(process)
         for left in (self.requests, self._background):
             if left:
                 await asyncio.wait(left, timeout=600)
             if left:
                 self.faults.append(f"after ten minutes there are still {len(left)} at work")
+        await self._wait_until_nothing_is_claimed()
         for name in list(self.servers):
             await self.stop_server(name)
         await asyncio.sleep(2 * A_DAY_S)  # all doubts are over
@@ -20396,16 +20448,33 @@ class SimWorld:
         await self._read_all()
         before = self._look_at_rows()
         await self.stop_server("server1")
-        if self.index_was_lost:
-            return
-        self._look_at_files(before)
-        for kind in ("index", "none"):
+        if not self.has_forgotten:
+            self._look_at_files(before)
+        for kind in ("index",) if self.is_restored else ("index", "none"):
             if kind == "none":
                 mkv.remove_index(str(self.db))
-            if await self.run_tool("rebuild"):
+                self._forget_unanswered()
+            if await self.run_tool("rebuild") == 2:
                 self.faults.append(f"a last rebuild with {kind} failed")
-            elif self._look_at_rows() != before:
+            elif not self.has_forgotten and self._look_at_rows() != before:
                 self.faults.append(f"a last rebuild with {kind} gives other records")
+            self.begin_server("server1")
+            await asyncio.sleep(1)
+            await self._read_all()
+            await self.stop_server("server1")
+
+    async def _wait_until_nothing_is_claimed(self) -> None:
+        """A server that lives gives up what it has claimed once its PUT is over."""
+        await asyncio.sleep(3)
+        query = "SELECT * FROM claim JOIN owner ON owner = id WHERE role = 'server' AND until > ?1"
+        for _ in range(40):
+            with contextlib.closing(sqlite3.connect(self.db)) as db:
+                ((ahead_s,),) = db.execute("SELECT ahead FROM clock").fetchall()
+                claims = db.execute(query, (self.loop.time() + ahead_s,)).fetchall()
+            if not claims:
+                return
+            await asyncio.sleep(0.5)
+        self.faults.append(f"it stays claimed: {claims}")
 
     async def _wait_until_nothing_is_pending(self) -> None:
         """What nobody knew to be given up until now is in doubt for five minutes more."""
@@ -20428,12 +20497,13 @@ class SimWorld:
 
     async def _read_all(self) -> None:
         for method, key in (("LIST", ""), ("GET", "k1"), ("GET", "k2"), ("HEAD", "k2")):
-            facts = (method, key, "", "", 0, "whole", "server1")
+            facts = (method, key, "", "", "whole", "server1")
             await self.client.start(self.loop, self.request(*facts))
 
     def _look_at_rows(self) -> list[mkv.Record]:
         """Compare each record with each of its replicas, and the totals with a recount."""
-        records = [mkv.record_of_row(row) for row in self._select(f"SELECT {mkv.COLUMNS} FROM record")]
+        rows = self._select(f"SELECT {mkv.COLUMNS} FROM record")
+        records = [mkv.record_of_row(row) for row in rows]
         counted = Counter[str]()
         for record in records:
             counted[mkv.ALL_KEYS] += 1
@@ -20459,6 +20529,21 @@ class SimWorld:
                 if mkv.parse_path(path) and (name, path) not in named:
                     self.faults.append(f"nobody knows {name} {path}")
 
+    def _look_at_versions(self) -> None:
+        """What was answered before another request was sent has the lower version (R3)."""
+        if self.has_forgotten:
+            return
+        puts = [
+            one
+            for history in self.history.values()
+            for one in history
+            if one.method == "PUT" and one.outcome is Outcome.DONE and one.ended < FOREVER
+        ]
+        for one, other in itertools.permutations(puts, 2):
+            versions = [self._version_of[blob_named(each.value)] for each in (one, other)]
+            if one.ended < other.began and versions[0] >= versions[1]:
+                self.faults.append(f"R3: {one.value} has a higher version than {other.value}")
+
     def run(self) -> str:
         """Let it come to its end; return what the judge says, or ""."""
         with pytest.MonkeyPatch.context() as patch:
@@ -20467,6 +20552,7 @@ class SimWorld:
                 self.loop.run_until_complete(self.live())
             finally:
                 self.loop.close()
+        self._look_at_versions()
         for key, history in sorted(self.history.items()):
             if story := explain(key, history):
                 self.faults.append(story)
@@ -20497,7 +20583,8 @@ class SimWorld:
         for module in (mkv, mkv_tools):
             patch.setattr(module, "time", self.clock)
             patch.setattr(module, "random", drawn)
-        patch.setattr(mkv.Health.__init__, "__defaults__", (None, self.clock.monotonic, mkv.take_for_right))
+        defaults = (None, self.clock.monotonic, mkv.take_for_right)
+        patch.setattr(mkv.Health.__init__, "__defaults__", defaults)
         patch.setattr(mkv, "BOOT_ID", boot)
         patch.setattr(mkv.SqliteEngine, "connect", connect)
         patch.setattr(mkv.SqliteEngine, "_lock", lock)
@@ -20519,6 +20606,158 @@ def simulate(seed: int, plan: Sequence[SimEvent] | None = None) -> SimWorld:
         finally:
             mkv.log.setLevel(level)
         return world
+
+
+# -- what is looked at --
+
+CI_SEEDS = 400
+HIT = (  # each kind of fault, as it is counted where it hit work under way
+    *FATES, "is_full", "is_broken", "a volume refuses", "a volume is restored",
+    "two disks are exchanged", "a server is killed", "a server stands still", "a night",
+    "a power cut", "the index's disk is full", "the clock steps", "a tool is killed",
+    "a tool stands still", "rebuild with index", "rebuild with copy", "rebuild with none",
+    "the connection to the index breaks",
+)  # fmt: skip
+
+
+def shorten_plan(seed: int, plan: Sequence[SimEvent]) -> list[SimEvent]:
+    """Leave out what need not happen for something to go wrong."""
+    kept = list(plan)
+    for event in sorted(plan, key=lambda one: one.what == "request"):
+        less = [one for one in kept if one is not event]
+        if simulate(seed, less).faults:
+            kept = less
+    return kept
+
+
+def tell_of(world: SimWorld) -> str:
+    """Return "" if all went well, else what went wrong, the shortest history and how to see it."""
+    if not world.faults:
+        return ""
+    kept = shorten_plan(world.seed, world.plan)
+    lines = [*simulate(world.seed, kept).faults, f"seed {world.seed}, shortest:", *map(str, kept)]
+    again = f"MKV_SEED={world.seed} python -m pytest -k simulation_of_one_seed"
+    return "\n".join([*lines, f"again: {again}"])
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_simulation_finds_nothing_wrong(part: int) -> None:
+    """I1 to I5, I7, I8 and I11, R1 to R5, among all faults that are simulated."""
+    count = CI_SEEDS // 8 if os.environ.get("CI") else 5
+    for seed in range(part * count, (part + 1) * count):
+        assert not (story := tell_of(simulate(seed))), story
+
+
+def test_simulation_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    """MKV_SEED says which; -s shows all that happened."""
+    world = simulate(int(os.environ.get("MKV_SEED", "1")))
+    print("\n".join(world.lines))
+    assert not (story := tell_of(world)), story
+    assert "server1 begins" in capsys.readouterr().out
+
+
+def test_simulation_goes_the_same_way_again() -> None:
+    """Whatever the order of sets: in processes that hash differently."""
+    digests = set[str]()
+    program = "for seed in range(8): print(simulate(seed).digest.hexdigest())"
+    program = f"from test_mkv import simulate\n{program}"
+    for hashing in ("1", "2"):
+        environ = {**os.environ, "PYTHONHASHSEED": hashing}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=HERE, env=environ, capture_output=True, check=True)
+        digests.add(done.stdout.decode())
+    assert len(digests) == 1 and len(set(digests.pop().split())) == 8
+
+
+@pytest.mark.long
+@pytest.mark.timeout(24 * 3600)
+@pytest.mark.parametrize("part", range(2))
+def test_simulation_of_many_seeds_meets_each_kind_of_fault(part: int) -> None:
+    """MKV_SEEDS says how many; -n 2 shares them."""
+    count = int(os.environ.get("MKV_SEEDS", "4000")) // 2
+    met = Counter[str]()
+    virtual_s = 0.0
+    for seed in range(part * count, (part + 1) * count):
+        world = simulate(seed)
+        assert not (story := tell_of(world)), story
+        met += world.met
+        virtual_s += world.loop.time()
+    print(f"{count} seeds, {virtual_s / 3600:.0f} virtual hours, {dict(met)}")
+    rare = {kind: met[kind] for kind in HIT if met[kind] < min(100, count / 40)}
+    assert not rare, rare
+
+
+# What each rule, and each fault of the second edition, would be without what prevents it:
+# function, words in its text, and what stands in their place.
+Mutation = tuple[str, str, str]
+MUTATIONS: Mapping[str, Mutation] = {
+    "R1: a place is written again": (
+        "new_place", 'return f"{volume}~{random.getrandbits(32):08x}"', "return volume",
+    ),
+    "R1: a PUT is sent again": ("VolumeClient.lose", "exchange.error or exchange.lease or", ""),
+    "R2: what is dead is not buried": (
+        "Store._bury", "is_done = True", "is_done = True\n        return True",
+    ),
+    "R2: some versions only": (
+        "Pending.above", "version_of(row.path) > version and", "row.owner is None and",
+    ),
+    "R3: a copy does not know what is dead": ("is_drawn", "return any(", "return False and any("),
+    "R3: versions go with the clock": (
+        "Transaction.draw_path",
+        "max(self._wall_ns, self._highest_ns + 1, self.lease.highest_ns + 1)", "self._wall_ns",
+    ),
+    "R4: any disk will do": (
+        "judge_identity", "if isinstance(found, str):",
+        "if seen:\n        return Finding(Standing.RIGHT)\n    if isinstance(found, str):",
+    ),
+    "R5: a lease does not end": (
+        "Lease.has_ended", "return awake_s()", "return False and awake_s()",
+    ),
+    "fault 1: two owners of one number": (
+        "Transaction._register", "owner = random.getrandbits(62)",
+        'owner = 7\n        self._session.run("DELETE FROM owner WHERE id = 7")',
+    ),
+    "fault 4: a commit that was not heard counts as none": (
+        "Writer._find_seq", "raise IndexUnsure(", "raise IndexFailed(",
+    ),
+    "fault 5: nothing comes late from a dead owner": (
+        "Pending.disown", "_replace(doubt_s=doubt_s, owner=None)", "_replace(owner=None)",
+    ),
+    "fault 7: claims stay when the disk was full": (
+        "Store._discard", "self._undiscarded.append(write)", "pass",
+    ),
+    "fault 8: another upload is in the way": (
+        "commit_put", "if not record.places or",
+        "if len(pending.claims) > 1:\n        raise Unavailable('another write came in between')\n"
+        "    if not record.places or",
+    ),
+}  # fmt: skip
+
+
+def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
+    """Let a function of mkv do something else, wherever it is known by now."""
+    name, words, others = mutation
+    function: Any = mkv
+    for part in name.split("."):
+        function = getattr(function, part)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(words) == 1, words
+    flags = __future__.annotations.compiler_flag
+    code = compile(source.replace(words, others), name, "exec", flags)
+    made = dict[str, Any]()
+    exec(code, vars(mkv), made)
+    patch.setattr(function, "__code__", made[function.__name__].__code__)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, MUTATIONS[name])
+    count = int(os.environ.get("MKV_SEEDS", "4000"))
+    found = next((seed for seed in range(count) if simulate(seed).faults), None)
+    assert found is not None, f"{count} seeds do not find it"
+    print(f"{name}: seed {found}")
 
 
 # == Fuzz =========================================================================================
