@@ -19230,12 +19230,14 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     # -- what belongs to a process --
 
-    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
         step, context = self._wrap(callback, args, context)
         step.handle = super().call_soon(step, context=context)
         return step.handle
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         step, context = self._wrap(callback, args, context)
@@ -19254,7 +19256,9 @@ class SimLoop(asyncio.SelectorEventLoop):
 
     # -- threads --
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Any, *args: Any
+    ) -> asyncio.Future[Any]:
         """Run it on this thread when its turn has come, and have its result heard later."""
         future = self.create_future()
         when = max(self.time(), self._free_s.get(executor, 0.0)) + self.delay_s()
@@ -19267,10 +19271,10 @@ class SimLoop(asyncio.SelectorEventLoop):
         try:
             if CURRENT.get().is_ghost:
                 raise sqlite3.OperationalError("this process is dead")
-            outcome = (func(*args), None)
+            outcome = func(*args)
         except Exception as error:
-            outcome = (None, error)
-        self.call_later(self.slept_s + self.delay_s(), settle, future, *outcome)
+            outcome = SimError(error)
+        self.call_later(self.slept_s + self.delay_s(), settle, future, outcome)
         self.slept_s = 0.0
 
     # -- network --
@@ -19295,13 +19299,19 @@ class SimLoop(asyncio.SelectorEventLoop):
         return here, here.begin(protocol_factory)
 
 
-def settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+class SimError(NamedTuple):
+    """Work on a thread raised this."""
+
+    error: Exception
+
+
+def settle(future: asyncio.Future[Any], outcome: Any) -> None:
     if future.done():
         return
-    if error:
-        future.set_exception(error)
+    if isinstance(outcome, SimError):
+        future.set_exception(outcome.error)
     else:
-        future.set_result(result)
+        future.set_result(outcome)
 
 
 def make_sim_task(
@@ -19314,7 +19324,9 @@ def make_sim_task(
     return task
 
 
-class SimServer(asyncio.AbstractServer):
+class SimServer:
+    """What mkv asks of a server."""
+
     def __init__(self, loop: SimLoop, host: str) -> None:
         self._loop = loop
         self._host = host
@@ -19836,11 +19848,11 @@ class SimEvent(NamedTuple):
     facts: tuple[Any, ...] = ()
 
 
-FATES = ("answers late", "hangs", "breaks before", "breaks after", "drips")
+SIM_FATES = ("answers late", "hangs", "breaks before", "breaks after", "drips")
 SIM_PARSER = mkv_tools.make_parser()
-SERVERS = ("server1", "server2")
-VOLUMES = ("v1", "v2", "v3")
-FAULTS: Mapping[str, int] = {  # how often, more or less
+SIM_SERVERS = ("server1", "server2")
+SIM_VOLUMES = ("v1", "v2", "v3")
+SIM_FAULTS: Mapping[str, int] = {  # how often, more or less
     "fates": 8, "full": 1, "broken": 1, "refuse": 2, "kill": 3, "pause": 2, "night": 5,
     "power": 1, "disk": 2, "clock": 1, "backup": 2, "rebuild": 5, "rebalance": 2, "verify": 2,
     "cut": 3, "restore": 2, "exchange": 1,
@@ -19871,31 +19883,31 @@ def draw_plan(seed: int) -> list[SimEvent]:
         if method == "PUT" and chance.random() < 0.15:
             condition = "new"
         how = chance.choice(["whole"] * 8 + ["cut", "gives up"])
-        facts = (method, key, value, condition, how, chance.choice(SERVERS))
+        facts = (method, key, value, condition, how, chance.choice(SIM_SERVERS))
         if method == "PUT":
             names.setdefault(key, []).append(value)
         events.append(SimEvent(draw_time(), "request", facts))
     for _ in range(chance.choice([0, 3, 4, 5, 6, 7])):
-        what = chance.choices([*FAULTS], [*FAULTS.values()])[0]
+        what = chance.choices([*SIM_FAULTS], [*SIM_FAULTS.values()])[0]
         events.append(SimEvent(draw_time(), what, draw_facts(what, chance)))
     return sorted(events)
 
 
 def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
-    server = chance.choice(SERVERS)
+    server = chance.choice(SIM_SERVERS)
     work = chance.randint(1, 6)  # how much of it passes before a fault
     match what:
         case "fates":
-            fates = tuple(chance.choice(FATES) for _ in range(chance.randint(1, 3)))
-            return chance.choice(VOLUMES), fates
+            fates = tuple(chance.choice(SIM_FATES) for _ in range(chance.randint(1, 3)))
+            return chance.choice(SIM_VOLUMES), fates
         case "full" | "broken" | "refuse" | "restore":
-            return chance.choice(VOLUMES), chance.uniform(0.5, 8)
+            return chance.choice(SIM_VOLUMES), chance.uniform(0.5, 8)
         case "kill" | "power":
             return server, work, chance.uniform(0.1, 3)
         case "pause":
             return server, work, chance.choice([0.5, 3.0, 10.0, 20.0])
         case "night":
-            states = tuple(chance.choice(["paused", "paused", "killed"]) for _ in SERVERS)
+            states = tuple(chance.choice(["paused", "paused", "killed"]) for _ in SIM_SERVERS)
             return work, chance.choice([20.0, 400.0, 1.1 * A_DAY_S]), states
         case "exchange":
             return (chance.uniform(4, 9),)
@@ -19956,15 +19968,15 @@ class SimWorld:
         self._version_of = dict[bytes, str]()  # blob -> the first that it was written as
         self._triggers = list[list[Any]]()
         self._ghosts = list[SimProcess]()
-        self._background = set[asyncio.Task[None]]()
-        self.volumes = {name: SimVolume(self, name) for name in VOLUMES}
+        self._background = set[asyncio.Task[Any]]()
+        self.volumes = {name: SimVolume(self, name) for name in SIM_VOLUMES}
         self.servers = dict[str, SimProcess]()
         self.tools = list[SimProcess]()
         self.client = SimProcess("client")
         self.config = Config(
             db=str(self.db), replicas=2, min_replicas=1 + seed // 2 % 2, garbage_delay=1.0,
             access_log=False,
-            volumes=tuple(Volume(name=name, url=f"http://{name}") for name in VOLUMES),
+            volumes=tuple(Volume(name=name, url=f"http://{name}") for name in SIM_VOLUMES),
         )  # fmt: skip
 
     def trace(self, *facts: object) -> None:
@@ -19998,7 +20010,7 @@ class SimWorld:
             trigger[0] -= 1
             if trigger[0] <= 0:
                 self._triggers.remove(trigger)
-                settle(trigger[1], None, None)
+                settle(trigger[1], None)
 
     async def wait_for_work(self, count: int) -> None:
         """Wait until something has been done so many times, or for a while."""
@@ -20199,7 +20211,7 @@ class SimWorld:
         self.boots += 1
         self.has_forgotten = True
         await asyncio.sleep(away_s)
-        for name in SERVERS:
+        for name in SIM_SERVERS:
             self.begin_server(name)
 
     def note_synced(self) -> None:
@@ -20294,7 +20306,7 @@ class SimWorld:
         code = await self.run_tool("rebuild")
         if code == 2:
             self.faults.append("rebuild failed")
-        for name in SERVERS:
+        for name in SIM_SERVERS:
             self.begin_server(name)
 
     def heal(self) -> None:
@@ -20328,7 +20340,7 @@ class SimWorld:
         self.moment += 1
         began = self.moment
         # At once on the list of what may happen, for a rebuild in the meantime.
-        asked = {"method": method, "began": began, "client": began}
+        asked: dict[str, Any] = {"method": method, "began": began, "client": began}
         if method in ("PUT", "DELETE"):
             asked |= {"value": value if method == "PUT" else ABSENT, "if_new": condition == "new"}
             asked["if_match"] = condition if condition != "new" else ""
@@ -20353,7 +20365,7 @@ class SimWorld:
             rows = {row["key"]: row["etag"] for row in json.loads(answer)["keys"]}
             for name in ("k1", "k2"):
                 seen = self._name(rows[name].strip('"')) if name in rows else ABSENT
-                one = asked | {"outcome": Outcome.SEEN, "value": seen}
+                one: dict[str, Any] = asked | {"outcome": Outcome.SEEN, "value": seen}
                 self.history[name].append(Operation(**one))
 
     def _name(self, digest: str) -> str:
@@ -20425,7 +20437,7 @@ class SimWorld:
     # -- its course --
 
     async def live(self) -> None:
-        for name in SERVERS:
+        for name in SIM_SERVERS:
             self.begin_server(name)
         await asyncio.sleep(2)
         began_s = self.loop.time()
@@ -20627,8 +20639,8 @@ def simulate(seed: int, plan: Sequence[SimEvent] | None = None) -> SimWorld:
 # -- what is looked at --
 
 CI_SEEDS = 400
-HIT = (  # each kind of fault, as it is counted where it hit work under way
-    *FATES, "is_full", "is_broken", "a volume refuses", "a volume is restored",
+SIM_KINDS = (  # each kind of fault, as it is counted where it hit work under way
+    *SIM_FATES, "is_full", "is_broken", "a volume refuses", "a volume is restored",
     "two disks are exchanged", "a server is killed", "a server stands still", "a night",
     "a power cut", "the index's disk is full", "the clock steps", "a tool is killed",
     "a tool stands still", "rebuild with index", "rebuild with copy", "rebuild with none",
@@ -20699,14 +20711,14 @@ def test_simulation_of_many_seeds_meets_each_kind_of_fault(part: int) -> None:
         met += world.met
         virtual_s += world.loop.time()
     print(f"{count} seeds, {virtual_s / 3600:.0f} virtual hours, {dict(met)}")
-    rare = {kind: met[kind] for kind in HIT if met[kind] < min(100, count / 40)}
+    rare = {kind: met[kind] for kind in SIM_KINDS if met[kind] < min(100, count / 40)}
     assert not rare, rare
 
 
 # What each rule, and each fault of the second edition, would be without what prevents it:
 # function, words in its text, and what stands in their place.
-Mutation = tuple[str, str, str]
-MUTATIONS: Mapping[str, Mutation] = {
+SimMutation = tuple[str, str, str]
+SIM_MUTATIONS: Mapping[str, SimMutation] = {
     "R1: a place is written again": (
         "new_place", 'return f"{volume}~{random.getrandbits(32):08x}"', "return volume",
     ),
@@ -20753,7 +20765,7 @@ MUTATIONS: Mapping[str, Mutation] = {
 }  # fmt: skip
 
 
-def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
+def mutate(patch: pytest.MonkeyPatch, mutation: SimMutation) -> None:
     """Let a function of mkv do something else, wherever it is known by now."""
     name, words, others = mutation
     function: Any = mkv
@@ -20770,9 +20782,9 @@ def mutate(patch: pytest.MonkeyPatch, mutation: Mutation) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", SIM_MUTATIONS)
 def test_mutation_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutate(monkeypatch, MUTATIONS[name])
+    mutate(monkeypatch, SIM_MUTATIONS[name])
     count = int(os.environ.get("MKV_SEEDS", "4000"))
     found = next((seed for seed in range(count) if simulate(seed).faults), None)
     assert found is not None, f"{count} seeds do not find it"
