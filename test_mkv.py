@@ -19908,7 +19908,8 @@ def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
             return server, work, chance.choice([0.5, 3.0, 10.0, 20.0])
         case "night":
             states = tuple(chance.choice(["paused", "paused", "killed"]) for _ in SIM_SERVERS)
-            return work, chance.choice([20.0, 400.0, 1.1 * A_DAY_S]), states
+            for_s = chance.choice([20.0, 400.0, 1.1 * A_DAY_S])
+            return work, for_s, states, chance.choice([0, 0, 1, 2, 3])
         case "exchange":
             return (chance.uniform(4, 9),)
         case "disk":
@@ -20161,9 +20162,10 @@ class SimWorld:
             self.pause(process)
             self.loop.call_later(for_s, self.go_on, process)
 
-    async def do_night(self, work: int, for_s: float, states: Sequence[str]) -> None:
+    async def do_night(self, work: int, for_s: float, states: Sequence[str], last: int) -> None:
         """Everybody stands still for long or is killed. Who was killed begins at dusk, and is the
-        first to go on: it takes the others for dead."""
+        first to go on: it takes the others for dead. They may be killed after their `last` work,
+        if that is not 0."""
         await self.wait_for_work(work)
         self._hit("a night")
         sleeping = [*self.servers.values(), *self.tools]
@@ -20190,6 +20192,17 @@ class SimWorld:
             await asyncio.sleep(4)
         for process in sleeping:
             self.go_on(process)
+        if last:
+            await self.wait_for_work(last)
+            self._kill_again(sleeping)
+
+    def _kill_again(self, processes: Iterable[SimProcess]) -> None:
+        for process in processes:
+            if process.is_dead:
+                continue
+            self.kill(process)
+            if self.servers.get(process.name) is process:
+                self.begin_server(process.name)
 
     async def do_power(self, _: str, work: int, away_s: float) -> None:
         """What was not synced is gone."""
@@ -20719,7 +20732,7 @@ def test_simulation_of_many_seeds_meets_each_kind_of_fault(part: int) -> None:
 # function, words in its text, and what stands in their place.
 SimMutation = tuple[str, str, str]
 SIM_MUTATIONS: Mapping[str, SimMutation] = {
-    "R1: a place is written again": (
+    "R1, faults 2 and 3: a place is written again": (
         "new_place", 'return f"{volume}~{random.getrandbits(32):08x}"', "return volume",
     ),
     "R1: a PUT is sent again": ("VolumeClient.lose", "exchange.error or exchange.lease or", ""),
@@ -20732,7 +20745,7 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
     "R2: a killed claim is not in doubt": (
         "Pending.kill_version", "now_s, record.key, owner)", "now_s, record.key)",
     ),
-    "R3: a copy does not know what is dead": ("is_drawn", "return any(", "return False and any("),
+    "R3, fault 6: a copy does not know what is dead": ("is_drawn", "return any(", "return False and any("),
     "R3: versions go with the clock": (
         "Transaction.draw_path",
         "max(self._wall_ns, self._highest_ns + 1, self.lease.highest_ns + 1)", "self._wall_ns",
