@@ -17,6 +17,7 @@ import contextvars
 import copy
 import enum
 import errno
+import fcntl
 import hashlib
 import http.client
 import importlib
@@ -65,7 +66,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 from unittest.mock import Mock
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -20019,7 +20020,7 @@ class SimLoop(asyncio.SelectorEventLoop):
     def _run(self, future: asyncio.Future[Any], func: Any, args: tuple[Any, ...]) -> None:
         try:
             if CURRENT.get().is_ghost:
-                raise sqlite3.OperationalError("this process is dead")
+                raise mkv.IndexFailed("this process is dead")
             outcome = func(*args)
         except Exception as error:
             outcome = SimError(error)
@@ -20221,13 +20222,15 @@ class SimTransport(asyncio.Transport):
 class SimProcess:
     """A program that runs: it can stand still, go on, and be killed."""
 
+    locks: ClassVar = dict[int, "SimProcess"]()  # by the files that have them
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.context = contextvars.copy_context()
         self.context.run(CURRENT.set, self)
         self.tasks = list[asyncio.Task[Any]]()
         self.transports = list[SimTransport]()
-        self.sessions = list[mkv.SqliteSession]()
+        self.sessions = list[mkv.Session]()
         self.held = list[tuple[SimStep, contextvars.Context]]()
         self.pauses = 0  # that have not ended
         self.is_dead = False
@@ -20252,6 +20255,9 @@ class SimProcess:
         self.pauses = 0
         for session in self.sessions:
             session.close()
+        for held in [held for held, owner in self.locks.items() if owner is self]:
+            with contextlib.suppress(OSError):  # it has been closed
+                fcntl.flock(held, fcntl.LOCK_UN)
 
     async def unwind(self, loop: SimLoop) -> None:
         """Let the tasks of a dead process end, in a world that they cannot change any more."""
@@ -20506,38 +20512,55 @@ class SimLink(asyncio.Protocol):
 # -- index --
 
 
-class SimSession(mkv.SqliteSession):
+class SimSession(mkv.Session):
     """A session with the index, whose disk may be full, and which may be like one with another
     machine: the connection breaks, perhaps in a commit of which nothing is heard."""
 
-    def __init__(self, world: SimWorld, uri: str) -> None:
-        super().__init__(uri)
+    IN_SQLITE: ClassVar = {mkv.START: "BEGIN IMMEDIATE", mkv.TAKE_TURN: "SELECT 1"}
+
+    def __init__(self, world: SimWorld, db: str, is_readonly: bool) -> None:
+        super().__init__(db, is_readonly)
         self._world = world
         self._syncs = True
 
+    @property
+    def _is_servers(self) -> bool:
+        """Only servers are far from the index."""
+        return CURRENT.get().name.startswith("server")
+
+    def connect(self) -> None:
+        is_away = self._world.clock.monotonic() < self._world.index_away_s
+        if is_away and self._is_servers and not self.is_open:
+            raise sqlite3.OperationalError("nobody answers there")
+        super().connect()
+
+    def explain(self, error: Exception) -> Exception:
+        if self._world.is_remote and isinstance(error, sqlite3.Error) and not self.is_open:
+            return mkv.IndexLost(str(error))
+        return super().explain(error)
+
+    def ask(self, queries: Sequence[mkv.Query]) -> list[list[mkv.Row]]:
+        return super().ask([(self.IN_SQLITE.get(one, one), values) for one, values in queries])
+
     def begin(
-        self, lease: mkv.Lease, renew: bool, durable: bool, keys: list[str], stems: list[str]
-    ) -> mkv.Turn:
+        self, durable: bool, queries: Sequence[mkv.Query]
+    ) -> tuple[float, list[list[mkv.Row]]]:
         self._fill()
         self._syncs = durable
-        turn = super().begin(lease, renew, durable, keys, stems)
-        if not self._world.is_remote or turn.seq is None:
-            return turn
-        self.run("UPDATE owner SET seq = seq + 1 WHERE id = ?1", (lease.owner,))
-        return turn._replace(seq=self._seq_of(lease.owner))
+        return super().begin(durable, queries)
 
-    def commit(self) -> None:
+    def commit(self, lease: mkv.Lease | None = None) -> None:
         world = self._world
-        if world.cuts and CURRENT.get().name.startswith("server"):
+        if world.cuts and lease and self._is_servers:
             how, away_s = world.cuts.pop()
-            world.index_away_s = world.loop.time() + away_s
+            world.index_away_s = world.clock.monotonic() + away_s
             world.met["the connection to the index breaks"] += 1
             if how == "done":
                 super().commit()
-            else:
-                self.roll_back()
-            self.is_lost = True
-            raise sqlite3.OperationalError("the connection broke")
+            self.close()
+            broken = sqlite3.OperationalError("the connection broke")
+            mkv.PostgresSession._find_outcome(self, lease, broken)  # type: ignore[arg-type]
+            return
         self._fill()
         super().commit()
         if self._syncs:
@@ -20548,42 +20571,6 @@ class SimSession(mkv.SqliteSession):
         if self._world.is_disk_full:
             self._world.met["the index's disk is full"] += 1
             raise sqlite3.OperationalError("database or disk is full")
-
-    def roll_back(self) -> None:
-        if not self.is_lost:
-            super().roll_back()
-
-    def reopen(self) -> None:
-        if self._world.clock.monotonic() < self._world.index_away_s:
-            raise sqlite3.OperationalError("nobody answers there")
-        self.is_lost = False
-
-    def read_seq(self, owner: int) -> int | None:
-        return self._seq_of(owner)
-
-    def _seq_of(self, owner: int) -> int | None:
-        rows = self.select("SELECT seq FROM owner WHERE id = ?1", (owner,))
-        return rows[0][0] if rows else None
-
-
-class SimThread(mkv.IndexThread):
-    """How an IndexThread does its work here: the loop says when."""
-
-    def put(self, work: Callable[[mkv.Session], Any], hear: Callable[[Any], None]) -> None:
-        loop = asyncio.get_running_loop()
-        answering = loop.run_in_executor(self, self.answer, work)  # type: ignore[arg-type]
-        answering.add_done_callback(lambda done: hear(done.exception() or done.result()))
-
-    def answer(self, work: Callable[[mkv.Session], Any]) -> Any:
-        try:
-            return self._run(work)
-        except Exception as error:
-            return self._engine.explain(error)
-
-    async def end(self) -> None:
-        if self._session is not None:
-            await self.run(lambda session: session.close())
-            self._session = None
 
 
 # -- the plan --
@@ -20795,14 +20782,14 @@ class SimWorld:
                     await store.close()
                     await asyncio.sleep(1)
                     store = Store(self.config)
-            lanes = mkv.Lanes(store, Mock(), defaultdict(int))
-            server = await self.loop.create_server(lanes.connect, name)
+            server = mkv.Server(store)
+            accepting = await self.loop.create_server(server.connect, name)
             try:
                 await self.loop.create_future()
             finally:
-                server.close()
+                accepting.close()
                 store.stopping = True
-                await lanes.close()
+                await server.close()
         finally:
             await store.close()
 
@@ -21061,7 +21048,7 @@ class SimWorld:
         if kind != "index":
             self.has_forgotten = True
             self._forget_unanswered()
-            mkv.remove_index(str(self.db))
+            mkv_tools.remove_index(str(self.db))
         if kind == "copy":
             shutil.copy(self.copy, self.db)
         self._hit(f"rebuild with {kind}")
@@ -21239,7 +21226,7 @@ class SimWorld:
         if not self.has_forgotten:
             self._look_at_files(before)
         if not self.is_restored and self.seed % 4:
-            mkv.remove_index(str(self.db))
+            mkv_tools.remove_index(str(self.db))
             self._forget_unanswered()
         if await self.run_tool("rebuild") == 2:
             self.faults.append("a last rebuild failed")
@@ -21269,7 +21256,10 @@ class SimWorld:
             self.begin_server("server1")
             for _ in range(8):
                 await asyncio.sleep(1)
-                if not any(self._select(f"SELECT * FROM {table}") for table in mkv.TABLES):
+                if not any(
+                    self._select(f"SELECT * FROM {table}")
+                    for table in ("claim", "dead", "tombstone")
+                ):
                     return
             await self.stop_server("server1")
             await asyncio.sleep(400)
@@ -21351,37 +21341,27 @@ class SimWorld:
         """Have mkv ask this world for time, randomness and all else that is outside of it."""
         drawn = random.Random(f"mkv {self.seed}")
         boot = SimpleNamespace(exists=lambda: True, read_text=lambda: f"boot {self.boots}")
-        locks = list[tuple[str, bool, mkv.SqliteEngine, SimProcess]]()
+        lock_file = mkv.lock_file
 
-        def connect(engine: mkv.SqliteEngine, readonly: bool) -> SimSession:
-            uri = Path(engine.path).as_uri()
-            session = SimSession(self, f"{uri}?mode={'ro' if readonly else 'rwc'}")
+        def make_session(db: str, is_readonly: bool = False) -> SimSession:
+            session = SimSession(self, db, is_readonly)
             CURRENT.get().sessions.append(session)
             return session
 
-        def lock(engine: mkv.SqliteEngine, suffix: str, exclusive: bool) -> None:
-            path = engine.path + suffix
-            locks[:] = [one for one in locks if not one[3].is_dead]
-            if any(one[0] == path and (exclusive or one[1]) for one in locks):
-                raise BlockingIOError(path)
-            locks.append((path, exclusive, engine, CURRENT.get()))
-
-        def release(engine: mkv.SqliteEngine) -> None:
-            locks[:] = [one for one in locks if one[2] is not engine]
+        def lock(path: str, exclusive: bool) -> int:
+            held = lock_file(path, exclusive)
+            SimProcess.locks[held] = CURRENT.get()
+            return held
 
         for module in (mkv, mkv_tools):
             patch.setattr(module, "time", self.clock)
             patch.setattr(module, "random", drawn)
+            patch.setattr(module, "make_session", make_session)
+            patch.setattr(module, "lock_file", lock)
         defaults = (None, self.clock.monotonic, mkv.take_for_right)
         patch.setattr(mkv.Health.__init__, "__defaults__", defaults)
         patch.setattr(mkv, "BOOT_ID", boot)
         patch.setattr(mkv, "PROBE_EVERY_S", 2.0)  # half as many events
-        patch.setattr(mkv.SqliteEngine, "connect", connect)
-        patch.setattr(mkv.SqliteEngine, "_lock", lock)
-        patch.setattr(mkv.SqliteEngine, "release", release)
-        patch.setattr(mkv.IndexThread, "_put", SimThread.put)
-        patch.setattr(mkv.IndexThread, "answer", SimThread.answer, raising=False)
-        patch.setattr(mkv.IndexThread, "close", SimThread.end)
 
 
 def simulate(seed: int, plan: Sequence[SimEvent] | None = None) -> SimWorld:
@@ -21508,10 +21488,10 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
     ),
     "fault 1: two owners of one number": (
         "Transaction._register", "owner = random.getrandbits(62)",
-        'owner = 7\n    self._session.run("DELETE FROM owner WHERE id = 7")',
+        'owner = 7\n    self.session.run("DELETE FROM owner WHERE id = 7")',
     ),
     "fault 4: a commit that was not heard counts as none": (
-        "Writer._find_seq", "raise IndexUnsure(", "raise IndexFailed(",
+        "PostgresSession._find_outcome", "raise IndexUnsure(\"whether", "raise IndexLost(\"whether",
     ),
     "fault 5: nothing comes late from a dead owner": (
         "Pending.disown", "_replace(doubt_s=doubt_s, owner=None)", "_replace(owner=None)",
