@@ -203,6 +203,11 @@ class Nginx:
         os.killpg(self.process.pid, number)
         if number == signal.SIGKILL:
             self.process.wait(20)
+            eventually(self.is_gone)  # its workers, too
+
+    def is_gone(self) -> bool:
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", self.port)) == errno.ECONNREFUSED
 
     def files(self) -> list[str]:
         """Return what is on the volume, without nginx's own dot-files and its identity."""
