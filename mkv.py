@@ -1838,7 +1838,7 @@ def parse_list_query(query: str) -> ListQuery:
 # requests. What a volume sends beyond a bound is refused.
 
 MAX_HEAD = 32 * 1024  # bytes of a request's head
-MAX_LINE = 8192  # of these in its first line
+MAX_TARGET = 8000  # of these in its target
 MAX_FIELDS = 100  # header lines; HAProxy takes 101, with 16 KiB in all
 CHUNK_LINE_BYTES = 256  # the size of a chunk and its extensions
 # Each chunk costs as much time as a kilobyte: chunks must not be tiny, nor framing (sizes and
@@ -1848,7 +1848,9 @@ FREE_CHUNKS = 1000  # of any size
 FREE_FRAMING = 512 * 1024  # bytes
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
-FIRST_LINE = rb"(" + TOKEN + rb") ([!\"$-~]++) HTTP/1\.([0-9])\r\n"  # a fragment (#) is never sent
+FIRST_LINE = (  # a fragment (#) is never sent
+    rb"(" + TOKEN + rb") ([!\"$-~]{1,%d}+) HTTP/1\.([0-9])\r\n" % MAX_TARGET
+)
 REQUEST_LINE = re.compile(FIRST_LINE)
 REQUEST_HEAD = re.compile(FIRST_LINE + rb"((?:" + TOKEN + rb":[\t -~\x80-\xff]*+\r\n)*+)\r\n")
 OTHER_VERSION = re.compile(TOKEN + rb" [!-~]++ HTTP/[02-9](?:\.[0-9])?\r\n")
@@ -1909,7 +1911,7 @@ def may_become_head(data: bytes) -> bool:
     """Whether `data`, in which no head ends, can be the beginning of one."""
     if b"\n" in data:
         return REQUEST_LINE.match(data) is not None and len(data) <= MAX_HEAD
-    return len(data) <= MAX_LINE and (data == b"\r" or re.match(TOKEN, data) is not None)
+    return len(data) <= MAX_TARGET and (data == b"\r" or re.match(TOKEN, data) is not None)
 
 
 @lru_cache(HEADS_KNOWN)
@@ -1973,15 +1975,13 @@ def parse_request_head(head: bytes) -> RequestHead:
     found = REQUEST_HEAD.fullmatch(head) if len(head) <= MAX_HEAD else None
     if found is None:
         raise fault_of_head(head)
-    if found.end(3) > MAX_LINE:
-        raise TargetTooLong(f"the first line of a request has at most {MAX_LINE} bytes")
     return RequestHead(found[1].decode(), found[2].decode(), parse_fields(found[4], found[3]))
 
 
 def fault_of_head(head: bytes) -> MkvError:
     """Say why this is no head of a request."""
-    if len(head.partition(b"\n")[0]) > MAX_LINE:
-        return TargetTooLong(f"the first line of a request has at most {MAX_LINE} bytes")
+    if len(head.partition(b"\n")[0]) > MAX_TARGET:
+        return TargetTooLong(f"a target has at most {MAX_TARGET} bytes")
     if OTHER_VERSION.match(head):
         return UnknownVersion("only HTTP/1.0 and HTTP/1.1 are known here")
     if not REQUEST_LINE.match(head):
@@ -6832,10 +6832,11 @@ class Call:
         self.store = store
         self.request = request
         headers = request.headers
-        given = headers.get("x-request-id", "")
-        self.id = given if REQUEST_ID.fullmatch(given) else draw_request_id()
-        if TRACEPARENT.fullmatch(headers.get("traceparent", "")):
-            self.trace = headers["traceparent"]
+        given = headers.get("x-request-id")
+        self.id = given if given and REQUEST_ID.fullmatch(given) else draw_request_id()
+        trace = headers.get("traceparent")
+        if trace and TRACEPARENT.fullmatch(trace):
+            self.trace = trace
         self._began = time.perf_counter()
         store.count_in_flight(1)
 
@@ -6863,9 +6864,9 @@ class Call:
         request = self.request
         method = request.method
         headers = request.headers
-        if headers.get("expect", "100-continue").lower() != "100-continue":
+        if "expect" in headers and headers["expect"].lower() != "100-continue":
             raise BadRequest("Expect: only 100-continue is known here")
-        if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        if request.length is None and headers["transfer-encoding"].lower() != "chunked":
             raise UnknownCoding("Transfer-Encoding: only chunked is known here")
         if request.target == "*" and method == "OPTIONS":  # of the server as a whole
             return Call.tell_options
@@ -7137,7 +7138,7 @@ SWEEP_S = 0.1  # between two looks at all deadlines
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class Stage(enum.Enum):
+class Stage(enum.IntEnum):  # of Int: what is looked up by it is found without a call
     """Where a connection is."""
 
     FRESH = enum.auto()  # nothing has come yet
@@ -7149,11 +7150,12 @@ class Stage(enum.Enum):
     LOST = enum.auto()  # there is no connection any more
 
 
-class Move(enum.Enum):
+class Move(enum.IntEnum):
     """What happens to a connection."""
 
     BEGIN = enum.auto()  # the first bytes of a head
     ASK = enum.auto()  # a head is whole, or refused
+    ASK_ALL = enum.auto()  # a head is whole, and there is no body
     FILL = enum.auto()  # the body is whole
     GO_ON = enum.auto()  # the answer is written, another request may follow
     END = enum.auto()  # the answer is written, it was the last
@@ -7161,14 +7163,25 @@ class Move(enum.Enum):
 
 
 MOVES: Mapping[Stage, Mapping[Move, Stage]] = {
-    Stage.FRESH: {Move.BEGIN: Stage.HEAD, Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
-    Stage.IDLE: {Move.BEGIN: Stage.HEAD, Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
-    Stage.HEAD: {Move.ASK: Stage.BODY, Move.LOSE: Stage.LOST},
+    Stage.FRESH: {
+        Move.BEGIN: Stage.HEAD,
+        Move.ASK: Stage.BODY,
+        Move.ASK_ALL: Stage.ANSWER,
+        Move.LOSE: Stage.LOST,
+    },
+    Stage.IDLE: {
+        Move.BEGIN: Stage.HEAD,
+        Move.ASK: Stage.BODY,
+        Move.ASK_ALL: Stage.ANSWER,
+        Move.LOSE: Stage.LOST,
+    },
+    Stage.HEAD: {Move.ASK: Stage.BODY, Move.ASK_ALL: Stage.ANSWER, Move.LOSE: Stage.LOST},
     Stage.BODY: {Move.FILL: Stage.ANSWER, Move.END: Stage.LINGER, Move.LOSE: Stage.LOST},
     Stage.ANSWER: {Move.GO_ON: Stage.IDLE, Move.END: Stage.LINGER, Move.LOSE: Stage.LOST},
     Stage.LINGER: {Move.LOSE: Stage.LOST},
     Stage.LOST: {},
 }
+AWAITED = (Stage.IDLE, Stage.FRESH, Stage.HEAD)  # a request is
 UNDER_WAY = (Stage.BODY, Stage.ANSWER)
 
 
@@ -7342,8 +7355,7 @@ class Connection(asyncio.Protocol):
 
     def _take_request(self) -> bool:
         """Begin with the next request; return whether another could be looked for."""
-        waits_for_one = self._stage in (Stage.FRESH, Stage.IDLE, Stage.HEAD)
-        if not waits_for_one or not self._buffer or not self._is_writable:
+        if not self._buffer or self._stage not in AWAITED or not self._is_writable:
             return False
         if self._buffer.startswith(b"\r\n"):  # RFC 9112, 2.2
             self._buffer = EMPTY_LINES.sub(b"", self._buffer, 1)
@@ -7382,16 +7394,12 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, head: RequestHead) -> None:
         fields = head.fields
-        self._move(Move.ASK)
+        self._move(Move.ASK if fields.length != 0 else Move.ASK_ALL)
         self.deadline_s = math.inf
         body: Body = NO_BODY
-        if fields.length == 0 and head.method != "PUT":  # the most frequent
-            self._move(Move.FILL)
-        else:
+        if fields.length != 0 or head.method == "PUT":
             self._body = body = ClientBody(self, fields)
-            if self._body.is_whole:
-                self._move(Move.FILL)
-            elif self._buffer:
+            if self._buffer and fields.length != 0:
                 self._buffer = self._feed(self._buffer)
         request = Request(
             head.method, head.target, fields.headers, self._peer, fields.length, body

@@ -2038,7 +2038,7 @@ def test_head_with_two_meanings_or_none_is_refused(line: bytes, status: int) -> 
         (b"GET / HTTP/1.1\r\nHost: u@h\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a b\r\n", 400),
         (b"GET / HTTP/2.0\r\nHost: h\r\n", 505), (b"PRI * HTTP/2.0\r\n", 505),
         (b"GET / HTTP/3\r\n", 505), (b"GET / HTTP/11.1\r\nHost: h\r\n", 400),
-        (b"GET /" + b"k" * mkv.MAX_LINE + b" HTTP/1.1\r\nHost: h\r\n", 414),
+        (b"GET /" + b"k" * mkv.MAX_TARGET + b" HTTP/1.1\r\nHost: h\r\n", 414),
     ],
 )  # fmt: skip
 def test_first_line_or_host_that_is_none_is_refused(first: bytes, status: int) -> None:
