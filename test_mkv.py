@@ -19855,7 +19855,7 @@ SIM_VOLUMES = ("v1", "v2", "v3")
 SIM_FAULTS: Mapping[str, int] = {  # how often, more or less
     "fates": 8, "full": 1, "broken": 1, "refuse": 2, "kill": 3, "pause": 2, "night": 5,
     "power": 1, "disk": 2, "clock": 1, "backup": 2, "rebuild": 5, "rebalance": 2, "verify": 2,
-    "cut": 3, "restore": 2, "exchange": 1,
+    "cut": 3, "restore": 2, "exchange": 1, "lose": 1,
 }  # fmt: skip
 
 
@@ -19910,6 +19910,8 @@ def draw_facts(what: str, chance: random.Random) -> tuple[Any, ...]:
             states = tuple(chance.choice(["paused", "paused", "killed"]) for _ in SIM_SERVERS)
             for_s = chance.choice([20.0, 400.0, 1.1 * A_DAY_S])
             return work, for_s, states, chance.choice([0, 0, 1, 2, 3])
+        case "lose":
+            return (work,)
         case "exchange":
             return (chance.uniform(4, 9),)
         case "disk":
@@ -19959,6 +19961,7 @@ class SimWorld:
         self.cuts = list[tuple[str, float]]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
+        self.has_lost = False  # files, which verify --repair has to make anew
         self.is_restored = False  # so that only a copy of the index knows what is dead
         # Whether the index may have forgotten of what was not answered that it is on its way: it
         # was lost, or a power cut took a claim.
@@ -20132,6 +20135,18 @@ class SimWorld:
         self._hit("a volume is restored")
         for path, body in old.items():
             files.setdefault(path, body)
+
+    async def do_lose(self, work: int) -> None:
+        """Lose the blob or the sidecar of a replica, where there is another."""
+        await self.wait_for_work(work)
+        for record in self._records():
+            good = [name for name in record.volumes if self._is_good(record, name)]
+            if len(good) > 1:
+                self._hit("a volume loses a file")
+                self.has_lost = self.has_forgotten = True
+                path = record.path_on(good[0])
+                del self.volumes[good[0]].files[self.chance.choice([path, mkv.sidecar_path(path)])]
+                return
 
     async def do_exchange(self, for_s: float) -> None:
         """Exchange the disks of two volumes, which are switched off for that, for a while."""
@@ -20484,6 +20499,8 @@ class SimWorld:
         for volume in self.volumes.values():
             volume.close_links()
         await self._wait_until_nothing_is_pending()
+        if self.has_lost:
+            await self.run_tool("verify", "--repair", "--grace", "0")
         await self._read_all()
         before = self._look_at_rows()
         await self.stop_server("server1")
@@ -20538,21 +20555,27 @@ class SimWorld:
             facts = (method, key, "", "", "whole", "server1")
             await self.client.start(self.loop, self.request(*facts))
 
+    def _records(self) -> list[mkv.Record]:
+        rows = self._select(f"SELECT {mkv.COLUMNS} FROM record ORDER BY key")
+        return [mkv.record_of_row(row) for row in rows]
+
+    def _is_good(self, record: mkv.Record, name: str) -> bool:
+        """Whether a volume has the replica that a record names, with its sidecar."""
+        path = record.path_on(name)
+        files = self.volumes[name].files
+        digest = hashlib.sha256(files.get(path, b"")).hexdigest()
+        return digest == record.digest and mkv.sidecar_path(path) in files
+
     def _look_at_rows(self) -> list[mkv.Record]:
         """Compare each record with each of its replicas, and the totals with a recount."""
-        rows = self._select(f"SELECT {mkv.COLUMNS} FROM record")
-        records = [mkv.record_of_row(row) for row in rows]
+        records = self._records()
         counted = Counter[str]()
         for record in records:
             counted[mkv.ALL_KEYS] += 1
             for name in record.volumes:
                 counted[name] += 1
-                path = record.path_on(name)
-                files = self.volumes[name].files
-                if hashlib.sha256(files.get(path, b"")).hexdigest() != record.digest:
+                if not self._is_good(record, name):
                     self.faults.append(f"{record.key} has no good replica on {name}")
-                if mkv.sidecar_path(path) not in files:
-                    self.faults.append(f"{record.key} has no sidecar on {name}")
         query = f"SELECT name, blobs FROM total WHERE blobs <> 0 AND name <> '{mkv.GARBAGE}'"
         totals = dict(self._select(query))
         if totals != dict(counted):
@@ -20654,6 +20677,7 @@ def simulate(seed: int, plan: Sequence[SimEvent] | None = None) -> SimWorld:
 CI_SEEDS = 400
 SIM_KINDS = (  # each kind of fault, as it is counted where it hit work under way
     *SIM_FATES, "is_full", "is_broken", "a volume refuses", "a volume is restored",
+    "a volume loses a file",
     "two disks are exchanged", "a server is killed", "a server stands still", "a night",
     "a power cut", "the index's disk is full", "the clock steps", "a tool is killed",
     "a tool stands still", "rebuild with index", "rebuild with copy", "rebuild with none",
@@ -20745,7 +20769,9 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
     "R2: a killed claim is not in doubt": (
         "Pending.kill_version", "now_s, record.key, owner)", "now_s, record.key)",
     ),
-    "R3, fault 6: a copy does not know what is dead": ("is_drawn", "return any(", "return False and any("),
+    "R3, fault 6: a copy does not know what is dead": (
+        "is_drawn", "return any(", "return False and any(",
+    ),
     "R3: versions go with the clock": (
         "Transaction.draw_path",
         "max(self._wall_ns, self._highest_ns + 1, self.lease.highest_ns + 1)", "self._wall_ns",
