@@ -19315,9 +19315,9 @@ def settle(future: asyncio.Future[Any], outcome: Any) -> None:
 
 
 def make_sim_task(
-    loop: asyncio.AbstractEventLoop, coroutine: Any, context: Any = None
+    loop: asyncio.AbstractEventLoop, coroutine: Any, context: Any = None, **options: Any
 ) -> asyncio.Task[Any]:
-    task = asyncio.Task(coroutine, loop=loop, context=context)
+    task = asyncio.Task(coroutine, loop=loop, context=context, **options)
     process = (context or contextvars.copy_context()).get(CURRENT)
     if process:
         process.tasks.append(task)
