@@ -21524,7 +21524,7 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
         'owner = 7\n    self.session.run("DELETE FROM owner WHERE id = 7")',
     ),
     "fault 4: a commit that was not heard counts as none": (
-        "PostgresSession._find_outcome", "raise IndexUnsure(\"whether", "raise IndexLost(\"whether",
+        "PostgresSession._find_outcome", 'raise IndexUnsure(f"', 'raise IndexLost(f"',
     ),
     "fault 5: nothing comes late from a dead owner": (
         "Pending.disown", "_replace(doubt_s=doubt_s, owner=None)", "_replace(owner=None)",
