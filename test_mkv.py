@@ -21541,9 +21541,10 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
 
 
 def mutate(patch: pytest.MonkeyPatch, mutation: SimMutation) -> None:
-    """Let a function of mkv do something else, wherever it is known by now."""
+    """Let a function do something else, wherever it is known by now."""
     name, words, others = mutation
-    function: Any = mkv
+    module = mkv if hasattr(mkv, name.partition(".")[0]) else mkv_tools
+    function: Any = module
     for part in name.split("."):
         function = getattr(function, part)
     source = textwrap.dedent(inspect.getsource(function))
@@ -21551,7 +21552,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: SimMutation) -> None:
     flags = __future__.annotations.compiler_flag
     code = compile(source.replace(words, others), name, "exec", flags)
     made = dict[str, Any]()
-    exec(code, vars(mkv), made)
+    exec(code, vars(module), made)
     patch.setattr(function, "__code__", made[function.__name__].__code__)
 
 
