@@ -370,7 +370,7 @@ on_sqlite = pytest.mark.parametrize("db", ["sqlite"], indirect=True)
 on_postgres = pytest.mark.parametrize("db", ["postgres"], indirect=True)
 
 
-APP = f"""
+APP_PROGRAM = f"""
 import sys
 from aiohttp import web
 sys.path.insert(0, {str(HERE)!r})
@@ -435,7 +435,7 @@ class Program:
 class AppProgram(Program):
     """The same command line in front of `create_app`, under aiohttp's own server."""
 
-    serve: ClassVar[list[str]] = [sys.executable, "-c", APP, "serve"]
+    serve: ClassVar[list[str]] = [sys.executable, "-c", APP_PROGRAM, "serve"]
 
 
 @contextlib.contextmanager
