@@ -19285,7 +19285,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.listeners[host] = (protocol_factory, CURRENT.get())
         return SimServer(self, host)
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Any, host: Any = None, port: Any = None, **_: Any
     ) -> tuple[SimTransport, Any]:
         await asyncio.sleep(self.delay_s())
@@ -19960,6 +19960,7 @@ class SimWorld:
         self.cuts = list[tuple[str, float]]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
+        self.is_exchanging = False  # disks
         self.has_lost = False  # files, which verify --repair has to make anew
         self.is_restored = False  # so that only a copy of the index knows what is dead
         # Whether the index may have forgotten of what was not answered that it is on its way: it
@@ -20150,8 +20151,12 @@ class SimWorld:
                 return
 
     async def do_exchange(self, for_s: float) -> None:
-        """Exchange the disks of two volumes, which are switched off for that, for a while."""
+        """Exchange the disks of two volumes, which are switched off for that, for a while. Who
+        stands still would not see that they were off: mkv does not promise for that."""
         one, other = self.volumes["v1"], self.volumes["v2"]
+        self.is_exchanging = True
+        while any(process.pauses for process in (*self.servers.values(), *self.tools)):
+            await asyncio.sleep(1)
         self._hit("two disks are exchanged")
         for _ in range(2):
             for volume in (one, other):
@@ -20161,6 +20166,7 @@ class SimWorld:
             for volume in (one, other):
                 volume.listen()
             await asyncio.sleep(for_s)
+        self.is_exchanging = False
 
     async def do_kill(self, server: str, work: int, away_s: float) -> None:
         await self.wait_for_work(work)
@@ -20283,6 +20289,8 @@ class SimWorld:
         if how == "killed":
             self._hit("a tool is killed")
             self.kill(process)
+            return
+        if self.is_exchanging:
             return
         self._hit("a tool stands still")
         self.pause(process)
