@@ -20155,8 +20155,9 @@ class SimWorld:
         stands still would not see that they were off: mkv does not promise for that."""
         one, other = self.volumes["v1"], self.volumes["v2"]
         self.is_exchanging = True
-        while any(process.pauses for process in (*self.servers.values(), *self.tools)):
-            await asyncio.sleep(1)
+        for process in (*self.servers.values(), *self.tools):
+            while process.pauses:  # noqa: ASYNC110 - what is simulated has no event for it
+                await asyncio.sleep(1)
         self._hit("two disks are exchanged")
         for _ in range(2):
             for volume in (one, other):
