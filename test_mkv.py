@@ -19785,16 +19785,19 @@ class SimSession(mkv.SqliteSession):
             world.index_away_s = world.loop.time() + away_s
             world.met["the connection to the index breaks"] += 1
             if how == "done":
-                super().commit()
+                self._store()
             else:
                 self.roll_back()
             self.is_lost = True
             raise sqlite3.OperationalError("the connection broke")
         self._fill()
+        self._store()
+        world.note_work()
+
+    def _store(self) -> None:
         super().commit()
         if self._syncs:
-            world.note_synced()
-        world.note_work()
+            self._world.note_synced()
 
     def _fill(self) -> None:
         if self._world.is_disk_full:
