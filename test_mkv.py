@@ -20740,6 +20740,21 @@ def test_simulation_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "server1 begins" in capsys.readouterr().out
 
 
+def test_simulation_of_a_refusal_while_another_place_was_only_claimed() -> None:
+    """I2: a place without a tag has the same path on each volume, and one to which no sidecar was
+    sent must not hide another from burial."""
+    plan = [
+        SimEvent(0.1, "restore", ("v2", 3.8)),
+        SimEvent(0.31, "request", ("DELETE", "k2", "k2.4", "", "gives up", "server2")),
+        SimEvent(0.33, "request", ("PUT", "k2", "k2.9", "", "whole", "server2")),
+        SimEvent(0.58, "refuse", ("v1", 5.5)),
+        SimEvent(0.59, "disk", (3, 4.1)),
+        SimEvent(0.66, "restore", ("v3", 0.7)),
+        SimEvent(2.28, "rebuild", (4, "none", 0.0)),
+    ]
+    assert simulate(5, plan).faults == []
+
+
 def test_simulation_goes_the_same_way_again() -> None:
     """Whatever the order of sets: in processes that hash differently."""
     digests = set[str]()
