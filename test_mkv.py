@@ -19780,7 +19780,8 @@ class SimSession(mkv.SqliteSession):
 
     def commit(self) -> None:
         world = self._world
-        if world.cuts and CURRENT.get().name.startswith("server"):
+        may_break = self._syncs or world.chance.random() < 0.2
+        if world.cuts and may_break and CURRENT.get().name.startswith("server"):
             how, away_s = world.cuts.pop()
             world.index_away_s = world.loop.time() + away_s
             world.met["the connection to the index breaks"] += 1
@@ -20236,8 +20237,10 @@ class SimWorld:
         self._hit("a power cut")
         log = Path(f"{self.db}-wal")
         files = {path: path.read_bytes() for path in (self.db, log) if path.exists()}
-        for name in list(self.servers):
-            self.kill(self.servers.pop(name))
+        for process in (*self.servers.values(), *self.tools):
+            if not process.is_dead:
+                self.kill(process)
+        self.servers.clear()
         number, size = self.synced
         if log.exists() and log.stat().st_ino != number:
             size = 0
