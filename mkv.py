@@ -5773,8 +5773,11 @@ class Store:
             pending.end_write(write.path, write.claimed, write.sent, (), 0.0, write.draft.key)
             burial = pending.above("", 0.0)
         # Where no sidecar was sent there is nothing that a rebuild could take.
-        unmarked = {place_path(write.path, place) for place in write.claimed - write.marked}
-        rows = [row for row in burial.rows if row.path not in unmarked]
+        unmarked = {
+            (volume_of(place), place_path(write.path, place))
+            for place in write.claimed - write.marked
+        }
+        rows = [row for row in burial.rows if (row.volume, row.path) not in unmarked]
         return await self._bury(view, burial._replace(rows=rows), trail)
 
     async def _refuse(self, write: Write) -> Burial:

@@ -20035,7 +20035,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.listeners[host] = (protocol_factory, CURRENT.get())
         return SimServer(self, host)
 
-    async def create_connection(  # type: ignore[override]
+    async def create_connection(
         self, protocol_factory: Any, host: Any = None, port: Any = None, **_: Any
     ) -> tuple[SimTransport, Any]:
         await asyncio.sleep(self.delay_s())
@@ -20552,21 +20552,25 @@ class SimSession(mkv.Session):
 
     def commit(self, lease: mkv.Lease | None = None) -> None:
         world = self._world
-        if world.cuts and lease and self._is_servers:
+        may_break = self._syncs or world.chance.random() < 0.2
+        if world.cuts and may_break and lease and self._is_servers:
             how, away_s = world.cuts.pop()
             world.index_away_s = world.clock.monotonic() + away_s
             world.met["the connection to the index breaks"] += 1
             if how == "done":
-                super().commit()
+                self._store()
             self.close()
             broken = sqlite3.OperationalError("the connection broke")
             mkv.PostgresSession._find_outcome(self, lease, broken)  # type: ignore[arg-type]
             return
         self._fill()
+        self._store()
+        world.note_work()
+
+    def _store(self) -> None:
         super().commit()
         if self._syncs:
-            world.note_synced()
-        world.note_work()
+            self._world.note_synced()
 
     def _fill(self) -> None:
         if self._world.is_disk_full:
@@ -20696,6 +20700,7 @@ class SimWorld:
         self.cuts = list[tuple[str, float]]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
+        self.is_exchanging = False  # disks
         self.has_lost = False  # files, which verify --repair has to make anew
         self.is_restored = False  # so that only a copy of the index knows what is dead
         # Whether the index may have forgotten of what was not answered that it is on its way: it
@@ -20886,8 +20891,13 @@ class SimWorld:
                 return
 
     async def do_exchange(self, for_s: float) -> None:
-        """Exchange the disks of two volumes, which are switched off for that, for a while."""
+        """Exchange the disks of two volumes, which are switched off for that, for a while. Who
+        stands still would not see that they were off: mkv does not promise for that."""
         one, other = self.volumes["v1"], self.volumes["v2"]
+        self.is_exchanging = True
+        for process in (*self.servers.values(), *self.tools):
+            while process.pauses:  # noqa: ASYNC110 - what is simulated has no event for it
+                await asyncio.sleep(1)
         self._hit("two disks are exchanged")
         for _ in range(2):
             for volume in (one, other):
@@ -20897,6 +20907,7 @@ class SimWorld:
             for volume in (one, other):
                 volume.listen()
             await asyncio.sleep(for_s)
+        self.is_exchanging = False
 
     async def do_kill(self, server: str, work: int, away_s: float) -> None:
         await self.wait_for_work(work)
@@ -20962,8 +20973,10 @@ class SimWorld:
         self._hit("a power cut")
         log = Path(f"{self.db}-wal")
         files = {path: path.read_bytes() for path in (self.db, log) if path.exists()}
-        for name in list(self.servers):
-            self.kill(self.servers.pop(name))
+        for process in (*self.servers.values(), *self.tools):
+            if not process.is_dead:
+                self.kill(process)
+        self.servers.clear()
         number, size = self.synced
         if log.exists() and log.stat().st_ino != number:
             size = 0
@@ -21019,6 +21032,8 @@ class SimWorld:
         if how == "killed":
             self._hit("a tool is killed")
             self.kill(process)
+            return
+        if self.is_exchanging:
             return
         self._hit("a tool stands still")
         self.pause(process)
@@ -21457,6 +21472,21 @@ def test_simulation_of_one_seed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "server1 begins" in capsys.readouterr().out
 
 
+def test_simulation_of_a_refusal_while_another_place_was_only_claimed() -> None:
+    """I2: a place without a tag has the same path on each volume, and one to which no sidecar was
+    sent must not hide another from burial."""
+    plan = [
+        SimEvent(0.1, "restore", ("v2", 3.8)),
+        SimEvent(0.31, "request", ("DELETE", "k2", "k2.4", "", "gives up", "server2")),
+        SimEvent(0.33, "request", ("PUT", "k2", "k2.9", "", "whole", "server2")),
+        SimEvent(0.58, "refuse", ("v1", 5.5)),
+        SimEvent(0.59, "disk", (3, 4.1)),
+        SimEvent(0.66, "restore", ("v3", 0.7)),
+        SimEvent(2.28, "rebuild", (4, "none", 0.0)),
+    ]
+    assert simulate(5, plan).faults == []
+
+
 def test_simulation_goes_the_same_way_again() -> None:
     """Whatever the order of sets: in processes that hash differently."""
     digests = set[str]()
@@ -21475,7 +21505,7 @@ def test_simulation_goes_the_same_way_again() -> None:
 @pytest.mark.parametrize("part", range(2))
 def test_simulation_of_many_seeds_meets_each_kind_of_fault(part: int) -> None:
     """MKV_SEEDS says how many; -n 2 shares them."""
-    count = int(os.environ.get("MKV_SEEDS", "4000")) // 2
+    count = int(os.environ.get("MKV_SEEDS", "2000")) // 2
     met = Counter[str]()
     virtual_s = 0.0
     for seed in range(part * count, (part + 1) * count):
@@ -21484,7 +21514,7 @@ def test_simulation_of_many_seeds_meets_each_kind_of_fault(part: int) -> None:
         met += world.met
         virtual_s += world.loop.time()
     print(f"{count} seeds, {virtual_s / 3600:.0f} virtual hours, {dict(met)}")
-    rare = {kind: met[kind] for kind in SIM_KINDS if met[kind] < min(100, count // 50)}
+    rare = {kind: met[kind] for kind in SIM_KINDS if met[kind] < min(100, count // 100)}
     assert not rare, rare
 
 
@@ -21561,7 +21591,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: SimMutation) -> None:
 @pytest.mark.parametrize("name", SIM_MUTATIONS)
 def test_mutation_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, SIM_MUTATIONS[name])
-    count = int(os.environ.get("MKV_SEEDS", "4000"))
+    count = int(os.environ.get("MKV_SEEDS", "1000"))
     found = next((seed for seed in range(count) if simulate(seed).faults), None)
     assert found is not None, f"{count} seeds do not find it"
     print(f"{name}: seed {found}")
