@@ -20593,6 +20593,7 @@ SIM_FATES = ("answers late", "hangs", "breaks before", "breaks after", "drips")
 SIM_PARSER = mkv_tools.make_parser()
 SIM_SERVERS = ("server1", "server2")
 SIM_VOLUMES = ("v1", "v2", "v3")
+SIM_TABLES = ("claim", "dead", "tombstone")  # of what is pending
 SIM_FAULTS: Mapping[str, int] = {  # how often, more or less
     "fates": 8, "full": 1, "broken": 1, "refuse": 2, "kill": 3, "pause": 2, "night": 5,
     "power": 1, "disk": 2, "clock": 1, "backup": 2, "rebuild": 5, "rebalance": 2, "verify": 2,
@@ -21295,16 +21296,13 @@ class SimWorld:
             self.begin_server("server1")
             for _ in range(8):
                 await asyncio.sleep(1)
-                if not any(
-                    self._select(f"SELECT * FROM {table}")
-                    for table in ("claim", "dead", "tombstone")
-                ):
+                if not any(self._select(f"SELECT * FROM {table}") for table in SIM_TABLES):
                     return
             await self.stop_server("server1")
             await asyncio.sleep(400)
         self.begin_server("server1")
         await asyncio.sleep(1)
-        left = {table: self._select(f"SELECT * FROM {table}") for table in mkv.TABLES}
+        left = {table: self._select(f"SELECT * FROM {table}") for table in SIM_TABLES}
         self.faults.append(f"it stays pending: {left}")
 
     def _select(self, query: str) -> list[Any]:
