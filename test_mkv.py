@@ -19964,6 +19964,7 @@ class SimWorld:
         self.cuts = list[tuple[str, float]]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
+        self.has_lost_index = False
         self.is_exchanging = False  # disks
         self.has_lost = False  # files, which verify --repair has to make anew
         self.is_restored = False  # so that only a copy of the index knows what is dead
@@ -20133,6 +20134,8 @@ class SimWorld:
 
     async def do_restore(self, volume: str, after_s: float) -> None:
         """Have all files back that were there some time ago."""
+        if self.has_lost_index:
+            return  # that knew what is dead
         files = self.volumes[volume].files
         old = dict(files)
         self.has_forgotten = True
@@ -20338,10 +20341,11 @@ class SimWorld:
             await asyncio.wait(self._background, timeout=400)
         self.heal()
         await asyncio.sleep(after_s)
-        if (kind == "copy" and not self.copy.exists()) or (kind == "none" and self.is_restored):
+        # Only the index itself knows of all that a restored volume brings back that it is dead.
+        if self.is_restored or (kind == "copy" and not self.copy.exists()):
             kind = "index"
         if kind != "index":
-            self.has_forgotten = True
+            self.has_lost_index = self.has_forgotten = True
             self._forget_unanswered()
             mkv.remove_index(str(self.db))
         if kind == "copy":
