@@ -20807,9 +20807,6 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
     "R2: conditions are not judged in the commit": (
         "commit_put", "decide_conditions(conditions, current) is not Verdict.PROCEED", "False",
     ),
-    "R2: a killed claim is not in doubt": (
-        "Pending.kill_version", "now_s, record.key, owner)", "now_s, record.key)",
-    ),
     "R3, fault 6: a copy does not know what is dead": (
         "is_drawn", "return any(", "return False and any(",
     ),
