@@ -20701,6 +20701,7 @@ class SimWorld:
         self.cuts = list[tuple[str, float]]()
         self.synced = (0, 0)  # of the index's log: which one, and how much is on disk
         self.boots = 0
+        self.has_lost_index = False
         self.is_exchanging = False  # disks
         self.has_lost = False  # files, which verify --repair has to make anew
         self.is_restored = False  # so that only a copy of the index knows what is dead
@@ -20870,6 +20871,8 @@ class SimWorld:
 
     async def do_restore(self, volume: str, after_s: float) -> None:
         """Have all files back that were there some time ago."""
+        if self.has_lost_index:
+            return  # that knew what is dead
         files = self.volumes[volume].files
         old = dict(files)
         self.has_forgotten = True
@@ -21075,10 +21078,11 @@ class SimWorld:
             await asyncio.wait(self._background, timeout=400)
         self.heal()
         await asyncio.sleep(after_s)
-        if (kind == "copy" and not self.copy.exists()) or (kind == "none" and self.is_restored):
+        # Only the index itself knows of all that a restored volume brings back that it is dead.
+        if self.is_restored or (kind == "copy" and not self.copy.exists()):
             kind = "index"
         if kind != "index":
-            self.has_forgotten = True
+            self.has_lost_index = self.has_forgotten = True
             self._forget_unanswered()
             mkv_tools.remove_index(str(self.db))
         if kind == "copy":
@@ -21529,9 +21533,6 @@ SIM_MUTATIONS: Mapping[str, SimMutation] = {
     ),
     "R2: conditions are not judged in the commit": (
         "commit_put", "decide_conditions(conditions, current) is not Verdict.PROCEED", "False",
-    ),
-    "R2: a killed claim is not in doubt": (
-        "Pending.kill_version", "now_s, record.key, owner)", "now_s, record.key)",
     ),
     "R3, fault 6: a copy does not know what is dead": (
         "is_drawn", "return any(", "return False and any(",
