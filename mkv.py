@@ -1600,7 +1600,8 @@ class Pending:
 
     def settle(self, row: Dead, found: bool | None, asked_s: float, now_s: float) -> None:
         """Note what a volume said when it was asked to delete `row`, as that was at `asked_s`. If
-        it is not gone it is looked at again, ever more seldom."""
+        it is not gone it is looked at again, ever more seldom; soon, if it has changed
+        meanwhile."""
         place = (row.volume, row.path)
         current = self.dead.get(place)
         if current is None:
@@ -1610,7 +1611,8 @@ class Pending:
             if not row.is_tombstone:
                 self.release_tombstones(row.path, row.key, now_s)
             return
-        due_s = now_s + retry_delay_s(now_s - current.since_s)
+        waited_s = now_s - current.since_s if current == row else 0.0
+        due_s = now_s + retry_delay_s(waited_s)
         if current.doubt_s is not None and now_s < current.doubt_s:
             due_s = min(due_s, current.doubt_s)
         self.dead[place] = current._replace(due_s=due_s)

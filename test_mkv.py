@@ -1507,10 +1507,12 @@ def test_place_in_doubt_is_looked_at_ever_more_seldom_and_once_when_the_doubt_en
 def test_answer_about_a_place_as_it_was_says_nothing_of_what_has_been_doubted_since(
     facts: dict[str, Any], found: bool | None
 ) -> None:
-    """But that it was found is true for ever, and a place that is gone stays so."""
+    """But that it was found is true for ever, and a place that is gone stays so. One that has
+    changed is looked at soon."""
     pending = make_pending(dead(5, **facts))
     pending.settle(dead(5), found, 5.0, 6.0)
     assert (pending.dead == {}) is (found is True)
+    assert all(row.due_s == 7.0 for row in pending.dead.values())
     pending = make_pending()
     pending.settle(dead(5), found, 5.0, 6.0)
     assert pending == make_pending()
