@@ -3237,6 +3237,7 @@ class Worker:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._executor = ThreadPoolExecutor(1, "mkv-index")
+        self._turn = asyncio.Lock()  # so that who waits for another's work interrupts nobody
         self._is_closed = False
 
     async def run(
@@ -3248,13 +3249,14 @@ class Worker:
         return await self._hop(partial(self._carry_out, call))
 
     async def _hop(self, call: Callable[[], T]) -> T:
-        job = asyncio.get_running_loop().run_in_executor(self._executor, call)
-        while self._session.waits_s is not None:
-            done, _ = await asyncio.wait([job], timeout=self._session.waits_s)
-            if done:
-                break
-            self._session.interrupt()
-        return await job
+        async with self._turn:
+            job = asyncio.get_running_loop().run_in_executor(self._executor, call)
+            while self._session.waits_s is not None:
+                done, _ = await asyncio.wait([job], timeout=self._session.waits_s)
+                if done:
+                    break
+                self._session.interrupt()
+            return await job
 
     def _carry_out(self, call: Callable[[], T], is_again: bool = False) -> T:
         """Who reads does so again if the connection breaks."""
@@ -3272,9 +3274,9 @@ class Worker:
     async def close(self) -> None:
         """Finish what is queued, then close. May be called twice."""
         if not self._is_closed:
-            self._is_closed = True
             await self._hop(self._session.close)
             self._executor.shutdown()
+            self._is_closed = True
 
 
 class Batcher(Generic[T]):
@@ -3319,7 +3321,7 @@ class Batcher(Generic[T]):
 
     async def close(self) -> None:
         if self._serving:
-            await self._serving
+            await asyncio.wait([self._serving])  # not cancelled with whoever waits here
         await self._worker.close()
 
 
@@ -7785,13 +7787,15 @@ def check_unused(session: Session) -> None:
 
 def keep_copy(session: Session) -> None:
     """Copy an index in a file, which nobody else can change now, to a file of its own beside
-    it."""
-    target = f"{session.place}.schema3.{time.strftime('%Y%m%dT%H%M%S')}"
+    it. However often that is begun, there is one copy, and it is whole."""
+    target = f"{session.place}.schema3"
+    part = f"{target}.part"
     with (
         contextlib.closing(sqlite3.connect(session.place)) as source,
-        contextlib.closing(sqlite3.connect(target)) as copy,
+        contextlib.closing(sqlite3.connect(part)) as copy,
     ):
         source.backup(copy)
+    os.replace(part, target)
     words = "the index %s is brought from schema 3 to %d; a copy is kept as %s"
     log.warning(words, session.place, SCHEMA_VERSION, target)
 
@@ -8014,14 +8018,15 @@ class PostgresSession(Session):
     def commit(self, lease: Lease | None = None) -> None:
         """If it breaks, find out what has become of it; raises IndexLost if nothing was done,
         IndexUnsure if that is not to be found out."""
+        asked_s = time.monotonic()
         try:
             self.ask([("COMMIT", ())])
         except self._psycopg.Error as error:
             if self.is_open or lease is None:
                 raise
-            self._find_outcome(lease, error)
+            self._find_outcome(lease, error, asked_s)
 
-    def _find_outcome(self, lease: Lease, broken: Exception) -> None:
+    def _find_outcome(self, lease: Lease, broken: Exception, asked_s: float) -> None:
         deadline_s = time.monotonic() + RECONNECT_S
         while True:
             try:
@@ -8031,12 +8036,13 @@ class PostgresSession(Session):
                 rows = self.ask(in_turn)[in_turn.index(read)]
                 break
             except Exception as error:
+                self.close()
                 if time.monotonic() > deadline_s:
-                    self.close()
                     reason = self.explain(error)
                     raise IndexUnsure(f"whether that was done is not known: {reason}") from None
             time.sleep(RECONNECT_EVERY_S)
-        if not rows and lease.seq > 1:
+        could_end = time.monotonic() - asked_s > lease.seconds / 2
+        if not rows and (lease.seq > 1 or could_end):
             # Others have taken it for dead meanwhile, and what it had done last is forgotten.
             raise IndexUnsure("whether that was done is not known any more")
         if rows != [(lease.seq,)]:
@@ -9429,9 +9435,9 @@ def set_up_logging(config: Config) -> None:
 
 def is_no_clients_fault(record: logging.LogRecord) -> bool:
     """Whether a line of aiohttp's server is to be written. One about a request that is no HTTP is
-    not: it holds what was sent."""
+    not: it holds what was sent. Nor is one about a client that has gone."""
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
+    return not isinstance(error, HttpProcessingError | ConnectionError)
 
 
 def notify_systemd(message: str) -> None:
