@@ -1231,7 +1231,7 @@ def test_index_needs_neither_the_section_on_postgresql_nor_the_one_on_migration(
         server = Cut(tmp_path / "data")
         stack.callback(server.stop)
         assert ask(f"{server.url}/k")[0] == 302
-    serve = [*Cut.serve, "--data", str(tmp_path / "data/mkv-data")]
+    serve = [*Cut.serve, "--port", "0", "--data", str(tmp_path / "data/mkv-data")]
     done = subprocess.run([*serve, "--db", "postgresql://h"], capture_output=True, check=False)
     assert done.returncode == 2 and b"nothing for postgresql://" in done.stderr
     with contextlib.closing(sqlite3.connect(tmp_path / "data/mkv-data/index.db")) as db:
