@@ -6329,7 +6329,7 @@ async def test_process_hears_that_a_volume_is_another_but_reads_for_itself_that_
 def test_all_workers_take_a_volume_that_is_another_for_down(
     start: Callable[..., Program], tmp_path: Path
 ) -> None:
-    """One finds it out; when it is over each reads that for itself."""
+    """What one finds out all hear; when it is over each reads that for itself."""
     with Nginx(tmp_path / "a") as volume:
         server = start("--workers", "3", "--replicas", "1", "--volume", f"a={volume.url}")
         assert {try_ask(f"{server.url}/k{i}", "PUT", b"x") for i in range(30)} == {201}
@@ -6342,7 +6342,7 @@ def test_all_workers_take_a_volume_that_is_another_for_down(
             found = server.log().count("volume a is down") - before
             file.write_bytes(identity)
             eventually(lambda: all(try_ask(f"{server.url}/k{i}") == 302 for i in range(30)))
-        assert found == 1
+        assert 1 <= found <= 3  # who still asks for itself finds it, too: once each
 
 
 def test_identity_is_shown_to_nobody_without_the_secret(tmp_path: Path) -> None:
