@@ -4927,9 +4927,8 @@ class Identities:
             await self._index.write(keep)
         except (IndexFailed, IndexUnsure) as error:
             return Finding(Standing.UNWRITTEN, f"that it was seen cannot be noted: {error}")
-        self._seen = await self._index.read(
-            select_identities
-        )  # another server may have been first
+        # Another server may have been first.
+        self._seen = await self._index.read(select_identities)
         return self._judge(client, found)
 
     async def _doubt(self, client: VolumeClient) -> str:
